@@ -1,0 +1,96 @@
+"""Stock PEFT LoRA layers inside a plain Hugging Face model: insert, grow, merge, list.
+
+Injected in place, so the model keeps its class, its module paths and its ``save_pretrained``. The scaling stays
+constant while ranks change. Not for deciding ranks (``adapters.allocation``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from apt_trainer.errors import UserError
+from apt_trainer.pruning.slicing import EditLog
+
+ADAPTER = "default"
+
+
+def insert_adapters(
+    model: nn.Module, targets: Sequence[str], rank: int, alpha: float, dropout: float, layers: Sequence[str]
+) -> None:
+    """Put a LoRA layer round every linear below ``layers`` whose path ends in one of ``targets``; freeze all else.
+
+    Raises :class:`UserError` when a target matches nothing.
+    """
+    prefixes = tuple(path + "." for path in layers)
+    paths = [path for path, module in model.named_modules() if path.startswith(prefixes) and hasattr(module, "weight")]
+    chosen = []
+    for target in targets:
+        found = [path for path in paths if path.endswith("." + target)]
+        if not found:
+            leaves = sorted({path.rsplit(".", 1)[1] for path in paths})
+            raise UserError(
+                f"lora_target_modules names {target!r}, which is no linear in a layer. Names there: {', '.join(leaves)}."
+            )
+        chosen += found
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=chosen, bias="none"  # type: ignore[arg-type]
+    )
+    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+
+
+def adapters(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """(path, layer) of every adapted linear, in the order of the model."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield path, module
+
+
+def ranks(model: nn.Module) -> dict[str, int]:
+    """Rank per adapted linear."""
+    return {path: layer.r[ADAPTER] for path, layer in adapters(model)}
+
+
+def adapter_parameters(model: nn.Module) -> int:
+    """Number of parameters in all A and B."""
+    return sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+
+
+@torch.no_grad()
+def grow_rank(path: str, layer: LoraLayer, rank: int, generator: torch.Generator, log: EditLog) -> None:
+    """Raise the rank of one adapter; outputs do not change, since new columns of B are zero.
+
+    New rows of A are drawn from U(±1/√in) on the CPU with ``generator``, so every process draws the same.
+    """
+    a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+    extra = rank - a.weight.shape[0]
+    assert extra > 0, f"{path}: rank {a.weight.shape[0]} cannot grow to {rank}"
+    bound = 1.0 / math.sqrt(a.weight.shape[1])
+    rows = (torch.rand(extra, a.weight.shape[1], generator=generator) * 2 - 1) * bound
+    columns = b.weight.new_zeros(b.weight.shape[0], extra)
+    a.weight = nn.Parameter(torch.cat([a.weight, rows.to(a.weight)]), requires_grad=a.weight.requires_grad)
+    b.weight = nn.Parameter(torch.cat([b.weight, columns], dim=1), requires_grad=b.weight.requires_grad)
+    log.grow(f"{path}.lora_A.{ADAPTER}.weight", 0, extra)
+    log.grow(f"{path}.lora_B.{ADAPTER}.weight", 1, extra)
+    a.out_features = b.in_features = rank
+    layer.r[ADAPTER] = rank
+    layer.lora_alpha[ADAPTER] = layer.scaling[ADAPTER] * rank
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module) -> None:
+    """Add every s·B·A to its base weight and put the plain linear back; outputs do not change.
+
+    The base weight is replaced, not written to, so that a teacher which shares it stays as it is.
+    """
+    for path, layer in list(adapters(model)):
+        plain = layer.get_base_layer()
+        delta = layer.get_delta_weight(ADAPTER)
+        merged = plain.weight + delta.to(plain.weight)
+        plain.weight = nn.Parameter(merged, requires_grad=plain.weight.requires_grad)
+        model.set_submodule(path, plain)

@@ -1,0 +1,123 @@
+"""Writing results and resuming runs: atomic saves, a reload check, and the state a checkpoint needs beyond weights.
+
+Only safetensors and JSON are written and read here. The format of a finished model is ``pruned_model``'s.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from apt_trainer.errors import UserError
+from apt_trainer.pruned_model import load_pruned
+from apt_trainer.pruning.plan import PruningPlan
+from apt_trainer.report.events import write_json
+
+PLAN_FILE = "pruning_plan.json"
+STATE_FILE = "apt_state.json"
+TENSORS_FILE = "apt_state.safetensors"
+WEIGHTS_FILE = "apt_training.safetensors"
+TEACHER_FILE = "apt_teacher.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """``pruner`` and ``distillation``: JSON parts; ``tensors``: scores and masks; ``teacher``: its weights or None;
+    ``teacher_shape``: what :meth:`AdaptivePruner.state` said when the snapshot was taken."""
+
+    pruner: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+    distillation: dict[str, Any]
+    teacher: nn.Module | None
+    teacher_shape: dict[str, Any] | None
+
+
+def save_pruned(model: PreTrainedModel, path: Path, plan: PruningPlan, tokenizer: Any = None) -> float:
+    """Write the finished model, plan and tokenizer to ``path`` and check that it reloads.
+
+    Written to a temporary folder beside it first, then moved file by file, the config last: until then an older
+    model in ``path`` stays whole. Returns the largest difference of logits between ``model`` and the reloaded
+    one on a random batch; raises RuntimeError when it is above 1e-5 of the largest logit.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=path))
+    try:
+        model.save_pretrained(staging)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        write_json(staging / PLAN_FILE, plan.to_json())
+        difference = reload_difference(model, staging)
+        for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
+            os.replace(file, path / file.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return difference
+
+
+@torch.no_grad()
+def reload_difference(model: PreTrainedModel, path: Path) -> float:
+    """max |logits of ``model`` − logits of the model saved in ``path``| on one random batch; raises RuntimeError when large."""
+    if hasattr(model.config, "apt_structure"):
+        again: Any = load_pruned(path, dtype=model.dtype)
+    else:
+        again = type(model).from_pretrained(path, dtype=model.dtype)
+    device = next(model.parameters()).device
+    vocabulary = min(model.config.vocab_size, 1000)
+    ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0)).to(device)
+    was_training = model.training
+    outputs = [candidate.to(device).eval()(input_ids=ids) for candidate in (model, again)]
+    model.train(was_training)
+    ours, theirs = (next(v for v in out.values() if torch.is_tensor(v)).float() for out in outputs)
+    difference = float((ours - theirs).abs().max())
+    if not difference <= 1e-5 * max(1.0, float(ours.abs().max())):
+        raise RuntimeError(f"The model saved in {path} gives other logits when loaded again (difference {difference:.3g}).")
+    return difference
+
+
+def save_training_state(path: Path, model: nn.Module, state: TrainingState) -> None:
+    """Write a checkpoint of a run in progress to ``path`` (weights in training form, adapters unmerged)."""
+    path.mkdir(parents=True, exist_ok=True)
+    save_model(model, str(path / WEIGHTS_FILE))
+    save_file(state.tensors, path / TENSORS_FILE)
+    if state.teacher is not None:
+        save_model(state.teacher, str(path / TEACHER_FILE))
+    write_json(
+        path / STATE_FILE,
+        {
+            "format_version": 1,
+            "pruner": state.pruner,
+            "distillation": state.distillation,
+            "teacher_shape": state.teacher_shape,
+        },
+    )
+
+
+def read_training_state(path: Path) -> tuple[Mapping[str, Any], dict[str, torch.Tensor]]:
+    """(JSON part, tensors) of a checkpoint; raises :class:`UserError` when it is none or is damaged."""
+    for name in (STATE_FILE, TENSORS_FILE, WEIGHTS_FILE):
+        if not (path / name).is_file():
+            raise UserError(f"{path} is not a complete checkpoint of apt_trainer: {name} is missing. Resume from an older one.")
+    try:
+        described = json.loads((path / STATE_FILE).read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path / STATE_FILE} is damaged ({error}). Resume from an older checkpoint.") from error
+    return described, load_file(path / TENSORS_FILE)
+
+
+def load_training_weights(file: Path, model: nn.Module) -> None:
+    """Fill ``model``, whose shapes are those of the checkpoint, from ``file``; every tensor must be there."""
+    try:
+        load_model(model, str(file), strict=True)
+    except RuntimeError as error:
+        raise UserError(f"{file} does not fit the run it is resumed into: {error}") from error

@@ -1,0 +1,85 @@
+"""The command line: ``apt-trainer VERB ...``, one file per verb.
+
+A verb is a module with ``HELP``, ``TAKES_SETTINGS``, ``add_arguments(parser)`` and ``run(args, overrides)``, which
+returns the exit code; adding one means one file and one line in :data:`VERBS`. Verbs only parse, call and print, and
+import what is heavy inside functions so that ``--help`` answers at once. Not for logic that a Python user needs too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from apt_trainer.errors import UserError
+
+VERBS = {
+    "train": "apt_trainer.cli.train",
+    "plan": "apt_trainer.cli.plan",
+    "evaluate": "apt_trainer.cli.evaluate",
+    "benchmark": "apt_trainer.cli.benchmark",
+    "env": "apt_trainer.cli.env",
+}
+
+EXIT_FAILED = 1
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # what shells report for SIGINT
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code: 0, 1 for a full disk, 2 for a user's mistake, 130 when interrupted."""
+    verbs = {name: importlib.import_module(path) for name, path in VERBS.items()}
+    parser = _parser(verbs)
+    args, overrides = parser.parse_known_args(argv)
+    verb = verbs[args.verb]
+    if overrides and not verb.TAKES_SETTINGS:
+        parser.error(f"{args.verb}: unrecognized arguments: {' '.join(overrides)}")
+    try:
+        return verb.run(args, overrides)
+    except UserError as error:
+        return _fail(str(error), EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        return _fail("interrupted", EXIT_INTERRUPTED)
+    except _saving_errors() as error:
+        if not _is_disk_full(error):
+            raise
+        path = getattr(error, "filename", None)
+        where = f" ({path})" if path else ""
+        return _fail(f"no space left on device{where}. Free some, or choose another --output_dir.", EXIT_FAILED)
+
+
+def _parser(verbs: dict[str, Any]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="apt-trainer", description="Fine-tune a transformer while adaptively pruning it.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, module in verbs.items():
+        command = commands.add_parser(
+            name,
+            help=module.HELP,
+            description=module.HELP,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+    return parser
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _saving_errors() -> tuple[type[Exception], ...]:
+    """What writing a file can raise; looked up only after something was raised."""
+    from safetensors import SafetensorError
+
+    return OSError, SafetensorError
+
+
+def _is_disk_full(error: Exception) -> bool:
+    # safetensors raises its own type, with the number in the text only
+    return getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC})" in str(error)

@@ -1,0 +1,57 @@
+"""``apt-trainer env``: versions and hardware, for a bug report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+HELP = "Print the versions and the hardware that a bug report needs."
+TAKES_SETTINGS = False
+
+PACKAGES = ("apt_trainer", "torch", "transformers", "peft", "accelerate", "deepspeed", "datasets", "safetensors")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """No arguments."""
+
+
+def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    rows = {"python": platform.python_version(), "platform": platform.platform()}
+    rows |= {package: _version(package) for package in PACKAGES}
+    rows |= _hardware()
+    for name, value in rows.items():
+        print(f"{name:<13} {value}")
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _hardware() -> dict[str, str]:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return {
+        "cores": str(os.cpu_count()),
+        "memory": f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB available",
+        "accelerator": _accelerator(),
+    }
+
+
+def _accelerator() -> str:
+    try:
+        import torch
+    except ImportError:
+        return "unknown without torch"
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None:
+        return "none"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    return f"{torch.accelerator.device_count()} x {name}"

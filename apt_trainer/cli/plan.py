@@ -1,0 +1,25 @@
+"""``apt-trainer plan``: a dry run that says what ``train`` would do, without reading weights."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from apt_trainer.cli.train import settings_help
+from apt_trainer.settings import SETTING_GROUPS
+
+HELP = "Check a recipe and print what training would do: sizes, schedule, costs. Fails on any error in the recipe."
+TAKES_SETTINGS = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="recipe: a YAML file with the settings below")
+    parser.epilog = settings_help(SETTING_GROUPS)
+
+
+def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from apt_trainer import run as runs
+    from apt_trainer.recipe import load_recipe
+
+    print(runs.plan(load_recipe(args.config, overrides)))
+    return 0

@@ -1,0 +1,79 @@
+"""``apt-trainer train``: train from a recipe, in this process or through accelerate."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import textwrap
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from typing import Any
+
+from apt_trainer.errors import UserError
+from apt_trainer.settings import SETTING_GROUPS
+
+HELP = "Train from a recipe: fine-tune and prune, then save the smaller model."
+TAKES_SETTINGS = True
+
+SETTINGS_INTRO = (
+    "Every setting can stand in the recipe as 'key: value' and be overridden as --key value; --key null unsets it, "
+    "--key a b c gives a list. The ones of this package follow, with their defaults. Every key of transformers' "
+    "TrainingArguments is accepted too, for example --output_dir, --learning_rate, --num_train_epochs, --bf16, --seed."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="recipe: a YAML file with the settings below")
+    parser.add_argument(
+        "--accelerate_config",
+        metavar="NAME_OR_PATH",
+        help="start through accelerate: single_gpu, ddp, ddp_cpu, or the path of an accelerate config file",
+    )
+    parser.add_argument(
+        "--num_processes", type=int, metavar="N", help="number of processes; needs --accelerate_config"
+    )
+    parser.epilog = settings_help(SETTING_GROUPS)
+
+
+def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from apt_trainer.cli.launch import check_world_size, launch
+
+    if args.accelerate_config is not None:
+        from apt_trainer.recipe import read_values
+
+        read_values(args.config, overrides)  # a typing mistake is told once, before any process starts
+        config = ["--config", args.config] if args.config else []
+        return launch(args.accelerate_config, args.num_processes, ["train", *config, *overrides])
+    if args.num_processes is not None:
+        raise UserError("--num_processes needs --accelerate_config, for example: --accelerate_config ddp")
+
+    from apt_trainer import run as runs
+    from apt_trainer.recipe import load_recipe
+
+    recipe = load_recipe(args.config, overrides)
+    check_world_size(recipe.training.world_size)
+    metrics = runs.train(recipe)
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(metrics, indent=2, default=float))
+    return 0
+
+
+def settings_help(groups: Sequence[type]) -> str:
+    """The settings of these dataclasses with their defaults and help texts, and how to give them."""
+    width, indent = min(shutil.get_terminal_size().columns, 119), " " * 6
+    lines = textwrap.wrap(SETTINGS_INTRO, width)
+    for group in groups:
+        lines += ["", *textwrap.wrap(f"{group.__name__}: {group.__doc__}", width)]
+        for setting in fields(group):
+            default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+            lines.append(f"  --{setting.name} {_as_words(default)}")
+            lines += textwrap.wrap(setting.metadata["help"], width, initial_indent=indent, subsequent_indent=indent)
+    return "\n".join(lines).replace("%", "%%")
+
+
+def _as_words(default: Any) -> str:
+    if isinstance(default, list):
+        return " ".join(map(str, default))
+    return default if isinstance(default, str) else json.dumps(default)

@@ -1,0 +1,113 @@
+"""Distances between student and teacher: predictions (KL or squared error) and hidden states (squared error).
+
+Computed in float32, over real tokens only. Not for weighing the losses against the task loss, nor for choosing which
+layers meet. Source: APT, Sec. 4.4, where padding was counted in.
+
+Shapes: B examples, S tokens, V classes, C labels, d_s and d_t hidden sizes of student and teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.nn import functional as F
+from transformers.utils import ModelOutput
+
+Transform = Callable[[torch.Tensor], torch.Tensor]
+
+_RMS_EPSILON = 1e-6
+
+
+def prediction_loss(
+    student_output: ModelOutput,
+    teacher_output: ModelOutput,
+    temperature: float,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """How far the student's predictions are from the teacher's; scalar float32.
+
+    ``mask`` [B, S] is 1 at real tokens; None counts all. By what the outputs hold:
+
+    * ``logits`` [B, C]: τ²·KL(teacher ‖ student), mean over examples;
+    * ``logits`` [B, 1], a regression: mean squared error, without temperature;
+    * ``logits`` [B, S, V]: τ²·KL per token, mean over real tokens;
+    * ``start_logits`` and ``end_logits`` [B, S]: τ²·KL over real positions, mean over examples and the two.
+    """
+    if "start_logits" in student_output:
+        parts = [
+            _kl(_hide(student_output[name], mask), _hide(teacher_output[name], mask), temperature).mean()
+            for name in ("start_logits", "end_logits")
+        ]
+        return torch.stack(parts).mean()
+    student, teacher = student_output["logits"].float(), teacher_output["logits"].float()
+    if student.dim() == 2 and student.shape[1] == 1:
+        return F.mse_loss(student, teacher)
+    divergence = _kl(student, teacher, temperature)
+    if divergence.dim() == 1 or mask is None:
+        return divergence.mean()
+    real = mask.to(divergence.dtype)
+    return (divergence * real).sum() / real.sum().clamp(min=1)
+
+
+def _kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """τ²·KL(softmax(teacher/τ) ‖ softmax(student/τ)) over the last dimension."""
+    student_log, teacher_log = (F.log_softmax(x / temperature, dim=-1) for x in (student, teacher))
+    return temperature**2 * F.kl_div(student_log, teacher_log, reduction="none", log_target=True).sum(-1)
+
+
+def _hide(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Positions [B, S] outside ``mask`` get no probability; finite, because 0·(inf − inf) is not 0."""
+    logits = logits.float()
+    return logits if mask is None else logits.masked_fill(mask == 0, torch.finfo(torch.float32).min / 1e4)
+
+
+def layer_outputs(output: ModelOutput) -> tuple[torch.Tensor, ...]:
+    """Hidden states [B, S, d] after each layer: ``hidden_states`` without its first entry, the embeddings."""
+    return tuple(output["hidden_states"][1:])
+
+
+def hidden_distance(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    transform: Transform,
+    mask: torch.Tensor | None = None,
+    normalise: bool = False,
+) -> torch.Tensor:
+    """Mean squared difference of ``transform(student)`` [B, S, d_t] and ``teacher`` [B, S, d_t]; scalar float32.
+
+    The mean runs over the tokens where ``mask`` [B, S] is 1, and over d_t. ``normalise`` divides both by their
+    root mean square over d_t first (APT for T5 and LLaMA, whose hidden states have no fixed scale).
+    """
+    moved, goal = transform(student.float()).float(), teacher.float()
+    if normalise:
+        moved, goal = _unit_rms(moved), _unit_rms(goal)
+    difference = moved - goal
+    if mask is None:
+        return difference.square().mean()
+    # Masked before squaring: even a NaN at a padded position then has gradient 0.
+    difference = difference.masked_fill((mask == 0).unsqueeze(-1), 0.0)
+    return difference.square().sum() / (mask.sum().clamp(min=1) * goal.shape[-1])
+
+
+def _unit_rms(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + _RMS_EPSILON)
+
+
+def layer_loss(
+    student_hidden: Sequence[torch.Tensor],
+    teacher_hidden: Sequence[torch.Tensor],
+    pairs: Sequence[tuple[int, int]],
+    transform: Transform,
+    mask: torch.Tensor | None = None,
+    normalise: bool = False,
+) -> torch.Tensor:
+    """Sum of :func:`hidden_distance` over ``pairs`` of (student layer, teacher layer); scalar float32.
+
+    ``student_hidden`` [layer][B, S, d_s] and ``teacher_hidden`` [layer][B, S, d_t] are as :func:`layer_outputs`
+    gives them. 0 without pairs.
+    """
+    distances = [hidden_distance(student_hidden[s], teacher_hidden[t], transform, mask, normalise) for s, t in pairs]
+    if not distances:
+        return student_hidden[0].new_zeros((), dtype=torch.float32)
+    return torch.stack(distances).sum()

@@ -1,0 +1,27 @@
+"""Scoring rules. To add one: a file with a subclass of :class:`Importance` and one line in ``IMPORTANCES``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from apt_trainer.importance.base import Importance, Reduce
+from apt_trainer.importance.magnitude import Magnitude
+from apt_trainer.importance.random import Random
+from apt_trainer.importance.salience import Salience
+from apt_trainer.importance.taylor import Taylor
+from apt_trainer.settings import PruningSettings
+
+IMPORTANCES: dict[str, Callable[[PruningSettings, int], Importance]] = {
+    "salience": lambda s, seed: Salience(s.salience_decay, s.outlier_term, s.outlier_scaling, s.outlier_weight),
+    "magnitude": lambda s, seed: Magnitude(),
+    "taylor": lambda s, seed: Taylor(s.salience_decay),
+    "random": lambda s, seed: Random(seed),
+}
+
+
+def make_importance(settings: PruningSettings, seed: int) -> Importance:
+    """The scoring rule named by ``settings.importance``."""
+    return IMPORTANCES[settings.importance](settings, seed)
+
+
+__all__ = ["IMPORTANCES", "Importance", "Magnitude", "Random", "Reduce", "Salience", "Taylor", "make_importance"]

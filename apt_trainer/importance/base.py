@@ -1,0 +1,50 @@
+"""What a scoring rule is: it scores units, higher = keep. Knows spaces and tensors, not model names or budgets.
+
+A new rule is one file that subclasses :class:`Importance` and one line in ``importance/__init__.py``; an object can
+also be passed to the trainer directly.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from apt_trainer.models import Space
+
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+"""Sum of a tensor over processes, the identity in one process."""
+
+
+class Importance(ABC):
+    """Scores every unit of every space. ``densities``: scores are already per cost (used by random choice)."""
+
+    densities: bool = False
+
+    @abstractmethod
+    def attach(self, model: nn.Module, spaces: Sequence[Space], counts: Mapping[str, int]) -> None:
+        """Start observing ``model``; called again after each cut, when ``counts`` units are left per space."""
+
+    def set_tokens(self, mask: torch.Tensor | None) -> None:
+        """Tell which tokens of the next batch are real: [batch, length], 1 = real; None = all."""
+
+    def update(self, reduce: Reduce, processes: int) -> None:
+        """Take in one optimizer step, after its last backward pass."""
+
+    @abstractmethod
+    def scores(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Space → [units left] float."""
+
+    def follow(self, survivors: Mapping[str, torch.Tensor]) -> None:
+        """Keep only ``survivors`` [kept] of each named space, after a cut."""
+
+    def detach(self) -> None:
+        """Stop observing: take out every hook."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Restore :meth:`state_dict`, after :meth:`attach`."""

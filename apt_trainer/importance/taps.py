@@ -1,0 +1,127 @@
+"""Observing activations and their gradients during training, without parameter gradients or gathered weights.
+
+A tap is an identity in the graph. It measures the activation when the forward pass runs and adds to its sums when
+the backward pass arrives, so that a recomputed forward (gradient checkpointing) counts once and micro-batches add
+up. The sums are plain tensors, not buffers: a distributed wrapper must not broadcast them. No host synchronisation.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+Measure = Literal["magnitudes", "signed", "per_sequence"]
+
+
+class TokenMask:
+    """Which tokens of the batch in flight are real; shared by all taps of a model."""
+
+    def __init__(self) -> None:
+        self.mask: torch.Tensor | None = None
+
+    def for_activation(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Mask [batch, length] if it describes ``x`` [batch, length, n], else None."""
+        mask = self.mask
+        return mask if mask is not None and x.dim() == 3 and mask.shape == x.shape[:2] else None
+
+
+class Tap:
+    """Sums over tokens of one activation with n channels.
+
+    ``magnitudes``: ``sums`` is [3, n]: Σ|x|, Σ|g|, Σx. ``signed``: [1, n], Σ x·g.
+    ``per_sequence``: [1, units], Σ over sequences of |Σ over tokens and channels of x·g|.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        side: Literal["input", "output"],
+        measure: Measure,
+        sums: torch.Tensor,
+        tokens: TokenMask,
+    ) -> None:
+        self.measure, self.sums, self.tokens = measure, sums, tokens
+        self._handle: RemovableHandle
+        if side == "input":
+            self._handle = module.register_forward_pre_hook(self._on_input)
+        else:
+            self._handle = module.register_forward_hook(self._on_output)
+
+    def remove(self) -> None:
+        self._handle.remove()
+
+    def _on_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return (self._pass(args[0]), *args[1:]) if self._observes(module, args[0]) else None
+
+    def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+        return self._pass(output) if self._observes(module, output) else None
+
+    def _observes(self, module: nn.Module, x: torch.Tensor) -> bool:
+        return module.training and torch.is_grad_enabled() and x.requires_grad
+
+    def _pass(self, x: torch.Tensor) -> torch.Tensor:
+        function = _MagnitudeTap if self.measure == "magnitudes" else _ProductTap
+        return function.apply(x, self)  # type: ignore[no-any-return]
+
+
+class _MagnitudeTap(torch.autograd.Function):
+    """Keeps only [n]-sized sums between forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, tap: Tap) -> torch.Tensor:
+        ctx.tap, ctx.mask = tap, tap.tokens.for_activation(x)
+        ctx.activation = absolute_sum(x, ctx.mask), plain_sum(x, ctx.mask)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient,) = gradients
+        sums = ctx.tap.sums
+        magnitude, signed = ctx.activation
+        sums[0].add_(magnitude)
+        sums[1].add_(absolute_sum(gradient, ctx.mask))
+        sums[2].add_(signed)
+        return gradient, None
+
+
+class _ProductTap(torch.autograd.Function):
+    """Keeps the activation itself; meant for narrow ones (ranks) or for the Taylor rule."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, tap: Tap) -> torch.Tensor:
+        ctx.tap = tap
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient,) = gradients
+        (x,) = ctx.saved_tensors
+        product = x.float() * gradient.float()
+        sums = ctx.tap.sums
+        if ctx.tap.measure == "signed":
+            sums[0].add_(product.reshape(-1, product.shape[-1]).sum(0))
+        else:
+            per_sequence = product.reshape(product.shape[0], -1, product.shape[-1]).sum(1)
+            units = sums.shape[1]
+            sums[0].add_(per_sequence.reshape(len(per_sequence), units, -1).sum(2).abs().sum(0))
+        return gradient, None
+
+
+def absolute_sum(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Σ over tokens of |x|: x [..., n] → [n] float32; tokens with mask 0 are left out."""
+    flat = x.detach().reshape(-1, x.shape[-1])
+    if mask is None:
+        return torch.linalg.vector_norm(flat, ord=1, dim=0, dtype=torch.float32)
+    return mask.reshape(-1).to(torch.float32) @ flat.abs().float()
+
+
+def plain_sum(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Σ over tokens of x: x [..., n] → [n] float32; tokens with mask 0 are left out."""
+    flat = x.detach().reshape(-1, x.shape[-1])
+    if mask is None:
+        return flat.sum(0, dtype=torch.float32)
+    return mask.reshape(-1).to(torch.float32) @ flat.float()

@@ -1,0 +1,25 @@
+"""Numbers about a model: parameters, bytes on disk, operations, seconds and memory.
+
+Knows nothing about training or pruning. Every function takes a plain :class:`torch.nn.Module` and leaves it as it was.
+"""
+
+from __future__ import annotations
+
+from apt_trainer.measure.flops import count_flops
+from apt_trainer.measure.latency import Latency, compare_latency, example_inputs, ratio_is_noise
+from apt_trainer.measure.memory import PeakMemory, current_memory_bytes, peak_memory_bytes
+from apt_trainer.measure.params import count_parameters, size_on_disk, trainable_parameters
+
+__all__ = [
+    "Latency",
+    "PeakMemory",
+    "compare_latency",
+    "count_flops",
+    "count_parameters",
+    "current_memory_bytes",
+    "example_inputs",
+    "peak_memory_bytes",
+    "ratio_is_noise",
+    "size_on_disk",
+    "trainable_parameters",
+]

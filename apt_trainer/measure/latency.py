@@ -1,0 +1,162 @@
+"""Wall-clock time of forward passes, compared between models.
+
+Single forward calls are timed with ``time.perf_counter`` while the models take turns (A B A B …), so that drift of
+the machine (heat, other processes) hits all of them alike. ``torch.utils.benchmark.Timer`` is not used because it
+finishes one statement before it starts the next. Not for throughput of generation or of a data pipeline.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from apt_trainer.errors import UserError
+
+WARM_UP_CALLS = 2
+STEADY = 0.05  # interquartile range over median below which more runs would tell nothing new
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Median and interquartile range, in milliseconds, of the time of ``runs`` forward calls."""
+
+    median_ms: float
+    iqr_ms: float
+    runs: int
+
+
+def example_inputs(
+    model: nn.Module, batch_size: int, length: int, device: torch.device | str | None = None
+) -> dict[str, Tensor]:
+    """Make the same random, unpadded token batch at every call.
+
+    Args:
+        model: Pretrained model; its ``config`` gives the vocabulary, the padding id and the longest input.
+        batch_size: Sequences.
+        length: Tokens per sequence.
+        device: Where the tensors go; default: where the model is.
+
+    Returns:
+        ``input_ids`` and ``attention_mask`` (all ones), both [batch_size, length] int64.
+
+    Raises:
+        UserError: a size below 1, or more tokens than the model has positions.
+    """
+    config: Any = model.config
+    longest = getattr(config, "max_position_embeddings", None)
+    if batch_size < 1 or length < 1:
+        raise UserError(f"batch_size={batch_size} and length={length} must both be at least 1.")
+    if longest is not None and length > longest:
+        raise UserError(f"length={length} is more than the {longest} positions of the model. Use at most {longest}.")
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(config.vocab_size, (batch_size, length), generator=generator)
+    padding = getattr(config, "pad_token_id", None)
+    if padding is not None:  # a padding id inside the text would shift positions in some models
+        input_ids[input_ids == padding] = (padding + 1) % config.vocab_size
+    batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    device = _device_of(model) if device is None else device
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def compare_latency(
+    models: Mapping[str, nn.Module],
+    batch_sizes: Sequence[int],
+    length: int,
+    *,
+    min_runs: int = 10,
+    max_seconds: float = 20.0,
+) -> dict[str, dict[int, Latency]]:
+    """Time one forward pass of every model, in turns, on the device where each model is.
+
+    Per batch size there are at least ``min_runs`` rounds, however long they take. Rounds go on until the
+    interquartile range of every model is below 5 % of its median, or ``max_seconds`` are over.
+
+    Args:
+        models: Models by name. Each runs in evaluation and inference mode and gets its training flags back.
+        batch_sizes: Sequences per forward call.
+        length: Tokens per sequence.
+        min_runs: Timed calls per model and batch size, at least.
+        max_seconds: Time per batch size after which no further round starts.
+
+    Returns:
+        For each name a :class:`Latency` per batch size.
+    """
+    results: dict[str, dict[int, Latency]] = {name: {} for name in models}
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(_evaluating(model))
+        stack.enter_context(torch.inference_mode())
+        for batch_size in batch_sizes:
+            for name, seconds in _time_in_turns(models, batch_size, length, min_runs, max_seconds).items():
+                results[name][batch_size] = _summarise(seconds)
+    return results
+
+
+def ratio_is_noise(a: Latency, b: Latency) -> bool:
+    """Tell whether two latencies cannot be told apart: median ± half the interquartile range overlap."""
+    return abs(a.median_ms - b.median_ms) <= (a.iqr_ms + b.iqr_ms) / 2
+
+
+def _time_in_turns(
+    models: Mapping[str, nn.Module], batch_size: int, length: int, min_runs: int, max_seconds: float
+) -> dict[str, list[float]]:
+    """Seconds of each forward call per model."""
+    batches = {name: example_inputs(model, batch_size, length) for name, model in models.items()}
+    for _ in range(WARM_UP_CALLS):
+        for name, model in models.items():
+            _seconds_of_call(model, batches[name])
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    start = time.perf_counter()
+    while True:
+        for name, model in models.items():
+            seconds[name].append(_seconds_of_call(model, batches[name]))
+        rounds = min(map(len, seconds.values()), default=min_runs)
+        if rounds >= min_runs and (time.perf_counter() - start >= max_seconds or _all_steady(seconds)):
+            return seconds
+
+
+def _seconds_of_call(model: nn.Module, batch: dict[str, Tensor]) -> float:
+    device = batch["input_ids"].device
+    _synchronize(device)
+    start = time.perf_counter()
+    model(**batch)
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _all_steady(seconds: Mapping[str, list[float]]) -> bool:
+    latencies = [_summarise(values) for values in seconds.values()]
+    return all(latency.iqr_ms <= STEADY * latency.median_ms for latency in latencies)
+
+
+def _summarise(seconds: list[float]) -> Latency:
+    low, median, high = np.percentile(np.asarray(seconds) * 1000, (25, 50, 75))
+    return Latency(float(median), float(high - low), len(seconds))
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every sub-module gets back the flag that it had."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training

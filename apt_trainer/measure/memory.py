@@ -1,0 +1,65 @@
+"""How much memory this process has used at most.
+
+On the CPU the number is resident memory of this process: weights, gradients, optimizer, activations, and also the
+Python interpreter, imported libraries, cached data and freed memory that the allocator has not yet given back; pages
+of memory-mapped files count once they have been read. Memory of data-loader workers and anything swapped out is not
+in it. On an accelerator it is the memory of live tensors on that device; the allocator's reserve, the driver's context
+and memory on the host are not in it. Not for the memory of one layer or one line: that is a profiler's work.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+
+def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
+    """Most memory, in bytes, since the process (CPU) or the use of the accelerator began."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return _peak_resident_bytes()
+    return int(torch.accelerator.max_memory_allocated(device))
+
+
+def current_memory_bytes(device: torch.device | str = "cpu") -> int:
+    """Memory in use now, in bytes: resident (CPU), or live tensors (accelerator)."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return int(psutil.Process().memory_info().rss)
+    return int(torch.accelerator.memory_allocated(device))
+
+
+class PeakMemory:
+    """Peak memory of a piece of work, without what was there before it.
+
+    Create it after all imports and before the model is loaded: the resident size at that moment is taken off the
+    peak. The peak is that of the whole process, so work done earlier in the same process can show. On an accelerator
+    nothing is taken off, because live tensors are counted and imports leave none there.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.start_bytes = current_memory_bytes(self.device) if self.device.type == "cpu" else 0
+
+    def above_start(self) -> int:
+        """Peak minus the size at creation, in bytes; never below 0."""
+        return max(0, peak_memory_bytes(self.device) - self.start_bytes)
+
+
+def _peak_resident_bytes() -> int:
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    # VmHWM belongs to this program alone. ru_maxrss on Linux survives exec, so that a child started by a large
+    # process would report its parent's peak.
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource  # exists on Unix only
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

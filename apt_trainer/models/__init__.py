@@ -1,0 +1,42 @@
+"""Model families as data. To add one: a table in its own file and one name in ``_TABLES``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from apt_trainer.errors import UserError
+from apt_trainer.models.base import HIDDEN, Head, Kind, ModelFamily, Slice, Space, Stub, Sublayer, SublayerTable
+from apt_trainer.models.bert import BERT, ROBERTA
+from apt_trainer.models.distilbert import DISTILBERT
+
+_TABLES = (BERT, ROBERTA, DISTILBERT)
+
+FAMILIES: dict[str, ModelFamily] = {name: family for family in _TABLES for name in family.model_types}
+
+
+def family_of(config: Any) -> ModelFamily:
+    """Family for a model's ``config``; raises :class:`UserError` when there is none or the use is unsupported."""
+    model_type = getattr(config, "apt_base_model_type", None) or config.model_type
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"model_type {model_type!r} has no ModelFamily. Supported: {', '.join(sorted(FAMILIES))}. "
+            "To add one, see README, 'Add a model family'."
+        )
+    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise UserError(f"model_type {model_type!r} is supported as an encoder; this config sets is_decoder.")
+    return FAMILIES[model_type]
+
+
+__all__ = [
+    "FAMILIES",
+    "HIDDEN",
+    "Head",
+    "Kind",
+    "ModelFamily",
+    "Slice",
+    "Space",
+    "Stub",
+    "Sublayer",
+    "SublayerTable",
+    "family_of",
+]

@@ -1,0 +1,178 @@
+"""The format of a finished model, and how it loads: stock modelling code, other sizes, equal logits.
+
+``config.json`` carries the stock config under an own model type ("apt_" + base) plus ``apt_structure``: parameter
+shapes, size attributes and no-op modules that differ from the dense model. A stock loader does not know the type and
+fails loudly instead of filling missing weights at random. Loading builds the stock class on the meta device, applies
+the structure and lets Hugging Face fill it; it needs neither a model family nor remote code.
+Not for checkpoints inside a run (``checkpoint``).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from apt_trainer.errors import UserError
+from apt_trainer.models import FAMILIES, ModelFamily
+from apt_trainer.models.stubs import STUB_KINDS, STUBS
+from apt_trainer.pruning.plan import PruningPlan
+
+FORMAT_VERSION = 1
+PREFIX = "apt_"
+_SIZES = ("in_features", "out_features", "embedding_dim", "normalized_shape", "nf", "nx")
+
+Structure = dict[str, dict[str, Any]]
+
+
+def describe_structure(model: nn.Module, dense: nn.Module, family: ModelFamily, plan: PruningPlan) -> Structure:
+    """What sets ``model`` apart from ``dense`` (which may be on the meta device)."""
+    structure: Structure = {"replaced": {}, "parameters": {}, "attributes": {}}
+    for path, module in model.named_modules():
+        if type(module) in STUB_KINDS:
+            structure["replaced"][path] = STUB_KINDS[type(module)]
+            continue
+        original = dense.get_submodule(path)
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.shape != getattr(original, name).shape:
+                structure["parameters"][f"{path}.{name}"] = list(parameter.shape)
+        for name in _SIZES:
+            if getattr(module, name, None) != getattr(original, name, None):
+                value = getattr(module, name)
+                structure["attributes"].setdefault(path, {})[name] = list(value) if isinstance(value, tuple) else value
+    for path, name, value in family.attributes(model, plan.counts):
+        if getattr(dense.get_submodule(path), name) != value:
+            structure["attributes"].setdefault(path, {})[name] = value
+    return structure
+
+
+def apply_structure(model: nn.Module, structure: Mapping[str, Mapping[str, Any]]) -> None:
+    """Give a freshly built dense ``model`` the shapes of ``structure``; new parameters are not initialised."""
+    for path, kind in structure["replaced"].items():
+        if kind not in STUBS:
+            raise UserError(f"The checkpoint replaces {path} by {kind!r}, which this version of apt_trainer does not know.")
+        model.set_submodule(path, STUBS[kind]())
+    for full_name, shape in structure["parameters"].items():
+        path, _, name = full_name.rpartition(".")
+        module = model.get_submodule(path)
+        old = module._parameters[name]
+        assert old is not None
+        module._parameters[name] = nn.Parameter(torch.empty(shape, dtype=old.dtype, device=old.device))
+    for path, attributes in structure["attributes"].items():
+        module = model.get_submodule(path)
+        for name, value in attributes.items():
+            setattr(module, name, tuple(value) if isinstance(value, list) else value)
+
+
+@cache
+def config_class(model_type: str) -> type[PreTrainedConfig]:
+    """Config class for pruned models of a stock ``model_type``; instances announce their model class to the Auto classes."""
+    base: type[PreTrainedConfig] = type(AutoConfig.for_model(model_type))
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        architecture = kwargs.pop("apt_base_architecture", None)
+        version = kwargs.pop("apt_format_version", FORMAT_VERSION)
+        structure = kwargs.pop("apt_structure", None)
+        base.__init__(self, *args, **kwargs)
+        if version > FORMAT_VERSION:
+            raise UserError(f"The checkpoint has format {version}, this version of apt_trainer reads up to {FORMAT_VERSION}.")
+        self.apt_base_model_type, self.apt_format_version = model_type, version
+        self.apt_base_architecture, self.apt_structure = architecture, structure
+        if architecture is not None:
+            _announce(model_class(model_type, architecture), base)
+
+    name = "Apt" + base.__name__
+    return type(name, (base,), {"model_type": PREFIX + model_type, "__init__": __init__, "__module__": __name__})
+
+
+@cache
+def model_class(model_type: str, architecture: str) -> type[PreTrainedModel]:
+    """Subclass of a stock model class that builds itself with the structure in its config."""
+    base = getattr(transformers, architecture, None)
+    if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
+        raise UserError(f"The checkpoint is for {architecture!r}, which is no model class of the installed transformers.")
+
+    def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        apply_structure(self, config.apt_structure)
+        self.tie_weights()
+
+    namespace = {"config_class": config_class(model_type), "__init__": __init__, "__module__": __name__}
+    return type("Apt" + base.__name__, (base,), namespace)
+
+
+def _announce(cls: type[PreTrainedModel], stock_config: type[PreTrainedConfig]) -> None:
+    """Register ``cls`` with every Auto class that serves its stock class."""
+    stock = cls.__mro__[1]
+    for name in dir(transformers.models.auto):
+        auto = getattr(transformers.models.auto, name) if name.startswith("AutoModel") else None
+        mapping = getattr(auto, "_model_mapping", None)
+        if mapping is not None and stock_config in mapping and stock in _classes(mapping[stock_config]):
+            auto.register(cls.config_class, cls, exist_ok=True)  # type: ignore[union-attr]
+
+
+def _classes(entry: Any) -> tuple[type, ...]:
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+def register() -> None:
+    """Make the Auto classes recognise pruned models of every family. Called on ``import apt_trainer``."""
+    for model_type in FAMILIES:
+        AutoConfig.register(PREFIX + model_type, config_class(model_type), exist_ok=True)
+
+
+def as_pruned(model: PreTrainedModel, family: ModelFamily, plan: PruningPlan) -> None:
+    """Turn a cut stock model, in place, into the class that saves and loads with its structure.
+
+    A model whose shapes are those of the dense one stays a stock model.
+    """
+    if hasattr(model.config, "apt_structure"):
+        return
+    stock = type(model)
+    with torch.device("meta"):
+        dense = stock(copy.deepcopy(model.config))
+    structure = describe_structure(model, dense, family, plan)
+    if not any(structure.values()):
+        return
+    model_type = model.config.model_type
+    values = model.config.to_dict()
+    values.pop("model_type", None)
+    config = config_class(model_type)(
+        **values, apt_base_architecture=stock.__name__, apt_structure=structure
+    )
+    config._attn_implementation = model.config._attn_implementation
+    model.__class__ = model_class(model_type, stock.__name__)
+    for module in model.modules():
+        if isinstance(getattr(module, "config", None), PreTrainedConfig):
+            module.config = config
+
+
+def load_pruned(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a model saved by ``APTTrainer`` (or ``save_pretrained`` of one): class, sizes and weights as saved.
+
+    ``kwargs`` as ``from_pretrained``. Raises :class:`UserError` when ``path`` holds no complete pruned model.
+    """
+    if not (Path(path) / "config.json").is_file():
+        raise UserError(f"{path} holds no config.json. Give the folder that a run wrote its model to.")
+    config = AutoConfig.from_pretrained(path)
+    architecture = getattr(config, "apt_base_architecture", None)
+    if architecture is None:
+        names = config.architectures or []
+        raise UserError(f"{path} is a stock model ({', '.join(names)}); load it with transformers.")
+    cls = model_class(config.apt_base_model_type, architecture)
+    model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+    problems = [f"{len(info[key])} {key.replace('_', ' ')}" for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]]
+    if problems:
+        raise UserError(f"{path} is damaged or incomplete: {', '.join(problems)}.")
+    return model  # type: ignore[no-any-return]
+
+
+def weight_files(path: Path) -> Iterator[Path]:
+    return path.glob("*.safetensors")

@@ -1,0 +1,358 @@
+"""One object that scores, decides and cuts; it needs no Trainer.
+
+In a plain loop: ``pruner.begin(t)``, forward, backward, ``pruner.observe()``, optimizer step, ``pruner.step(t + 1)``;
+when an event comes back, make a new optimizer and carry its state by ``event.edits`` (see ``runtime.carry``).
+Not for data, logging, saving or processes: those are the Trainer's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from apt_trainer.adapters import allocation, lora
+from apt_trainer.adapters.rank_score import RankScore
+from apt_trainer.importance import Importance, Reduce, make_importance
+from apt_trainer.models import HIDDEN, ModelFamily, Space, family_of
+from apt_trainer.pruning.cost import CostModel, flops_cost, memory_cost, parameter_cost
+from apt_trainer.pruning.latency_cost import latency_cost
+from apt_trainer.pruning.masks import MaskStore
+from apt_trainer.pruning.plan import PruningPlan
+from apt_trainer.pruning.selection import Limits, select
+from apt_trainer.pruning.slicing import EditLog, Grow, Keep
+from apt_trainer.pruning.surgery import apply_plan
+from apt_trainer.schedule import Schedule
+from apt_trainer.settings import MethodSettings
+from apt_trainer.tuning import set_trainable
+
+COSTS: dict[str, Callable[[nn.Module, ModelFamily, list[Space], int, int], CostModel]] = {
+    "params": lambda model, family, spaces, batch, length: parameter_cost(model, family, spaces),
+    "flops": flops_cost,
+    "memory": memory_cost,
+    "latency": latency_cost,
+}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What will change, before anything does; equal on all processes."""
+
+    plan: PruningPlan
+    ranks: Mapping[str, int]
+    tune: str
+    event: int | None
+
+    def digest(self) -> str:
+        return self.plan.digest() + repr(sorted(self.ranks.items())) + self.tune
+
+
+@dataclass(frozen=True)
+class PruningEvent:
+    """What changed. ``survivors``: space → kept positions before this cut; ``edits``: per parameter name."""
+
+    step: int
+    kind: str
+    survivors: Mapping[str, torch.Tensor]
+    edits: Mapping[str, list[Keep | Grow]]
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+class AdaptivePruner:
+    """Scores units and adapters while ``model`` trains, and changes its shape when the schedule says so.
+
+    ``model`` must be a plain Hugging Face model; adapters are inserted here when the settings ask for them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: MethodSettings,
+        *,
+        importance: Importance | None = None,
+        seed: int = 0,
+    ) -> None:
+        settings.check()
+        self.model, self.settings, self.seed = model, settings, seed
+        self.family = family_of(model.config)
+        self.spaces = self.family.spaces(model)
+        self.sublayers = self.family.sublayers(model)
+        self.plan = self.dense_plan = PruningPlan.dense(self.spaces)
+        self.block_cost = parameter_cost(model, self.family, self.spaces)
+        self.cost = COSTS[settings.sparsity_metric](
+            model, self.family, self.spaces, settings.reference_batch_size, settings.reference_length
+        )
+        self.limits = _limits(settings)
+        self.check_budget()
+        self.tune = settings.tune
+        self._insert_adapters()
+        self.adapter_parameters_at_start = lora.adapter_parameters(model)
+        self.set_tune(self.tune)
+        self.masks = MaskStore(model, self.spaces, self.sublayers)
+        self.importance = importance or make_importance(settings, seed)
+        self.rank_score = RankScore(settings.salience_decay, absolute=settings.rank_score == "absolute")
+        self.schedule: Schedule | None = None
+        self._observing = False
+        self._reduce: Reduce = lambda tensor: tensor
+        self._processes = 1
+
+    # ------------------------------------------------------------------ one step
+
+    def start(self, schedule: Schedule, step: int = 0, reduce: Reduce | None = None, processes: int = 1) -> None:
+        """Begin (or go on) at ``step`` completed steps; ``reduce`` sums a tensor over ``processes``."""
+        self.schedule, self._processes = schedule, processes
+        if reduce is not None:
+            self._reduce = reduce
+        self._follow_schedule(step)
+
+    def begin(self, step: int) -> None:
+        """Before the forward pass of step ``step`` + 1: attach what the schedule needs and move masks."""
+        assert self.schedule is not None
+        self._follow_schedule(step)
+        event = self.schedule.in_window(step)
+        if event is not None:
+            if not self.masks.is_open:
+                self.masks.open(self.plan.counts)
+            if step > self.schedule.start:
+                target = self._select(event)
+                self.masks.move(self.plan.survivors(target), self.schedule.mask_step)
+
+    def set_tokens(self, mask: torch.Tensor | None) -> None:
+        """Tell which tokens of the next forward pass are real: [batch, length]."""
+        if self._observing:
+            self.importance.set_tokens(mask)
+
+    def observe(self) -> None:
+        """After the last backward pass of a step, before gradients are cleared."""
+        if self._observing:
+            self.importance.update(self._reduce, self._processes)
+            self.rank_score.update(self._reduce, self._processes)
+
+    def step(self, step: int) -> PruningEvent | None:
+        """After ``step`` completed steps: decide and apply in one go (for loops without an engine)."""
+        decision = self.decide(step)
+        return None if decision is None else self.apply(decision, step)
+
+    # ------------------------------------------------------------------ one event
+
+    def decide(self, step: int) -> Decision | None:
+        """What changes after ``step`` completed steps, or None. Changes nothing itself."""
+        assert self.schedule is not None
+        event = self.schedule.event_at(step)
+        tune = self._tune_at(step)
+        if event is None and tune == self.tune:
+            return None
+        plan = self.plan if event is None else self._select(event)
+        merging = tune == "full"
+        ranks = {} if event is None or merging else self._new_ranks(event, plan)
+        return Decision(plan, ranks, tune, event)
+
+    def apply(self, decision: Decision, step: int) -> PruningEvent:
+        """Carry ``decision`` out on the plain model."""
+        self.detach()
+        self.masks.close()
+        log = EditLog()
+        survivors = apply_plan(self.model, self.family, self.spaces, self.plan, decision.plan, log)
+        followed = {name: index for name, index in survivors.items() if name in self._scored_names()}
+        self.importance.follow(followed)
+        self.plan = decision.plan
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        for path, layer in lora.adapters(self.model):
+            if path in decision.ranks:
+                lora.grow_rank(path, layer, decision.ranks[path], generator, log)
+        self.set_tune(decision.tune)
+        self._follow_schedule(step)
+        kind = "prune" if decision.event is not None else "phase"
+        return PruningEvent(step, kind, survivors, dict(log.edits), self.describe(step, kind))
+
+    def set_tune(self, tune: str) -> None:
+        """Change what trains; "full" merges the adapters into the base weights first."""
+        if tune == "full" and self.tune != "full":
+            lora.merge_adapters(self.model)
+        self.tune = tune
+        norms = [path for space in self.spaces for path in space.norms]
+        set_trainable(self.model, self.family, tune, self.settings, norms)
+
+    def detach(self) -> None:
+        """Take every observing hook out of the model (masks excepted)."""
+        if self._observing:
+            self.importance.detach()
+            self.rank_score.detach()
+            self._observing = False
+
+    def check_budget(self) -> None:
+        """Raise :class:`UserError` before anything is trained if the target cannot be met."""
+        if self.settings.prunes:
+            zeros = {space.name: torch.zeros(space.size) for space in self.spaces}
+            assert self.settings.target_sparsity is not None
+            budget = (1 - self.settings.target_sparsity) * self.cost.total(self.plan.counts)
+            select(zeros, self.spaces, self.plan, self.cost, budget, self.limits)
+
+    def sparsity(self) -> float:
+        """Share of the prunable budget removed so far, in the unit of ``sparsity_metric``."""
+        return 1 - self.cost.total(self.plan.counts) / self.cost.total(self.dense_plan.counts)
+
+    def describe(self, step: int, kind: str) -> dict[str, Any]:
+        """One record of ``events.jsonl``, without times and losses."""
+        return {
+            "step": step,
+            "kind": kind,
+            "sparsity": self.sparsity(),
+            "block_params": int(self.block_cost.total(self.plan.counts)),
+            "trainable_params": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            **_units(self.spaces, self.plan),
+            "dense": _units(self.spaces, self.dense_plan),
+            "ranks": lora.ranks(self.model),
+            "tune": self.tune,
+        }
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """(JSON part, tensor part) of everything that is not a weight of the model."""
+        json_part = {
+            "plan": self.plan.to_json(),
+            "ranks": lora.ranks(self.model),
+            "tune": self.tune,
+            "adapter_parameters_at_start": self.adapter_parameters_at_start,
+            "observing": self._observing,
+        }
+        tensors = {f"masks/{name}": value for name, value in self.masks.state_dict().items()}
+        tensors |= {f"importance/{name}": value for name, value in self.importance.state_dict().items()}
+        tensors |= {f"ranks/{name}": value for name, value in self.rank_score.state_dict().items()}
+        return json_part, {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+    def restore_shapes(self, description: Mapping[str, Any]) -> None:
+        """Give the freshly built dense model the shapes of a checkpoint, before its weights are loaded."""
+        self.plan = give_shapes(self.model, self.family, self.spaces, self.plan, description)
+        self.adapter_parameters_at_start = description["adapter_parameters_at_start"]
+        self.tune = description["tune"]
+        self.set_tune(self.tune)
+
+    def restore_scores(self, json_part: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put scores and masks of a checkpoint back, after its shapes."""
+
+        def part(prefix: str) -> dict[str, torch.Tensor]:
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+        if json_part["observing"]:
+            self._attach()
+            self.importance.load_state_dict(part("importance/"))
+            self.rank_score.load_state_dict(part("ranks/"))
+        self.masks.load_state_dict(part("masks/"))
+
+    # ------------------------------------------------------------------ inside
+
+    def _insert_adapters(self) -> None:
+        s = self.settings
+        if s.uses_adapters:
+            targets = s.lora_target_modules or self.family.adapter_targets
+            layers = self.family.layer_paths(self.model)
+            lora.insert_adapters(self.model, targets, s.lora_r, s.lora_alpha, s.lora_dropout, layers)
+
+    def _scored(self) -> list[Space]:
+        return [space for space in self.spaces if space.kind in self.limits.targets]
+
+    def _scored_names(self) -> set[str]:
+        return {space.name for space in self._scored()}
+
+    def _follow_schedule(self, step: int) -> None:
+        """Observe from the start of pruning until its last event, and only then."""
+        assert self.schedule is not None
+        wanted = self.schedule.next_event(step) is not None and step >= self.schedule.start
+        if wanted and not self._observing:
+            self._attach()
+        elif not wanted:
+            self.detach()
+
+    def _attach(self) -> None:
+        self.importance.attach(self.model, self._scored(), self.plan.counts)
+        self.rank_score.attach(self.model)
+        self._observing = True
+
+    def _select(self, event: int) -> PruningPlan:
+        assert self.schedule is not None
+        budget = (1 - self.schedule.sparsity(event)) * self.cost.total(self.dense_plan.counts)
+        return select(
+            self.importance.scores(self.model),
+            self.spaces,
+            self.plan,
+            self.cost,
+            budget,
+            self.limits,
+            self.importance.densities,
+        )
+
+    def _tune_at(self, step: int) -> str:
+        assert self.schedule is not None
+        s, tune = self.settings, self.tune
+        if s.tune_after_pruning and self.schedule.events and step >= self.schedule.end:
+            tune = s.tune_after_pruning
+        ended = step >= max(self.schedule.distillation_end, self.schedule.end)
+        if s.tune_after_distillation and ended and step > 0:
+            tune = s.tune_after_distillation
+        return tune
+
+    def _new_ranks(self, event: int, plan: PruningPlan) -> dict[str, int]:
+        assert self.schedule is not None
+        s = self.settings
+        widths = self._adapter_widths(plan)
+        ranks = lora.ranks(self.model)
+        sizes = [allocation.AdapterSize(path, ranks[path], widths[path]) for path in ranks if path in widths]
+        growth = self.schedule.tuning_share(event) * (s.tuning_growth - 1)
+        budget = self.adapter_parameters_at_start * (1 + growth)
+        return allocation.allocate(
+            sizes, self.rank_score.scores(), budget, s.max_rank, s.rank_growth, s.rank_rule
+        )
+
+    def _adapter_widths(self, plan: PruningPlan) -> dict[str, int]:
+        """in + out features of every adapted linear once ``plan`` is applied; those that vanish are left out."""
+        sides: dict[tuple[str, str], int] = {}
+        for space in self.spaces:
+            for part in space.slices:
+                sides[part.module, part.side] = plan.counts[space.name] * sum(part.parts)
+        gone = tuple(
+            path for sub in self.sublayers if plan.counts[sub.space] == 0 for path in sub.modules
+        )
+        widths = {}
+        for path, layer in lora.adapters(self.model):
+            if not any(path == module or path.startswith(module + ".") for module in gone):
+                inputs = sides.get((path, "in"), layer.in_features)
+                widths[path] = inputs + sides.get((path, "out"), layer.out_features)
+        return widths
+
+
+def give_shapes(
+    model: nn.Module, family: ModelFamily, spaces: list[Space], dense: PruningPlan, description: Mapping[str, Any]
+) -> PruningPlan:
+    """Cut a dense ``model`` with fresh adapters to what :meth:`AdaptivePruner.state` described; values stay to be loaded."""
+    plan = PruningPlan.from_json(description["plan"])
+    apply_plan(model, family, spaces, dense, plan)
+    generator = torch.Generator().manual_seed(0)
+    for path, layer in lora.adapters(model):
+        if description["ranks"].get(path, 0) > layer.r[lora.ADAPTER]:
+            lora.grow_rank(path, layer, description["ranks"][path], generator, EditLog())
+    if description["tune"] == "full":
+        lora.merge_adapters(model)
+    return plan
+
+
+def _limits(settings: MethodSettings) -> Limits:
+    return Limits(
+        targets=frozenset(settings.prune_targets),
+        round_to={"heads": 1, "neurons": settings.round_to, HIDDEN: settings.round_to},
+        minimum={"heads": settings.min_heads, "neurons": settings.min_neurons, HIDDEN: settings.min_hidden},
+    )
+
+
+def _units(spaces: list[Space], plan: PruningPlan) -> dict[str, Any]:
+    units: dict[str, Any] = {"heads": {}, "neurons": {}}
+    for space in spaces:
+        if space.name == HIDDEN:
+            units["hidden"] = plan.counts[HIDDEN]
+        else:
+            units[space.kind][str(space.layer)] = plan.counts[space.name]
+    return units

@@ -1,0 +1,163 @@
+"""What a set of units costs: an exact polynomial in the number of units left per space.
+
+Each tensor's size is a product over its dimensions, each either fixed or a space times a width, so parameters, FLOPs,
+bytes and fitted seconds are all sums of products of unit counts. Not for measuring a finished model (``measure``).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from apt_trainer.models import HIDDEN, ModelFamily, Space, Sublayer
+from apt_trainer.models.base import base_layer
+
+Term = tuple[str, ...]
+"""Names of the spaces whose counts are multiplied; the empty term is a constant."""
+
+Weigh = Callable[[str, nn.Parameter], float]
+"""Cost of one entry of a parameter, given its name."""
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Cost(counts) = Σ coefficient · Π counts, where the terms of a sublayer vanish with its last unit."""
+
+    terms: Mapping[str | None, Mapping[Term, float]]
+
+    def total(self, counts: Mapping[str, int]) -> float:
+        """Cost with ``counts`` units left per space, in the model's unit (parameters, FLOPs, seconds or bytes)."""
+        cost = 0.0
+        for guard, terms in self.terms.items():
+            if guard is not None and counts[guard] == 0:
+                continue
+            for term, coefficient in terms.items():
+                product = coefficient
+                for name in term:
+                    product *= counts[name]
+                cost += product
+        return cost
+
+    def marginal(self, space: str, counts: Mapping[str, int]) -> float:
+        """Cost of one unit of ``space`` at ``counts``: the partial derivative. Fixed parts of sublayers are excluded."""
+        cost = 0.0
+        for guard, terms in self.terms.items():
+            if guard is not None and counts[guard] == 0:
+                continue
+            for term, coefficient in terms.items():
+                for position, name in enumerate(term):
+                    if name == space:
+                        product = coefficient
+                        for other in term[:position] + term[position + 1 :]:
+                            product *= counts[other]
+                        cost += product
+        return cost
+
+
+def parameter_cost(
+    model: nn.Module,
+    family: ModelFamily,
+    spaces: Sequence[Space],
+    weigh: Weigh | None = None,
+    blocks_only: bool = True,
+) -> CostModel:
+    """Parameters of the transformer blocks (or of the whole model), adapters excluded; tied weights count once.
+
+    ``weigh`` turns the size of a parameter into another cost, for example FLOPs or bytes per entry.
+    """
+    dims = _dimensions(model, spaces)
+    guards = _guards(family.sublayers(model))
+    blocks = tuple(path + "." for path in family.block_modules(model))
+    terms: dict[str | None, dict[Term, float]] = defaultdict(lambda: defaultdict(float))
+    for name, parameter in model.named_parameters():
+        plain = name.replace(".base_layer.", ".")
+        if ".lora_" in name or (blocks_only and not plain.startswith(blocks)):
+            continue
+        coefficient = 1.0 if weigh is None else weigh(plain, parameter)
+        if coefficient == 0:
+            continue
+        term: list[str] = []
+        for dim, size in enumerate(parameter.shape):
+            space, width = dims.get((plain, dim), (None, size))
+            coefficient *= width
+            term += [space] if space is not None else []
+        guard = next((space for path, space in guards if plain.startswith(path + ".")), None)
+        terms[guard][tuple(term)] += coefficient
+    return CostModel({guard: dict(of_guard) for guard, of_guard in terms.items()})
+
+
+def flops_cost(
+    model: nn.Module, family: ModelFamily, spaces: Sequence[Space], batch_size: int, length: int
+) -> CostModel:
+    """Forward FLOPs of the blocks at [batch_size, length]: 2 per weight and token, plus attention scores and values."""
+    tokens = batch_size * length
+    cost = parameter_cost(
+        model, family, spaces, weigh=lambda name, p: 2.0 * tokens if p.dim() == 2 else 0.0
+    )
+    terms = {guard: dict(of_guard) for guard, of_guard in cost.terms.items()}
+    for space in spaces:
+        if space.kind == "heads":
+            scores = 2 * 2.0 * tokens * length * space.channels
+            terms[space.name][(space.name,)] = terms[space.name].get((space.name,), 0.0) + scores
+    return CostModel(terms)
+
+
+def memory_cost(
+    model: nn.Module, family: ModelFamily, spaces: Sequence[Space], batch_size: int, length: int
+) -> CostModel:
+    """Bytes at inference: every weight of the model, plus the widest feed-forward activation of one layer averaged
+    over layers and two residual streams at [batch_size, length]."""
+    element = next(model.parameters()).element_size()
+    cost = parameter_cost(model, family, spaces, weigh=lambda name, p: float(p.element_size()), blocks_only=False)
+    terms = {guard: dict(of_guard) for guard, of_guard in cost.terms.items()}
+    tokens = batch_size * length
+    neurons = [space for space in spaces if space.kind == "neurons"]
+    for space in neurons:
+        of_guard = terms.setdefault(space.name, {})
+        of_guard[(space.name,)] = of_guard.get((space.name,), 0.0) + 2.0 * element * tokens / len(neurons)
+    constant = terms.setdefault(None, {})
+    constant[(HIDDEN,)] = constant.get((HIDDEN,), 0.0) + 2.0 * element * tokens
+    return CostModel(terms)
+
+
+def fitted_cost(
+    spaces: Sequence[Space], seconds_per_unit: Mapping[str, float], fixed_seconds: Mapping[str, float]
+) -> CostModel:
+    """Latency as measured per sublayer: (fixed + per unit · units), scaled by the share of hidden dimensions left."""
+    hidden = next(space.size for space in spaces if space.name == HIDDEN)
+    return CostModel(
+        {
+            name: {(name, HIDDEN): seconds_per_unit[name] / hidden, (HIDDEN,): fixed_seconds[name] / hidden}
+            for name in seconds_per_unit
+        }
+    )
+
+
+def _dimensions(model: nn.Module, spaces: Sequence[Space]) -> dict[tuple[str, int], tuple[str, float]]:
+    """(parameter name, dim) → (space, entries per unit)."""
+    dims: dict[tuple[str, int], tuple[str, float]] = {}
+    for space in spaces:
+        for part in space.slices:
+            module = base_layer(model.get_submodule(part.module))
+            width = float(sum(part.parts))
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 1:
+                    if part.side == "out":
+                        dims[f"{part.module}.{name}", 0] = (space.name, width)
+                    continue
+                out_dim = 1 if isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D" else 0
+                dim = out_dim if part.side == "out" else 1 - out_dim
+                dims[f"{part.module}.{name}", dim] = (space.name, width)
+    return dims
+
+
+def _guards(sublayers: Sequence[Sublayer]) -> list[tuple[str, str]]:
+    return [(path, sublayer.space) for sublayer in sublayers for path in sublayer.modules]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,153 @@
+"""Soft masks: units fade before they are cut, so that the model can adapt and a choice can be taken back.
+
+Masks multiply the input of output projections (heads, neurons) and act inside norms (hidden dimensions): a norm's
+statistics run over live dimensions only, which makes a mask of zeros and ones equal the cut model exactly. Between
+windows nothing is hooked. Not part of the state dict of the model; :meth:`MaskStore.state_dict` is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
+
+from apt_trainer.models import Space, Sublayer
+from apt_trainer.models.stubs import STUBS
+
+
+class MaskStore:
+    """One value in [0, 1] per unit left; 1 = on.
+
+    The master copies live on the CPU, where selections are made; hooks use copies on the model's device.
+    """
+
+    def __init__(self, model: nn.Module, spaces: Sequence[Space], sublayers: Sequence[Sublayer]) -> None:
+        self._model = model
+        self._spaces = {space.name: space for space in spaces}
+        self._sublayers = {sublayer.space: sublayer for sublayer in sublayers}
+        self._handles: list[RemovableHandle] = []
+        self._values: dict[str, torch.Tensor] = {}
+        self._active: dict[str, torch.Tensor] = {}
+
+    @property
+    def is_open(self) -> bool:
+        return bool(self._values)
+
+    @property
+    def values(self) -> Mapping[str, torch.Tensor]:
+        """Mask per space, [units left] float32 on the CPU."""
+        return self._values
+
+    def open(self, counts: Mapping[str, int]) -> None:
+        """Start a window with every unit on."""
+        self.close()
+        self._values = {name: torch.ones(counts[name]) for name in self._spaces if counts[name] > 0}
+        self._hook()
+
+    def close(self) -> None:
+        """Take every hook out; the model is as without masks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._values, self._active = {}, {}
+
+    @torch.no_grad()
+    def move(self, positions: Mapping[str, torch.Tensor], step: float) -> None:
+        """Move masks by ``step`` towards 1 for kept ``positions`` and towards 0 for the rest.
+
+        ``positions``: space → kept units [kept]; a space that is not named keeps all. ``step`` of 1 makes masks binary.
+        """
+        for name, value in self._values.items():
+            delta = torch.full_like(value, step)
+            if name in positions:
+                delta.neg_()
+                delta[positions[name]] = step
+            value.add_(delta).clamp_(0.0, 1.0)
+        self._publish()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return dict(self._values)
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        self.close()
+        if state:
+            self._values = {name: value.clone() for name, value in state.items()}
+            self._hook()
+
+    def _publish(self) -> None:
+        for name, value in self._values.items():
+            repeated = value.repeat_interleave(self._spaces[name].channels)
+            if name in self._active:
+                self._active[name].copy_(repeated)
+
+    def _hook(self) -> None:
+        device = next(self._model.parameters()).device
+        for name, value in self._values.items():
+            space = self._spaces[name]
+            self._active[name] = value.repeat_interleave(space.channels).to(device)
+            if space.gate is not None:
+                gate = self._model.get_submodule(space.gate)
+                self._handles.append(gate.register_forward_pre_hook(self._gate(name)))
+            for path in space.norms:
+                if not any(stub.module in path for stub in self._gone_stubs()):
+                    self._handles.append(self._model.get_submodule(path).register_forward_hook(self._norm(name)))
+            if name in self._sublayers:
+                for stub in self._sublayers[name].stubs:
+                    module = self._model.get_submodule(stub.module)
+                    self._handles.append(
+                        module.register_forward_hook(self._bypass(name, STUBS[stub.kind]()), with_kwargs=True)
+                    )
+
+    def _gone_stubs(self) -> list[Any]:
+        return [s for name, sub in self._sublayers.items() if name not in self._values for s in sub.stubs]
+
+    def _gate(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            mask = self._active[name]
+            return (args[0] * mask.to(args[0].dtype), *args[1:])
+
+        return hook
+
+    def _norm(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+            return masked_norm(module, args[0], self._active[name]).to(output.dtype)
+
+        return hook
+
+    def _bypass(self, name: str, stub: nn.Module) -> Any:
+        """While every unit of a sublayer is fully off, it is skipped as it will be after the cut."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if self._values[name].any():
+                return output
+            return stub(*args, **kwargs)
+
+        return hook
+
+
+def masked_norm(module: nn.Module, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Norm of ``x`` [..., d] with statistics weighted by ``mask`` [d], zero where the mask is zero.
+
+    With a mask of zeros and ones this equals the norm of the selected dimensions; with ones, the plain norm.
+    Any norm that is not ``nn.LayerNorm`` is taken to be of RMS type.
+    """
+    live = mask.sum()
+    if isinstance(module, nn.LayerNorm):
+        x32 = x.float()
+        mean = (x32 * mask).sum(-1, keepdim=True) / live
+        centred = x32 - mean
+        variance = (centred.square() * mask).sum(-1, keepdim=True) / live
+        weight = module.weight if module.weight is not None else 1.0
+        bias = module.bias if module.bias is not None else 0.0
+        return (centred * torch.rsqrt(variance + module.eps) * weight + bias) * mask
+    scale = (mask * (len(mask) / live)).sqrt()
+    back = mask / scale.masked_fill(mask == 0, 1.0)
+    return module.forward(x * scale.to(x.dtype)) * back.to(x.dtype)
+
+
+def plain_norm(x: torch.Tensor, module: nn.LayerNorm) -> torch.Tensor:
+    return functional.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)

@@ -1,0 +1,134 @@
+"""Which units stay: joint ranking of all kinds by score per cost, longest prefix within the budget (APT, Sec. 4.2).
+
+Units of one space are grouped into chunks of ``round_to`` by falling score, so that a plan is a multiple of it by
+construction. Pure function of scores and costs; not for measuring either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from apt_trainer.errors import UserError
+from apt_trainer.models import Space
+from apt_trainer.pruning.cost import CostModel
+from apt_trainer.pruning.plan import PruningPlan
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Multiples and minimums per kind, and which kinds may lose units at all."""
+
+    targets: frozenset[str]
+    round_to: Mapping[str, int]
+    minimum: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    density: float
+    order: int
+    space: str
+    units: int
+
+
+def select(
+    scores: Mapping[str, torch.Tensor],
+    spaces: Sequence[Space],
+    current: PruningPlan,
+    cost: CostModel,
+    budget: float,
+    limits: Limits,
+    scores_are_densities: bool = False,
+) -> PruningPlan:
+    """Plan of the most salient units whose cost is at most ``budget``.
+
+    ``scores``: space → [units left] float, higher = keep. The ranking is by score / marginal cost at the current
+    counts; chunks after the longest prefix that still fit are added in order. Raises :class:`UserError` when even
+    the minimums exceed the budget.
+    """
+    counts = _floor(spaces, current, limits)
+    least = cost.total(counts)
+    if least > budget:
+        raise UserError(
+            f"The budget allows a cost of {budget:,.0f}, but the least that prune_targets, min_heads, min_neurons, "
+            f"min_hidden and round_to leave is {least:,.0f}. Lower target_sparsity, widen prune_targets or lower a minimum."
+        )
+    chunks = _chunks(scores, spaces, current, cost, limits, counts, scores_are_densities)
+    for chunk in _within(chunks, counts, cost, budget):
+        counts[chunk.space] += chunk.units
+    positions = {}
+    for space in spaces:
+        if counts[space.name] < current.counts[space.name]:
+            order = torch.sort(scores[space.name].double().cpu(), descending=True, stable=True).indices
+            positions[space.name] = order[: counts[space.name]].sort().values
+    return current.narrowed(positions)
+
+
+def _floor(spaces: Sequence[Space], current: PruningPlan, limits: Limits) -> dict[str, int]:
+    """Units per space that stay in any case."""
+    floor = {}
+    for space in spaces:
+        left = current.counts[space.name]
+        minimum = min(left, limits.minimum[space.kind])
+        multiple = limits.round_to[space.kind]
+        floor[space.name] = min(left, -(-minimum // multiple) * multiple) if space.kind in limits.targets else left
+    return floor
+
+
+def _chunks(
+    scores: Mapping[str, torch.Tensor],
+    spaces: Sequence[Space],
+    current: PruningPlan,
+    cost: CostModel,
+    limits: Limits,
+    floor: Mapping[str, int],
+    scores_are_densities: bool,
+) -> list[_Chunk]:
+    """Everything above the floor, in groups, most salient per cost first; ties keep the order of the model."""
+    chunks: list[_Chunk] = []
+    for space in spaces:
+        left = current.counts[space.name]
+        if left == floor[space.name]:
+            continue
+        values = scores[space.name].double().cpu().sort(descending=True, stable=True).values[floor[space.name] :]
+        if not bool(torch.isfinite(values).all()):
+            raise UserError(f"Scores of {space.name} are not finite. Lower the learning rate, or look at the data.")
+        unit_cost = 1.0 if scores_are_densities else cost.marginal(space.name, current.counts)
+        for group in values.split(limits.round_to[space.kind]):
+            chunks.append(_Chunk(float(group.mean()) / unit_cost, len(chunks), space.name, len(group)))
+    return sorted(chunks, key=lambda chunk: (-chunk.density, chunk.order))
+
+
+def _within(
+    chunks: Sequence[_Chunk], floor: Mapping[str, int], cost: CostModel, budget: float
+) -> list[_Chunk]:
+    """Longest prefix within the budget by bisection, then later chunks that still fit."""
+
+    def counts_of(number: int) -> dict[str, int]:
+        counts = dict(floor)
+        for chunk in chunks[:number]:
+            counts[chunk.space] += chunk.units
+        return counts
+
+    low, high = 0, len(chunks)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if cost.total(counts_of(middle)) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    chosen, counts = list(chunks[:low]), counts_of(low)
+    full: set[str] = set()
+    for chunk in chunks[low:]:
+        if chunk.space in full:
+            continue
+        counts[chunk.space] += chunk.units
+        if cost.total(counts) <= budget:
+            chosen.append(chunk)
+        else:
+            counts[chunk.space] -= chunk.units
+            full.add(chunk.space)  # later chunks of a space are not smaller, but for its last one
+    return chosen

@@ -1,0 +1,109 @@
+"""How one type of module loses rows or columns. Knows module types, not models.
+
+To support another type register a function on :func:`slice_module`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import singledispatch
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from apt_trainer.models.base import Side
+
+
+@dataclass(frozen=True)
+class Keep:
+    """``index`` [n] along ``dim`` survives."""
+
+    dim: int
+    index: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Grow:
+    """``extra`` entries were appended along ``dim``."""
+
+    dim: int
+    extra: int
+
+
+@dataclass
+class EditLog:
+    """What happened to each parameter, by name, so that optimizer state can follow; also keeps tied weights tied."""
+
+    edits: dict[str, list[Keep | Grow]] = field(default_factory=lambda: defaultdict(list))
+    _done: dict[tuple[int, int], tuple[nn.Parameter, nn.Parameter]] = field(default_factory=dict)
+
+    def keep(self, module: nn.Module, path: str, name: str, dim: int, index: torch.Tensor) -> None:
+        """Cut parameter ``name`` of ``module`` to ``index`` along ``dim``; a parameter tied to it is cut once."""
+        old = module._parameters.get(name)
+        if old is None:
+            return
+        self.edits[f"{path}.{name}"].append(Keep(dim, index))
+        done = self._done.get((id(old), dim))
+        if done is None:
+            selected = old.detach().index_select(dim, index.to(old.device))
+            new = nn.Parameter(selected, requires_grad=old.requires_grad)
+            self._done[id(old), dim] = (old, new)  # the reference to old keeps its id from being reused
+        else:
+            new = done[1]
+        module._parameters[name] = new
+
+    def grow(self, name: str, dim: int, extra: int) -> None:
+        self.edits[name].append(Grow(dim, extra))
+
+
+@singledispatch
+def slice_module(module: nn.Module, side: Side, index: torch.Tensor, path: str, log: EditLog) -> None:
+    """Keep ``index`` of one side of ``module``. The default serves norms: one weight (and bias) of one dimension."""
+    weight = module._parameters.get("weight")
+    assert weight is not None and weight.dim() == 1, f"{path}: {type(module).__name__} cannot be sliced"
+    log.keep(module, path, "weight", 0, index)
+    log.keep(module, path, "bias", 0, index)
+    if isinstance(module, nn.LayerNorm):
+        module.normalized_shape = (len(index),)
+
+
+@slice_module.register
+def _(module: nn.Linear, side: Side, index: torch.Tensor, path: str, log: EditLog) -> None:
+    log.keep(module, path, "weight", 0 if side == "out" else 1, index)
+    if side == "out":
+        log.keep(module, path, "bias", 0, index)
+        module.out_features = len(index)
+    else:
+        module.in_features = len(index)
+
+
+@slice_module.register
+def _(module: Conv1D, side: Side, index: torch.Tensor, path: str, log: EditLog) -> None:
+    log.keep(module, path, "weight", 1 if side == "out" else 0, index)
+    if side == "out":
+        log.keep(module, path, "bias", 0, index)
+        module.nf = len(index)
+    else:
+        module.nx = len(index)
+
+
+@slice_module.register
+def _(module: nn.Embedding, side: Side, index: torch.Tensor, path: str, log: EditLog) -> None:
+    log.keep(module, path, "weight", 1, index)
+    module.embedding_dim = len(index)
+
+
+@slice_module.register
+def _(module: LoraLayer, side: Side, index: torch.Tensor, path: str, log: EditLog) -> None:
+    """Cuts the base weight, and the columns of every A (inputs) or the rows of every B (outputs)."""
+    slice_module(module.base_layer, side, index, f"{path}.base_layer", log)
+    factors, attribute = (
+        (module.lora_A, "in_features") if side == "in" else (module.lora_B, "out_features")
+    )
+    factor_name = "lora_A" if side == "in" else "lora_B"
+    for adapter, linear in factors.items():
+        slice_module(linear, side, index, f"{path}.{factor_name}.{adapter}", log)
+    setattr(module, attribute, len(index))

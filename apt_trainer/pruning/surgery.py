@@ -1,0 +1,70 @@
+"""Removing units from a model: base weights, adapters, norms, embeddings, heads and whole sublayers.
+
+Works on meta tensors too, which is how a dry run and a load use it. Not for choosing units, nor for optimizer
+state: the returned edits say what its owner has to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from apt_trainer.models import HIDDEN, ModelFamily, Space, Sublayer
+from apt_trainer.models.stubs import STUBS
+from apt_trainer.pruning.plan import PruningPlan
+from apt_trainer.pruning.slicing import EditLog, slice_module
+
+
+def apply_plan(
+    model: nn.Module,
+    family: ModelFamily,
+    spaces: Sequence[Space],
+    current: PruningPlan,
+    new: PruningPlan,
+    log: EditLog | None = None,
+) -> dict[str, torch.Tensor]:
+    """Cut ``model`` in place from ``current`` to ``new``.
+
+    ``spaces`` are those of the dense model. Returns the survivors per space that shrank, as positions in
+    ``current``; edits of every parameter are appended to ``log``.
+    """
+    log = EditLog() if log is None else log
+    survivors = current.survivors(new)
+    gone = _remove_sublayers(model, family.sublayers(model), current, new)
+    for space in spaces:
+        if space.name not in survivors or new.counts[space.name] == 0:
+            continue
+        size = current.counts[space.name]
+        for part in space.slices:
+            if not any(part.module == path or part.module.startswith(path + ".") for path in gone):
+                index = part.rows(survivors[space.name], size)
+                slice_module(model.get_submodule(part.module), part.side, index, part.module, log)
+    for path, attribute, value in family.attributes(model, new.counts):
+        setattr(model.get_submodule(path), attribute, value)
+    return survivors
+
+
+def removed_sublayers(sublayers: Sequence[Sublayer], plan: PruningPlan) -> list[Sublayer]:
+    """Sublayers whose last unit is gone."""
+    return [sublayer for sublayer in sublayers if plan.counts[sublayer.space] == 0]
+
+
+def _remove_sublayers(
+    model: nn.Module, sublayers: Sequence[Sublayer], current: PruningPlan, new: PruningPlan
+) -> list[str]:
+    """Put stubs in the place of sublayers without units; returns the paths of all modules that are not there (any more)."""
+    gone: list[str] = []
+    for sublayer in removed_sublayers(sublayers, new):
+        gone += sublayer.modules
+        if current.counts[sublayer.space] == 0:
+            continue
+        for stub in sublayer.stubs:
+            model.set_submodule(stub.module, STUBS[stub.kind]())
+    return gone
+
+
+def hidden_survivors(survivors: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """Surviving hidden dimensions [d'] of the last cut, or None when none went."""
+    return survivors.get(HIDDEN)

@@ -1,0 +1,140 @@
+"""Tables of results, readable as plain text and valid as Markdown.
+
+Only arranges numbers that were measured elsewhere; a number that is missing is shown as a dash, never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from apt_trainer.measure.latency import Latency, ratio_is_noise
+
+MISSING = "–"
+Column = tuple[str, str, Callable[[Any], str] | None]
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> str:
+    """Lay out rows as a Markdown table with padded cells; the first column is aligned left, the others right.
+
+    Args:
+        rows: One mapping per row. A key that is absent or None gives a dash.
+        columns: Key, header and a function from value to text (None: ``str``) of each column.
+
+    Returns:
+        Lines joined by line breaks, without one at the end.
+    """
+    cells = [[header for _, header, _ in columns]]
+    cells += [[_cell(row.get(key), form) for key, _, form in columns] for row in rows]
+    widths = [max(3, *(len(line[i]) for line in cells)) for i in range(len(columns))]
+    lines = [_line(line, widths) for line in cells]
+    rule = [("-" * width if i == 0 else "-" * (width - 1) + ":") for i, width in enumerate(widths)]
+    return "\n".join([lines[0], _line(rule, widths), *lines[1:]])
+
+
+def comparison_table(metrics: Mapping[str, Any]) -> str:
+    """Set the pruned model beside the dense one.
+
+    Args:
+        metrics: Content of ``metrics.json``. Read keys: ``task_metric`` (pruned), ``task_metric_dense``,
+            ``metric_name``; ``block_params``, ``total_params``, ``disk_bytes`` each also with ``_dense``;
+            ``latency_ms`` = {"dense" | "pruned": {batch size: {"median_ms", "iqr_ms"}}}; ``train_seconds`` and
+            ``peak_memory_bytes`` of the run that made the pruned model. Any of them may be absent.
+
+    Returns:
+        Table with the columns measure, dense, pruned and pruned / dense.
+    """
+    measures: list[tuple[str, str, Callable[[Any], str]]] = [
+        (str(metrics.get("metric_name") or "task metric"), "task_metric", "{:.4f}".format),
+        ("parameters in blocks", "block_params", format_count),
+        ("parameters in total", "total_params", format_count),
+        ("size on disk", "disk_bytes", format_bytes),
+    ]
+    rows = [_compared(label, metrics.get(f"{key}_dense"), metrics.get(key), form) for label, key, form in measures]
+    rows += _latency_rows(metrics.get("latency_ms") or {})
+    rows.append(_compared("training time", None, metrics.get("train_seconds"), format_seconds))
+    rows.append(_compared("peak memory in training", None, metrics.get("peak_memory_bytes"), format_bytes))
+    headers = ("measure", "dense", "pruned", "pruned / dense")
+    return markdown_table(rows, [(header, header, None) for header in headers])
+
+
+def format_bytes(count: float | None) -> str:
+    """Bytes in decimal units: 999 B, 1.5 kB, 438.0 MB."""
+    return _scaled(count, ("B", "kB", "MB", "GB", "TB"))
+
+
+def format_count(count: float | None) -> str:
+    """Counts in decimal units: 999, 1.5 k, 109.5 M, 7.2 G."""
+    return _scaled(count, ("", "k", "M", "G", "T"))
+
+
+def format_seconds(seconds: float | None) -> str:
+    """Durations: 9.5 s, 12 min 05 s, 3 h 04 min."""
+    if seconds is None:
+        return MISSING
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _latency_rows(latency: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
+    dense, pruned = latency.get("dense") or {}, latency.get("pruned") or {}
+    rows = []
+    for batch_size in sorted(set(dense) | set(pruned), key=int):
+        a, b = _latency(dense.get(batch_size)), _latency(pruned.get(batch_size))
+        row = _compared(f"latency, batch {batch_size}", a, b, _format_latency)
+        if a is not None and b is not None:
+            noise = " (within noise)" if ratio_is_noise(a, b) else ""
+            row["pruned / dense"] = _ratio(a.median_ms, b.median_ms) + noise
+        rows.append(row)
+    return rows
+
+
+def _compared(label: str, dense: Any, pruned: Any, form: Callable[[Any], str]) -> dict[str, str]:
+    plain = isinstance(dense, int | float) and isinstance(pruned, int | float)
+    ratio = _ratio(dense, pruned) if plain else MISSING
+    return {
+        "measure": label,
+        "dense": _cell(dense, form),
+        "pruned": _cell(pruned, form),
+        "pruned / dense": ratio,
+    }
+
+
+def _ratio(dense: float, pruned: float) -> str:
+    return f"{100 * pruned / dense:.1f} %" if dense > 0 else MISSING
+
+
+def _latency(entry: Mapping[str, Any] | None) -> Latency | None:
+    return None if entry is None else Latency(entry["median_ms"], entry["iqr_ms"], entry.get("runs", 0))
+
+
+def _format_latency(latency: Latency) -> str:
+    return f"{latency.median_ms:.2f} ms (IQR {latency.iqr_ms:.2f})"
+
+
+def _scaled(count: float | None, units: Sequence[str]) -> str:
+    if count is None:
+        return MISSING
+    if abs(count) < 1000:
+        return f"{count:g} {units[0]}".strip()
+    power = 0
+    while round(abs(count), 1) >= 1000 and power < len(units) - 1:
+        count, power = count / 1000, power + 1
+    return f"{count:.1f} {units[power]}"
+
+
+def _cell(value: Any, form: Callable[[Any], str] | None) -> str:
+    if value is None:
+        return MISSING
+    text = str(value) if form is None else form(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    padded = [
+        cell.ljust(width) if i == 0 else cell.rjust(width)
+        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]
+    return f"| {' | '.join(padded)} |"

@@ -1,0 +1,143 @@
+"""Pure functions of the step: when units go, how many, how fast masks fade, how much the teacher counts.
+
+Steps are completed optimizer steps: an event at step t happens after the t-th update. Knows neither model nor Trainer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from apt_trainer.errors import UserError
+from apt_trainer.settings import MethodSettings
+
+_WINDOWS = {"early": (0.1, 0.3), "late": (0.5, 0.75), "after": (1.0, 1.0)}
+_DEFAULT_DISTILLATION_END = 0.6
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Everything that depends on the step, resolved for a run of ``total`` steps. Build with :func:`make_schedule`."""
+
+    total: int
+    start: int
+    events: tuple[int, ...]
+    window: int
+    mask_step: float
+    target_sparsity: float
+    cubic: bool
+    distillation_start: int
+    distillation_end: int
+    distillation_weight: float
+
+    @property
+    def end(self) -> int:
+        """Step at which the target sparsity is reached; 0 when nothing is pruned."""
+        return self.events[-1] if self.events else 0
+
+    def sparsity(self, event: int) -> float:
+        """Target after event number ``event`` (0-based): s_T·(1 − (1 − j/n)³) (APT, App. C)."""
+        progress = (event + 1) / len(self.events)
+        return self.target_sparsity * (1 - (1 - progress) ** (3 if self.cubic else 1))
+
+    def tuning_share(self, event: int) -> float:
+        """Share in (0, 1] of the growth of adapter parameters that is reached at ``event`` (0-based); linear."""
+        return (event + 1) / len(self.events)
+
+    def event_at(self, step: int) -> int | None:
+        """Number of the event that happens after ``step``, if any."""
+        return self.events.index(step) if step in self.events else None
+
+    def next_event(self, step: int) -> int | None:
+        """Number of the first event later than ``step`` completed steps."""
+        return next((number for number, at in enumerate(self.events) if at > step), None)
+
+    def window_start(self, event: int) -> int:
+        """First completed step at which masks of ``event`` may move."""
+        previous = self.events[event - 1] if event else self.start
+        return max(previous, self.events[event] - self.window)
+
+    def in_window(self, step: int) -> int | None:
+        """Number of the event whose masks fade while step ``step`` + 1 is computed, if any."""
+        event = self.next_event(step)
+        if event is None or self.window == 0 or step < self.window_start(event):
+            return None
+        return event
+
+    def distils(self, step: int) -> bool:
+        """Whether a distillation loss is used after ``step`` completed steps."""
+        return self.distillation_start <= step < self.distillation_end
+
+    def mu(self, step: int) -> float:
+        """Weight of distillation against the task: rises linearly to its maximum at the end of pruning (APT, Sec. 4.4)."""
+        if not self.distils(step):
+            return 0.0
+        ramp = self.end - self.distillation_start
+        share = min(1.0, (step - self.distillation_start) / ramp) if ramp > 0 else 1.0
+        return self.distillation_weight * share
+
+
+def make_schedule(settings: MethodSettings, total: int) -> Schedule:
+    """Resolve fractions and defaults for ``total`` optimizer steps; raises :class:`UserError` if the run is too short."""
+    if total < 1:
+        raise UserError(f"The run has {total} steps. Raise num_train_epochs or max_steps.")
+    start, events, window = _pruning_steps(settings, total)
+    distillation_start, distillation_end = _distillation_steps(settings, total, start, events)
+    return Schedule(
+        total=total,
+        start=start,
+        events=events,
+        window=window,
+        mask_step=max(settings.mask_step, 2.0 / window if window else 1.0),
+        target_sparsity=settings.target_sparsity or 0.0,
+        cubic=settings.sparsity_schedule == "cubic",
+        distillation_start=distillation_start,
+        distillation_end=distillation_end,
+        distillation_weight=settings.distillation_weight,
+    )
+
+
+def _steps(value: float, total: int) -> int:
+    return round(value * total) if value < 1 else int(value)
+
+
+def _pruning_steps(settings: MethodSettings, total: int) -> tuple[int, tuple[int, ...], int]:
+    """(start, events, mask window)"""
+    if not settings.prunes:
+        return 0, (), 0
+    default_start, default_end = _WINDOWS[settings.pruning_time]
+    if settings.pruning_time == "after":
+        return max(0, total - int(settings.mask_window)), (total,), 0
+    start = _steps(default_start if settings.pruning_start is None else settings.pruning_start, total)
+    end = _steps(default_end if settings.pruning_end is None else settings.pruning_end, total)
+    number = settings.num_pruning_events
+    if end > total:
+        raise UserError(f"pruning_end={end} lies after the last step {total}. Lower pruning_end, or train longer.")
+    if end - start < number:
+        raise UserError(
+            f"{number} pruning events need at least {number} steps between pruning_start and pruning_end, but there "
+            f"are {end - start} (step {start} to {end} of {total}). Lower num_pruning_events, move pruning_end or train longer."
+        )
+    events = tuple(start + round((end - start) * (j + 1) / number) for j in range(number))
+    interval = (end - start) // number
+    return start, events, min(interval, _steps(settings.mask_window, total))
+
+
+def _distillation_steps(
+    settings: MethodSettings, total: int, start: int, events: tuple[int, ...]
+) -> tuple[int, int]:
+    if settings.distillation == "none" or (settings.distillation == "self" and not events):
+        return 0, 0
+    first = start if settings.distillation_start is None else _steps(settings.distillation_start, total)
+    last_event = events[-1] if events else 0
+    default_end = max(_steps(_DEFAULT_DISTILLATION_END, total), last_event)
+    last = default_end if settings.distillation_end is None else _steps(settings.distillation_end, total)
+    if settings.pruning_time == "after" and settings.distillation == "self":
+        raise UserError(
+            "pruning_time: after removes units when training has ended, so nothing is left to distil. Use distillation: none."
+        )
+    if not first < last <= total:
+        raise UserError(
+            f"Distillation would run from step {first} to {last} of {total}. "
+            "Set distillation_start below distillation_end, or use distillation: none."
+        )
+    return first, last

@@ -1,0 +1,239 @@
+"""What every task shares: the result type, columns, labels, tokenising and padding. Not for reading files: that is
+:mod:`apt_trainer.tasks.loading`; not for one task's own encoding: each has its module.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets import ClassLabel, Dataset, Value
+from transformers import EvalPrediction, PreTrainedTokenizerBase
+
+from apt_trainer.errors import UserError
+from apt_trainer.settings import DataSettings
+
+PART_NAMES = {"train": "training", "validation": "validation", "test": "test"}
+IGNORED_LABEL = -100  # the index that torch's cross-entropy leaves out
+
+ComputeMetrics = Callable[[EvalPrediction], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The data side of one run, ready for a ``transformers.Trainer``.
+
+    ``train``, ``validation`` and ``test`` are tokenised and hold the model's inputs and labels only; ``test`` is
+    ``validation`` where no test data was given, as ``test_name`` says. ``metrics`` has one ``compute_metrics`` for
+    "validation" and one for "test"; each returns ``metric_name`` (higher is better) and its companions, as fractions
+    or correlations. ``fingerprint`` is a hash of the raw training rows used, the same on every machine.
+    """
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    test_name: str
+    collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
+    model_class: str
+    model_kwargs: dict[str, Any]
+    metric_name: str
+    metrics: Mapping[str, ComputeMetrics]
+    label_names: tuple[str, ...]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns in use."""
+
+    text: str
+    text_pair: str | None
+    label: str
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name in (self.text, self.text_pair, self.label) if name is not None]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Raw rows per part; ``all_train`` is the training data before anything was held out or left out."""
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset | None
+    all_train: Dataset
+
+    @property
+    def parts(self) -> dict[str, Dataset]:
+        parts = {"train": self.train, "validation": self.validation}
+        return parts if self.test is None else parts | {"test": self.test}
+
+
+def first_output(predictions: Any) -> Any:
+    """The logits, where a model returned further outputs beside them."""
+    return predictions[0] if isinstance(predictions, tuple | list) else predictions
+
+
+# ------------------------------------------------------------------------------------------------ columns
+
+
+def require_column(rows: Dataset, column: str, setting: str, part: str) -> None:
+    """Raise :class:`UserError` with the nearest name where ``column`` is missing from one part."""
+    if column in rows.column_names:
+        return
+    close = difflib.get_close_matches(column, rows.column_names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else f" Set {setting}."
+    raise UserError(
+        f"{setting}={column!r} is not a column of the {PART_NAMES[part]} data. "
+        f"Its columns are: {', '.join(rows.column_names)}.{hint}"
+    )
+
+
+def is_text(feature: Any) -> bool:
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+
+
+def is_list_of_text(feature: Any) -> bool:
+    return is_text(getattr(feature, "feature", None))
+
+
+def only_column(rows: Dataset, taken: Iterable[str | None], fits: Callable[[Any], bool], kind: str) -> str:
+    """The one column of the wanted kind that is not taken; :class:`UserError` where there is none or several."""
+    found = [name for name, feature in rows.features.items() if fits(feature) and name not in taken]
+    if len(found) == 1:
+        return found[0]
+    several = f"several columns hold {kind} ({', '.join(found)})" if found else f"no further column holds {kind}"
+    raise UserError(
+        f"text_column is not set, and in the training data {several}. "
+        f"Its columns are: {', '.join(rows.column_names)}. Set text_column (and text_pair_column for pairs)."
+    )
+
+
+def check_column(rows: Dataset, column: str, setting: str, part: str, fits: Callable[[Any], bool], kind: str) -> None:
+    """Raise :class:`UserError` unless the column is there, holds the wanted kind and has no empty cell."""
+    require_column(rows, column, setting, part)
+    if not fits(rows.features[column]):
+        raise UserError(
+            f"{setting}={column!r} of the {PART_NAMES[part]} data must hold {kind}, but holds {rows.features[column]}."
+        )
+    check_filled(rows, column, setting, part)
+
+
+def check_filled(rows: Dataset, column: str, setting: str, part: str) -> None:
+    """Raise :class:`UserError` naming the first row whose cell is empty."""
+    cells: pa.ChunkedArray = rows.select_columns([column]).with_format("arrow")[:].column(0)
+    if cells.null_count:
+        row = pc.index(pc.is_null(cells), True).as_py()
+        raise UserError(
+            f"{setting}={column!r} of the {PART_NAMES[part]} data is empty in {cells.null_count} of {len(rows)} rows, "
+            f"first in row {row} (counted from 0). Fill these rows or remove them."
+        )
+
+
+# ------------------------------------------------------------------------------------------------ labels
+
+
+def label_text(value: Any, feature: Any) -> str:
+    """One label as text, the same for 1, 1.0 and "1"; names of a ``ClassLabel`` where the column has them."""
+    if isinstance(feature, ClassLabel) and isinstance(value, int):
+        return feature.int2str(value) if value >= 0 else str(value)
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def label_names(values: Iterable[Any], feature: Any, column: str) -> tuple[str, ...]:
+    """Names in the order of their ids: those of the ``ClassLabel``, else the labels sorted (numbers by size)."""
+    if isinstance(feature, ClassLabel):
+        return tuple(feature.names)
+    values = set(values)
+    fraction = next((v for v in values if isinstance(v, float) and not v.is_integer()), None)
+    if fraction is not None:
+        raise UserError(
+            f"label_column={column!r} holds {fraction}, which is no class. Use task: regression for numbers."
+        )
+    names = {label_text(value, feature): value for value in values}
+    if len(names) < 2:
+        raise UserError(
+            f"label_column={column!r}: all training data has the label {', '.join(names)!r}. "
+            "At least two labels are needed."
+        )
+    numeric = all(isinstance(value, int | float) for value in values)
+    return tuple(sorted(names, key=names.__getitem__ if numeric else None))
+
+
+def check_labels(values: Iterable[Any], feature: Any, names: tuple[str, ...], column: str, part: str) -> None:
+    """Raise :class:`UserError` for a label that the training data does not have, or for hidden ones (-1)."""
+    unknown = sorted({label_text(value, feature) for value in values} - set(names))
+    if not unknown:
+        return
+    if "-1" in unknown:
+        raise UserError(
+            f"label_column={column!r} of the {PART_NAMES[part]} data holds -1, which marks hidden or missing labels, "
+            "so nothing can be measured on it. Use labelled data, or leave out these rows (or this split)."
+        )
+    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    raise UserError(
+        f"label_column={column!r} of the {PART_NAMES[part]} data has the label {unknown[0]!r}, "
+        f"which the training data does not have. Labels of the training data: {shown}."
+    )
+
+
+def label_kwargs(names: tuple[str, ...]) -> dict[str, Any]:
+    """Configuration of a model with one output per label."""
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+
+
+# ------------------------------------------------------------------------------------------------ encoding
+
+
+def encode(
+    rows: Dataset, function: Callable[..., dict[str, Any]], *, with_indices: bool = False, **kwargs: Any
+) -> Any:
+    """Map batches of raw rows to model inputs; every raw column is dropped.
+
+    Kept in memory and never read from the cache on disk: that cache knows a library function by its name alone, so it
+    would bring back rows encoded by an older version.
+    """
+    return rows.map(
+        function,
+        batched=True,
+        with_indices=with_indices,
+        remove_columns=rows.column_names,
+        keep_in_memory=True,
+        load_from_cache_file=False,
+        fn_kwargs=kwargs,
+    )
+
+
+def pad_multiple(data: DataSettings) -> int | None:
+    """8 on a GPU, where it is faster, unless that could exceed max_length; nothing on CPU."""
+    return 8 if torch.cuda.is_available() and data.max_length % 8 == 0 else None
+
+
+def require_fast(tokenizer: PreTrainedTokenizerBase, task: str) -> None:
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"task={task!r} needs to know where each token comes from, which {type(tokenizer).__name__} cannot tell. "
+            "Use a model with a fast tokenizer (tokenizer.json)."
+        )
+
+
+def fingerprint(rows: Dataset, columns: Columns) -> str:
+    """Hash of the raw cells in use, 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for batch in rows.select_columns(columns.names).iter(batch_size=1000):
+        digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,186 @@
+"""Reads raw rows from the hub, from files or from folders, and cuts them into parts. Not for tokenising.
+
+Nothing here is shuffled unless rows are held out or left out; both follow the seeds alone.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetsError
+from sklearn.model_selection import train_test_split
+
+from apt_trainer.errors import UserError, unknown_choice
+from apt_trainer.settings import DataSettings, resolve_path
+from apt_trainer.tasks.base import PART_NAMES, Splits
+
+logger = logging.getLogger(__name__)
+
+# Without keep_default_na=False an empty text, or the word "null", would be read as a missing cell.
+# Tab-separated files have no quoting: a lone quotation mark must not swallow the rows that follow it.
+FILE_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".csv": ("csv", {"keep_default_na": False}),
+    ".tsv": ("csv", {"keep_default_na": False, "delimiter": "\t", "quoting": csv.QUOTE_NONE}),
+    ".parquet": ("parquet", {}),
+}
+READ_ERRORS = (DatasetsError, ValueError, OSError)
+
+
+def read_parts(data: DataSettings) -> dict[str, Dataset]:
+    """All rows of "train" and, where given, "validation" and "test". A file takes the place of a split of the hub."""
+    if data.train_file is None and data.dataset_name is None:
+        raise UserError(
+            "No training data was given. Set dataset_name to a data set on the hub, or train_file to a json, jsonl, "
+            "csv, tsv or parquet file or to a folder whose sub-folders are the labels."
+        )
+    if data.train_file is not None and data.dataset_name is not None:
+        raise UserError(
+            f"Both dataset_name={data.dataset_name!r} and train_file={data.train_file!r} were given. Give one of them."
+        )
+    parts = {} if data.dataset_name is None else _read_hub(data)
+    for part in PART_NAMES:
+        path = getattr(data, f"{part}_file")
+        if path is not None:
+            parts[part] = read_file(path, f"{part}_file", data.task)
+    for part, rows in parts.items():
+        if len(rows) == 0:
+            raise UserError(f"The {PART_NAMES[part]} data is empty. Give data with at least one row.")
+    return parts
+
+
+def read_file(path: str, setting: str, task: str) -> Dataset:
+    """Rows of one local file, or of a folder of labelled texts; ``setting`` and ``task`` are for error messages."""
+    found = Path(resolve_path(path)).expanduser()
+    if found.is_dir():
+        if task != "classification":
+            raise UserError(f"{setting}={path!r} is a folder of labelled texts, which fits task: classification only.")
+        return read_folder(found, setting)
+    if not found.is_file():
+        raise UserError(f"{setting}={path!r} does not exist. Looked for {found.absolute()}.")
+    if found.suffix.lower() not in FILE_FORMATS:
+        raise UserError(
+            f"{setting}={path!r}: the format {found.suffix!r} is not known. Use one of: {', '.join(FILE_FORMATS)}; "
+            "or a folder whose sub-folders are the labels."
+        )
+    if found.stat().st_size == 0:
+        raise UserError(f"{setting}={path!r} is empty. Give data with at least one row.")
+    loader, options = FILE_FORMATS[found.suffix.lower()]
+    try:
+        return load_dataset(loader, data_files=str(found), split="train", **options)
+    except READ_ERRORS as error:
+        raise UserError(
+            f"{setting}={path!r} cannot be read as {found.suffix}: {_reason(error)} Check the file."
+        ) from error
+
+
+def read_folder(folder: Path, setting: str) -> Dataset:
+    """Columns ``text`` and ``label`` from ``folder/LABEL/*.txt``, sorted by label, then by file name."""
+    texts, labels = [], []
+    for label in sorted(path for path in folder.iterdir() if path.is_dir()):
+        for file in sorted(label.glob("*.txt")):
+            texts.append(file.read_text(encoding="utf-8", errors="replace"))
+            labels.append(label.name)
+    if not texts:
+        raise UserError(
+            f"{setting}: the folder {folder} has no sub-folders with *.txt files. "
+            "Each sub-folder is a label and holds the texts with that label."
+        )
+    return Dataset.from_dict({"text": texts, "label": labels})
+
+
+def _read_hub(data: DataSettings) -> dict[str, Dataset]:
+    """The wanted splits; a missing validation split is an error only where the user named it."""
+    assert data.dataset_name is not None
+    try:
+        loaded = load_dataset(resolve_path(data.dataset_name), data.dataset_config)
+    except READ_ERRORS as error:
+        raise UserError(
+            f"dataset_name={data.dataset_name!r} with dataset_config={data.dataset_config!r} cannot be loaded: "
+            f"{_reason(error)} Check both and the connection, or give local files with train_file."
+        ) from error
+    assert isinstance(loaded, DatasetDict)
+    parts = {}
+    for part in PART_NAMES:
+        split = getattr(data, f"{part}_split")
+        if split in loaded:
+            parts[part] = loaded[split]
+        elif split is None or getattr(data, f"{part}_file") is not None:
+            continue
+        elif part == "validation" and split == DataSettings.validation_split:
+            logger.warning(
+                "%s has no split %r (it has: %s); a part of the training data is held out instead.",
+                data.dataset_name,
+                split,
+                ", ".join(loaded),
+            )
+        else:
+            raise unknown_choice(f"{part}_split", split, list(loaded))
+    return parts
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost message: the outer ones of ``datasets`` only say that something failed."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".") + "."
+
+
+def split_parts(
+    parts: dict[str, Dataset], data: DataSettings, seed: int, split_seed: int, stratify_by: str | None
+) -> Splits:
+    """Hold out what was not given, then leave out what is too much.
+
+    ``split_seed`` decides which rows are held out, ``seed`` which training rows max_train_samples keeps.
+    ``stratify_by`` names the column whose values keep their shares in the held-out rows, where that is possible.
+    """
+    all_train = train = parts["train"]
+    held_out = {}
+    for part, share in (("test", data.test_fraction), ("validation", data.validation_fraction)):
+        rows = parts.get(part)
+        if rows is None and share > 0:
+            train, rows = _hold_out(train, round(share * len(all_train)), split_seed, stratify_by, part)
+        held_out[part] = rows
+    if held_out["validation"] is None:
+        raise UserError(
+            "There is no validation data: none was given and validation_fraction is 0. "
+            "Set validation_file or validation_split, or a validation_fraction such as 0.1."
+        )
+    if data.max_train_samples is not None and data.max_train_samples < len(train):
+        kept = np.random.default_rng(seed).permutation(len(train))[: data.max_train_samples]
+        train = train.select(kept, keep_in_memory=True)
+    return Splits(
+        train=train,
+        validation=_first_rows(held_out["validation"], data.max_validation_samples),
+        test=None if held_out["test"] is None else _first_rows(held_out["test"], data.max_test_samples),
+        all_train=all_train,
+    )
+
+
+def _first_rows(rows: Dataset, limit: int | None) -> Dataset:
+    return rows if limit is None or limit >= len(rows) else rows.select(range(limit))
+
+
+def _hold_out(
+    rows: Dataset, count: int, split_seed: int, stratify_by: str | None, part: str
+) -> tuple[Dataset, Dataset]:
+    """Split ``rows`` at random into the rest and ``count`` (at least one) held-out rows."""
+    count = max(1, count)
+    if count >= len(rows):
+        raise UserError(
+            f"The training data has {len(rows)} rows left, too few to hold out {count} of them as {part} data. "
+            f"Give more data, set {part}_file, or lower validation_fraction and test_fraction."
+        )
+    classes = None
+    if stratify_by is not None:
+        _, classes, counts = np.unique(np.asarray(rows[stratify_by][:]), return_inverse=True, return_counts=True)
+        if counts.min() < 2 or min(count, len(rows) - count) < len(counts):
+            classes = None  # a class too small to be in both parts
+    rest, held_out = train_test_split(np.arange(len(rows)), test_size=count, random_state=split_seed, stratify=classes)
+    return rows.select(rest, keep_in_memory=True), rows.select(held_out, keep_in_memory=True)

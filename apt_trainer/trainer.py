@@ -1,0 +1,344 @@
+"""``APTTrainer``: a Hugging Face Trainer whose model changes its shape while it trains.
+
+Data, logging, saving and processes stay Hugging Face's; scoring and cutting are the pruner's; rebuilding the engine
+is ``runtime``'s. Only documented methods of the Trainer are overridden, plus ``_prepare_for_training`` and the three
+methods that read and write checkpoints.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Seq2SeqTrainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_pt_utils import get_parameter_names
+
+from apt_trainer import checkpoint, runtime
+from apt_trainer.config import APTConfig
+from apt_trainer.errors import UserError
+from apt_trainer.adapters import lora
+from apt_trainer.distillation.teacher import freeze
+from apt_trainer.importance import Importance
+from apt_trainer.models import HIDDEN
+from apt_trainer.pruned_model import as_pruned
+from apt_trainer.pruner import AdaptivePruner, Decision, PruningEvent, give_shapes
+from apt_trainer.pruning.slicing import Grow, Keep
+from apt_trainer.report.events import append_event, truncate_after
+from apt_trainer.schedule import Schedule, make_schedule
+from apt_trainer.self_distillation import SelfDistillation
+from apt_trainer.tuning import base_weight_names
+
+EVENTS_FILE = "events.jsonl"
+
+
+class APTTrainer(Seq2SeqTrainer):
+    """Fine-tunes, prunes, grows adapters and distils in one run.
+
+    Args:
+        model: a plain Hugging Face model of a supported family; adapters are inserted here.
+        args: :class:`APTConfig`.
+        importance: a scoring rule of the user's own, instead of ``args.importance``.
+        teacher: a fine-tuned model of the same task, where ``args.distillation`` is "model".
+        heldout_dataset: data on which snapshots of the student are chosen as teacher. By default
+            ``args.heldout_fraction`` of the training data is split off for it when needed.
+        others: as ``transformers.Trainer``.
+
+    After :meth:`train`, ``model`` is the merged and cut model: ``model.save_pretrained(path)`` and
+    ``load_pruned(path)``.
+    """
+
+    args: APTConfig
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: APTConfig,
+        train_dataset: Any = None,
+        *,
+        importance: Importance | None = None,
+        teacher: PreTrainedModel | None = None,
+        heldout_dataset: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if (teacher is not None) != (args.distillation == "model"):
+            raise UserError("A teacher model and distillation: model belong together; one was given without the other.")
+        self.pruner = AdaptivePruner(model, args, importance=importance, seed=args.seed)
+        train_dataset, heldout_dataset = _split_heldout(train_dataset, heldout_dataset, args)
+        super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+        runtime.check_engine(self)
+        # Losses are means over the batch: were they taken as sums to be divided by num_items_in_batch, accumulation
+        # and several processes would multiply them.
+        self.model_accepts_loss_kwargs = False
+        self.distillation = SelfDistillation(args, self.pruner.dense_plan.counts[HIDDEN], args.seed, teacher)
+        self._teacher_shape: dict[str, Any] | None = None
+        self.heldout_dataset = heldout_dataset
+        self.schedule = self._make_schedule()
+        self.live_dataloader: Any = None
+        self._restored: tuple[dict[str, Any], dict[str, torch.Tensor]] | None = None
+        self._finite = torch.ones((), dtype=torch.bool, device=self.args.device)
+        self._metrics: dict[str, list[torch.Tensor]] = {}
+        self._last_inputs: dict[str, Any] | None = None
+        self.add_callback(_MethodCallback(self))
+
+    # ------------------------------------------------------------------ overrides of documented methods
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer.train``; afterwards the adapters are merged and ``model`` is the cut model."""
+        result = super().train(*args, **kwargs)
+        self.finish()
+        return result
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        self._last_inputs = inputs
+        loss = super().training_step(self.model_wrapped, inputs, num_items_in_batch)
+        self._finite.logical_and_(torch.isfinite(loss))
+        return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs)
+        step = self.state.global_step
+        mask = inputs.get("attention_mask")
+        self.pruner.set_tokens(mask)
+        mu = self.schedule.mu(step) if self.distillation.ready else 0.0
+        if mu == 0.0:
+            return super().compute_loss(model, inputs, return_outputs)
+        inputs = self._prepare_inputs(inputs)
+        asked = {**inputs, "output_hidden_states": True} if self.distillation.uses_layers else inputs
+        task, outputs = super().compute_loss(model, asked, return_outputs=True)
+        distance = self.distillation.loss(inputs, outputs, self.model, self._alive_layers(), step)
+        loss = mu * distance + (1 - mu) * task
+        self._metrics.setdefault("loss/task", []).append(task.detach())
+        self._metrics.setdefault("loss/distillation", []).append(distance.detach())
+        return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Two learning rates: ``full_learning_rate`` for base weights, ``learning_rate`` for adapters and head."""
+        if self.optimizer is None:
+            module = model or self.model
+            decayed = set(get_parameter_names(module, [nn.LayerNorm], ["bias", "norm", "layernorm", "LayerNorm"]))
+            base = base_weight_names(module, self.pruner.family)
+            groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    groups.setdefault((name in base, name in decayed), []).append(parameter)
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, module)
+            rates = {True: self.args.full_learning_rate or self.args.learning_rate, False: self.args.learning_rate}
+            self.optimizer = cls(
+                [
+                    {"params": members, "lr": rates[is_base], "weight_decay": self.args.weight_decay if decays else 0.0}
+                    for (is_base, decays), members in sorted(groups.items(), key=lambda item: item[0])
+                ],
+                **options,
+            )
+        return self.optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self.check_finite()
+        for name, values in self._metrics.items():
+            logs[name] = float(torch.stack(values).mean())
+        self._metrics.clear()
+        if self.pruner.settings.prunes and "loss" in logs:
+            logs["pruning/sparsity"] = self.pruner.sparsity()
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Inside a run: a checkpoint in training form. From outside: the merged, cut model that loads anywhere
+        apt_trainer is imported."""
+        path = Path(output_dir or str(self.args.output_dir))
+        if _internal_call:
+            self.check_finite()
+            if self.args.should_save:
+                checkpoint.save_training_state(path, self.model, self.training_state())
+        elif self.args.should_save:
+            checkpoint.save_pruned(self.model, path, self.pruner.plan, self.processing_class)
+
+    # ------------------------------------------------------------------ the method's own steps
+
+    def training_state(self) -> checkpoint.TrainingState:
+        """Everything beyond the student's weights, optimizer and random state that a resumed run needs."""
+        description, tensors = self.pruner.state()
+        teacher = None if self.distillation.teacher.is_external else self.distillation.teacher.model
+        distillation = self.distillation.state(self.model)
+        return checkpoint.TrainingState(description, tensors, distillation, teacher, self._teacher_shape)
+
+    def check_finite(self) -> None:
+        """Raise :class:`UserError` if any loss so far was not finite; waits for the device."""
+        if not bool(self._finite):
+            raise UserError(
+                f"The training loss is not finite at or before step {self.state.global_step}; nothing was saved from it. "
+                "Lower learning_rate or full_learning_rate, or look at the data."
+            )
+
+    def before_step(self) -> None:
+        """Before the first forward pass of an optimizer step."""
+        self.pruner.begin(self.state.global_step)
+
+    def after_step(self) -> None:
+        """After an optimizer step, before it is logged, evaluated and saved: shape changes, then snapshots."""
+        step = self.state.global_step
+        decision = self.pruner.decide(step)
+        if decision is not None:
+            self._change_shape(decision, step)
+        if self.distillation.snapshot_due(self.schedule, step):
+            self._offer_snapshot(step)
+        if self.distillation.transform_due(self.model, self.schedule, step):
+            runtime.reshape(self, lambda: self.distillation.keep_transform(self.model, self.schedule, step))
+
+    def _change_shape(self, decision: Decision, step: int) -> None:
+        self.check_finite()
+        started, loss_before = time.perf_counter(), self._probe_loss()
+        growth = _mean_growth(lora.ranks(self.model), decision.ranks)
+        events: list[PruningEvent] = []
+
+        def change() -> runtime.Edits:
+            event = self.pruner.apply(decision, step)
+            events.append(event)
+            edits: dict[str, list[Keep | Grow]] = dict(event.edits)
+            return edits | self.distillation.follow(self.model, event.survivors, growth)
+
+        runtime.reshape(self, change)
+        seconds = time.perf_counter() - started
+        losses = {"loss_before": loss_before, "loss_after": self._probe_loss()}
+        self._write_record(events[0].record | {"seconds": seconds, **losses})
+
+    def finish(self) -> None:
+        """Merge adapters and make ``model`` the cut model that ``save_pretrained`` writes and ``load_pruned`` reads."""
+        self.check_finite()
+        self.pruner.detach()
+        self.pruner.masks.close()
+        self.distillation.end(self.model)
+        self.model = self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+        self.pruner.set_tune("full")
+        self.model.requires_grad_(True)
+        as_pruned(self.model, self.pruner.family, self.pruner.plan)
+        self.model_wrapped = self.model
+
+    # ------------------------------------------------------------------ inside
+
+    def _make_schedule(self) -> Schedule:
+        total = int(self.args.max_steps)
+        if total <= 0 and self.train_dataset is not None:
+            dataloader = self.get_train_dataloader()
+            total = self.set_initial_training_values(self.args, dataloader)[-1]
+        return make_schedule(self.args, total)
+
+    def start(self) -> None:
+        """When the loop begins, all else being restored."""
+        self.schedule = make_schedule(self.args, self.state.max_steps)
+        step = self.state.global_step
+        self.pruner.start(self.schedule, step, self._sum_over_processes, self.args.world_size)
+        if self._restored is not None:
+            self.pruner.restore_scores(*self._restored)
+            self._restored = None
+        if self.is_world_process_zero():
+            truncate_after(Path(str(self.args.output_dir)) / EVENTS_FILE, step)
+
+    def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(tensor, reduction="sum")  # type: ignore[no-any-return]
+
+    def _alive_layers(self) -> list[bool]:
+        counts = self.pruner.plan.counts
+        alive: dict[int, bool] = {}
+        for sublayer in self.pruner.sublayers:
+            alive[sublayer.layer] = alive.get(sublayer.layer, True) and counts[sublayer.space] > 0
+        return [alive[layer] for layer in sorted(alive)]
+
+    def _offer_snapshot(self, step: int) -> None:
+        loss = self._heldout_loss()
+        if self.distillation.offer(self.model, loss):
+            self._teacher_shape = self.pruner.state()[0]
+            self._write_record(self.pruner.describe(step, "teacher") | {"heldout_loss": loss})
+
+    def _heldout_loss(self) -> float:
+        """Mean task loss of the student on the held-out data, over all processes."""
+        dataloader = self.get_eval_dataloader(self.heldout_dataset)
+        was_training = self.model_wrapped.training
+        output = self.evaluation_loop(
+            dataloader, "Choosing a teacher", prediction_loss_only=True, metric_key_prefix="heldout"
+        )
+        self.model_wrapped.train(was_training)
+        return float(output.metrics["heldout_loss"])  # type: ignore[index]
+
+    @torch.no_grad()
+    def _probe_loss(self) -> float | None:
+        """Task loss on the last batch in evaluation mode, to see what a cut costs at once."""
+        if self._last_inputs is None:
+            return None
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        model.eval()
+        with self.compute_loss_context_manager():
+            loss = super().compute_loss(model, self._prepare_inputs(dict(self._last_inputs)))
+        model.train()
+        return float(loss)
+
+    def _write_record(self, record: dict[str, Any]) -> None:
+        if self.is_world_process_zero():
+            append_event(Path(str(self.args.output_dir)) / EVENTS_FILE, record)
+
+    # ------------------------------------------------------------------ engine and checkpoints
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if resume_from_checkpoint is None:
+            self.distillation.keep_transform(self.model, self.schedule, 0)
+        _, self.live_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        return runtime.LiveModel(self), self.live_dataloader
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        path = Path(resume_from_checkpoint)
+        described, tensors = checkpoint.read_training_state(path)
+        teacher, self._teacher_shape = None, described["teacher_shape"]
+        if (path / checkpoint.TEACHER_FILE).is_file():
+            teacher = copy.deepcopy(self.model)
+            give_shapes(teacher, self.pruner.family, self.pruner.spaces, self.pruner.plan, self._teacher_shape)
+            checkpoint.load_training_weights(path / checkpoint.TEACHER_FILE, freeze(teacher))
+        self.distillation.restore(described["distillation"], teacher)
+        self.pruner.restore_shapes(described["pruner"])
+        self.distillation.restore_transform(described["distillation"], self.model)
+        checkpoint.load_training_weights(path / checkpoint.WEIGHTS_FILE, self.model)
+        self._restored = described["pruner"], tensors
+
+
+class _MethodCallback(TrainerCallback):
+    """Calls the trainer's own steps at the right moments of the loop; holds no logic."""
+
+    def __init__(self, trainer: APTTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.start()
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.before_step()
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.pruner.observe()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.after_step()
+
+
+def _mean_growth(old: dict[str, int], new: Any) -> float:
+    """Factor by which the mean rank of adapters rises."""
+    total = sum(old.values())
+    return 1.0 + sum(rank - old[path] for path, rank in new.items()) / total if total else 1.0
+
+
+def _split_heldout(train: Any, heldout: Any, args: APTConfig) -> tuple[Any, Any]:
+    """(training data, held-out data); nothing is split off when no snapshot will be chosen."""
+    if heldout is not None or train is None or args.distillation != "self" or not args.prunes:
+        return train, heldout
+    if hasattr(train, "train_test_split"):
+        parts = train.train_test_split(test_size=args.heldout_fraction, seed=args.seed)
+        return parts["train"], parts["test"]
+    number = max(1, round(len(train) * args.heldout_fraction))
+    generator = torch.Generator().manual_seed(args.seed)
+    rest, chosen = torch.utils.data.random_split(train, [len(train) - number, number], generator=generator)
+    return rest, chosen
+

@@ -1,0 +1,48 @@
+"""What trains: adapters and task head, norms too, or every remaining base weight.
+
+Only sets ``requires_grad``; not for optimizers or learning rates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from apt_trainer.models import ModelFamily
+from apt_trainer.settings import AdapterSettings
+
+TRANSFORM = "apt_transform"
+"""Attribute of the student that holds the distillation transform while it trains."""
+
+
+def set_trainable(
+    model: nn.Module, family: ModelFamily, tune: str, settings: AdapterSettings, norms: Sequence[str]
+) -> None:
+    """Mark the parameters that train under ``tune`` ("adapters", "adapters_and_norms" or "full").
+
+    ``norms``: paths of the norms on the hidden dimension.
+    """
+    heads = _below(family.trained_head(model)) if settings.train_head else ()
+    embeddings = _below(family.embedding_modules(model))
+    norm_prefixes = _below(norms) if tune == "adapters_and_norms" else ()
+    for name, parameter in model.named_parameters():
+        if tune == "full":
+            trains = settings.tune_embeddings or not name.startswith(embeddings)
+        else:
+            trains = ".lora_" in name or name.startswith(norm_prefixes)
+        parameter.requires_grad_(trains or name.startswith(heads) or name.startswith(TRANSFORM))
+
+
+def base_weight_names(model: nn.Module, family: ModelFamily) -> set[str]:
+    """Trained parameters of the pretrained model itself: neither adapter, task head nor distillation transform."""
+    others = (*_below(family.trained_head(model)), TRANSFORM)
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and ".lora_" not in name and not name.startswith(others)
+    }
+
+
+def _below(paths: Sequence[str]) -> tuple[str, ...]:
+    return tuple(path + "." for path in paths)

@@ -1,0 +1,291 @@
+"""The command line: help, exit codes, and starting several processes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from apt_trainer import cli
+from apt_trainer.cli import launch
+from apt_trainer.errors import UserError
+from apt_trainer.settings import known_settings
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def run_cli(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "apt_trainer", *words]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_of_each_verb(verb, record_property):
+    start = time.perf_counter()
+    done = run_cli(verb, "--help")
+    record_property(
+        f"seconds of {verb} --help", time.perf_counter() - start
+    )  # reported, for it depends on the machine
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: apt-trainer {verb}")
+
+
+def test_help_needs_no_heavy_import():
+    code = (
+        "import sys; from apt_trainer.cli import main\n"
+        "try: main(['train', '--help'])\n"
+        "finally: print(sorted(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    loaded = done.stdout.splitlines()[-1]
+    for package in ("torch", "transformers", "datasets", "numpy"):
+        assert f"'{package}'" not in loaded
+
+
+def test_help_lists_every_setting_and_fits_the_terminal(monkeypatch):
+    from apt_trainer.cli.train import settings_help
+    from apt_trainer.settings import SETTING_GROUPS
+
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = settings_help(SETTING_GROUPS).splitlines()
+    named = {line.split()[0].removeprefix("--") for line in lines if line.startswith("  --")}
+    assert named == set(known_settings())
+    assert max(map(len, lines)) <= 80
+    assert "  --prune_targets heads neurons hidden" in lines
+    assert "  --target_sparsity 0.6" in lines
+
+
+def test_user_error_has_no_traceback_and_exits_with_2(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("target_sparsty: 0.5\n")
+    done = run_cli("train", "--config", str(path))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1] == (
+        f"error: {path}: unknown key 'target_sparsty'. Did you mean 'target_sparsity'?"
+    )
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [[], ["fly"], ["env", "--seed", "1"], ["benchmark", "x", "--batch_sizes", "0"]])
+def test_usage_errors_exit_with_2(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words)
+    assert caught.value.code == 2
+    assert "usage: apt-trainer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [
+        (UserError("seed=x is wrong"), 2, "error: seed=x is wrong"),
+        (KeyboardInterrupt(), 130, "error: interrupted"),
+        (OSError(errno.ENOSPC, "No space left on device", "out/a"), 1, "error: no space left on device (out/a)."),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), 1, "error: no space left on device."),
+    ],
+)
+def test_exit_codes(monkeypatch, capsys, raised, code, message):
+    def fail(args, overrides):
+        raise raised
+
+    monkeypatch.setattr("apt_trainer.cli.env.run", fail)
+    assert cli.main(["env"]) == code
+    assert capsys.readouterr().err.startswith(message)
+
+
+@pytest.mark.parametrize("raised", [OSError(errno.EACCES, "denied"), SafetensorError("header"), RuntimeError("bug")])
+def test_other_errors_keep_their_traceback(monkeypatch, raised):
+    def fail(args, overrides):
+        raise raised
+
+    monkeypatch.setattr("apt_trainer.cli.env.run", fail)
+    with pytest.raises(type(raised)):
+        cli.main(["env"])
+
+
+def test_env_prints_versions(capsys):
+    import torch
+    import transformers
+
+    assert cli.main(["env"]) == 0
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert rows["torch"] == torch.__version__
+    assert rows["transformers"] == transformers.__version__
+    assert set(rows) >= {"python", "platform", "peft", "accelerate", "deepspeed", "datasets", "apt_trainer"}
+    assert set(rows) >= {"cores", "memory", "accelerator"}
+
+
+# ---- the verbs parse, call and print ----
+
+
+def test_train_prints_the_metrics_of_the_run(monkeypatch, capsys, tmp_path):
+    recipes = []
+    monkeypatch.setattr("apt_trainer.run.train", lambda recipe: recipes.append(recipe) or {"eval_accuracy": 0.5})
+    assert cli.main(["train", "--output_dir", str(tmp_path), "--prune_targets", "heads", "neurons"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"eval_accuracy": 0.5}
+    assert recipes[0].training.prune_targets == ["heads", "neurons"]
+
+
+def test_plan_prints_the_text_of_the_plan(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(f"output_dir: {tmp_path}\nseed: 5\n")
+    monkeypatch.setattr("apt_trainer.run.plan", lambda recipe: f"plan with seed {recipe.training.seed}")
+    assert cli.main(["plan", "--config", str(path)]) == 0
+    assert capsys.readouterr().out == "plan with seed 5\n"
+
+
+def test_evaluate_leaves_the_output_dir_of_the_recipe_alone(monkeypatch, capsys, tmp_path):
+    calls = []
+    monkeypatch.setattr("apt_trainer.run.evaluate", lambda path, recipe: calls.append((path, recipe)) or {"f1": 1.0})
+    path = tmp_path / "r.yaml"
+    path.write_text(f"output_dir: {tmp_path / 'out'}\ntask: regression\n")
+    assert cli.main(["evaluate", "saved", "--config", str(path), "--max_test_samples", "10"]) == 0
+    assert cli.main(["evaluate", "saved", "--task", "regression"]) == 0
+    assert cli.main(["evaluate", "saved"]) == 0
+    assert [path for path, _ in calls] == ["saved"] * 3
+    first, second, third = (recipe for _, recipe in calls)
+    assert (first.data.task, first.data.max_test_samples) == ("regression", 10)
+    assert first.training.output_dir != str(tmp_path / "out")
+    assert (second.path, second.data.task, third) == (None, "regression", None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_benchmark_hands_its_numbers_on(monkeypatch, capsys):
+    monkeypatch.setattr("apt_trainer.run.benchmark", lambda path, **settings: f"{path} {settings}")
+    assert cli.main(["benchmark", "saved", "--batch_sizes", "1", "4", "--length", "16"]) == 0
+    assert capsys.readouterr().out == "saved {'baseline': None, 'batch_sizes': [1, 4], 'length': 16}\n"
+
+
+# ---- several processes ----
+
+
+def test_num_processes_needs_a_profile(capsys):
+    assert cli.main(["train", "--num_processes", "2"]) == 2
+    assert "--num_processes needs --accelerate_config" in capsys.readouterr().err
+
+
+def test_a_wrong_key_is_told_before_processes_start(monkeypatch, capsys):
+    monkeypatch.setattr(launch, "launch", lambda *_: pytest.fail("started"))
+    assert cli.main(["train", "--accelerate_config", "ddp_cpu", "--sed", "1"]) == 2
+    assert "unknown key 'sed'. Did you mean 'seed'?" in capsys.readouterr().err
+
+
+def test_launch_command_and_exit_code(monkeypatch):
+    started = []
+
+    class Process:
+        def wait(self):
+            return -15
+
+    monkeypatch.setattr(launch.subprocess, "Popen", lambda command, **kw: started.append((command, kw)) or Process())
+    assert launch.launch("ddp_cpu", None, ["train", "--seed", "1"]) == 143
+    command, keywords = started[0]
+    assert command[command.index("--config_file") + 1] == str(REPOSITORY / "recipes/accelerate/ddp_cpu.yaml")
+    assert command[command.index("--num_processes") + 1] == "2"
+    assert command[-5:] == ["--module", "apt_trainer", "train", "--seed", "1"]
+    assert keywords["env"]["APT_EXPECTED_PROCESSES"] == "2"
+    assert keywords["env"]["ACCELERATE_USE_CPU"] == "true"
+
+
+def test_unknown_profile_names_the_known_ones():
+    with pytest.raises(
+        UserError, match=r"'zero9' is neither a file nor a profile. Profiles: ddp, ddp_cpu, single_gpu"
+    ):
+        launch.profile_path("zero9")
+
+
+def test_profile_by_path(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("[]")
+    assert launch.profile_path(str(path)) == path
+    with pytest.raises(UserError, match="not a config file of accelerate"):
+        launch.launch(str(path), None, [])
+
+
+@pytest.mark.parametrize(
+    ("config", "asked", "devices", "processes"),
+    [
+        ({"distributed_type": "NO"}, None, 0, 1),
+        ({"distributed_type": "NO", "num_processes": 1}, None, 4, 1),
+        ({"distributed_type": "MULTI_GPU"}, None, 4, 4),
+        ({"distributed_type": "MULTI_GPU", "num_processes": 2}, None, 4, 2),
+        ({"distributed_type": "MULTI_GPU", "num_processes": 2}, 3, 4, 3),
+        ({"distributed_type": "MULTI_GPU", "num_processes": 2, "use_cpu": True}, None, 0, 2),
+        ({"distributed_type": "MULTI_GPU", "num_processes": 16, "num_machines": 2}, None, 8, 16),
+    ],
+)
+def test_count_processes(monkeypatch, config, asked, devices, processes):
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: devices)
+    assert launch.count_processes(Path("p.yaml"), config, asked) == processes
+
+
+@pytest.mark.parametrize(
+    ("config", "asked", "message"),
+    [
+        ({"distributed_type": "NO"}, 2, "distributed_type NO starts one process, but 2 are asked for"),
+        ({"distributed_type": "MULTI_CPU", "num_processes": 2}, None, "MULTI_CPU starts one process, but 2"),
+        ({"distributed_type": "MULTI_GPU"}, 2, "2 processes are asked for, but this machine has 1 accelerators"),
+    ],
+)
+def test_too_many_processes(monkeypatch, config, asked, message):
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 1)
+    with pytest.raises(UserError, match=message):
+        launch.count_processes(Path("p.yaml"), config, asked)
+
+
+@pytest.mark.parametrize(
+    ("environment", "actual"),
+    [({}, 1), ({}, 4), ({"WORLD_SIZE": "2"}, 2), ({"APT_EXPECTED_PROCESSES": "2", "WORLD_SIZE": "2"}, 2)],
+)
+def test_world_size_as_announced(monkeypatch, environment, actual):
+    _set_environment(monkeypatch, environment)
+    launch.check_world_size(actual)
+
+
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "2"}, {"APT_EXPECTED_PROCESSES": "2"}])
+def test_fewer_processes_than_asked_for(monkeypatch, environment):
+    _set_environment(monkeypatch, environment)
+    with pytest.raises(UserError, match="2 processes were asked for, but 1 train together"):
+        launch.check_world_size(1)
+
+
+def test_a_termination_reaches_the_workers():
+    # the child ends this process's wait as a scheduler would: by a signal to it
+    script = "sleep 0.5; kill -TERM $PPID; sleep 60"
+    start = time.perf_counter()
+    assert launch._wait(subprocess.Popen(["sh", "-c", script], start_new_session=True)) == 143
+    assert time.perf_counter() - start < 20
+
+
+@pytest.mark.distributed
+def test_ddp_cpu_starts_two_processes_that_train_together(tmp_path):
+    script = tmp_path / "count.py"
+    script.write_text(
+        "import os\n"
+        "from accelerate import PartialState\n"
+        "from apt_trainer.cli.launch import check_world_size\n"
+        "state = PartialState(cpu=os.environ.get('ACCELERATE_USE_CPU') == 'true')\n"
+        "check_world_size(state.num_processes)\n"
+        "if state.is_main_process:\n"
+        "    print('together:', state.num_processes, state.backend)\n"
+        "state.destroy_process_group()\n"
+    )
+    profile = launch.PROFILES / "ddp_cpu.yaml"
+    environment = launch.launch_environment({"use_cpu": True}, 2) | {"PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(profile), str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "together: 2 gloo" in done.stdout
+
+
+def _set_environment(monkeypatch, environment):
+    for name in ("WORLD_SIZE", "APT_EXPECTED_PROCESSES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
