@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 import yaml
 
 from apt_trainer.errors import UserError
-from apt_trainer.settings import DataSettings, ModelSettings, check_choices, known_settings
+from apt_trainer.settings import DataSettings, MethodSettings, ModelSettings, check_choices, known_settings
 
 if TYPE_CHECKING:
     from apt_trainer.config import APTConfig
@@ -61,24 +61,39 @@ def load_recipe(path: str | None, overrides: Sequence[str] = ()) -> Recipe:
     """
     from apt_trainer.config import APTConfig
 
-    source = path or COMMAND_LINE
-    given = read_values(path, overrides)
-    if given.get("output_dir") is None:
-        raise UserError(f"{source}: output_dir is missing. Say where to write, for example --output_dir out/run1.")
-    groups = _groups()
-    parts = {cls: {key: value for key, value in given.items() if key in names} for cls, names in groups.items()}
+    given = check_recipe(path, overrides)
+    parts = {cls: {key: given[key] for key in given if key in names} for cls, names in _groups().items()}
     try:
-        model, data = ModelSettings(**parts[ModelSettings]), DataSettings(**parts[DataSettings])
-        check_choices(model)
-        check_choices(data)
         training = APTConfig(**parts[APTConfig])
     except (ValueError, ImportError) as error:
+        raise UserError(f"{path or COMMAND_LINE}: {error}") from error
+    return Recipe(ModelSettings(**parts[ModelSettings]), DataSettings(**parts[DataSettings]), training, path, given)
+
+
+def check_recipe(path: str | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """All of :func:`load_recipe` that touches no device: read the keys and check this package's settings.
+
+    Returns:
+        The keys that the file or the command line set, with their values.
+
+    Raises:
+        UserError: as :func:`load_recipe`, except for what only ``TrainingArguments`` can tell.
+    """
+    given = read_values(path, overrides)
+    source = path or COMMAND_LINE
+    if given.get("output_dir") is None:
+        raise UserError(f"{source}: output_dir is missing. Say where to write, for example --output_dir out/run1.")
+    try:
+        for cls in (ModelSettings, DataSettings, MethodSettings):
+            settings = cls(**{f.name: given[f.name] for f in fields(cls) if f.name in given})
+            settings.check() if isinstance(settings, MethodSettings) else check_choices(settings)
+    except UserError as error:
         raise UserError(f"{source}: {error}") from error
-    return Recipe(model, data, training, path, given)
+    return given
 
 
 def read_values(path: str | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Read and type-check a recipe and its overrides without building the settings (touches no device).
+    """Read the keys of a recipe and its overrides and check their names and types.
 
     Raises:
         UserError: for an unreadable file, an unknown key or a wrong type.

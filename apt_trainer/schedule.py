@@ -72,7 +72,7 @@ class Schedule:
         if not self.distils(step):
             return 0.0
         ramp = self.end - self.distillation_start
-        share = min(1.0, (step - self.distillation_start) / ramp) if ramp > 0 else 1.0
+        share = min(1.0, (step + 1 - self.distillation_start) / ramp) if ramp > 0 else 1.0
         return self.distillation_weight * share
 
 

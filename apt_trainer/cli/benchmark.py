@@ -12,7 +12,7 @@ TAKES_SETTINGS = False
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="folder of a saved model")
     parser.add_argument(
-        "--baseline", metavar="MODEL", help="dense model to compare with (default: the one that was pruned)"
+        "--baseline", metavar="MODEL", help="model to compare with (default: the dense shape of the pruned one)"
     )
     parser.add_argument(
         "--batch_sizes", type=_positive, nargs="+", default=[1, 32], metavar="N", help="batch sizes (default: 1 32)"
@@ -24,8 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from apt_trainer import run as runs
+    from apt_trainer.report.tables import comparison_table
 
-    print(runs.benchmark(args.path, baseline=args.baseline, batch_sizes=args.batch_sizes, length=args.length))
+    metrics = runs.benchmark(args.path, baseline=args.baseline, batch_sizes=args.batch_sizes, length=args.length)
+    print(comparison_table(metrics))
     return 0
 
 

@@ -76,7 +76,7 @@ def count_processes(path: Path, config: Mapping[str, Any], asked: int | None) ->
     if not devices or (processes or 1) > devices:
         asked_for = f"{processes} processes are" if processes else "one process per accelerator is"
         raise UserError(
-            f"{path}: {asked_for} asked for, but this machine has {devices} accelerators. "
+            f"{path}: {asked_for} asked for, but this machine has {devices} accelerator(s). "
             "Lower --num_processes, or use single_gpu or ddp_cpu."
         )
     return int(processes or devices)

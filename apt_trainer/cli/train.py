@@ -41,9 +41,9 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from apt_trainer.cli.launch import check_world_size, launch
 
     if args.accelerate_config is not None:
-        from apt_trainer.recipe import read_values
+        from apt_trainer.recipe import check_recipe
 
-        read_values(args.config, overrides)  # a typing mistake is told once, before any process starts
+        check_recipe(args.config, overrides)  # a mistake is told once, before any process starts
         config = ["--config", args.config] if args.config else []
         return launch(args.accelerate_config, args.num_processes, ["train", *config, *overrides])
     if args.num_processes is not None:

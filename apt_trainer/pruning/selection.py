@@ -32,6 +32,7 @@ class _Chunk:
     order: int
     space: str
     units: int
+    salience: float
 
 
 def select(
@@ -98,14 +99,36 @@ def _chunks(
             raise UserError(f"Scores of {space.name} are not finite. Lower the learning rate, or look at the data.")
         unit_cost = 1.0 if scores_are_densities else cost.marginal(space.name, current.counts)
         for group in values.split(limits.round_to[space.kind]):
-            chunks.append(_Chunk(float(group.mean()) / unit_cost, len(chunks), space.name, len(group)))
+            chunks.append(_Chunk(float(group.mean()) / unit_cost, len(chunks), space.name, len(group), float(group.sum())))
     return sorted(chunks, key=lambda chunk: (-chunk.density, chunk.order))
 
 
 def _within(
     chunks: Sequence[_Chunk], floor: Mapping[str, int], cost: CostModel, budget: float
-) -> list[_Chunk]:
-    """Longest prefix within the budget by bisection, then later chunks that still fit."""
+) -> Sequence[_Chunk]:
+    """Longest prefix within the budget, then later chunks that still fit.
+
+    A dear chunk at the border (eight hidden dimensions cross every layer) would leave much of the budget unused;
+    the choice that keeps it in the place of cheaper ones is made too, and the one that keeps more salience wins.
+    """
+    without, border = _fill(chunks, floor, cost, budget)
+    if border is None:
+        return without
+    counts = dict(floor)
+    for chunk in border:
+        counts[chunk.space] += chunk.units
+    if cost.total(counts) > budget:
+        return without
+    forced = set(border)
+    rest, _ = _fill([chunk for chunk in chunks if chunk not in forced], counts, cost, budget)
+    instead = [*border, *rest]
+    return max(without, instead, key=lambda chosen: sum(chunk.salience for chunk in chosen))
+
+
+def _fill(
+    chunks: Sequence[_Chunk], floor: Mapping[str, int], cost: CostModel, budget: float
+) -> tuple[list[_Chunk], list[_Chunk] | None]:
+    """(chosen chunks, the first chunk that was left out with all before it in its space)."""
 
     def counts_of(number: int) -> dict[str, int]:
         counts = dict(floor)
@@ -120,6 +143,8 @@ def _within(
             low = middle
         else:
             high = middle - 1
+    if low == len(chunks):
+        return list(chunks), None
     chosen, counts = list(chunks[:low]), counts_of(low)
     full: set[str] = set()
     for chunk in chunks[low:]:
@@ -131,4 +156,5 @@ def _within(
         else:
             counts[chunk.space] -= chunk.units
             full.add(chunk.space)  # later chunks of a space are not smaller, but for its last one
-    return chosen
+    left_out = chunks[low]
+    return chosen, [chunk for chunk in chunks[: low + 1] if chunk.space == left_out.space]

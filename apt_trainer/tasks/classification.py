@@ -34,7 +34,8 @@ from apt_trainer.tasks.metrics import classification_scores, regression_scores
 def find_columns(parts: dict[str, Dataset], data: DataSettings) -> Columns:
     """Check the columns of every part; the text column may be left open where only one fits."""
     for part, rows in parts.items():
-        check_column(rows, data.label_column, "label_column", part, _is_label, "one label or number per row")
+        kind = "one label or number per row, all of one type"
+        check_column(rows, data.label_column, "label_column", part, _is_label, kind)
     text = data.text_column or only_column(parts["train"], (data.label_column, data.text_pair_column), is_text, "text")
     for part, rows in parts.items():
         for column, setting in ((text, "text_column"), (data.text_pair_column, "text_pair_column")):

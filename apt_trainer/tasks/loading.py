@@ -6,13 +6,17 @@ Nothing here is shuffled unless rows are held out or left out; both follow the s
 from __future__ import annotations
 
 import csv
+import glob
 import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetBuilder, DatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
+from datasets.packaged_modules.csv.csv import Csv
+from datasets.packaged_modules.json.json import Json
+from datasets.packaged_modules.parquet.parquet import Parquet
 from sklearn.model_selection import train_test_split
 
 from apt_trainer.errors import UserError, unknown_choice
@@ -21,14 +25,15 @@ from apt_trainer.tasks.base import PART_NAMES, Splits
 
 logger = logging.getLogger(__name__)
 
+# The builders are used directly: load_dataset counts every use of them over the network, which may take seconds.
 # Without keep_default_na=False an empty text, or the word "null", would be read as a missing cell.
 # Tab-separated files have no quoting: a lone quotation mark must not swallow the rows that follow it.
-FILE_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".csv": ("csv", {"keep_default_na": False}),
-    ".tsv": ("csv", {"keep_default_na": False, "delimiter": "\t", "quoting": csv.QUOTE_NONE}),
-    ".parquet": ("parquet", {}),
+FILE_FORMATS: dict[str, tuple[type[DatasetBuilder], dict[str, Any]]] = {
+    ".json": (Json, {}),
+    ".jsonl": (Json, {}),
+    ".csv": (Csv, {"keep_default_na": False}),
+    ".tsv": (Csv, {"keep_default_na": False, "delimiter": "\t", "quoting": csv.QUOTE_NONE}),
+    ".parquet": (Parquet, {}),
 }
 READ_ERRORS = (DatasetsError, ValueError, OSError)
 
@@ -69,15 +74,17 @@ def read_file(path: str, setting: str, task: str) -> Dataset:
             f"{setting}={path!r}: the format {found.suffix!r} is not known. Use one of: {', '.join(FILE_FORMATS)}; "
             "or a folder whose sub-folders are the labels."
         )
-    if found.stat().st_size == 0:
-        raise UserError(f"{setting}={path!r} is empty. Give data with at least one row.")
-    loader, options = FILE_FORMATS[found.suffix.lower()]
+    format_builder, options = FILE_FORMATS[found.suffix.lower()]
     try:
-        return load_dataset(loader, data_files=str(found), split="train", **options)
+        builder = format_builder(data_files=glob.escape(str(found)), **options)
+        builder.download_and_prepare()
     except READ_ERRORS as error:
         raise UserError(
             f"{setting}={path!r} cannot be read as {found.suffix}: {_reason(error)} Check the file."
         ) from error
+    if builder.info.splits["train"].num_examples == 0:
+        raise UserError(f"{setting}={path!r} has no rows. Give data with at least one row.")
+    return builder.as_dataset(split="train")
 
 
 def read_folder(folder: Path, setting: str) -> Dataset:

@@ -135,7 +135,7 @@ def test_train_prints_the_metrics_of_the_run(monkeypatch, capsys, tmp_path):
 def test_plan_prints_the_text_of_the_plan(monkeypatch, capsys, tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(f"output_dir: {tmp_path}\nseed: 5\n")
-    monkeypatch.setattr("apt_trainer.run.plan", lambda recipe: f"plan with seed {recipe.training.seed}")
+    monkeypatch.setattr("apt_trainer.dry_run.plan", lambda recipe: f"plan with seed {recipe.training.seed}")
     assert cli.main(["plan", "--config", str(path)]) == 0
     assert capsys.readouterr().out == "plan with seed 5\n"
 
@@ -156,10 +156,16 @@ def test_evaluate_leaves_the_output_dir_of_the_recipe_alone(monkeypatch, capsys,
     assert not (tmp_path / "out").exists()
 
 
-def test_benchmark_hands_its_numbers_on(monkeypatch, capsys):
-    monkeypatch.setattr("apt_trainer.run.benchmark", lambda path, **settings: f"{path} {settings}")
+def test_benchmark_prints_dense_against_pruned(monkeypatch, capsys):
+    calls = []
+    numbers = {"metric_name": "", "total_params_dense": 2000, "total_params": 500}
+    monkeypatch.setattr(
+        "apt_trainer.run.benchmark", lambda *path, **settings: calls.append((path, settings)) or numbers
+    )
     assert cli.main(["benchmark", "saved", "--batch_sizes", "1", "4", "--length", "16"]) == 0
-    assert capsys.readouterr().out == "saved {'baseline': None, 'batch_sizes': [1, 4], 'length': 16}\n"
+    assert calls == [(("saved",), {"baseline": None, "batch_sizes": [1, 4], "length": 16})]
+    row = next(line for line in capsys.readouterr().out.splitlines() if "2.0 k" in line)
+    assert "500" in row
 
 
 # ---- several processes ----
@@ -170,10 +176,19 @@ def test_num_processes_needs_a_profile(capsys):
     assert "--num_processes needs --accelerate_config" in capsys.readouterr().err
 
 
-def test_a_wrong_key_is_told_before_processes_start(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sed", "1"], "unknown key 'sed'. Did you mean 'seed'?"),
+        (["--seed", "1"], "output_dir is missing"),
+        (["--output_dir", "out", "--task", "x"], "task='x' is not known"),
+        (["--output_dir", "out", "--lora_r", "0"], "lora_r=0 must be at least 1"),
+    ],
+)
+def test_mistakes_are_told_before_processes_start(monkeypatch, capsys, words, message):
     monkeypatch.setattr(launch, "launch", lambda *_: pytest.fail("started"))
-    assert cli.main(["train", "--accelerate_config", "ddp_cpu", "--sed", "1"]) == 2
-    assert "unknown key 'sed'. Did you mean 'seed'?" in capsys.readouterr().err
+    assert cli.main(["train", "--accelerate_config", "ddp_cpu", *words]) == 2
+    assert f"error: command line: {message}" in capsys.readouterr().err
 
 
 def test_launch_command_and_exit_code(monkeypatch):
@@ -230,7 +245,7 @@ def test_count_processes(monkeypatch, config, asked, devices, processes):
     [
         ({"distributed_type": "NO"}, 2, "distributed_type NO starts one process, but 2 are asked for"),
         ({"distributed_type": "MULTI_CPU", "num_processes": 2}, None, "MULTI_CPU starts one process, but 2"),
-        ({"distributed_type": "MULTI_GPU"}, 2, "2 processes are asked for, but this machine has 1 accelerators"),
+        ({"distributed_type": "MULTI_GPU"}, 2, "2 processes are asked for, but this machine has 1 accelerator"),
     ],
 )
 def test_too_many_processes(monkeypatch, config, asked, message):

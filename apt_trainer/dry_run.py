@@ -1,0 +1,168 @@
+"""What a recipe would do, without weights: sizes, schedule, budgets and a memory estimate.
+
+The data are read (the number of steps depends on them), the model is built on the meta device. A latency budget is the
+exception: it is measured, so the model is built with random weights. Not for running anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from apt_trainer.adapters import lora
+from apt_trainer.config import APTConfig
+from apt_trainer.models import HIDDEN, family_of
+from apt_trainer.pruner import AdaptivePruner
+from apt_trainer.pruning.cost import flops_cost
+from apt_trainer.pruning.plan import PruningPlan
+from apt_trainer.pruning.selection import select
+from apt_trainer.recipe import Recipe
+from apt_trainer.report.tables import format_bytes, format_count, markdown_table
+from apt_trainer.run import load_config, load_tokenizer, max_positions
+from apt_trainer.schedule import Schedule, make_schedule
+from apt_trainer.tasks import load_task
+
+_ADAM_BYTES = 8  # two fp32 moments per trained parameter
+
+
+def plan(recipe: Recipe) -> str:
+    """Text of the dry run; raises :class:`UserError` for anything that would stop the run before training."""
+    args = recipe.training
+    tokenizer, config = load_tokenizer(recipe.model), load_config(recipe.model)
+    family_of(config)
+    data = load_task(recipe.data, tokenizer, args.seed if args.data_seed is None else args.data_seed, max_positions=max_positions(config))
+    for name, value in data.model_kwargs.items():
+        setattr(config, name, value)
+    model = build_model(config, data.model_class, "cpu" if args.sparsity_metric == "latency" else "meta")
+    pruner = AdaptivePruner(model, args, seed=args.seed)
+    schedule = make_schedule(args, total_steps(len(data.train), args))
+    lines = [
+        f"model        {type(model).__name__}, {format_count(sum(p.numel() for p in model.parameters()))} parameters "
+        f"with adapters, {format_count(pruner.block_cost.total(pruner.plan.counts))} in blocks",
+        f"data         {len(data.train):,} training rows, {len(data.validation):,} validation, "
+        f"{len(data.test):,} reported on ({data.test_name})",
+        f"trains       {' → '.join(tune_phases(args))}; {format_count(_trained(model))} parameters at first",
+        f"steps        {schedule.total:,} of {args.train_batch_size * args.gradient_accumulation_steps} rows",
+        f"memory       {format_bytes(memory_estimate(model, args, recipe.data.max_length))} estimated at the first step "
+        "(weights, gradients, optimizer, activations)",
+        "",
+        _space_table(pruner),
+        "",
+    ]
+    return "\n".join(lines + _schedule_lines(pruner, schedule, args))
+
+
+def build_model(config: Any, model_class: str, device: str) -> PreTrainedModel:
+    """A model of ``config`` on ``device`` without loading weights."""
+    with torch.device(device):
+        return getattr(transformers, model_class).from_config(config)  # type: ignore[no-any-return]
+
+
+def total_steps(num_rows: int, args: APTConfig) -> int:
+    """Optimizer steps of a run over ``num_rows`` training rows, counted as the Trainer does."""
+    if args.max_steps > 0:
+        return args.max_steps
+    if args.distillation == "self" and args.prunes:
+        num_rows -= math.ceil(num_rows * args.heldout_fraction)
+    batches = math.ceil(num_rows / (args.train_batch_size * args.world_size))
+    per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    return math.ceil(per_epoch * args.num_train_epochs)
+
+
+def tune_phases(args: APTConfig) -> list[str]:
+    """What trains, phase by phase."""
+    phases = [args.tune]
+    for mode, when in ((args.tune_after_pruning, "pruning"), (args.tune_after_distillation, "distillation")):
+        if mode is not None and mode != phases[-1].split(" ")[0]:
+            phases.append(f"{mode} (after {when})")
+    return phases
+
+
+def memory_estimate(model: nn.Module, args: APTConfig, length: int) -> int:
+    """Bytes of the first training step: weights, gradients and Adam moments of what trains, and activations.
+
+    Activations are counted as 16 values per token and hidden dimension and 3 per token and neuron in each layer
+    (stored for the backward pass), plus attention probabilities; gradient checkpointing keeps one value per layer.
+    """
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    family = family_of(model.config)
+    spaces = {space.name: space for space in family.spaces(model)}
+    tokens = args.train_batch_size * length
+    hidden, layers = spaces[HIDDEN].size, len(family.layer_paths(model))
+    per_layer = 16 * hidden
+    per_layer += sum(3 * s.size for s in spaces.values() if s.kind == "neurons") // layers
+    per_layer += sum(2 * s.size * length for s in spaces.values() if s.kind == "heads") // layers
+    if args.gradient_checkpointing:
+        per_layer = hidden + per_layer // layers
+    element = 2 if args.bf16 or args.fp16 else 4
+    return weights + trained * (4 + _ADAM_BYTES) + tokens * per_layer * layers * element
+
+
+def _trained(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _space_table(pruner: AdaptivePruner) -> str:
+    rows: list[Mapping[str, Any]] = []
+    for kind, targets in (("heads", "heads"), ("neurons", "neurons"), (HIDDEN, "hidden")):
+        members = [space for space in pruner.spaces if space.kind == kind]
+        unit = pruner.block_cost.marginal(members[0].name, pruner.plan.counts)
+        rows.append(
+            {
+                "kind": kind,
+                "units": " + ".join(str(s.size) for s in members) if len(members) < 3 else f"{len(members)} × {members[0].size}",
+                "unit": f"{unit:,.0f}",
+                "pruned": "yes" if targets in pruner.limits.targets and pruner.settings.prunes else "no",
+                "step": pruner.limits.round_to[kind],
+            }
+        )
+    columns = [("kind", "kind"), ("units", "units"), ("unit", "parameters each"), ("pruned", "pruned"), ("step", "multiple of")]
+    return markdown_table(rows, [(key, header, None) for key, header in columns])
+
+
+def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig) -> list[str]:
+    if not schedule.events:
+        return ["Nothing is pruned (target_sparsity: null)."]
+    dense = pruner.dense_plan
+    flops = flops_cost(pruner.model, pruner.family, pruner.spaces, 1, args.reference_length)
+    adapters = lora.adapter_parameters(pruner.model)
+    rows = [{"step": 0, "target": "0 %", "params": format_count(pruner.block_cost.total(dense.counts)),
+             "flops": format_count(flops.total(dense.counts)), "adapters": format_count(adapters)}]
+    for number, step in enumerate(schedule.events):
+        even = evenly_cut(pruner, schedule.sparsity(number))
+        growth = 1 + schedule.tuning_share(number) * (args.tuning_growth - 1) if args.rank_growth != "none" else 1
+        rows.append(
+            {
+                "step": step,
+                "target": f"{schedule.sparsity(number):.1%}",
+                "params": format_count(pruner.block_cost.total(even.counts)),
+                "flops": format_count(flops.total(even.counts)),
+                "adapters": f"≤ {format_count(adapters * growth)}",
+            }
+        )
+    columns = [("step", "step"), ("target", f"{args.sparsity_metric} removed"), ("params", "block parameters"),
+               ("flops", f"block FLOPs at 1×{args.reference_length}"), ("adapters", "adapter parameters")]
+    lines = [
+        markdown_table(rows, [(key, header, None) for key, header in columns]),
+        "",
+        f"Parameters and FLOPs assume that every kind loses the same share; masks fade over {schedule.window} steps.",
+    ]
+    if schedule.distillation_end > schedule.distillation_start:
+        lines.append(
+            f"Distillation ({args.distillation}) from step {schedule.distillation_start} to {schedule.distillation_end}."
+        )
+    return lines
+
+
+def evenly_cut(pruner: AdaptivePruner, sparsity: float) -> PruningPlan:
+    """A plan at ``sparsity`` in which every kind loses about the same share."""
+    budget = (1 - sparsity) * pruner.cost.total(pruner.dense_plan.counts)
+    scores = {space.name: torch.linspace(1, 0, space.size, dtype=torch.float64) for space in pruner.spaces}
+    return select(scores, pruner.spaces, pruner.dense_plan, pruner.cost, budget, pruner.limits, scores_are_densities=True)
