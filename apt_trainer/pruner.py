@@ -115,7 +115,7 @@ class AdaptivePruner:
         event = self.schedule.in_window(step)
         if event is not None:
             if not self.masks.is_open:
-                self.masks.open(self.plan.counts)
+                self.masks.open(self.plan.counts, self.limits.targets)
             if step > self.schedule.start:
                 target = self._select(event)
                 self.masks.move(self.plan.survivors(target), self.schedule.mask_step)

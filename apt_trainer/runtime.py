@@ -7,8 +7,10 @@ Not for deciding what changes (``pruner``).
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import hashlib
+import sys
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -99,8 +101,19 @@ def reshape(trainer: Any, change: Callable[[], Edits]) -> None:
     for attribute in ("model", "optimizer", "lr_scheduler"):
         setattr(trainer.callback_handler, attribute, getattr(trainer, attribute))
     trainer.model_wrapped.train()
-    gc.collect()
+    release_memory()
     torch.random.set_rng_state(cpu_rng)
+
+
+def release_memory() -> None:
+    """Give freed memory back: what a cut frees is of little use while the allocator keeps it."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+    elif sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+        if trim is not None:
+            trim(0)
 
 
 def _follow(value: Any, key: str, edits: list[Keep | Grow]) -> Any:

@@ -29,7 +29,7 @@ class SelfDistillation:
     """Holds the teacher and, while distillation lasts, puts a trainable transform on the student."""
 
     def __init__(self, settings: MethodSettings, num_hidden: int, seed: int, teacher: nn.Module | None) -> None:
-        self.settings, self.seed = settings, seed
+        self.settings, self.seed, self.num_student = settings, seed, num_hidden
         self.teacher = Teacher(num_hidden) if teacher is None else Teacher.external(teacher)
 
     @property
@@ -49,7 +49,10 @@ class SelfDistillation:
 
     def offer(self, student: nn.Module, heldout_loss: float) -> bool:
         """Let ``student`` become the teacher if its held-out loss is the least so far."""
-        return self.teacher.offer(student, heldout_loss)
+        taken = self.teacher.offer(student, heldout_loss)
+        if taken and hasattr(self.teacher.model, TRANSFORM):
+            delattr(self.teacher.model, TRANSFORM)  # the student's own map to its teacher is no part of a teacher
+        return taken
 
     def loss(self, inputs: Mapping[str, Any], outputs: Any, student: nn.Module, alive: list[bool], step: int) -> torch.Tensor:
         """Weighted sum of prediction and layer loss for one batch; scalar float32."""
@@ -84,7 +87,7 @@ class SelfDistillation:
             return {}
         if hasattr(student, TRANSFORM):
             return _edits(getattr(student, TRANSFORM).retarget())
-        self._attach_transform(student, self.settings.lora_r)
+        self._attach_transform(student, self.settings.lora_r, self.teacher.hidden_index)
         return {}
 
     def follow(self, student: nn.Module, survivors: Mapping[str, torch.Tensor], growth: float) -> Edits:
@@ -92,6 +95,7 @@ class SelfDistillation:
         edits: Edits = {}
         transform = getattr(student, TRANSFORM, None)
         if HIDDEN in survivors:
+            self.num_student = len(survivors[HIDDEN])
             self.teacher.follow(survivors[HIDDEN])
             if transform is not None:
                 edits |= _edits(transform.cut_inputs(survivors[HIDDEN]))
@@ -115,20 +119,22 @@ class SelfDistillation:
     def state(self, student: nn.Module) -> dict[str, Any]:
         """JSON part of a checkpoint; the teacher's weights are saved beside it."""
         state = self.teacher.state_dict()
-        index, transform = state["hidden_index"], getattr(student, TRANSFORM, None)
+        transform = getattr(student, TRANSFORM, None)
         return state | {
             "best_loss": None if state["best_loss"] == float("inf") else state["best_loss"],
-            "hidden_index": None if index is None else index.tolist(),
+            "hidden_index": _to_list(state["hidden_index"]),
+            "num_student": self.num_student,
             "transform_rank": None if transform is None else transform.rank,
+            "transform_index": None if transform is None else _to_list(transform.hidden_index),
         }
 
     def restore(self, state: Mapping[str, Any], teacher: nn.Module | None) -> None:
         """Put :meth:`state` back; ``teacher`` is the snapshot with its weights, if there was one."""
-        index = state["hidden_index"]
+        self.num_student = state["num_student"]
         self.teacher.load_state_dict(
             {
                 "best_loss": float("inf") if state["best_loss"] is None else state["best_loss"],
-                "hidden_index": None if index is None else torch.tensor(index, dtype=torch.long),
+                "hidden_index": _to_index(state["hidden_index"]),
                 "num_hidden": state["num_hidden"],
             }
         )
@@ -138,16 +144,14 @@ class SelfDistillation:
     def restore_transform(self, state: Mapping[str, Any], student: nn.Module) -> None:
         """Attach a transform of the saved shape, before weights are loaded."""
         if state["transform_rank"] is not None:
-            self._attach_transform(student, state["transform_rank"])
+            self._attach_transform(student, state["transform_rank"], _to_index(state["transform_index"]))
 
-    def _attach_transform(self, student: nn.Module, rank: int) -> None:
-        teacher, index = self.teacher, self.teacher.hidden_index
-        num_student = teacher.num_hidden if index is None else len(index)
+    def _attach_transform(self, student: nn.Module, rank: int, index: torch.Tensor | None) -> None:
         if self.settings.distillation_transform == "identity":
             rank = 0
         generator = torch.Generator().manual_seed(self.seed)
         transform = HiddenTransform(
-            num_student, teacher.num_hidden, rank, hidden_index=index, generator=generator
+            self.num_student, self.teacher.num_hidden, rank, hidden_index=index, generator=generator
         )
         student.add_module(TRANSFORM, transform.to(next(student.parameters()).device))
 
@@ -155,6 +159,14 @@ class SelfDistillation:
         """Whether the teacher was replaced by a narrower snapshot since the transform was made."""
         transform = getattr(student, TRANSFORM)
         return bool(transform.num_teacher != self.teacher.num_hidden)
+
+
+def _to_list(index: torch.Tensor | None) -> list[int] | None:
+    return None if index is None else index.tolist()
+
+
+def _to_index(values: list[int] | None) -> torch.Tensor | None:
+    return None if values is None else torch.tensor(values, dtype=torch.long)
 
 
 def _edits(raw: list[tuple[str, int, Any]]) -> Edits:

@@ -206,7 +206,7 @@ class APTTrainer(Seq2SeqTrainer):
         runtime.reshape(self, change)
         seconds = time.perf_counter() - started
         losses = {"loss_before": loss_before, "loss_after": self._probe_loss()}
-        self._write_record(events[0].record | {"seconds": seconds, **losses})
+        self._write_record(self.pruner.describe(step, events[0].kind) | {"seconds": seconds, **losses})
 
     def finish(self) -> None:
         """Merge adapters and make ``model`` the cut model that ``save_pretrained`` writes and ``load_pruned`` reads."""
@@ -264,6 +264,7 @@ class APTTrainer(Seq2SeqTrainer):
             dataloader, "Choosing a teacher", prediction_loss_only=True, metric_key_prefix="heldout"
         )
         self.model_wrapped.train(was_training)
+        runtime.release_memory()
         return float(output.metrics["heldout_loss"])  # type: ignore[index]
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import nn
 
 from apt_trainer.adapters.lora import ADAPTER, adapters
 from apt_trainer.importance.base import Reduce
-from apt_trainer.importance.taps import Tap, TokenMask
+from apt_trainer.importance.taps import Tap, TapContext
 
 
 class RankScore:
@@ -43,7 +43,7 @@ class RankScore:
             return
         for path, layer in layers:
             sums = self._sums[path].view(1, -1)
-            self._taps.append(Tap(layer.lora_A[ADAPTER], "output", "signed", sums, TokenMask()))
+            self._taps.append(Tap(layer.lora_A[ADAPTER], "output", "signed", sums, TapContext()))
 
     @torch.no_grad()
     def update(self, reduce: Reduce, processes: int) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from apt_trainer.importance.base import Importance, Reduce
 from apt_trainer.importance.kurtosis import contributions, root_kurtosis
-from apt_trainer.importance.taps import Tap, TokenMask
+from apt_trainer.importance.taps import Tap, TapContext
 from apt_trainer.models import HIDDEN, Space
 
 OUTLIER_EVERY = 25
@@ -36,7 +36,7 @@ class Salience(Importance):
         self.decay, self.outlier_term = decay, outlier_term
         self.outlier_scaling, self.outlier_weight = outlier_scaling, outlier_weight
         self._taps: list[Tap] = []
-        self._tokens = TokenMask()
+        self._context = TapContext()
         self._average: dict[str, torch.Tensor] = {}
         self._inputs: dict[str, torch.Tensor] = {}
         self._outlier: dict[str, torch.Tensor] = {}
@@ -52,7 +52,7 @@ class Salience(Importance):
         self._groups: list[tuple[str, torch.Tensor]] = []
         for (name, path, side), part in zip(places, self._flat.split([3 * width for width in widths]), strict=True):
             sums = part.view(3, -1)
-            self._taps.append(Tap(model.get_submodule(path), side, "magnitudes", sums, self._tokens))
+            self._taps.append(Tap(model.get_submodule(path), side, "magnitudes", sums, self._context))
             self._groups.append((name, sums))
         for name in self._spaces:
             self._average.setdefault(name, torch.zeros(counts[name], device=device))
@@ -61,7 +61,7 @@ class Salience(Importance):
                 self._inputs.setdefault(name, torch.zeros(sums.shape[1], device=device))
 
     def set_tokens(self, mask: torch.Tensor | None) -> None:
-        self._tokens.mask = mask
+        self._context.set_tokens(mask)
 
     @torch.no_grad()
     def update(self, reduce: Reduce, processes: int) -> None:

@@ -16,16 +16,39 @@ from torch.utils.hooks import RemovableHandle
 Measure = Literal["magnitudes", "signed", "per_sequence"]
 
 
-class TokenMask:
-    """Which tokens of the batch in flight are real; shared by all taps of a model."""
+class TapContext:
+    """Shared by the taps of one observer: which tokens of the batch in flight are real, and scratch memory.
+
+    A fresh temporary the size of an activation costs ten times the sum itself on a CPU, hence the scratch.
+    """
 
     def __init__(self) -> None:
-        self.mask: torch.Tensor | None = None
+        self._shape: torch.Size | None = None
+        self._weights: torch.Tensor | None = None
+        self._scratch = torch.empty(0)
 
-    def for_activation(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Mask [batch, length] if it describes ``x`` [batch, length, n], else None."""
-        mask = self.mask
-        return mask if mask is not None and x.dim() == 3 and mask.shape == x.shape[:2] else None
+    def set_tokens(self, mask: torch.Tensor | None) -> None:
+        """``mask``: [batch, length], 1 = real; None = all."""
+        self._shape = None if mask is None else mask.shape
+        self._weights = None if mask is None else mask.reshape(-1).to(torch.float32)
+
+    def weights(self, x: torch.Tensor) -> torch.Tensor | None:
+        """[batch·length] float32 if the mask describes ``x`` [batch, length, n], else None."""
+        return self._weights if x.dim() == 3 and x.shape[:2] == self._shape else None
+
+    def absolute_sum(self, x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        """Σ over tokens of |x|: [..., n] → [n] float32, tokens with weight 0 left out."""
+        flat = x.detach().reshape(-1, x.shape[-1])
+        if self._scratch.numel() < flat.numel() or self._scratch.device != flat.device:
+            self._scratch = torch.empty(flat.numel(), device=flat.device)
+        absolute = self._scratch[: flat.numel()].view(flat.shape)
+        torch.abs(flat, out=absolute) if flat.dtype == absolute.dtype else absolute.copy_(flat).abs_()
+        return absolute.sum(0) if weights is None else weights.to(flat.device) @ absolute
+
+    def plain_sum(self, x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        """Σ over tokens of x: [..., n] → [n] float32, tokens with weight 0 left out."""
+        flat = x.detach().reshape(-1, x.shape[-1])
+        return flat.sum(0, dtype=torch.float32) if weights is None else weights.to(flat.device) @ flat.float()
 
 
 class Tap:
@@ -41,9 +64,9 @@ class Tap:
         side: Literal["input", "output"],
         measure: Measure,
         sums: torch.Tensor,
-        tokens: TokenMask,
+        context: TapContext,
     ) -> None:
-        self.measure, self.sums, self.tokens = measure, sums, tokens
+        self.measure, self.sums, self.context = measure, sums, context
         self._handle: RemovableHandle
         if side == "input":
             self._handle = module.register_forward_pre_hook(self._on_input)
@@ -72,8 +95,9 @@ class _MagnitudeTap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, tap: Tap) -> torch.Tensor:
-        ctx.tap, ctx.mask = tap, tap.tokens.for_activation(x)
-        ctx.activation = absolute_sum(x, ctx.mask), plain_sum(x, ctx.mask)
+        context = tap.context
+        ctx.tap, ctx.weights = tap, context.weights(x)
+        ctx.activation = context.absolute_sum(x, ctx.weights), context.plain_sum(x, ctx.weights)
         return x.view_as(x)
 
     @staticmethod
@@ -82,7 +106,7 @@ class _MagnitudeTap(torch.autograd.Function):
         sums = ctx.tap.sums
         magnitude, signed = ctx.activation
         sums[0].add_(magnitude)
-        sums[1].add_(absolute_sum(gradient, ctx.mask))
+        sums[1].add_(ctx.tap.context.absolute_sum(gradient, ctx.weights))
         sums[2].add_(signed)
         return gradient, None
 
@@ -109,19 +133,3 @@ class _ProductTap(torch.autograd.Function):
             units = sums.shape[1]
             sums[0].add_(per_sequence.reshape(len(per_sequence), units, -1).sum(2).abs().sum(0))
         return gradient, None
-
-
-def absolute_sum(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Σ over tokens of |x|: x [..., n] → [n] float32; tokens with mask 0 are left out."""
-    flat = x.detach().reshape(-1, x.shape[-1])
-    if mask is None:
-        return torch.linalg.vector_norm(flat, ord=1, dim=0, dtype=torch.float32)
-    return mask.reshape(-1).to(torch.float32) @ flat.abs().float()
-
-
-def plain_sum(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Σ over tokens of x: x [..., n] → [n] float32; tokens with mask 0 are left out."""
-    flat = x.detach().reshape(-1, x.shape[-1])
-    if mask is None:
-        return flat.sum(0, dtype=torch.float32)
-    return mask.reshape(-1).to(torch.float32) @ flat.float()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from apt_trainer.importance.base import Importance, Reduce
-from apt_trainer.importance.taps import Tap, TokenMask
+from apt_trainer.importance.taps import Tap, TapContext
 from apt_trainer.models import Space
 
 
@@ -22,7 +22,7 @@ class Taylor(Importance):
     def __init__(self, decay: float = 0.85) -> None:
         self.decay = decay
         self._taps: list[Tap] = []
-        self._tokens = TokenMask()
+        self._context = TapContext()
         self._average: dict[str, torch.Tensor] = {}
 
     def attach(self, model: nn.Module, spaces: Sequence[Space], counts: Mapping[str, int]) -> None:
@@ -40,11 +40,11 @@ class Taylor(Importance):
             for path, side in sides:
                 module = model.get_submodule(path)  # type: ignore[arg-type]
                 if hasattr(module, "weight"):
-                    self._taps.append(Tap(module, side, "per_sequence", sums, self._tokens))  # type: ignore[arg-type]
+                    self._taps.append(Tap(module, side, "per_sequence", sums, self._context))  # type: ignore[arg-type]
             self._average.setdefault(space.name, torch.zeros(counts[space.name], device=device))
 
     def set_tokens(self, mask: torch.Tensor | None) -> None:
-        self._tokens.mask = mask
+        self._context.set_tokens(mask)
 
     @torch.no_grad()
     def update(self, reduce: Reduce, processes: int) -> None:

@@ -7,12 +7,11 @@ windows nothing is hooked. Not part of the state dict of the model; :meth:`MaskS
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from apt_trainer.models import Space, Sublayer
@@ -32,6 +31,7 @@ class MaskStore:
         self._handles: list[RemovableHandle] = []
         self._values: dict[str, torch.Tensor] = {}
         self._active: dict[str, torch.Tensor] = {}
+        self._fading: dict[str, bool] = {}
 
     @property
     def is_open(self) -> bool:
@@ -42,10 +42,11 @@ class MaskStore:
         """Mask per space, [units left] float32 on the CPU."""
         return self._values
 
-    def open(self, counts: Mapping[str, int]) -> None:
-        """Start a window with every unit on."""
+    def open(self, counts: Mapping[str, int], kinds: Collection[str] = ("heads", "neurons", "hidden")) -> None:
+        """Start a window with every unit on; only spaces of ``kinds`` can fade."""
         self.close()
-        self._values = {name: torch.ones(counts[name]) for name in self._spaces if counts[name] > 0}
+        spaces = (space for space in self._spaces.values() if space.kind in kinds)
+        self._values = {space.name: torch.ones(counts[space.name]) for space in spaces if counts[space.name] > 0}
         self._hook()
 
     def close(self) -> None:
@@ -80,15 +81,15 @@ class MaskStore:
 
     def _publish(self) -> None:
         for name, value in self._values.items():
-            repeated = value.repeat_interleave(self._spaces[name].channels)
-            if name in self._active:
-                self._active[name].copy_(repeated)
+            self._active[name].copy_(value.repeat_interleave(self._spaces[name].channels))
+            self._fading[name] = bool((value < 1).any())
 
     def _hook(self) -> None:
         device = next(self._model.parameters()).device
         for name, value in self._values.items():
             space = self._spaces[name]
             self._active[name] = value.repeat_interleave(space.channels).to(device)
+            self._fading[name] = bool((value < 1).any())
             if space.gate is not None:
                 gate = self._model.get_submodule(space.gate)
                 self._handles.append(gate.register_forward_pre_hook(self._gate(name)))
@@ -106,14 +107,18 @@ class MaskStore:
         return [s for name, sub in self._sublayers.items() if name not in self._values for s in sub.stubs]
 
     def _gate(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if not self._fading[name]:
+                return None
             mask = self._active[name]
             return (args[0] * mask.to(args[0].dtype), *args[1:])
 
         return hook
 
     def _norm(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+            if not self._fading[name]:
+                return None
             return masked_norm(module, args[0], self._active[name]).to(output.dtype)
 
         return hook
@@ -147,7 +152,3 @@ def masked_norm(module: nn.Module, x: torch.Tensor, mask: torch.Tensor) -> torch
     scale = (mask * (len(mask) / live)).sqrt()
     back = mask / scale.masked_fill(mask == 0, 1.0)
     return module.forward(x * scale.to(x.dtype)) * back.to(x.dtype)
-
-
-def plain_norm(x: torch.Tensor, module: nn.LayerNorm) -> torch.Tensor:
-    return functional.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)

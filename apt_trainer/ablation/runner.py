@@ -1,0 +1,171 @@
+"""Run a study: each variant and seed in a process and folder of its own, continued where it was left.
+
+What is done is read from the folders, so a study may be killed at any moment and started again. Results are kept in
+one JSON lines file, replaced as a whole. Not for several machines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from apt_trainer.ablation.study import SET_BY_STUDY, Run, Study
+from apt_trainer.errors import UserError
+from apt_trainer.report.comparison import METRICS_FILE, RECIPE_FILE, RESULTS_FILE, read_json, run_record
+from apt_trainer.report.events import append_event, read_events
+
+LOG_LINES = 15
+POLL_SECONDS, STOP_SECONDS = 0.2, 10
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+_Results = dict[tuple[str, int], dict[str, Any]]
+
+
+def run_study(study: Study, jobs: int = 1, tell: Callable[[str], object] = lambda line: None) -> dict[str, str]:
+    """Run what is not finished yet, ``jobs`` runs at a time; finished runs are skipped, begun ones resumed.
+
+    Returns:
+        The end of the log of each run that failed; empty if all have finished.
+
+    Raises:
+        UserError: before anything runs, if the folder holds something else or is in use.
+    """
+    if jobs < 1:
+        raise UserError(f"jobs={jobs} must be at least 1.")
+    study.output_dir.mkdir(parents=True, exist_ok=True)
+    failures: dict[str, str] = {}
+    running: dict[subprocess.Popen[bytes], Run] = {}
+    with _locked(study.output_dir) as lock:
+        results = _read_results(study)
+        waiting = [run for run in study.runs if not _is_finished(run)]
+        _add_results(study, results, [run for run in study.runs if run not in waiting])
+        tell(f"{len(study.runs)} runs, {len(study.runs) - len(waiting)} of them finished earlier")
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    run = waiting.pop(0)
+                    running[_start(run, jobs, lock)] = run
+                    tell(f"{run.variant}, seed {run.seed}: started; log in {_log(run)}")
+                for process in [process for process in running if process.poll() is not None]:
+                    run = running.pop(process)
+                    if (run.folder / METRICS_FILE).is_file():
+                        _add_results(study, results, [run])
+                        tell(f"{run.variant}, seed {run.seed}: finished")
+                    else:
+                        lines = _log(run).read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
+                        failures[f"{run.variant}, seed {run.seed}"] = "\n".join(lines)
+                        tell(f"{run.variant}, seed {run.seed}: failed with exit code {process.returncode}")
+                time.sleep(POLL_SECONDS if running else 0)
+        finally:
+            _stop(list(running))
+    return failures
+
+
+def _read_results(study: Study) -> _Results:
+    path, results = study.output_dir / RESULTS_FILE, {}
+    digests = {(run.variant, run.seed): run.digest for run in study.runs}
+    for record in read_events(path):
+        key = record.get("variant"), record.get("seed")
+        if key not in digests or digests[key] != record.get("recipe_digest"):
+            raise UserError(
+                f"{path} is of another study: {study.path} has no variant {key[0]!r} with seed {key[1]}, or gives it "
+                "another recipe. Choose another output_dir, or move this one away."
+            )
+        results[key] = record
+    return results
+
+
+def _add_results(study: Study, results: _Results, runs: list[Run]) -> None:
+    for run in runs:
+        record = run_record(run.folder, run.variant) | {"seed": run.seed, "recipe_digest": run.digest}
+        results[run.variant, run.seed] = record | {"baseline": study.baseline, "shown": study.metrics}
+    path, new = study.output_dir / RESULTS_FILE, study.output_dir / f".{RESULTS_FILE}.new"
+    new.unlink(missing_ok=True)
+    for record in results.values():
+        append_event(new, record)
+    if results:
+        os.replace(new, path)
+
+
+def _is_finished(run: Run) -> bool:
+    """Whether the run has its metrics; raises :class:`UserError` if its folder holds another run, finished or not."""
+    finished, recipe = (run.folder / METRICS_FILE).is_file(), run.folder / RECIPE_FILE
+    if finished or recipe.is_file():
+        there, here = (
+            {key: value for key, value in values.items() if key == "seed" or key not in SET_BY_STUDY}
+            for values in (read_json(recipe), run.given)
+        )
+        other = [
+            key for key in sorted({*there, *here}) if (key in there, there.get(key)) != (key in here, here.get(key))
+        ]
+        if other:
+            raise UserError(
+                f"{run.folder} holds a run with another recipe; different: {', '.join(other)}. "
+                "Choose another output_dir, or remove that folder to run it anew."
+            )
+    return finished
+
+
+def _start(run: Run, jobs: int, lock: int) -> subprocess.Popen[bytes]:
+    for checkpoint in run.folder.glob("checkpoint-*"):
+        if not (checkpoint / "trainer_state.json").is_file():  # written last: the run was killed while saving
+            shutil.rmtree(checkpoint)
+    resume = run.folder.is_dir() and get_last_checkpoint(str(run.folder)) is not None
+    if run.folder.exists() and not resume:
+        shutil.rmtree(run.folder)
+    _log(run).parent.mkdir(parents=True, exist_ok=True)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    words = [*run.words, *(["--resume_from_checkpoint=true"] if resume else [])]
+    with _log(run).open("ab" if resume else "wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "apt_trainer", "train", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={"OMP_NUM_THREADS": str(max(1, cores // jobs)), **os.environ},
+            pass_fds=(lock,),  # the folder stays locked while a run lives, should this process be killed
+            start_new_session=True,
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        )
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+        end = time.monotonic() + STOP_SECONDS
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0, end - time.monotonic()))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[int]:
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder} is in use by another study, or by a run of it. Wait for it or stop it."
+            ) from None
+        yield file.fileno()
+
+
+def _log(run: Run) -> Path:
+    return run.folder.with_name(f"{run.folder.name}.log")

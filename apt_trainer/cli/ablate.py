@@ -1,0 +1,35 @@
+"""``apt-trainer ablate``: run the variants and seeds of a study, and print the table."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+
+HELP = "Run a study: variants of a recipe times seeds, side by side; continues where it was stopped. Prints a table."
+TAKES_SETTINGS = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--study", metavar="FILE", required=True, help="YAML: base, output_dir, seeds, variants, baseline, metrics"
+    )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    parser.add_argument("--output_dir", metavar="DIR", help="overrides that of the study")
+
+
+def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from apt_trainer.ablation.runner import run_study
+    from apt_trainer.ablation.study import read_study
+    from apt_trainer.report.comparison import RESULTS_FILE, compare, read_results, to_markdown
+
+    study = read_study(args.study, args.output_dir)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))  # through the clean-up, as for SIGINT
+    failures = run_study(study, args.jobs, lambda line: print(line, file=sys.stderr, flush=True))
+    if (study.output_dir / RESULTS_FILE).is_file():
+        print(to_markdown(compare(read_results([str(study.output_dir)]), study.baseline)))
+    for name, log in failures.items():
+        print(f"\nfailed: {name}\n{log}", file=sys.stderr)
+    return 1 if failures else 0

@@ -1,0 +1,41 @@
+"""``apt-trainer report``: a table of runs side by side, in Markdown, CSV or as an HTML page with pictures."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from apt_trainer.errors import UserError
+
+HELP = "Compare finished runs: mean and spread over seeds, and change against a baseline."
+TAKES_SETTINGS = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a study or of a finished run")
+    parser.add_argument("--output", metavar="FILE", help="write FILE.md, FILE.csv or FILE.html (default: print)")
+    parser.add_argument("--baseline", metavar="NAME", help="variant that the others are compared with")
+
+
+def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from apt_trainer.report.comparison import compare, read_results, to_csv, to_markdown
+
+    output, suffix = Path(args.output or "-.md"), Path(args.output or "-.md").suffix
+    if suffix not in (".md", ".csv", ".html"):
+        raise UserError(f"--output={args.output!r} must end in .md, .csv or .html.")
+    records = read_results(args.runs)
+    comparison = compare(records, args.baseline)
+    if suffix == ".html":
+        from apt_trainer.report.html import to_html
+
+        text = to_html(comparison, records, " + ".join(Path(path).resolve().name for path in args.runs))
+    else:
+        text = to_csv(comparison) if suffix == ".csv" else to_markdown(comparison) + "\n"
+    if args.output is None:
+        print(text, end="")
+        return 0
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(text, encoding="utf-8")
+    print(f"wrote {output}")
+    return 0

@@ -1,0 +1,236 @@
+"""Short runs of the trainer on tiny models: data, settings, a recorder of what happens at each step.
+
+Models come from ``tests/tiny.py``. Not for checks: those are in the test modules.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import LABELS, VOCABULARY, tiny_model
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, TrainerCallback, set_seed
+
+from apt_trainer import APTConfig, APTTrainer, Importance, PruningPlan
+from apt_trainer.models import Space
+from apt_trainer.pruner import PruningEvent
+from apt_trainer.pruning.surgery import apply_plan
+from apt_trainer.runtime import plain_optimizer
+
+LENGTH = 10
+DEFAULTS: dict[str, Any] = {
+    "max_steps": 50,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 16,
+    "learning_rate": 1e-3,
+    "target_sparsity": 0.5,
+    "num_pruning_events": 3,
+    "pruning_start": 6,
+    "pruning_end": 30,
+    "mask_window": 4,
+    "distillation_end": 40,
+    "round_to": 4,
+    "min_hidden": 8,
+    "lora_r": 2,
+    "lora_alpha": 4,
+    "max_rank": 8,
+    "heldout_fraction": 0.1,
+    "use_cpu": True,
+    "report_to": [],
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "seed": 7,
+}
+"""50 steps: warm-up to 6, events after 14, 22 and 30 with masks in the 4 steps before each, distillation to 40."""
+
+SHORT = {"max_steps": 12, "num_pruning_events": 2, "pruning_start": 2, "pruning_end": 8, "mask_window": 2}
+SHORT |= {"distillation_end": 10}
+EVENTS = (14, 22, 30)
+
+
+class Rows(Dataset[dict[str, torch.Tensor]]):
+    """Random token rows with labels of one task ("classification", "regression", "tokens" or "answers")."""
+
+    def __init__(self, number: int = 110, task: str = "classification", padded: bool = True) -> None:
+        generator = torch.Generator().manual_seed(11)
+        self.ids = torch.randint(4, VOCABULARY, (number, LENGTH), generator=generator)
+        lengths = torch.randint(LENGTH // 2, LENGTH + 1, (number,), generator=generator)
+        self.mask = torch.ones_like(self.ids)
+        if padded:
+            self.mask = (torch.arange(LENGTH) < lengths[:, None]).long()
+            self.ids = torch.where(self.mask.bool(), self.ids, 1)
+        self.labels = self._labels(task, generator)
+
+    def _labels(self, task: str, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        number = len(self.ids)
+        if task == "answers":
+            starts = torch.randint(0, 3, (number,), generator=generator)
+            return {"start_positions": starts, "end_positions": starts + 1}
+        if task == "tokens":
+            return {"labels": torch.where(self.mask.bool(), self.ids % LABELS, -100)}
+        if task == "regression":
+            return {"labels": self.ids.float().mean(1) / VOCABULARY}
+        return {"labels": self.ids[:, 0] % LABELS}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        labels = {name: values[row] for name, values in self.labels.items()}
+        return {"input_ids": self.ids[row], "attention_mask": self.mask[row], **labels}
+
+
+class Fixed(Importance):
+    """Scores 1 for every unit but those whose spaces or positions are named: {space: score or scores of all units}."""
+
+    def __init__(self, scores: Mapping[str, float | Sequence[float]] | None = None) -> None:
+        self.given, self.current = dict(scores or {}), dict[str, torch.Tensor]()
+        self.updates = 0
+
+    def attach(self, model: nn.Module, spaces: Sequence[Space], counts: Mapping[str, int]) -> None:
+        for space in spaces:
+            if space.name not in self.current:
+                falling = torch.linspace(1.0, 0.5, space.size)
+                given = self.given.get(space.name, 1.0)
+                self.current[space.name] = falling * torch.as_tensor(given, dtype=torch.float32)
+
+    def update(self, reduce: Any, processes: int) -> None:
+        self.updates += 1
+
+    def scores(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        return dict(self.current)
+
+    def follow(self, survivors: Mapping[str, torch.Tensor]) -> None:
+        for name, index in survivors.items():
+            self.current[name] = self.current[name].index_select(0, index)
+
+
+def config(output_dir: Path, **changes: Any) -> APTConfig:
+    """Settings of a run of 50 steps with three events, changed by ``changes``."""
+    return APTConfig(output_dir=str(output_dir), **{**DEFAULTS, **changes})
+
+
+def make_trainer(
+    output_dir: Path,
+    model: PreTrainedModel | None = None,
+    data: Dataset[Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> APTTrainer:
+    """Trainer of a tiny encoder; ``options`` go to the trainer, ``changes`` to its settings."""
+    set_seed(3)
+    model = tiny_model("bert") if model is None else model
+    data = Rows() if data is None else data
+    return APTTrainer(model, config(output_dir, **changes), data, **(options or {}))
+
+
+@dataclass
+class Moment:
+    """The student at one step."""
+
+    weights: dict[str, torch.Tensor]
+    trained: set[str]
+    moments: dict[str, dict[str, torch.Tensor]]
+    rates: list[float]
+    in_optimizer: set[str]
+    tune: str
+    plan: PruningPlan
+    sublayers: dict[str, str] = field(default_factory=dict)
+
+
+class Recorder(TrainerCallback):
+    """Keeps a :class:`Moment` of every step in ``at``. Given to the trainer as a callback it sees each step before the
+    trainer's own work on it; added with ``trainer.add_callback``, after it."""
+
+    def __init__(self, steps: Iterable[int]) -> None:
+        self.steps, self.at = set(steps), dict[int, Moment]()
+        self.trainer: APTTrainer | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in self.steps:
+            assert self.trainer is not None
+            self.at[state.global_step] = moment(self.trainer)
+
+
+def moment(trainer: APTTrainer) -> Moment:
+    model, optimizer = trainer.model, plain_optimizer(trainer)
+    named = dict(model.named_parameters())
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return Moment(
+        weights={name: p.detach().clone() for name, p in named.items()},
+        trained={name for name, p in named.items() if p.requires_grad},
+        moments={
+            name: {key: value.clone() for key, value in optimizer.state[p].items()}
+            for name, p in named.items()
+            if p in optimizer.state
+        },
+        rates=[group["lr"] for group in optimizer.param_groups],
+        in_optimizer={name for name, p in named.items() if id(p) in held},
+        tune=trainer.pruner.tune,
+        plan=trainer.pruner.plan,
+    )
+
+
+def watch(trainer: APTTrainer, before: Recorder, after: Recorder) -> list[PruningEvent]:
+    """Attach both recorders (``before`` must have been given as a callback); returns the list that events go to."""
+    before.trainer = after.trainer = trainer
+    trainer.add_callback(after)
+    events: list[PruningEvent] = []
+    apply: Callable[..., PruningEvent] = trainer.pruner.apply
+
+    def spy(*args: Any) -> PruningEvent:
+        events.append(apply(*args))
+        return events[-1]
+
+    trainer.pruner.apply = spy  # type: ignore[method-assign]
+    return events
+
+
+class SaveAt(TrainerCallback):
+    """Writes a checkpoint after each of ``steps``."""
+
+    def __init__(self, steps: Iterable[int]) -> None:
+        self.steps = set(steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        control.should_save = state.global_step in self.steps
+        return control
+
+
+def events_of(folder: Path, *kinds: str) -> list[dict[str, Any]]:
+    """Records of ``events.jsonl``, of the named kinds or all."""
+    records = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return [record for record in records if not kinds or record["kind"] in kinds]
+
+
+def losses_of(trainer: APTTrainer) -> dict[int, tuple[float, ...]]:
+    """Every logged loss by step: total, task, distillation where there is one."""
+    names = ("loss", "loss/task", "loss/distillation")
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {entry["step"]: tuple(entry[name] for name in names if name in entry) for entry in logs}
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def counted_block_parameters(trainer: APTTrainer) -> int:
+    """Parameters of the blocks, counted on the real tensors, adapters excluded."""
+    blocks = tuple(path + "." for path in trainer.pruner.family.block_modules(trainer.model))
+    named = trainer.model.named_parameters()
+    return sum(p.numel() for name, p in named if name.startswith(blocks) and ".lora_" not in name)
+
+
+def cut_copy(dense: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
+    """``dense`` cut to ``plan`` in place: what its weights must be where none of them trained."""
+    from tiny import parts
+
+    family, spaces, full = parts(dense)
+    apply_plan(dense, family, spaces, full, plan)
+    return dense

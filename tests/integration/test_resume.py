@@ -1,0 +1,165 @@
+"""A run that was interrupted and resumed ends with the same bits as one that was not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from integration.factories import (
+    EVENTS,
+    SHORT,
+    Rows,
+    SaveAt,
+    events_of,
+    losses_of,
+    make_trainer,
+    weights_of,
+)
+from tiny import randomise, tiny_config, tiny_model
+from transformers import AutoModelForSequenceClassification
+
+from apt_trainer import APTTrainer
+
+MOMENTS = {
+    "in warm-up": 3,
+    "before the first event": 8,
+    "inside a mask window": 12,
+    "at an event": 14,
+    "between events": 16,
+    "after pruning, distilling": 34,
+    "when distillation ended": 40,
+    "after distillation": 45,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {"tune_after_distillation": "full"},
+    "accumulation": {
+        "gradient_accumulation_steps": 2,
+        "tune_after_pruning": "adapters_and_norms",
+        "prune_targets": ["hidden", "neurons"],
+        "min_neurons": 20,
+    },
+}
+
+
+class AlwaysBetter(APTTrainer):
+    """Each snapshot replaces the one before it."""
+
+    def _heldout_loss(self) -> float:
+        return 1.0 / self.state.global_step
+
+
+def _trainer(folder: Path, variant: str, steps: tuple[int, ...] = ()) -> APTTrainer:
+    model = tiny_model("bert", dropout=0.1)
+    trainer = make_trainer(folder, model, options={"callbacks": [SaveAt(steps)]}, **VARIANTS[variant])
+    if variant == "accumulation":
+        trainer.__class__ = AlwaysBetter
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def straight(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, APTTrainer]:
+    """A run with dropout that was not interrupted, with a checkpoint of each moment."""
+    folder = tmp_path_factory.mktemp(request.param)
+    trainer = _trainer(folder, request.param, tuple(MOMENTS.values()))
+    trainer.train()
+    return request.param, folder, trainer
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("straight", VARIANTS, indirect=True)
+def test_straight_and_resumed_are_bit_equal(
+    straight: tuple[str, Path, APTTrainer], moment: str, tmp_path: Path
+) -> None:
+    variant, folder, whole = straight
+    step = MOMENTS[moment]
+    resumed = _trainer(tmp_path, variant)
+    resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+    expected, got = weights_of(whole.model), weights_of(resumed.model)
+    assert expected.keys() == got.keys()
+    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+    assert resumed.pruner.plan == whole.pruner.plan
+    assert losses_of(resumed) == losses_of(whole)
+    later = [_timeless(record) for record in events_of(folder) if record["step"] > step]
+    assert [_timeless(record) for record in _written(tmp_path)] == later
+
+
+def _written(folder: Path) -> list[dict[str, Any]]:
+    return events_of(folder) if (folder / "events.jsonl").exists() else []
+
+
+def _timeless(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != "seconds"}
+
+
+def test_the_straight_runs_cover_what_resuming_has_to(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, "accumulation")
+    schedule = trainer.schedule
+    assert schedule.events == EVENTS
+    assert [schedule.in_window(step) for step in (3, 8, 12, 14, 16, 34)] == [None, None, 0, None, None, None]
+    assert [schedule.distils(step) for step in (3, 8, 34, 40)] == [False, True, True, False]
+    trainer.train()
+    assert [record["step"] for record in events_of(tmp_path, "teacher")] == [6, 14, 22]
+    assert trainer.pruner.plan.counts["hidden"] == 8
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "taylor", "random"])
+def test_every_importance_resumes(tmp_path: Path, importance: str) -> None:
+    whole, resumed = (
+        make_trainer(
+            tmp_path / name, options={"callbacks": [SaveAt([4])]}, importance=importance, rank_score=score, **SHORT
+        )
+        for name, score in (("whole", "absolute"), ("resumed", "absolute"))
+    )
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    _assert_equal(whole, resumed)
+
+
+@pytest.mark.parametrize(("width", "step"), [(16, 3), (16, 6), (24, 3), (24, 6)])
+def test_a_run_with_an_external_teacher_resumes(tmp_path: Path, width: int, step: int) -> None:
+    def trainer(name: str) -> APTTrainer:
+        teacher = AutoModelForSequenceClassification.from_config(
+            tiny_config("bert", num_labels=3, hidden_size=width, intermediate_size=32)
+        )
+        randomise(teacher, seed=5)
+        changes = {**SHORT, "distillation": "model", "teacher_name_or_path": "given", "prune_targets": ["hidden"]}
+        changes["target_sparsity"] = 0.4
+        options = {"teacher": teacher, "callbacks": [SaveAt([step])]}
+        return make_trainer(tmp_path / name, options=options, **changes)
+
+    whole, resumed = trainer("whole"), trainer("resumed")
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+    assert whole.pruner.plan.counts["hidden"] < 16
+    _assert_equal(whole, resumed)
+
+
+def _assert_equal(whole: APTTrainer, resumed: APTTrainer) -> None:
+    expected, got = weights_of(whole.model), weights_of(resumed.model)
+    assert expected.keys() == got.keys()
+    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+    assert losses_of(resumed) == losses_of(whole)
+
+
+def test_resuming_in_the_same_folder_drops_the_records_of_later_steps(tmp_path: Path) -> None:
+    make_trainer(tmp_path, options={"callbacks": [SaveAt([6])]}, **SHORT).train()
+    first = [_timeless(record) for record in events_of(tmp_path)]
+    again = make_trainer(tmp_path, **SHORT)
+    again.train(resume_from_checkpoint=True)
+    assert [_timeless(record) for record in events_of(tmp_path)] == first
+    assert [record["step"] for record in events_of(tmp_path, "prune")] == [5, 8]
+
+
+def test_a_checkpoint_holds_safe_formats_and_what_a_run_needs(tmp_path: Path) -> None:
+    make_trainer(tmp_path, options={"callbacks": [SaveAt([6])]}, data=Rows(60), **SHORT).train()
+    folder = tmp_path / "checkpoint-6"
+    names = {file.name for file in folder.iterdir()}
+    ours = {"apt_state.json", "apt_state.safetensors", "apt_training.safetensors", "apt_teacher.safetensors"}
+    assert ours <= names
+    assert not {"model.safetensors", "config.json", "pytorch_model.bin"} & names
+    state = json.loads((folder / "apt_state.json").read_text())
+    assert state["format_version"] == 1
+    assert state["pruner"]["tune"] == "adapters"

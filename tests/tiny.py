@@ -1,0 +1,157 @@
+"""Tiny models of every family and task, whose weights are random everywhere: norms, biases and adapters included.
+
+With norms at 1, biases at 0 and B at 0, as models are made, equalities would hold for the wrong reasons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from apt_trainer.adapters.lora import insert_adapters
+from apt_trainer.models import HIDDEN, ModelFamily, Space, family_of
+from apt_trainer.pruning.plan import PruningPlan
+
+FAMILY_NAMES = ("bert", "roberta", "xlm-roberta", "distilbert")
+TASKS = {
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForTokenClassification": AutoModelForTokenClassification,
+    "ForQuestionAnswering": AutoModelForQuestionAnswering,
+    "ForMaskedLM": AutoModelForMaskedLM,
+}
+CASES = [(family, task) for family in FAMILY_NAMES for task in TASKS]
+
+WIDTH, HEADS, HEAD_DIM, NEURONS, LAYERS, LABELS, VOCABULARY = 16, 4, 4, 24, 3, 3, 40
+
+
+def tiny_config(family: str, layers: int = LAYERS, dropout: float = 0.0, **extra: object) -> PreTrainedConfig:
+    if family == "distilbert":
+        sizes = {"dim": WIDTH, "n_heads": HEADS, "hidden_dim": NEURONS, "n_layers": layers}
+        sizes |= {"dropout": dropout, "attention_dropout": dropout, "seq_classif_dropout": dropout, "qa_dropout": dropout}
+    else:
+        sizes = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "intermediate_size": NEURONS}
+        sizes |= {"num_hidden_layers": layers, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    return AutoConfig.for_model(
+        family, vocab_size=VOCABULARY, max_position_embeddings=20, pad_token_id=1, **{**sizes, **extra}
+    )
+
+
+def tiny_model(
+    family: str, task: str = "ForSequenceClassification", layers: int = LAYERS, dropout: float = 0.0, **extra: object
+) -> PreTrainedModel:
+    """Dense model in evaluation mode; equal arguments give equal weights."""
+    labels = 2 if task == "ForQuestionAnswering" else LABELS
+    model = TASKS[task].from_config(tiny_config(family, layers, dropout, num_labels=labels, **extra))
+    randomise(model, seed=1)
+    return model.eval()
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, seed: int) -> None:
+    """Draw every parameter anew: norms' weights around 1, everything else around 0."""
+    generator = torch.Generator().manual_seed(seed)
+    norms = {id(m.weight) for m in model.modules() if isinstance(m, nn.LayerNorm)}
+    for parameter in model.parameters():
+        drawn = torch.randn(parameter.shape, generator=generator) * 0.3
+        parameter.copy_(1 + drawn if id(parameter) in norms else drawn)
+
+
+def adapted(model: PreTrainedModel, rank: int = 3, everywhere: bool = False) -> PreTrainedModel:
+    """``model`` with adapters whose B is not zero: on the targets of its family, or on every linear of its layers."""
+    family = family_of(model.config)
+    names: Iterable[str] = family.adapter_targets
+    if everywhere:
+        tables = (family.attention, family.mlp)
+        names = [name for table in tables for name in (*table.reads, table.writes)]
+    insert_adapters(model, list(names), rank, 2.0 * rank, 0.0, family.layer_paths(model))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+def tiny_batch(model: PreTrainedModel, padded: bool = True, size: int = 4, length: int = 7) -> dict[str, torch.Tensor]:
+    """Batch with labels; ``padded`` ends the sequences at different lengths."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(4, VOCABULARY, (size, length), generator=generator)
+    mask = torch.ones_like(ids)
+    if padded:
+        for row in range(size):
+            mask[row, length - row % 4 :] = 0
+    ids = torch.where(mask.bool(), ids, 1)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    name = type(model).__name__
+    if name.endswith("ForSequenceClassification"):
+        batch["labels"] = torch.randint(LABELS, (size,), generator=generator)
+    elif name.endswith("ForQuestionAnswering"):
+        batch["start_positions"] = torch.randint(3, (size,), generator=generator)
+        batch["end_positions"] = torch.randint(3, (size,), generator=generator)
+    else:
+        classes = VOCABULARY if name.endswith("ForMaskedLM") else LABELS
+        labels = torch.randint(classes, (size, length), generator=generator)
+        batch["labels"] = torch.where(mask.bool(), labels, -100)
+    return batch
+
+
+def logits(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """All predictions [batch, …] in one tensor."""
+    with torch.no_grad():
+        output = model(**batch)
+    if hasattr(output, "start_logits"):
+        return torch.stack([output.start_logits, output.end_logits])
+    return output.logits
+
+
+def parts(model: PreTrainedModel) -> tuple[ModelFamily, list[Space], PruningPlan]:
+    """(family, spaces, plan) of a dense model."""
+    family = family_of(model.config)
+    spaces = family.spaces(model)
+    return family, spaces, PruningPlan.dense(spaces)
+
+
+def random_plan(
+    spaces: Sequence[Space],
+    current: PruningPlan,
+    seed: int,
+    kinds: Sequence[str] = ("heads", "neurons", "hidden"),
+    vanish: Sequence[str] = (),
+) -> PruningPlan:
+    """Part of the units of every space of ``kinds``, drawn at random; no unit of the spaces in ``vanish``."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = dict(current.kept)
+    for space in spaces:
+        units = kept[space.name]
+        if space.name in vanish:
+            kept[space.name] = ()
+        elif space.kind in kinds and units:
+            least = 5 if space.name == HIDDEN else 1
+            number = int(torch.randint(min(least, len(units)), len(units) + 1, (), generator=generator))
+            chosen = torch.randperm(len(units), generator=generator)[:number].sort().values
+            kept[space.name] = tuple(units[i] for i in chosen.tolist())
+    return PruningPlan(kept)
+
+
+def gap(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest absolute difference."""
+    return float((a - b).abs().max())
+
+
+def hooks(model: nn.Module) -> int:
+    """How many forward and backward hooks hang in ``model``."""
+    return sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) + len(m._backward_pre_hooks)
+        for m in model.modules()
+    )
