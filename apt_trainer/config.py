@@ -23,14 +23,22 @@ class APTConfig(MethodSettings, MeasureSettings, Seq2SeqTrainingArguments):
     must stop the run, and ``logging_steps`` 50 (500).
     """
 
-    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of adapters and head. 2e-4 (APT)."})
+    learning_rate: float = field(
+        default=2e-4, metadata={"help": "Peak learning rate of adapters and head. 2e-4 (APT)."}
+    )
     warmup_steps: float = field(default=0.06, metadata={"help": "Steps, or a fraction of all steps. 0.06 (official)."})
     logging_steps: float = field(default=50, metadata={"help": "Steps between log lines."})
-    save_strategy: str = field(default="no", metadata={"help": "no, steps, epoch or best: when checkpoints are written."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not finite from logs."})
+    save_strategy: str = field(
+        default="no", metadata={"help": "no, steps, epoch or best: when checkpoints are written."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide losses that are not finite from logs."}
+    )
 
     def __post_init__(self) -> None:
         self.check()
         super().__post_init__()
         if self.logging_nan_inf_filter:
-            raise UserError("logging_nan_inf_filter hides losses that are not finite; they must stop the run. Remove it.")
+            raise UserError(
+                "logging_nan_inf_filter hides losses that are not finite; they must stop the run. Remove it."
+            )

@@ -36,12 +36,18 @@ def plan(recipe: Recipe) -> str:
     args = recipe.training
     tokenizer, config = load_tokenizer(recipe.model), load_config(recipe.model)
     family_of(config)
-    data = load_task(recipe.data, tokenizer, args.seed if args.data_seed is None else args.data_seed, max_positions=max_positions(config))
+    data = load_task(
+        recipe.data,
+        tokenizer,
+        args.seed if args.data_seed is None else args.data_seed,
+        max_positions=max_positions(config),
+    )
     for name, value in data.model_kwargs.items():
         setattr(config, name, value)
     model = build_model(config, data.model_class, "cpu" if args.sparsity_metric == "latency" else "meta")
     pruner = AdaptivePruner(model, args, seed=args.seed)
     schedule = make_schedule(args, total_steps(len(data.train), args))
+    memory = memory_estimate(model, args, recipe.data.max_length)
     lines = [
         f"model        {type(model).__name__}, {format_count(sum(p.numel() for p in model.parameters()))} parameters "
         f"with adapters, {format_count(pruner.block_cost.total(pruner.plan.counts))} in blocks",
@@ -49,7 +55,7 @@ def plan(recipe: Recipe) -> str:
         f"{len(data.test):,} reported on ({data.test_name})",
         f"trains       {' → '.join(tune_phases(args))}; {format_count(_trained(model))} parameters at first",
         f"steps        {schedule.total:,} of {args.train_batch_size * args.gradient_accumulation_steps} rows",
-        f"memory       {format_bytes(memory_estimate(model, args, recipe.data.max_length))} estimated at the first step "
+        f"memory       {format_bytes(memory)} estimated at the first step "
         "(weights, gradients, optimizer, activations)",
         "",
         _space_table(pruner),
@@ -117,13 +123,21 @@ def _space_table(pruner: AdaptivePruner) -> str:
         rows.append(
             {
                 "kind": kind,
-                "units": " + ".join(str(s.size) for s in members) if len(members) < 3 else f"{len(members)} × {members[0].size}",
+                "units": " + ".join(str(s.size) for s in members)
+                if len(members) < 3
+                else f"{len(members)} × {members[0].size}",
                 "unit": f"{unit:,.0f}",
                 "pruned": "yes" if targets in pruner.limits.targets and pruner.settings.prunes else "no",
                 "step": pruner.limits.round_to[kind],
             }
         )
-    columns = [("kind", "kind"), ("units", "units"), ("unit", "parameters each"), ("pruned", "pruned"), ("step", "multiple of")]
+    columns = [
+        ("kind", "kind"),
+        ("units", "units"),
+        ("unit", "parameters each"),
+        ("pruned", "pruned"),
+        ("step", "multiple of"),
+    ]
     return markdown_table(rows, [(key, header, None) for key, header in columns])
 
 
@@ -133,8 +147,15 @@ def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig)
     dense = pruner.dense_plan
     flops = flops_cost(pruner.model, pruner.family, pruner.spaces, 1, args.reference_length)
     adapters = lora.adapter_parameters(pruner.model)
-    rows = [{"step": 0, "target": "0 %", "params": format_count(pruner.block_cost.total(dense.counts)),
-             "flops": format_count(flops.total(dense.counts)), "adapters": format_count(adapters)}]
+    rows = [
+        {
+            "step": 0,
+            "target": "0 %",
+            "params": format_count(pruner.block_cost.total(dense.counts)),
+            "flops": format_count(flops.total(dense.counts)),
+            "adapters": format_count(adapters),
+        }
+    ]
     for number, step in enumerate(schedule.events):
         even = evenly_cut(pruner, schedule.sparsity(number))
         growth = 1 + schedule.tuning_share(number) * (args.tuning_growth - 1) if args.rank_growth != "none" else 1
@@ -147,8 +168,13 @@ def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig)
                 "adapters": f"≤ {format_count(adapters * growth)}",
             }
         )
-    columns = [("step", "step"), ("target", f"{args.sparsity_metric} removed"), ("params", "block parameters"),
-               ("flops", f"block FLOPs at 1×{args.reference_length}"), ("adapters", "adapter parameters")]
+    columns = [
+        ("step", "step"),
+        ("target", f"{args.sparsity_metric} removed"),
+        ("params", "block parameters"),
+        ("flops", f"block FLOPs at 1×{args.reference_length}"),
+        ("adapters", "adapter parameters"),
+    ]
     lines = [
         markdown_table(rows, [(key, header, None) for key, header in columns]),
         "",
@@ -156,7 +182,8 @@ def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig)
     ]
     if schedule.distillation_end > schedule.distillation_start:
         lines.append(
-            f"Distillation ({args.distillation}) from step {schedule.distillation_start} to {schedule.distillation_end}."
+            f"Distillation ({args.distillation}) from step {schedule.distillation_start} "
+            f"to {schedule.distillation_end}."
         )
     return lines
 
@@ -165,4 +192,6 @@ def evenly_cut(pruner: AdaptivePruner, sparsity: float) -> PruningPlan:
     """A plan at ``sparsity`` in which every kind loses about the same share."""
     budget = (1 - sparsity) * pruner.cost.total(pruner.dense_plan.counts)
     scores = {space.name: torch.linspace(1, 0, space.size, dtype=torch.float64) for space in pruner.spaces}
-    return select(scores, pruner.spaces, pruner.dense_plan, pruner.cost, budget, pruner.limits, scores_are_densities=True)
+    return select(
+        scores, pruner.spaces, pruner.dense_plan, pruner.cost, budget, pruner.limits, scores_are_densities=True
+    )

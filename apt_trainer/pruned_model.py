@@ -57,7 +57,9 @@ def apply_structure(model: nn.Module, structure: Mapping[str, Mapping[str, Any]]
     """Give a freshly built dense ``model`` the shapes of ``structure``; new parameters are not initialised."""
     for path, kind in structure["replaced"].items():
         if kind not in STUBS:
-            raise UserError(f"The checkpoint replaces {path} by {kind!r}, which this version of apt_trainer does not know.")
+            raise UserError(
+                f"The checkpoint replaces {path} by {kind!r}, which this version of apt_trainer does not know."
+            )
         model.set_submodule(path, STUBS[kind]())
     for full_name, shape in structure["parameters"].items():
         path, _, name = full_name.rpartition(".")
@@ -73,16 +75,21 @@ def apply_structure(model: nn.Module, structure: Mapping[str, Mapping[str, Any]]
 
 @cache
 def config_class(model_type: str) -> type[PreTrainedConfig]:
-    """Config class for pruned models of a stock ``model_type``; instances announce their model class to the Auto classes."""
+    """Config class for pruned models of a stock ``model_type``.
+
+    An instance announces its model class to the Auto classes.
+    """
     base: type[PreTrainedConfig] = type(AutoConfig.for_model(model_type))
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         architecture = kwargs.pop("apt_base_architecture", None)
         version = kwargs.pop("apt_format_version", FORMAT_VERSION)
         structure = kwargs.pop("apt_structure", None)
-        base.__init__(self, *args, **kwargs)
+        base.__init__(self, *args, **kwargs)  # type: ignore[misc]
         if version > FORMAT_VERSION:
-            raise UserError(f"The checkpoint has format {version}, this version of apt_trainer reads up to {FORMAT_VERSION}.")
+            raise UserError(
+                f"The checkpoint has format {version}, this version of apt_trainer reads up to {FORMAT_VERSION}."
+            )
         self.apt_base_model_type, self.apt_format_version = model_type, version
         self.apt_base_architecture, self.apt_structure = architecture, structure
         if architecture is not None:
@@ -97,7 +104,9 @@ def model_class(model_type: str, architecture: str) -> type[PreTrainedModel]:
     """Subclass of a stock model class that builds itself with the structure in its config."""
     base = getattr(transformers, architecture, None)
     if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
-        raise UserError(f"The checkpoint is for {architecture!r}, which is no model class of the installed transformers.")
+        raise UserError(
+            f"The checkpoint is for {architecture!r}, which is no model class of the installed transformers."
+        )
 
     def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
@@ -144,9 +153,7 @@ def as_pruned(model: PreTrainedModel, family: ModelFamily, plan: PruningPlan) ->
     model_type = model.config.model_type
     values = model.config.to_dict()
     values.pop("model_type", None)
-    config = config_class(model_type)(
-        **values, apt_base_architecture=stock.__name__, apt_structure=structure
-    )
+    config = config_class(model_type)(**values, apt_base_architecture=stock.__name__, apt_structure=structure)
     config._attn_implementation = model.config._attn_implementation
     model.__class__ = model_class(model_type, stock.__name__)
     for module in model.modules():
@@ -168,7 +175,11 @@ def load_pruned(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         raise UserError(f"{path} is a stock model ({', '.join(names)}); load it with transformers.")
     cls = model_class(config.apt_base_model_type, architecture)
     model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
-    problems = [f"{len(info[key])} {key.replace('_', ' ')}" for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]]
+    problems = [
+        f"{len(info[key])} {key.replace('_', ' ')}"
+        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info[key]
+    ]
     if problems:
         raise UserError(f"{path} is damaged or incomplete: {', '.join(problems)}.")
     return model  # type: ignore[no-any-return]

@@ -304,9 +304,7 @@ class AdaptivePruner:
         sizes = [allocation.AdapterSize(path, ranks[path], widths[path]) for path in ranks if path in widths]
         growth = self.schedule.tuning_share(event) * (s.tuning_growth - 1)
         budget = self.adapter_parameters_at_start * (1 + growth)
-        return allocation.allocate(
-            sizes, self.rank_score.scores(), budget, s.max_rank, s.rank_growth, s.rank_rule
-        )
+        return allocation.allocate(sizes, self.rank_score.scores(), budget, s.max_rank, s.rank_growth, s.rank_rule)
 
     def _adapter_widths(self, plan: PruningPlan) -> dict[str, int]:
         """in + out features of every adapted linear once ``plan`` is applied; those that vanish are left out."""
@@ -314,9 +312,7 @@ class AdaptivePruner:
         for space in self.spaces:
             for part in space.slices:
                 sides[part.module, part.side] = plan.counts[space.name] * sum(part.parts)
-        gone = tuple(
-            path for sub in self.sublayers if plan.counts[sub.space] == 0 for path in sub.modules
-        )
+        gone = tuple(path for sub in self.sublayers if plan.counts[sub.space] == 0 for path in sub.modules)
         widths = {}
         for path, layer in lora.adapters(self.model):
             if not any(path == module or path.startswith(module + ".") for module in gone):
@@ -328,7 +324,7 @@ class AdaptivePruner:
 def give_shapes(
     model: nn.Module, family: ModelFamily, spaces: list[Space], dense: PruningPlan, description: Mapping[str, Any]
 ) -> PruningPlan:
-    """Cut a dense ``model`` with fresh adapters to what :meth:`AdaptivePruner.state` described; values stay to be loaded."""
+    """Cut a dense ``model`` with fresh adapters to what :meth:`AdaptivePruner.state` said; load values after it."""
     plan = PruningPlan.from_json(description["plan"])
     apply_plan(model, family, spaces, dense, plan)
     generator = torch.Generator().manual_seed(0)

@@ -6,7 +6,11 @@ itself (``trainer``, ``pruner``).
 
 from __future__ import annotations
 
+import json
 import platform
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +23,14 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from apt_trainer.errors import UserError
-from apt_trainer.measure import PeakMemory, compare_latency, count_flops, count_parameters, example_inputs, size_on_disk
+from apt_trainer.measure import (
+    PeakMemory,
+    compare_latency,
+    count_flops,
+    count_parameters,
+    example_inputs,
+    size_on_disk,
+)
 from apt_trainer.models import family_of
 from apt_trainer.pruned_model import load_pruned
 from apt_trainer.recipe import Recipe, load_recipe
@@ -27,11 +38,24 @@ from apt_trainer.report.events import read_events, write_json
 from apt_trainer.report.plots import plot_run
 from apt_trainer.settings import ModelSettings, resolve_path
 from apt_trainer.tasks import TaskData, load_task
-from apt_trainer.trainer import EVENTS_FILE, APTTrainer
+from apt_trainer.trainer import EVENTS_FILE, APTTrainer, plain_trainer
 
 METRICS_FILE = "metrics.json"
 RECIPE_FILE = "recipe.json"
 PLOT_FILE = "run.png"
+_COMPARED = ("task_metric", "train_seconds", "peak_memory_bytes")
+_DENSE = {
+    "target_sparsity": None,
+    "distillation": "none",
+    "tune": "full",
+    "tune_after_pruning": None,
+    "tune_after_distillation": None,
+    "tune_embeddings": True,
+    "full_learning_rate": None,
+    "measure_latency": False,
+    "dense_baseline": False,
+    "report_to": "none",
+}
 _VERSIONS = ("apt_trainer", "torch", "transformers", "peft", "accelerate", "deepspeed", "datasets")
 
 
@@ -42,12 +66,18 @@ def train(recipe: Recipe) -> dict[str, Any]:
     """
     args = recipe.training
     output = Path(str(args.output_dir))
-    memory = PeakMemory(args.device.type)
     resume_from = _checkpoint_to_resume(output, args.resume_from_checkpoint)
+    dense = _train_dense(recipe, output) if args.dense_baseline and args.should_save else {}
+    memory = PeakMemory(args.device.type)
     set_seed(args.seed)
     tokenizer, config = load_tokenizer(recipe.model), load_config(recipe.model)
     family_of(config)
-    data = load_task(recipe.data, tokenizer, args.seed if args.data_seed is None else args.data_seed, max_positions=max_positions(config))
+    data = load_task(
+        recipe.data,
+        tokenizer,
+        args.seed if args.data_seed is None else args.data_seed,
+        max_positions=max_positions(config),
+    )
     teacher = load_model(recipe.model, data, args.teacher_name_or_path) if args.teacher_name_or_path else None
     model = load_model(recipe.model, data)
     dense_parameters = count_parameters(model)
@@ -92,10 +122,30 @@ def train(recipe: Recipe) -> dict[str, Any]:
         "device": str(args.device),
         "versions": versions(),
     }
+    metrics |= {f"{name}_dense": dense[name] for name in _COMPARED if name in dense}
     if args.measure_latency and trainer.is_world_process_zero():
         metrics |= measure_speed(trainer.model, args.latency_batch_sizes, args.latency_length)
     if trainer.is_world_process_zero():
         _write_records(output, metrics, trainer, data)
+    return metrics
+
+
+def _train_dense(recipe: Recipe, output: Path) -> dict[str, Any]:
+    """Metrics of full fine-tuning with the same data and steps, run (or found finished) in ``output``/dense."""
+    folder = output / "dense"
+    if not (folder / METRICS_FILE).is_file():
+        given = (
+            recipe.given | _DENSE | {"output_dir": str(folder), "learning_rate": recipe.training.dense_learning_rate}
+        )
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / RECIPE_FILE
+            write_json(file, given)
+            command = [sys.executable, "-m", "apt_trainer", "train", "--config", str(file)]
+            if subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode != 0:
+                raise UserError(
+                    "Fine-tuning the dense model failed, see above. Set dense_baseline: false to do without."
+                )
+    metrics: dict[str, Any] = json.loads((folder / METRICS_FILE).read_text())
     return metrics
 
 
@@ -105,9 +155,14 @@ def evaluate(path: str, recipe: Recipe | None = None) -> dict[str, float]:
     settings = ModelSettings(model_name_or_path=path, dtype=recipe.model.dtype)
     tokenizer, config = load_tokenizer(settings), load_config(settings)
     args = recipe.training
-    data = load_task(recipe.data, tokenizer, args.seed if args.data_seed is None else args.data_seed, max_positions=max_positions(config))
+    data = load_task(
+        recipe.data,
+        tokenizer,
+        args.seed if args.data_seed is None else args.data_seed,
+        max_positions=max_positions(config),
+    )
     model = load_saved(path, data)
-    trainer = transformers.Seq2SeqTrainer(
+    trainer = plain_trainer(
         model,
         args,
         eval_dataset=data.test,
@@ -156,7 +211,7 @@ def measure_speed(
 
 
 def dense_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the stock class and size that ``model`` was cut from, with random weights: for sizes and speed only."""
+    """A model of the stock class and size that ``model`` was cut from, with random weights: for sizes and speed."""
     config = model.config
     architecture = getattr(config, "apt_base_architecture", None)
     cls = type(model) if architecture is None else getattr(transformers, architecture)
@@ -244,7 +299,9 @@ def _checkpoint_to_resume(output: Path, asked: Any) -> str | None:
             return str(asked)
         last = get_last_checkpoint(str(output)) if output.is_dir() else None
         if last is None:
-            raise UserError(f"resume_from_checkpoint is set, but {output} holds no checkpoint. Remove the setting to start anew.")
+            raise UserError(
+                f"resume_from_checkpoint is set, but {output} holds no checkpoint. Remove the setting to start anew."
+            )
         return last
     written = [name for name in (METRICS_FILE, EVENTS_FILE, "config.json", RECIPE_FILE) if (output / name).exists()]
     if written or (output.is_dir() and get_last_checkpoint(str(output))):
@@ -266,4 +323,3 @@ def _write_records(output: Path, metrics: Mapping[str, Any], trainer: APTTrainer
     events = read_events(output / EVENTS_FILE) if (output / EVENTS_FILE).exists() else []
     title = f"{data.metric_name} {metrics['task_metric']:.3f}, {metrics['sparsity']:.0%} removed"
     plot_run(events, trainer.state.log_history, output / PLOT_FILE, title, metric=f"eval_{data.metric_name}")
-

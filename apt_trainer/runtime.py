@@ -157,9 +157,10 @@ def _rebuild(trainer: Any, model: nn.Module, schedule: dict[str, Any]) -> None:
     trainer.lr_scheduler.last_epoch = position
     trainer.lr_scheduler._step_count = schedule["_step_count"]
     groups = plain_optimizer(trainer).param_groups
-    rates = [base * rate(position) for base, rate in zip(
-        trainer.lr_scheduler.base_lrs, trainer.lr_scheduler.lr_lambdas, strict=True
-    )]
+    rates = [
+        base * rate(position)
+        for base, rate in zip(trainer.lr_scheduler.base_lrs, trainer.lr_scheduler.lr_lambdas, strict=True)
+    ]
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
     trainer.lr_scheduler._last_lr = rates

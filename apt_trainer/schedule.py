@@ -68,7 +68,7 @@ class Schedule:
         return self.distillation_start <= step < self.distillation_end
 
     def mu(self, step: int) -> float:
-        """Weight of distillation against the task: rises linearly to its maximum at the end of pruning (APT, Sec. 4.4)."""
+        """Weight of distillation against the task; rises linearly until pruning ends (APT, Sec. 4.4)."""
         if not self.distils(step):
             return 0.0
         ramp = self.end - self.distillation_start
@@ -77,7 +77,7 @@ class Schedule:
 
 
 def make_schedule(settings: MethodSettings, total: int) -> Schedule:
-    """Resolve fractions and defaults for ``total`` optimizer steps; raises :class:`UserError` if the run is too short."""
+    """Resolve fractions and defaults for ``total`` steps; raises :class:`UserError` if the run is too short."""
     if total < 1:
         raise UserError(f"The run has {total} steps. Raise num_train_epochs or max_steps.")
     start, events, window = _pruning_steps(settings, total)
@@ -115,16 +115,15 @@ def _pruning_steps(settings: MethodSettings, total: int) -> tuple[int, tuple[int
     if end - start < number:
         raise UserError(
             f"{number} pruning events need at least {number} steps between pruning_start and pruning_end, but there "
-            f"are {end - start} (step {start} to {end} of {total}). Lower num_pruning_events, move pruning_end or train longer."
+            f"are {end - start} (step {start} to {end} of {total}). "
+            "Lower num_pruning_events, move pruning_end or train longer."
         )
     events = tuple(start + round((end - start) * (j + 1) / number) for j in range(number))
     interval = (end - start) // number
     return start, events, min(interval, _steps(settings.mask_window, total))
 
 
-def _distillation_steps(
-    settings: MethodSettings, total: int, start: int, events: tuple[int, ...]
-) -> tuple[int, int]:
+def _distillation_steps(settings: MethodSettings, total: int, start: int, events: tuple[int, ...]) -> tuple[int, int]:
     if settings.distillation == "none" or (settings.distillation == "self" and not events):
         return 0, 0
     first = start if settings.distillation_start is None else _steps(settings.distillation_start, total)
@@ -133,7 +132,8 @@ def _distillation_steps(
     last = default_end if settings.distillation_end is None else _steps(settings.distillation_end, total)
     if settings.pruning_time == "after" and settings.distillation == "self":
         raise UserError(
-            "pruning_time: after removes units when training has ended, so nothing is left to distil. Use distillation: none."
+            "pruning_time: after removes units when training has ended, so nothing is left to distil. "
+            "Use distillation: none."
         )
     if not first < last <= total:
         raise UserError(

@@ -54,7 +54,9 @@ class SelfDistillation:
             delattr(self.teacher.model, TRANSFORM)  # the student's own map to its teacher is no part of a teacher
         return taken
 
-    def loss(self, inputs: Mapping[str, Any], outputs: Any, student: nn.Module, alive: list[bool], step: int) -> torch.Tensor:
+    def loss(
+        self, inputs: Mapping[str, Any], outputs: Any, student: nn.Module, alive: list[bool], step: int
+    ) -> torch.Tensor:
         """Weighted sum of prediction and layer loss for one batch; scalar float32."""
         s, mask = self.settings, inputs.get("attention_mask")
         teacher = self.teacher.forward(inputs, output_hidden_states=self.uses_layers)
@@ -63,9 +65,7 @@ class SelfDistillation:
             return loss
         ours, theirs = layer_outputs(outputs), layer_outputs(teacher)
         transform = getattr(student, TRANSFORM)
-        layers = sample_teacher_layers(
-            len(theirs), s.distillation_layers, self.seed, step, s.distillation_layer_map
-        )
+        layers = sample_teacher_layers(len(theirs), s.distillation_layers, self.seed, step, s.distillation_layer_map)
         pairs = match_layers(layers, alive, ours, theirs, transform, mask)
         return loss + s.layer_weight * layer_loss(ours, theirs, pairs, transform, mask)
 
@@ -91,7 +91,7 @@ class SelfDistillation:
         return {}
 
     def follow(self, student: nn.Module, survivors: Mapping[str, torch.Tensor], growth: float) -> Edits:
-        """After a cut: narrow the transform's input, raise its rank as the adapters' grew, stop sharing what trains."""
+        """After a cut: narrow the transform's input, raise its rank as adapters grew, stop sharing what trains."""
         edits: Edits = {}
         transform = getattr(student, TRANSFORM, None)
         if HIDDEN in survivors:

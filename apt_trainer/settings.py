@@ -65,9 +65,7 @@ class ModelSettings:
 class DataSettings:
     """Which data, and which column is what."""
 
-    task: str = setting(
-        "classification", "classification, regression, token_classification or question_answering."
-    )
+    task: str = setting("classification", "classification, regression, token_classification or question_answering.")
     dataset_name: str | None = setting(None, "Data set on the hub, for example nyu-mll/glue.")
     dataset_config: str | None = setting(None, "Configuration of the hub data set, for example sst2.")
     train_file: str | None = setting(
@@ -105,9 +103,12 @@ class PruningSettings:
     sparsity_metric: str = setting(
         "params", "What the budget counts: params or flops of the transformer blocks, measured latency, or memory."
     )
-    prune_targets: list[str] = setting(list(PRUNE_TARGETS), "Kinds of units that may be removed: heads, neurons, hidden.")
+    prune_targets: list[str] = setting(
+        list(PRUNE_TARGETS), "Kinds of units that may be removed: heads, neurons, hidden."
+    )
     pruning_time: str = setting(
-        "early", "early: in the first part of training; late: in its second half; after: once, when training has ended."
+        "early",
+        "early: in the first part of training; late: in its second half; after: once, when training has ended.",
     )
     pruning_start: float | None = setting(None, "First step of pruning (warm-up before it). Default by pruning_time.")
     pruning_end: float | None = setting(None, "Step at which the target is reached. Default by pruning_time.")
@@ -139,17 +140,27 @@ class AdapterSettings:
     """LoRA adapters, how their ranks grow, and what else trains."""
 
     lora_r: int = setting(8, "Initial rank. 8 (official).")
-    lora_alpha: float = setting(16, "Scaling is lora_alpha / lora_r and stays constant while ranks grow. 16 (official).")
+    lora_alpha: float = setting(
+        16, "Scaling is lora_alpha / lora_r and stays constant while ranks grow. 16 (official)."
+    )
     lora_dropout: float = setting(0.0, "Dropout before the adapter. 0 (official).")
     lora_target_modules: list[str] | None = setting(
         None, "Names of the adapted linears. Default of the family: query, value and FFN-up (APT)."
     )
     rank_growth: str = setting("salience", "salience: the most salient half grows (APT); uniform: all grow; none.")
-    rank_rule: str = setting("fill_budget", "fill_budget: the top half takes all new parameters (official); paper: r' = r·Δ'/Δ.")
-    rank_score: str = setting("signed", "signed: |sum of A·grad A| per rank, mean over ranks (official); absolute: sum of |B·grad B| (APT).")
-    tuning_growth: float = setting(4.0, "Adapter parameters after the last event, relative to the start. 4 (official).")
+    rank_rule: str = setting(
+        "fill_budget", "fill_budget: the top half takes all new parameters (official); paper: r' = r·Δ'/Δ."
+    )
+    rank_score: str = setting(
+        "signed", "signed: |sum of A·grad A| per rank, mean over ranks (official); absolute: sum of |B·grad B| (APT)."
+    )
+    tuning_growth: float = setting(
+        4.0, "Adapter parameters after the last event, relative to the start. 4 (official)."
+    )
     max_rank: int = setting(64, "Largest rank of one adapter. 64 (official).")
-    tune: str = setting("adapters", "What trains at first besides the task head: adapters, adapters_and_norms or full.")
+    tune: str = setting(
+        "adapters", "What trains at first besides the task head: adapters, adapters_and_norms or full."
+    )
     tune_after_pruning: str | None = setting(None, "What trains once the target is reached. Default: as before.")
     tune_after_distillation: str | None = setting(None, "What trains once distillation has ended. Default: as before.")
     tune_embeddings: bool = setting(False, "Train the embeddings too where tune is full.")
@@ -164,7 +175,9 @@ class DistillationSettings:
     """The student's own past, or another model, as its teacher."""
 
     distillation: str = setting("self", "self: snapshots of the student; model: teacher_name_or_path; none.")
-    teacher_name_or_path: str | None = setting(None, "A fine-tuned model of the same task, where distillation is 'model'.")
+    teacher_name_or_path: str | None = setting(
+        None, "A fine-tuned model of the same task, where distillation is 'model'."
+    )
     distillation_start: float | None = setting(None, "First step with a distillation loss. Default: the first event.")
     distillation_end: float | None = setting(None, "Last step with a distillation loss. Default: 0.6 of all steps.")
     distillation_weight: float = setting(
@@ -174,8 +187,12 @@ class DistillationSettings:
     prediction_weight: float = setting(1.0, "Weight of the prediction loss. 1 (APT).")
     layer_weight: float = setting(0.9, "Weight of the layer loss. 0.9 (APT).")
     distillation_layers: int = setting(4, "Teacher layers compared per step. 4 (APT, Sec. 4.4).")
-    distillation_layer_map: str = setting("dynamic", "dynamic: one random layer per block of layers (APT); static: the last of each; none.")
-    distillation_transform: str = setting("lora", "Map from student to teacher dimensions: identity plus lora (APT), or identity.")
+    distillation_layer_map: str = setting(
+        "dynamic", "dynamic: one random layer per block of layers (APT); static: the last of each; none."
+    )
+    distillation_transform: str = setting(
+        "lora", "Map from student to teacher dimensions: identity plus lora (APT), or identity."
+    )
     heldout_fraction: float = setting(0.05, "Share of the training data on which teacher snapshots are chosen.")
 
 
@@ -186,6 +203,10 @@ class MeasureSettings:
     measure_latency: bool = setting(True, "Time the saved model against the dense one at the end.")
     latency_batch_sizes: list[int] = setting([1, 32], "Batch sizes at which latency is measured.")
     latency_length: int = setting(128, "Sequence length in tokens at which latency is measured.")
+    dense_baseline: bool = setting(
+        False, "Also fine-tune the dense model in full, in a process of its own and before, to compare with."
+    )
+    dense_learning_rate: float = setting(1e-4, "Learning rate of that full fine-tuning.")
 
 
 @dataclass
@@ -246,7 +267,7 @@ def _check_pruning(s: PruningSettings) -> None:
     if s.target_sparsity is not None:
         _require(
             0 < s.target_sparsity < 1,
-            f"target_sparsity={s.target_sparsity} must lie between 0 and 1 (0.6 removes 60 %); use null to prune nothing.",
+            f"target_sparsity={s.target_sparsity} must lie between 0 and 1 (0.6 removes 60 %); null prunes nothing.",
         )
         _require(len(s.prune_targets) > 0, "prune_targets is empty. Name at least one of: " + ", ".join(PRUNE_TARGETS))
     for target in s.prune_targets:
@@ -267,12 +288,15 @@ def _check_pruning(s: PruningSettings) -> None:
 def _check_adapters(s: AdapterSettings) -> None:
     _require(s.lora_r >= 1, f"lora_r={s.lora_r} must be at least 1; to train without adapters use tune: full.")
     _require(s.max_rank >= s.lora_r, f"max_rank={s.max_rank} is below lora_r={s.lora_r}. Raise max_rank.")
-    _require(s.tuning_growth >= 1, f"tuning_growth={s.tuning_growth} must be at least 1; for constant ranks use rank_growth: none.")
+    _require(
+        s.tuning_growth >= 1,
+        f"tuning_growth={s.tuning_growth} must be at least 1; for constant ranks use rank_growth: none.",
+    )
     order = {mode: i for i, mode in enumerate(TUNE_MODES)}
     modes = [m for m in (s.tune, s.tune_after_pruning, s.tune_after_distillation) if m is not None]
     _require(
         all(order[a] <= order[b] for a, b in zip(modes, modes[1:], strict=False)),
-        f"What trains can only widen, from adapters to adapters_and_norms to full, but was given as {' → '.join(modes)}.",
+        f"What trains can only widen (adapters, adapters_and_norms, full), but was given as {' → '.join(modes)}.",
     )
 
 
@@ -285,4 +309,7 @@ def _check_distillation(s: DistillationSettings) -> None:
     _require(0 <= s.distillation_weight <= 1, f"distillation_weight={s.distillation_weight} must lie in [0, 1].")
     _require(s.distillation_temperature > 0, "distillation_temperature must be positive.")
     _require(0 < s.heldout_fraction < 0.5, f"heldout_fraction={s.heldout_fraction} must lie between 0 and 0.5.")
-    _require(s.distillation_layers >= 1, "distillation_layers must be at least 1; to drop the layer loss use layer_weight: 0.")
+    _require(
+        s.distillation_layers >= 1,
+        "distillation_layers must be at least 1; to drop the layer loss use layer_weight: 0.",
+    )

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel, Seq2SeqTrainer, TrainerCallback, Train
 from transformers.trainer_pt_utils import get_parameter_names
 
 from apt_trainer import checkpoint, runtime
-from apt_trainer.config import APTConfig
-from apt_trainer.errors import UserError
 from apt_trainer.adapters import lora
+from apt_trainer.config import APTConfig
 from apt_trainer.distillation.teacher import freeze
+from apt_trainer.errors import UserError
 from apt_trainer.importance import Importance
 from apt_trainer.models import HIDDEN
 from apt_trainer.pruned_model import as_pruned
@@ -52,6 +52,9 @@ class APTTrainer(Seq2SeqTrainer):
     """
 
     args: APTConfig
+    model: Any
+    model_wrapped: Any
+    optimizer: Any
 
     def __init__(
         self,
@@ -65,7 +68,9 @@ class APTTrainer(Seq2SeqTrainer):
         **kwargs: Any,
     ) -> None:
         if (teacher is not None) != (args.distillation == "model"):
-            raise UserError("A teacher model and distillation: model belong together; one was given without the other.")
+            raise UserError(
+                "A teacher model and distillation: model belong together; one was given without the other."
+            )
         self.pruner = AdaptivePruner(model, args, importance=importance, seed=args.seed)
         train_dataset, heldout_dataset = _split_heldout(train_dataset, heldout_dataset, args)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
@@ -132,7 +137,11 @@ class APTTrainer(Seq2SeqTrainer):
             rates = {True: self.args.full_learning_rate or self.args.learning_rate, False: self.args.learning_rate}
             self.optimizer = cls(
                 [
-                    {"params": members, "lr": rates[is_base], "weight_decay": self.args.weight_decay if decays else 0.0}
+                    {
+                        "params": members,
+                        "lr": rates[is_base],
+                        "weight_decay": self.args.weight_decay if decays else 0.0,
+                    }
                     for (is_base, decays), members in sorted(groups.items(), key=lambda item: item[0])
                 ],
                 **options,
@@ -172,7 +181,7 @@ class APTTrainer(Seq2SeqTrainer):
         """Raise :class:`UserError` if any loss so far was not finite; waits for the device."""
         if not bool(self._finite):
             raise UserError(
-                f"The training loss is not finite at or before step {self.state.global_step}; nothing was saved from it. "
+                f"The training loss is not finite at or before step {self.state.global_step}; nothing was saved. "
                 "Lower learning_rate or full_learning_rate, or look at the data."
             )
 
@@ -209,7 +218,7 @@ class APTTrainer(Seq2SeqTrainer):
         self._write_record(self.pruner.describe(step, events[0].kind) | {"seconds": seconds, **losses})
 
     def finish(self) -> None:
-        """Merge adapters and make ``model`` the cut model that ``save_pretrained`` writes and ``load_pruned`` reads."""
+        """Merge adapters and make ``model`` what ``save_pretrained`` writes and ``load_pruned`` reads."""
         self.check_finite()
         self.pruner.detach()
         self.pruner.masks.close()
@@ -306,6 +315,11 @@ class APTTrainer(Seq2SeqTrainer):
         self._restored = described["pruner"], tensors
 
 
+def plain_trainer(model: PreTrainedModel, args: APTConfig, **kwargs: Any) -> Seq2SeqTrainer:
+    """A stock trainer, for evaluating a finished model."""
+    return Seq2SeqTrainer(model, args, **kwargs)
+
+
 class _MethodCallback(TrainerCallback):
     """Calls the trainer's own steps at the right moments of the loop; holds no logic."""
 
@@ -342,4 +356,3 @@ def _split_heldout(train: Any, heldout: Any, args: APTConfig) -> tuple[Any, Any]
     generator = torch.Generator().manual_seed(args.seed)
     rest, chosen = torch.utils.data.random_split(train, [len(train) - number, number], generator=generator)
     return rest, chosen
-

@@ -21,7 +21,7 @@ from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from apt_trainer.ablation.study import SET_BY_STUDY, Run, Study
+from apt_trainer.ablation.study import Run, Study
 from apt_trainer.errors import UserError
 from apt_trainer.report.comparison import METRICS_FILE, RECIPE_FILE, RESULTS_FILE, read_json, run_record
 from apt_trainer.report.events import append_event, read_events
@@ -102,13 +102,9 @@ def _is_finished(run: Run) -> bool:
     """Whether the run has its metrics; raises :class:`UserError` if its folder holds another run, finished or not."""
     finished, recipe = (run.folder / METRICS_FILE).is_file(), run.folder / RECIPE_FILE
     if finished or recipe.is_file():
-        there, here = (
-            {key: value for key, value in values.items() if key == "seed" or key not in SET_BY_STUDY}
-            for values in (read_json(recipe), run.given)
-        )
-        other = [
-            key for key in sorted({*there, *here}) if (key in there, there.get(key)) != (key in here, here.get(key))
-        ]
+        there, absent = read_json(recipe), object()
+        keys = {*there, *run.given} - {"output_dir", "resume_from_checkpoint"}
+        other = sorted(key for key in keys if there.get(key, absent) != run.given.get(key, absent))
         if other:
             raise UserError(
                 f"{run.folder} holds a run with another recipe; different: {', '.join(other)}. "
@@ -145,14 +141,13 @@ def _die_with_parent() -> None:
 
 
 def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-        end = time.monotonic() + STOP_SECONDS
-        for process in processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0, end - time.monotonic()))
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 @contextlib.contextmanager

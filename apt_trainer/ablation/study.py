@@ -1,4 +1,4 @@
-"""A study file: a base recipe, variants of it (changed keys) and seeds, read and checked as a whole. Starts nothing."""
+"""A study file: a base recipe, variants of it (changed keys) and seeds, checked as a whole. Starts nothing."""
 
 from __future__ import annotations
 

@@ -35,11 +35,16 @@ def insert_adapters(
         if not found:
             leaves = sorted({path.rsplit(".", 1)[1] for path in paths})
             raise UserError(
-                f"lora_target_modules names {target!r}, which is no linear in a layer. Names there: {', '.join(leaves)}."
+                f"lora_target_modules names {target!r}, which is no linear in a layer. "
+                f"Names there: {', '.join(leaves)}."
             )
         chosen += found
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=chosen, bias="none"  # type: ignore[arg-type]
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=chosen,
+        bias="none",  # type: ignore[arg-type]
     )
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
 

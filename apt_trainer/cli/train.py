@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -56,8 +56,26 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     check_world_size(recipe.training.world_size)
     metrics = runs.train(recipe)
     if os.environ.get("RANK", "0") == "0":
-        print(json.dumps(metrics, indent=2, default=float))
+        print(result_text(metrics, str(recipe.training.output_dir)))
     return 0
+
+
+def result_text(metrics: Mapping[str, Any], path: str) -> str:
+    """What a run ends with: dense against pruned, and how to load the result."""
+    from apt_trainer.report.tables import comparison_table
+
+    if metrics["sparsity"] > 0:
+        load = f"from apt_trainer import load_pruned\n    model = load_pruned({path!r})"
+    else:
+        load = f"from transformers import AutoModel  # or the class of the task\n    model = AutoModel.from_pretrained({path!r})"
+    return f"""
+{comparison_table(metrics)}
+
+{metrics["metric_name"]} is measured on the {metrics["evaluated_on"]} data.
+All numbers are in {path}/metrics.json, the picture is {path}/run.png. Load the result:
+
+    {load}
+"""
 
 
 def settings_help(groups: Sequence[type]) -> str:

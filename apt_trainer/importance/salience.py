@@ -1,15 +1,16 @@
 """APT's outlier-aware salience: moving average of Σ|activation| · Σ|gradient|, plus the root of the kurtosis.
 
-Formulas: APT, Eq. 4 and 5. Two differences, both on purpose. The outlier term is computed from the moving average
-of inputs when scores are asked for (anew after ``OUTLIER_EVERY`` steps), not averaged over per-step values, since it
-depends on the weights above all and would cost as much as a layer at each step. And
-it can be brought to the scale of the salience (``outlier_scaling="mean"``), since Σ|a|·Σ|g| grows with batch, length and
-loss while a kurtosis does not. A place without gradient (below the first trained weight) contributes 0.
+Formulas: APT, Eq. 4 and 5. Two differences, both on purpose. The outlier term is computed from the moving average of
+inputs when scores are asked for (anew after ``OUTLIER_EVERY`` steps), not averaged over per-step values, since it
+depends on the weights above all and would cost as much as a layer at each step. And it can be brought to the scale of
+the salience (``outlier_scaling="mean"``), since Σ|a|·Σ|g| grows with batch, length and loss while a kurtosis does not.
+A place without gradient (below the first trained weight) contributes 0. Not for whole sublayers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import nn
@@ -150,10 +151,12 @@ class Salience(Importance):
             elif kind != "age":
                 (self._average if kind == "average" else self._inputs)[name].copy_(value)
 
-    def _places(self, model: nn.Module, counts: Mapping[str, int]) -> list[tuple[str, str, str]]:
+    def _places(
+        self, model: nn.Module, counts: Mapping[str, int]
+    ) -> list[tuple[str, str, Literal["input", "output"]]]:
         """(space, module path, side) of every observation; modules of removed sublayers are gone."""
         present = {path for path, _ in model.named_modules()}
-        places: list[tuple[str, str, str]] = []
+        places: list[tuple[str, str, Literal["input", "output"]]] = []
         for name, space in self._spaces.items():
             if space.gate is not None:
                 places.append((name, space.gate, "input"))

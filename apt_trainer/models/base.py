@@ -217,9 +217,7 @@ class ModelFamily:
         return tuple(prefix + name for name in self.embeddings if _exists(model, prefix + name))
 
 
-def _sublayer(
-    kind: Literal["attention", "mlp"], i: int, layer: str, table: SublayerTable, space: str
-) -> Sublayer:
+def _sublayer(kind: Literal["attention", "mlp"], i: int, layer: str, table: SublayerTable, space: str) -> Sublayer:
     modules = tuple(f"{layer}.{name}" for name in table.modules)
     stubs = tuple(Stub(f"{layer}.{stub.module}", stub.kind) for stub in table.stubs)
     return Sublayer(kind, i, space, modules, stubs)

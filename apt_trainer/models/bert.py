@@ -1,4 +1,4 @@
-"""BERT, RoBERTa and XLM-RoBERTa: post-norm encoders with the same layer layout. Encoder use only, no cross-attention."""
+"""BERT, RoBERTa and XLM-RoBERTa: post-norm encoders with one layer layout. Encoder use only, no cross-attention."""
 
 from __future__ import annotations
 

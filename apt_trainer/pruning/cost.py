@@ -43,7 +43,7 @@ class CostModel:
         return cost
 
     def marginal(self, space: str, counts: Mapping[str, int]) -> float:
-        """Cost of one unit of ``space`` at ``counts``: the partial derivative. Fixed parts of sublayers are excluded."""
+        """Cost of one unit of ``space`` at ``counts``: the partial derivative, without fixed parts of sublayers."""
         cost = 0.0
         for guard, terms in self.terms.items():
             if guard is not None and counts[guard] == 0:
@@ -93,11 +93,9 @@ def parameter_cost(
 def flops_cost(
     model: nn.Module, family: ModelFamily, spaces: Sequence[Space], batch_size: int, length: int
 ) -> CostModel:
-    """Forward FLOPs of the blocks at [batch_size, length]: 2 per weight and token, plus attention scores and values."""
+    """Forward FLOPs of the blocks at [batch_size, length]: 2 per weight and token, plus attention scores."""
     tokens = batch_size * length
-    cost = parameter_cost(
-        model, family, spaces, weigh=lambda name, p: 2.0 * tokens if p.dim() == 2 else 0.0
-    )
+    cost = parameter_cost(model, family, spaces, weigh=lambda name, p: 2.0 * tokens if p.dim() == 2 else 0.0)
     terms = {guard: dict(of_guard) for guard, of_guard in cost.terms.items()}
     for space in spaces:
         if space.kind == "heads":

@@ -60,7 +60,7 @@ class MaskStore:
     def move(self, positions: Mapping[str, torch.Tensor], step: float) -> None:
         """Move masks by ``step`` towards 1 for kept ``positions`` and towards 0 for the rest.
 
-        ``positions``: space → kept units [kept]; a space that is not named keeps all. ``step`` of 1 makes masks binary.
+        ``positions``: space → kept units [kept]; a space that is not named keeps all. A ``step`` of 1 gives 0 and 1.
         """
         for name, value in self._values.items():
             delta = torch.full_like(value, step)

@@ -55,7 +55,8 @@ def select(
     if least > budget:
         raise UserError(
             f"The budget allows a cost of {budget:,.0f}, but the least that prune_targets, min_heads, min_neurons, "
-            f"min_hidden and round_to leave is {least:,.0f}. Lower target_sparsity, widen prune_targets or lower a minimum."
+            f"min_hidden and round_to leave is {least:,.0f}. "
+            "Lower target_sparsity, widen prune_targets or lower a minimum."
         )
     chunks = _chunks(scores, spaces, current, cost, limits, counts, scores_are_densities)
     for chunk in _within(chunks, counts, cost, budget):
@@ -99,13 +100,13 @@ def _chunks(
             raise UserError(f"Scores of {space.name} are not finite. Lower the learning rate, or look at the data.")
         unit_cost = 1.0 if scores_are_densities else cost.marginal(space.name, current.counts)
         for group in values.split(limits.round_to[space.kind]):
-            chunks.append(_Chunk(float(group.mean()) / unit_cost, len(chunks), space.name, len(group), float(group.sum())))
+            chunks.append(
+                _Chunk(float(group.mean()) / unit_cost, len(chunks), space.name, len(group), float(group.sum()))
+            )
     return sorted(chunks, key=lambda chunk: (-chunk.density, chunk.order))
 
 
-def _within(
-    chunks: Sequence[_Chunk], floor: Mapping[str, int], cost: CostModel, budget: float
-) -> Sequence[_Chunk]:
+def _within(chunks: Sequence[_Chunk], floor: Mapping[str, int], cost: CostModel, budget: float) -> Sequence[_Chunk]:
     """Longest prefix within the budget, then later chunks that still fit.
 
     A dear chunk at the border (eight hidden dimensions cross every layer) would leave much of the budget unused;

@@ -100,9 +100,7 @@ def _(module: nn.Embedding, side: Side, index: torch.Tensor, path: str, log: Edi
 def _(module: LoraLayer, side: Side, index: torch.Tensor, path: str, log: EditLog) -> None:
     """Cuts the base weight, and the columns of every A (inputs) or the rows of every B (outputs)."""
     slice_module(module.base_layer, side, index, f"{path}.base_layer", log)
-    factors, attribute = (
-        (module.lora_A, "in_features") if side == "in" else (module.lora_B, "out_features")
-    )
+    factors, attribute = (module.lora_A, "in_features") if side == "in" else (module.lora_B, "out_features")
     factor_name = "lora_A" if side == "in" else "lora_B"
     for adapter, linear in factors.items():
         slice_module(linear, side, index, f"{path}.{factor_name}.{adapter}", log)

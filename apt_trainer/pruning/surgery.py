@@ -54,7 +54,7 @@ def removed_sublayers(sublayers: Sequence[Sublayer], plan: PruningPlan) -> list[
 def _remove_sublayers(
     model: nn.Module, sublayers: Sequence[Sublayer], current: PruningPlan, new: PruningPlan
 ) -> list[str]:
-    """Put stubs in the place of sublayers without units; returns the paths of all modules that are not there (any more)."""
+    """Put stubs in the place of sublayers without units; returns the paths of all modules that are gone."""
     gone: list[str] = []
     for sublayer in removed_sublayers(sublayers, new):
         gone += sublayer.modules

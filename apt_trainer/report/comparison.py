@@ -38,8 +38,9 @@ Record = Mapping[str, Any]
 
 
 class Cell(NamedTuple):
-    """One metric of one variant over seeds: mean and sample standard deviation; change and ratio to the baseline."""
+    """One metric of one variant over ``n`` seeds; std: of the sample; change and ratio: against the baseline."""
 
+    n: int = 0
     mean: float | None = None
     std: float | None = None
     change: float | None = None
@@ -49,11 +50,10 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """``labels``: headers by key of a metric; ``cells``: by variant and key; ``seeds``: runs per variant."""
+    """``labels``: headers by key of a metric; ``cells``: by variant and key."""
 
     labels: dict[str, str]
     cells: dict[str, dict[str, Cell]]
-    seeds: dict[str, int]
     baseline: str | None
 
 
@@ -115,14 +115,13 @@ def compare(records: Sequence[Record], baseline: str | None = None) -> Compariso
         for name in runs:
             base = {} if baseline in (None, name) else values[str(baseline)]
             cells[name][key] = _cell(values[name], base, key.rsplit("_", 1)[-1] in COSTS)
-    seeds = {name: len(of) for name, of in runs.items()}
-    return Comparison({key: _label(key, records) for key in keys}, cells, seeds, baseline)
+    return Comparison({key: _label(key, records) for key in keys}, cells, baseline)
 
 
 def rows(comparison: Comparison) -> list[dict[str, str]]:
     """The table as texts, by header."""
     return [
-        {"variant": name, "seeds": str(comparison.seeds[name])}
+        {"variant": name, "seeds": str(max(cell.n for cell in cells.values()))}
         | {label: _text(key, cells[key]) for key, label in comparison.labels.items()}
         for name, cells in comparison.cells.items()
     ]
@@ -142,9 +141,9 @@ def to_csv(comparison: Comparison) -> str:
     """One line per variant in full precision; for each metric all parts of :class:`Cell`."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["variant", "seeds", *(f"{key}.{part}" for key in comparison.labels for part in Cell._fields)])
+    writer.writerow(["variant", *(f"{key}.{part}" for key in comparison.labels for part in Cell._fields)])
     for name, cells in comparison.cells.items():
-        writer.writerow([name, comparison.seeds[name], *(number for cell in cells.values() for number in cell)])
+        writer.writerow([name, *(number for cell in cells.values() for number in cell)])
     return file.getvalue()
 
 
@@ -179,7 +178,7 @@ def _label(key: str, records: Sequence[Record]) -> str:
 
 
 def _cell(values: Mapping[int, float], base: Mapping[int, float], is_cost: bool) -> Cell:
-    cell = Cell(*_spread(list(values.values())))
+    cell = Cell(len(values), *_spread(list(values.values())))
     seeds = [seed for seed in values if seed in base]
     here, there = ([of[s] for s in seeds] if seeds else list(of.values()) for of in (values, base))
     if not here or not there:

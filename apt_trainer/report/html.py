@@ -9,12 +9,13 @@ import io
 import re
 from collections.abc import Sequence
 from html import escape
+from itertools import product
 from statistics import mean
 
-from matplotlib import colormaps, rc_context
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from apt_trainer.report.comparison import Cell, Comparison, Record, caption, rows
+from apt_trainer.report.comparison import Comparison, Record, caption, rows
 from apt_trainer.report.plots import BLUE, GREEN, ORANGE, PURPLE, STYLE
 
 PAGE = """<!DOCTYPE html>
@@ -24,16 +25,13 @@ PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1200px; margin: 2em auto; padding: 0 1em; }}
+body {{ font: 15px/1.5 system-ui, sans-serif; color: #333; max-width: 1200px; margin: 2em auto; padding: 0 1em; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .35em .8em; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }}
 th:first-child {{ text-align: left; }}
-thead th {{ border-bottom: 2px solid #888; }}
 tr.baseline {{ background: #f2f2f2; }}
 svg {{ max-width: 100%; height: auto; }}
-figure {{ margin: 2em 0; }}
-figcaption, p {{ color: #555; }}
 </style>
 </head>
 <body>
@@ -44,22 +42,19 @@ figcaption, p {{ color: #555; }}
 """
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#333333")
 MARKERS = "osD^vP*"
+UNITS = {"bytes": (1e-6, " (MB)"), "seconds": (1.0, " (s)"), "ms": (1.0, " (ms)")}
 
 
 def to_html(comparison: Comparison, records: Sequence[Record], title: str) -> str:
     """The page; a picture whose numbers were not measured gives way to a sentence."""
-    names, latencies = (
-        list(comparison.labels),
-        [key for key in comparison.labels if key.startswith("latency_ms.pruned.")],
-    )
     body = [_table(comparison), f"<p>{escape(caption(comparison))}</p>"]
-    for y, x in (("task_metric", latencies[-1] if latencies else "latency"), ("peak_memory_bytes", "train_seconds")):
-        body.append(
-            _scatter(comparison, x, y) if x in names and y in names else f"<p>No {y} against {x}: not measured.</p>"
-        )
+    latencies = [key for key in comparison.labels if key.startswith("latency_ms.pruned.")]
+    for x, y in ((latencies[-1] if latencies else "latency", "task_metric"), ("train_seconds", "peak_memory_bytes")):
+        known = {x, y} <= comparison.labels.keys()
+        body.append(_scatter(comparison, x, y) if known else f"<p>Not measured: {escape(y)} against {escape(x)}.</p>")
     kept = {name: [r["kept"] for r in records if r["variant"] == name and r["kept"]] for name in comparison.cells}
-    kept = {name: of for name, of in kept.items() if of}
-    body.append(_layers(kept) if kept else "<p>Nothing was removed from any layer.</p>")
+    pruned = {name: runs for name, runs in kept.items() if runs}
+    body.append(_layers(pruned) if pruned else "<p>Nothing was removed from any layer.</p>")
     return PAGE.format(title=escape(title), body="\n".join(body))
 
 
@@ -75,17 +70,19 @@ def _table(comparison: Comparison) -> str:
 
 
 def _scatter(comparison: Comparison, x: str, y: str) -> str:
-    """A point per variant, with the spread over seeds as bars."""
+    """A point per variant; bars are the standard deviation over seeds."""
+    (of_x, unit_x), (of_y, unit_y) = (UNITS.get(key.rsplit("_", 1)[-1], (1.0, "")) for key in (x, y))
     with rc_context(STYLE):
         figure = Figure(figsize=(9, 4.5), layout="constrained")
         axes = figure.add_subplot()
         for i, (name, cells) in enumerate(comparison.cells.items()):
-            (px, ex), (py, ey) = (_scaled(key, cells[key]) for key in (x, y))
-            if px is not None and py is not None:
-                style = {"color": COLORS[i % 7], "marker": MARKERS[(i + i // 7) % 7], "ls": "", "ms": 8, "capsize": 3}
-                axes.errorbar(px, py, ey, ex, label=name, **style)
-        axes.set_xlabel(_axis(comparison, x))
-        axes.set_ylabel(_axis(comparison, y))
+            h, v = cells[x], cells[y]
+            if h.mean is not None and v.mean is not None:
+                style = {"color": COLORS[i % 7], "marker": MARKERS[(i + i // 7) % 7], "ms": 8, "capsize": 3, "ls": ""}
+                bars = {"xerr": (h.std or 0) * of_x, "yerr": (v.std or 0) * of_y}
+                axes.errorbar(h.mean * of_x, v.mean * of_y, label=name, **bars, **style)
+        axes.set_xlabel(comparison.labels[x] + unit_x)
+        axes.set_ylabel(comparison.labels[y] + unit_y)
         axes.grid(color="#DDDDDD", lw=0.6)
         figure.legend(loc="outside right upper")
     return _svg(figure, f"{comparison.labels[y]} against {comparison.labels[x]}")
@@ -95,41 +92,26 @@ def _layers(kept: dict[str, list[Record]]) -> str:
     """Share of heads and neurons left per layer, and of hidden dimensions; a row per variant, mean over seeds."""
     dense = next(iter(kept.values()))[0]["dense"]
     layers = {kind: sorted(dense[kind], key=lambda name: (len(name), name)) for kind in ("heads", "neurons")}
-    widths = [*(len(names) for names in layers.values()), 1]
+    columns = [*layers.items(), ("hidden", [""])]
     with rc_context(STYLE):
         figure = Figure(figsize=(13, 1.4 + 0.4 * len(kept)), layout="constrained")
-        panels = figure.subplots(1, 3, sharey=True, width_ratios=widths)
-        for axes, kind, width in zip(panels, ("heads", "neurons", "hidden"), widths, strict=True):
-            shares = [[_share(runs, kind, name) for name in layers.get(kind, [""])] for runs in kept.values()]
-            axes.pcolormesh(shares, cmap=colormaps["Blues"], vmin=0, vmax=1.4, edgecolors="white", linewidth=2)
-            for i, row in enumerate(shares if width <= 12 else ()):
-                for j, share in enumerate(row):
-                    axes.text(j + 0.5, i + 0.5, f"{100 * share:.0f}", ha="center", va="center", fontsize=8)
-            axes.set_title(f"{kind} left, %")
-            axes.set_xticks([j + 0.5 for j in range(width)], layers.get(kind, [""]))
+        panels = figure.subplots(1, 3, sharey=True, width_ratios=[len(names) for _, names in columns])
+        for axes, (kind, names) in zip(panels, columns, strict=True):
+            shares = [[mean(_share(run, kind, name) for run in runs) for name in names] for runs in kept.values()]
+            axes.pcolormesh(shares, cmap="Blues", vmin=0, vmax=1.4, edgecolors="white", linewidth=2)
+            for i, j in product(range(len(kept)), range(len(names) if len(names) <= 12 else 0)):
+                axes.text(j + 0.5, i + 0.5, f"{100 * shares[i][j]:.0f}", ha="center", va="center", fontsize=8)
+            axes.set(title=f"{kind} left, %", xlabel="layer" if kind in layers else "")
+            axes.set_xticks([j + 0.5 for j in range(len(names))], names)
             axes.set_yticks([i + 0.5 for i in range(len(kept))], list(kept))
-            axes.set_xlabel("layer" if kind in layers else "")
             axes.tick_params(length=0)
         panels[0].invert_yaxis()
     return _svg(figure, "What was kept per layer")
 
 
-def _share(runs: list[Record], kind: str, layer: str) -> float:
-    pairs = [
-        (r[kind], r["dense"][kind]) if kind == "hidden" else (r[kind].get(layer, 0), r["dense"][kind][layer])
-        for r in runs
-    ]
-    return mean(left / whole for left, whole in pairs)
-
-
-def _scaled(key: str, cell: Cell) -> tuple[float | None, float | None]:
-    factor = 1e-6 if key.endswith("bytes") else 1.0
-    return tuple(None if number is None else number * factor for number in (cell.mean, cell.std))  # type: ignore[return-value]
-
-
-def _axis(comparison: Comparison, key: str) -> str:
-    unit = {"bytes": "MB", "seconds": "s", "ms": "ms"}.get(key.rsplit("_", 1)[-1])
-    return comparison.labels[key] + (f" ({unit})" if unit else "")
+def _share(run: Record, kind: str, layer: str) -> float:
+    left, whole = run[kind], run["dense"][kind]
+    return float(left / whole if kind == "hidden" else left.get(layer, 0) / whole[layer])
 
 
 def _svg(figure: Figure, label: str) -> str:

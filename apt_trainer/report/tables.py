@@ -52,8 +52,12 @@ def comparison_table(metrics: Mapping[str, Any]) -> str:
     ]
     rows = [_compared(label, metrics.get(f"{key}_dense"), metrics.get(key), form) for label, key, form in measures]
     rows += _latency_rows(metrics.get("latency_ms") or {})
-    rows.append(_compared("training time", None, metrics.get("train_seconds"), format_seconds))
-    rows.append(_compared("peak memory in training", None, metrics.get("peak_memory_bytes"), format_bytes))
+    measures = [
+        ("training time", "train_seconds", format_seconds),
+        ("peak memory in training", "peak_memory_bytes", format_bytes),
+    ]
+    rows += [_compared(label, metrics.get(f"{key}_dense"), metrics.get(key), form) for label, key, form in measures]
+    rows = [row for row in rows if row["dense"] != MISSING or row["pruned"] != MISSING]
     headers = ("measure", "dense", "pruned", "pruned / dense")
     return markdown_table(rows, [(header, header, None) for header in headers])
 
