@@ -70,6 +70,8 @@ def apply_structure(model: nn.Module, structure: Mapping[str, Mapping[str, Any]]
     for path, attributes in structure["attributes"].items():
         module = model.get_submodule(path)
         for name, value in attributes.items():
+            if not all(isinstance(number, int) for number in (value if isinstance(value, list) else [value])):
+                raise UserError(f"The checkpoint gives {path}.{name} the value {value!r}; sizes are whole numbers.")
             setattr(module, name, tuple(value) if isinstance(value, list) else value)
 
 
@@ -79,13 +81,13 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
 
     An instance announces its model class to the Auto classes.
     """
-    base: type[PreTrainedConfig] = type(AutoConfig.for_model(model_type))
+    base: Any = type(AutoConfig.for_model(model_type))
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         architecture = kwargs.pop("apt_base_architecture", None)
         version = kwargs.pop("apt_format_version", FORMAT_VERSION)
         structure = kwargs.pop("apt_structure", None)
-        base.__init__(self, *args, **kwargs)  # type: ignore[misc]
+        base.__init__(self, *args, **kwargs)
         if version > FORMAT_VERSION:
             raise UserError(
                 f"The checkpoint has format {version}, this version of apt_trainer reads up to {FORMAT_VERSION}."

@@ -67,7 +67,7 @@ def result_text(metrics: Mapping[str, Any], path: str) -> str:
     if metrics["sparsity"] > 0:
         load = f"from apt_trainer import load_pruned\n    model = load_pruned({path!r})"
     else:
-        load = f"from transformers import AutoModel  # or the class of the task\n    model = AutoModel.from_pretrained({path!r})"
+        load = f"from transformers import AutoModel\n    model = AutoModel.from_pretrained({path!r})"
     return f"""
 {comparison_table(metrics)}
 

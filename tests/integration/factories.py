@@ -5,6 +5,7 @@ Models come from ``tests/tiny.py``. Not for checks: those are in the test module
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -124,6 +125,8 @@ def make_trainer(
     **changes: Any,
 ) -> APTTrainer:
     """Trainer of a tiny encoder; ``options`` go to the trainer, ``changes`` to its settings."""
+    gc.collect()
+    gc.freeze()  # each change of shape collects garbage, which would walk over every imported module
     set_seed(3)
     model = tiny_model("bert") if model is None else model
     data = Rows() if data is None else data

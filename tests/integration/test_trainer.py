@@ -54,7 +54,7 @@ def _watched_run(folder: Path, **changes: Any) -> Run:
     """Train with everything recorded round the events and at the step after each."""
     steps = {step + late for step in (*EVENTS, PHASE) for late in (0, 1)} | {5, PHASE - 1}
     before, after = Recorder(steps), Recorder(steps)
-    trainer = make_trainer(folder, options={"callbacks": [before]}, max_rank=16, **changes)
+    trainer = make_trainer(folder, options={"callbacks": [before]}, max_steps=60, max_rank=16, **changes)
     events = watch(trainer, before, after)
     counted: dict[tuple[int, str], tuple[int, int, int]] = {}
     snapshots: dict[int, float] = {}
@@ -225,10 +225,10 @@ def test_distillation_takes_part_exactly_between_its_first_snapshot_and_its_end(
 
 
 def test_the_learning_rate_goes_on_as_without_events(run: Run, tmp_path: Path) -> None:
-    plain = make_trainer(tmp_path, target_sparsity=None, rank_growth="none")
+    plain = make_trainer(tmp_path, target_sparsity=None, max_steps=60)
     plain.train()
     rates = [[log["learning_rate"] for log in t.state.log_history if "loss" in log] for t in (plain, run.trainer)]
-    assert len(rates[0]) == 50
+    assert len(rates[0]) == 60
     assert rates[0] == rates[1]
     for step in (*EVENTS, PHASE):
         assert run.before[step].rates[0] == run.after[step].rates[0] == rates[0][step]
