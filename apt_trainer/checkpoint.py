@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from apt_trainer.errors import UserError
 from apt_trainer.pruned_model import load_pruned
@@ -110,21 +112,30 @@ def save_training_state(path: Path, model: nn.Module, state: TrainingState) -> N
 
 def read_training_state(path: Path) -> tuple[Mapping[str, Any], dict[str, torch.Tensor]]:
     """(JSON part, tensors) of a checkpoint; raises :class:`UserError` when it is none or is damaged."""
-    for name in (STATE_FILE, TENSORS_FILE, WEIGHTS_FILE):
-        if not (path / name).is_file():
-            raise UserError(
-                f"{path} is not a complete checkpoint of apt_trainer: {name} is missing. Resume from an older one."
-            )
+    _require(path, STATE_FILE, TENSORS_FILE, WEIGHTS_FILE, OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME)
     try:
         described = json.loads((path / STATE_FILE).read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path / STATE_FILE} is damaged ({error}). Resume from an older checkpoint.") from error
-    return described, load_file(path / TENSORS_FILE)
+        tensors = load_file(path / TENSORS_FILE)
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise UserError(f"The checkpoint in {path} is damaged ({error}). Resume from an older one.") from error
+    if described["teacher_shape"] is not None:
+        _require(path, TEACHER_FILE)
+    return described, tensors
 
 
 def load_training_weights(file: Path, model: nn.Module) -> None:
     """Fill ``model``, whose shapes are those of the checkpoint, from ``file``; every tensor must be there."""
     try:
         load_model(model, str(file), strict=True)
+    except SafetensorError as error:
+        raise UserError(f"{file} is damaged ({error}). Resume from an older checkpoint.") from error
     except RuntimeError as error:
         raise UserError(f"{file} does not fit the run it is resumed into: {error}") from error
+
+
+def _require(path: Path, *names: str) -> None:
+    for name in names:
+        if not (path / name).is_file():
+            raise UserError(
+                f"{path} is not a complete checkpoint of apt_trainer: {name} is missing. Resume from an older one."
+            )

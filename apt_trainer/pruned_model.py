@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
@@ -104,7 +105,7 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
 @cache
 def model_class(model_type: str, architecture: str) -> type[PreTrainedModel]:
     """Subclass of a stock model class that builds itself with the structure in its config."""
-    base = getattr(transformers, architecture, None)
+    base: Any = getattr(transformers, architecture, None)
     if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
         raise UserError(
             f"The checkpoint is for {architecture!r}, which is no model class of the installed transformers."
@@ -176,7 +177,10 @@ def load_pruned(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         names = config.architectures or []
         raise UserError(f"{path} is a stock model ({', '.join(names)}); load it with transformers.")
     cls = model_class(config.apt_base_model_type, architecture)
-    model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+    try:
+        model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged or incomplete: {str(error).splitlines()[0]}") from error
     problems = [
         f"{len(info[key])} {key.replace('_', ' ')}"
         for key in ("missing_keys", "unexpected_keys", "mismatched_keys")

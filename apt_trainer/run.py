@@ -94,9 +94,10 @@ def train(recipe: Recipe) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / RECIPE_FILE, recipe.given)
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     result = trainer.train(resume_from_checkpoint=resume_from)
-    seconds, peak = time.perf_counter() - started, memory.above_start()
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    peak = memory.above_start()
     trainer.compute_metrics = data.metrics["test"]
     scores = trainer.evaluate(data.test, metric_key_prefix=data.test_name)
     trainer.save_model(str(output))
@@ -113,6 +114,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         "disk_bytes_dense": sum(p.numel() * p.element_size() for p in dense_copy(trainer.model).parameters()),
         "disk_bytes": size_on_disk(output),
         "train_seconds": seconds,
+        "train_cpu_seconds": cpu_seconds,
         "train_steps": trainer.state.global_step,
         "train_loss": result.training_loss,
         "peak_memory_bytes": peak,

@@ -49,6 +49,8 @@ def check_engine(trainer: Trainer) -> None:
         raise UserError(f"Shapes cannot change under {engine} yet. Run in one process or with DDP.")
     if trainer.args.auto_find_batch_size:
         raise UserError("auto_find_batch_size restarts training on a model that may be cut already. Switch it off.")
+    if trainer.args.load_best_model_at_end:
+        raise UserError("load_best_model_at_end would bring a model from before the last cut back. Switch it off.")
 
 
 def plain_optimizer(trainer: Trainer) -> torch.optim.Optimizer:

@@ -174,8 +174,8 @@ class APTTrainer(Seq2SeqTrainer):
         """Everything beyond the student's weights, optimizer and random state that a resumed run needs."""
         description, tensors = self.pruner.state()
         teacher = None if self.distillation.teacher.is_external else self.distillation.teacher.model
-        distillation = self.distillation.state(self.model)
-        return checkpoint.TrainingState(description, tensors, distillation, teacher, self._teacher_shape)
+        shape = None if teacher is None else self._teacher_shape
+        return checkpoint.TrainingState(description, tensors, self.distillation.state(self.model), teacher, shape)
 
     def check_finite(self) -> None:
         """Raise :class:`UserError` if any loss so far was not finite; waits for the device."""
@@ -304,7 +304,7 @@ class APTTrainer(Seq2SeqTrainer):
         path = Path(resume_from_checkpoint)
         described, tensors = checkpoint.read_training_state(path)
         teacher, self._teacher_shape = None, described["teacher_shape"]
-        if (path / checkpoint.TEACHER_FILE).is_file():
+        if self._teacher_shape is not None:
             teacher = copy.deepcopy(self.model)
             give_shapes(teacher, self.pruner.family, self.pruner.spaces, self.pruner.plan, self._teacher_shape)
             checkpoint.load_training_weights(path / checkpoint.TEACHER_FILE, freeze(teacher))

@@ -279,17 +279,28 @@ def test_the_optimizer_holds_what_trains_and_moves_it_after_every_event(
     name: str, request: pytest.FixtureRequest
 ) -> None:
     run: Run = request.getfixturevalue(name)
-    steps = EVENTS if name == "wide_run" else (*EVENTS, PHASE)
-    for step in steps:
+    for step in (*EVENTS, PHASE):
         now, later = run.after[step], run.after[step + 1]
         assert now.in_optimizer == now.trained == later.trained
-        moved = {n for n in now.trained if not torch.equal(now.weights[n], later.weights[n])}
-        # a mean over the batch of a bias that softmax cancels has no gradient: keys, in every encoder
-        still = {n for n in now.trained - moved if not n.endswith("key.bias")}
-        assert not {n for n in still if "apt_transform" not in n and "pooler" not in n or "lora_B" in n}, still
-        frozen = now.weights.keys() - now.trained
-        assert all(torch.equal(now.weights[n], later.weights[n]) for n in frozen)
-    assert run.after[PHASE].trained == run.after[PHASE].weights.keys() - _embeddings(run) or name == "wide_run"
+        moved = {n for n in now.weights if not torch.equal(now.weights[n], later.weights[n])}
+        assert moved <= now.trained
+        assert {n for n in now.trained - moved if not n.endswith("key.bias")} == set()  # softmax cancels that bias
+
+
+def test_new_ranks_start_at_zero_and_learn_at_once(run: Run) -> None:
+    grown = 0
+    for step in EVENTS:
+        for name, edits in run.events[step].edits.items():
+            for extra in (edit.extra for edit in edits if isinstance(edit, Grow) and ".lora_B." in name):
+                now, later = (at.weights[name][:, -extra:] for at in (run.after[step], run.after[step + 1]))
+                assert not now.any() and (later != 0).any(0).all()
+                grown += 1
+    assert grown >= 4
+
+
+def test_the_last_phase_trains_all_but_embeddings(run: Run, wide_run: Run) -> None:
+    assert run.after[PHASE].trained == run.after[PHASE].weights.keys() - _embeddings(run)
+    assert all(".lora_" in n or n.startswith(("classifier.", "bert.pooler.")) for n in wide_run.after[PHASE].trained)
 
 
 def _embeddings(run: Run) -> set[str]:

@@ -1,0 +1,459 @@
+"""Studies: what is refused, what is run, continued and reported; tables and pages of their results."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import fcntl
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from apt_trainer import cli
+from apt_trainer.ablation import runner
+from apt_trainer.ablation.study import read_study
+from apt_trainer.errors import UserError
+from apt_trainer.recipe import read_values
+from apt_trainer.report.comparison import compare, read_results, rows, to_csv
+from apt_trainer.report.events import read_events
+from apt_trainer.report.html import to_html
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+VARIANTS = {"lora": {"target_sparsity": None, "distillation": "none"}, "apt": {"distillation": "none"}}
+
+
+def make_base(folder: Path) -> Path:
+    """A recipe of four steps, with its model, tokenizer and data."""
+    words = ["[PAD]", "[UNK]", "good", "bad", "film"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
+        folder / "model"
+    )
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=16, **sizes)).save_pretrained(folder / "model")
+    lines = [json.dumps({"text": f"{words[2 + i % 2]} film", "label": i % 2}) for i in range(24)]
+    (folder / "train.jsonl").write_text("\n".join(lines))
+    recipe = {
+        "model_name_or_path": str(folder / "model"),
+        "train_file": str(folder / "train.jsonl"),
+        "max_length": 8,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "num_pruning_events": 1,
+        "pruning_start": 1,
+        "pruning_end": 2,
+        "min_hidden": 8,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "measure_latency": False,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "report_to": "none",
+        "output_dir": "out/unused",
+    }
+    (folder / "base.yaml").write_text(json.dumps(recipe))
+    return folder / "base.yaml"
+
+
+def write_study(folder: Path, **changes: object) -> str:
+    content = {"base": "base.yaml", "output_dir": str(folder / "out"), "seeds": [1], "variants": VARIANTS}
+    path = folder / "study.yaml"
+    path.write_text(json.dumps({key: value for key, value in (content | changes).items() if value is not ...}))
+    return str(path)
+
+
+def ablate(*words: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of the verb, run in this process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.chdir(REPOSITORY), contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        code = cli.main(["ablate", *words])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return code, output.getvalue(), errors.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Folder with a study of two variants and one seed that has run, and what was printed."""
+    folder = tmp_path_factory.mktemp("study")
+    make_base(folder)
+    code, output, errors = ablate("--study", write_study(folder, baseline="lora"), "--jobs", "2")
+    assert code == 0, errors + "".join(path.read_text() for path in folder.rglob("*.log"))
+    return folder, output
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """The finished study, to be changed by one test; it stays where its recipes say it is."""
+    folder = finished[0]
+    shutil.copytree(folder / "out", tmp_path / "kept")
+    yield folder
+    shutil.rmtree(folder / "out")
+    shutil.copytree(tmp_path / "kept", folder / "out")
+
+
+# ---- running ----
+
+
+def test_a_study_runs_and_its_table_shows_what_was_measured(finished):
+    folder, output = finished
+    metrics = {name: json.loads((folder / f"out/{name}/seed-1/metrics.json").read_text()) for name in VARIANTS}
+    assert metrics["lora"]["sparsity"] == 0 < metrics["apt"]["sparsity"]
+    assert [m["train_steps"] for m in metrics.values()] == [4, 4]
+    records = read_events(folder / "out/results.jsonl")
+    assert sorted(record["variant"] for record in records) == ["apt", "lora"]
+    cells = compare(read_results([str(folder / "out")])).cells
+    for name, of in metrics.items():
+        for key in ("task_metric", "sparsity", "train_seconds", "peak_memory_bytes", "disk_bytes"):
+            assert cells[name][key].mean == of[key]
+    assert cells["apt"]["sparsity"].change == metrics["apt"]["sparsity"]
+    assert cells["apt"]["disk_bytes"].ratio == metrics["apt"]["disk_bytes"] / metrics["lora"]["disk_bytes"]
+    row = next(line for line in output.splitlines() if line.startswith("| apt"))
+    assert f"{metrics['apt']['sparsity']:.4f} (+{metrics['apt']['sparsity']:.4f})" in row
+
+
+def test_single_runs_give_the_same_table_as_their_study(finished, capsys):
+    folder, output = finished
+    runs = [str(folder / f"out/{name}/seed-1") for name in ("lora", "apt")]
+    assert cli.main(["report", *runs, "--baseline", "lora"]) == 0
+    assert sorted(capsys.readouterr().out.splitlines()) == sorted(output.splitlines())
+
+
+def test_what_has_finished_is_not_run_again(copy, monkeypatch):
+    monkeypatch.setattr(runner, "_start", lambda *_: pytest.fail("started"))
+    before = (copy / "out/results.jsonl").read_bytes()
+    study = write_study(copy, baseline="lora")
+    assert ablate("--study", study)[0] == 0
+    assert sorted((copy / "out/results.jsonl").read_bytes().splitlines()) == sorted(before.splitlines())
+    (copy / "out/results.jsonl").unlink()  # made from the folders again
+    assert ablate("--study", study)[0] == 0
+    assert sorted((copy / "out/results.jsonl").read_bytes().splitlines()) == sorted(before.splitlines())
+
+
+def test_killed_runs_continue(copy):
+    lora, apt = (copy / f"out/{name}/seed-1" for name in ("lora", "apt"))
+    for run in (lora, apt):
+        (run / "metrics.json").unlink()
+    for checkpoint in lora.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    (lora / "left.over").touch()
+    (apt / "checkpoint-4/trainer_state.json").unlink()  # killed while saving
+    code, output, errors = ablate("--study", write_study(copy), "--jobs", "2")
+    assert code == 0, errors
+    assert not (lora / "left.over").exists()  # run anew
+    given = {run: json.loads((run / "recipe.json").read_text()) for run in (lora, apt)}
+    assert "resume_from_checkpoint" not in given[lora]
+    assert given[apt]["resume_from_checkpoint"] is True
+    assert json.loads((apt / "metrics.json").read_text())["train_steps"] == 4
+    assert len(read_events(copy / "out/results.jsonl")) == 2
+    cells = compare(read_results([str(copy / "out")])).cells
+    assert cells["apt"]["train_seconds"].mean is None  # of the last part only, so not comparable
+    assert cells["lora"]["train_seconds"].mean > 0
+
+
+def test_a_failed_variant_is_reported_and_the_others_stay(copy):
+    study = write_study(copy, variants=VARIANTS | {"broken": {"lora_target_modules": ["nothing"]}})
+    code, output, errors = ablate("--study", study)
+    assert code == 1
+    assert "failed: broken, seed 1" in errors
+    assert "error: lora_target_modules names 'nothing', which is no linear in a layer." in errors
+    assert [line.split()[1] for line in output.splitlines()[2:4]] == ["lora", "apt"]
+    assert "lora_target_modules" in (copy / "out/broken/seed-1.log").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_stops_the_runs_too(tmp_path, number):
+    make_base(tmp_path)
+    command = [sys.executable, "-m", "apt_trainer", "ablate", "--study", write_study(tmp_path)]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    started = [process.stderr.readline() for _ in range(2)][1]
+    assert "lora, seed 1: started" in started
+    process.send_signal(number)
+    assert process.wait(30) == (143 if number == signal.SIGTERM else -number)
+    with (tmp_path / "out/.lock").open("w") as lock:
+        end = time.monotonic() + 10
+        while time.monotonic() < end:  # a run that still lives holds the lock
+            with contextlib.suppress(BlockingIOError):
+                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            time.sleep(0.05)
+    pytest.fail("a run outlives its study")
+
+
+def test_runs_share_the_cores(monkeypatch, tmp_path):
+    make_base(tmp_path)
+    environments = []
+    monkeypatch.setattr(runner.subprocess, "Popen", lambda command, env, **kw: environments.append(env))
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    run = read_study(write_study(tmp_path)).runs[0]
+    runner._start(run, 3, 0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    runner._start(run, 3, 0)
+    assert [environment["OMP_NUM_THREADS"] for environment in environments] == ["2", "5"]
+
+
+# ---- reading ----
+
+
+def test_overrides_reach_the_run_as_the_study_gives_them(tmp_path):
+    make_base(tmp_path)
+    overrides = {"run_name": "5", "learning_rate": 1e-5, "prune_targets": ["heads"], "target_sparsity": None}
+    overrides |= {"eval_strategy": "no", "train_head": False, "lr_scheduler_kwargs": {"a": [1]}, "text_column": "null"}
+    study = read_study(write_study(tmp_path, seeds=[3, 1], variants={"a": None, "b": overrides}))
+    assert [(run.seed, run.variant) for run in study.runs] == [(3, "a"), (3, "b"), (1, "a"), (1, "b")]
+    run = study.runs[1]
+    assert run.folder == tmp_path / "out/b/seed-3"
+    assert overrides.items() <= run.given.items()
+    assert run.words[:2] == ["--config", str(tmp_path / "base.yaml")]
+    assert read_values(run.words[1], run.words[2:]) == run.given
+    assert study.runs[3].digest == run.digest != study.runs[0].digest
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "recipes/ablations").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_studies_are_valid(path):
+    study = read_study(str(path))
+    assert study.output_dir == Path("out/ablations") / path.stem
+    assert len({run.digest for run in study.runs}) * 3 == len(study.runs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variant": {}}, "key='variant' is not known. Choose one of: base, output_dir, seeds, variants"),
+        ({"base": ...}, "base=None must be text."),
+        ({"output_dir": 3}, "output_dir=3 must be text."),
+        ({"base": "none.yaml"}, "base='none.yaml' does not exist. Looked for"),
+        ({"seeds": ...}, "seeds=None must be a list of different whole numbers."),
+        ({"seeds": []}, "seeds=[] must be"),
+        ({"seeds": [1, 1]}, "seeds=[1, 1] must be"),
+        ({"seeds": [True]}, "seeds=[True] must be"),
+        ({"variants": {}}, "variants={} must be a mapping of names"),
+        ({"variants": {"../a": {}}}, "variants={'../a': {}} must be"),
+        ({"variants": {"a": 1}}, "variants={'a': 1} must be"),
+        ({"variants": {"a": {"lora_R": 4}}}, "variant 'a': unknown key 'lora_R'. Did you mean 'lora_r'?"),
+        ({"variants": {"a": {"lora_r": "x"}}}, "variant 'a': lora_r='x' has the wrong type: expected a whole number."),
+        ({"variants": {"a": {"seed": 1}}}, "variant 'a' sets seed, which the study sets for each run. Remove it."),
+        ({"variants": {"a": {}, "b": {"lora_r": 8}}}, "variant 'b' equals 'a' in all settings. Remove one of them."),
+        ({"baseline": "ap"}, "baseline='ap' is not known. Choose one of: lora, apt. Did you mean 'apt'?"),
+        ({"metrics": []}, "metrics=[] must be a list of keys of metrics.json"),
+    ],
+)
+def test_a_bad_study_is_refused(tmp_path, changes, message):
+    make_base(tmp_path)
+    path = write_study(tmp_path, **changes)
+    with pytest.raises(UserError) as caught:
+        read_study(path)
+    assert str(caught.value).startswith(f"{path}: {message}")
+
+
+def test_values_that_no_run_could_use_are_refused(tmp_path):
+    make_base(tmp_path)
+    with pytest.raises(UserError, match=r"variant 'a': .*base.yaml: lora_r=0 must be at least 1"):
+        read_study(write_study(tmp_path, variants={"a": {"lora_r": 0}}))
+
+
+def test_a_name_given_twice_is_refused(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text("variants:\n  a: {}\n  a: {lora_r: 4}\n")
+    with pytest.raises(UserError, match="line 3: key 'a' appears twice"):
+        read_study(str(path))
+
+
+def test_a_missing_study_is_refused(capsys):
+    assert cli.main(["ablate", "--study", "none.yaml"]) == 2
+    assert "error: none.yaml: no such file. Give a study with --study." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variants": {"lora": VARIANTS["lora"]}}, "results.jsonl is of another study: .* has no variant 'apt'"),
+        ({"variants": VARIANTS | {"apt": {"lora_r": 4}}}, "or gives it another recipe. Choose another output_dir"),
+        ({"seeds": [2]}, "has no variant '(lora|apt)' with seed 1"),
+    ],
+)
+def test_results_of_another_study_are_refused_and_stay(copy, changes, message):
+    before = (copy / "out/results.jsonl").read_bytes()
+    with pytest.raises(UserError, match=message):
+        runner.run_study(read_study(write_study(copy, **changes)))
+    assert (copy / "out/results.jsonl").read_bytes() == before
+
+
+def test_a_folder_with_another_run_is_refused_and_stays(copy):
+    (copy / "out/results.jsonl").unlink()
+    (copy / "out/apt/seed-1/metrics.json").unlink()
+    study = read_study(write_study(copy, variants=VARIANTS | {"apt": {"lora_r": 4, "distillation": "none"}}))
+    with pytest.raises(UserError, match=r"seed-1 holds a run with another recipe; different: lora_r\. Choose"):
+        runner.run_study(study)
+    assert (copy / "out/apt/seed-1/recipe.json").exists()
+
+
+def test_a_folder_in_use_is_refused(copy):
+    study = read_study(write_study(copy))
+    with runner._locked(study.output_dir), pytest.raises(UserError, match="is in use by another ablate"):
+        runner.run_study(study)
+    with pytest.raises(UserError, match="jobs=0 must be at least 1"):
+        runner.run_study(study, jobs=0)
+
+
+def test_a_full_disk_leaves_earlier_results(copy, monkeypatch):
+    before = (copy / "out/results.jsonl").read_bytes()
+
+    def full(path, record):
+        Path(path).write_text('{"cut')
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(runner, "append_event", full)
+    code, _, errors = ablate("--study", write_study(copy))
+    assert code == 1
+    assert "error: no space left on device" in errors
+    assert (copy / "out/results.jsonl").read_bytes() == before
+
+
+# ---- comparing ----
+
+
+def record(variant: str, seed: int, accuracy: float, **changes: object) -> dict:
+    names = {"0": 4, "1": 4, "10": 4}
+    metrics = {
+        "metric_name": "accuracy",
+        "task_metric": accuracy,
+        "train_seconds": 10.0 * seed,
+        "peak_memory_bytes": 5e8,
+        "latency_ms": {"pruned": {"32": {"median_ms": 8.0}, "1": {"median_ms": 2.0 if variant == "apt" else 4.0}}},
+    }
+    kept = {
+        "heads": {"0": 1},
+        "neurons": names,
+        "hidden": 8,
+        "dense": {"heads": names, "neurons": names, "hidden": 16},
+    }
+    return {"variant": variant, "seed": seed, "resumed": False, "metrics": metrics, "kept": kept} | changes
+
+
+RECORDS = [
+    *(record("full", seed, accuracy, kept=None) for seed, accuracy in ((1, 0.9), (2, 0.8))),
+    *(record("apt", seed, accuracy) for seed, accuracy in ((2, 0.7), (1, 0.6), (3, 0.8))),
+]
+
+
+def test_means_spreads_and_changes():
+    comparison = compare(RECORDS, "full")
+    full, apt = (comparison.cells[name]["task_metric"] for name in ("full", "apt"))
+    assert (full.n, full.change, apt.n) == (2, None, 3)
+    assert [full.mean, full.std] == pytest.approx([0.85, 0.1 / 2**0.5])
+    assert [apt.mean, apt.std] == pytest.approx([0.7, 0.1])
+    assert [apt.change, apt.change_std] == pytest.approx([-0.2, 0.2 / 2**0.5])  # seeds 1 and 2: -0.3 and -0.1
+    assert apt.ratio is None
+    assert comparison.cells["apt"]["train_seconds"].ratio == 1.0  # over the seeds that both have
+    row = rows(comparison)[1]
+    assert row["seeds"] == "3"
+    assert row["accuracy"] == "0.7000 ± 0.1000 (-0.2000 ± 0.1414)"
+    assert row["training time"] == "20.0 s ± 10.0 s (1.00×)"
+    assert row["latency, batch 1"] == "2.00 ms ± 0.00 ms (0.50×)"
+    assert list(row)[-2:] == ["latency, batch 1", "latency, batch 32"]
+
+
+def test_the_table_shows_the_metrics_of_the_study():
+    shown = [r | {"shown": ["scores.f1", "latency_ms.pruned.1.median_ms"], "baseline": "full"} for r in RECORDS]
+    comparison = compare(shown)
+    assert comparison.baseline == "full"
+    assert rows(comparison)[1] == {
+        "variant": "apt",
+        "seeds": "3",
+        "scores.f1": "–",
+        "latency, batch 1": "2.00 ms ± 0.00 ms (0.50×)",
+    }
+
+
+def test_csv_has_every_number():
+    table = list(csv.DictReader(io.StringIO(to_csv(compare(RECORDS, "full")))))
+    assert [line["variant"] for line in table] == ["full", "apt"]
+    assert float(table[1]["task_metric.change"]) == pytest.approx(-0.2)
+    assert table[0]["task_metric.change"] == ""
+    assert float(table[1]["latency_ms.pruned.1.median_ms.ratio"]) == 0.5
+
+
+class Page(HTMLParser):
+    """Raises for tags that do not close in order; collects texts, ids and references."""
+
+    VOID = ("meta", "br", "link", "img", "input", "hr")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.tags, self.texts, self.ids, self.links = [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.handle_startendtag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+        for name, value in attributes:
+            self.ids += [value] if name == "id" else []
+            self.links += (
+                [value] if name in ("href", "xlink:href", "src") else re.findall(r"url\((.*?)\)", value or "")
+            )
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data.strip())
+
+
+def test_page_is_whole_and_needs_nothing_else():
+    records = [*RECORDS, record("<b>&", 1, 0.5)]
+    page = Page(to_html(compare(records, "full"), records, "A & B"))
+    assert page.tags.count("svg") == 3
+    assert len(page.ids) == len(set(page.ids))
+    assert page.links and {link.removeprefix("#") for link in page.links} <= set(page.ids)
+    assert "script" not in page.tags
+    for text in ("A & B", "<b>&", "0.7000 ± 0.1000 (-0.2000 ± 0.1414)", "latency, batch 32 (ms)", "peak memory (MB)"):
+        assert text in page.texts
+    assert page.texts.index("0") < page.texts.index("1") < page.texts.index("10")
+    assert page.texts.count("25") == 2  # % of the heads of layer 0, in two rows
+    assert page.texts.count("50") == 2  # % of the hidden dimensions
+
+
+def test_page_of_dense_runs_says_what_is_missing():
+    records = [record("full", 1, 0.9, kept=None, metrics={"metric_name": "f1", "task_metric": 0.9})]
+    page = Page(to_html(compare(records), records, "x"))
+    assert "svg" not in page.tags
+    assert "Not measured: task_metric against latency." in page.texts
+    assert "Nothing was removed from any layer." in page.texts
+
+
+def test_report_writes_the_kind_of_file_that_is_asked_for(finished, tmp_path, capsys):
+    study = str(finished[0] / "out")
+    for suffix, start in ((".md", "| variant"), (".csv", "variant,task_metric.n,"), (".html", "<!DOCTYPE html>")):
+        assert cli.main(["report", study, "--output", str(tmp_path / f"new/table{suffix}")]) == 0
+        assert (tmp_path / f"new/table{suffix}").read_text().startswith(start)
+    assert "left, %" in (tmp_path / "new/table.html").read_text()
+    capsys.readouterr()
+    for words, message in (
+        ([study, "--output", "x.pdf"], "--output='x.pdf' must end in .md, .csv or .html."),
+        ([study, "--baseline", "appt"], "baseline='appt' is not known. Choose one of: lora, apt. Did you mean 'apt'?"),
+        ([str(tmp_path)], "holds neither results.jsonl nor metrics.json"),
+        ([study, f"{study}/apt/seed-1"], "Two runs are called 'apt' with seed 1."),
+    ):
+        assert cli.main(["report", *words]) == 2
+        assert message in capsys.readouterr().err
