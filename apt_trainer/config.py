@@ -20,7 +20,8 @@ class APTConfig(MethodSettings, MeasureSettings, Seq2SeqTrainingArguments):
 
     Defaults that differ from ``TrainingArguments``: ``learning_rate`` 2e-4 (5e-5), ``warmup_steps`` 0.06 of all steps
     (0), ``save_strategy`` "no" ("steps"), ``logging_nan_inf_filter`` False (True), since a loss that is not a number
-    must stop the run, and ``logging_steps`` 50 (500).
+    must stop the run, ``logging_steps`` 50 (500), and ``ddp_find_unused_parameters`` False (True for most models),
+    since the distillation transform is used outside the wrapped forward and would be taken for unused.
     """
 
     learning_rate: float = field(
@@ -37,6 +38,8 @@ class APTConfig(MethodSettings, MeasureSettings, Seq2SeqTrainingArguments):
 
     def __post_init__(self) -> None:
         self.check()
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False
         super().__post_init__()
         if self.logging_nan_inf_filter:
             raise UserError(

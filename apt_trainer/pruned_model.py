@@ -112,7 +112,7 @@ def model_class(model_type: str, architecture: str) -> type[PreTrainedModel]:
         )
 
     def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        base.__init__(self, config, *args, **kwargs)
+        base.__init__(self, config, *args, **kwargs)  # type: ignore[misc]
         apply_structure(self, config.apt_structure)
         self.tie_weights()
 
