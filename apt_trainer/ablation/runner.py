@@ -156,9 +156,7 @@ def _locked(folder: Path) -> Iterator[int]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"{folder} is in use by another study, or by a run of it. Wait for it or stop it."
-            ) from None
+            raise UserError(f"{folder} is in use by another ablate. Wait for its end, or stop it.") from None
         yield file.fileno()
 
 

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -79,10 +80,12 @@ def ablate(*words: str) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of the verb, run in this process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     output, errors = io.StringIO(), io.StringIO()
-    with contextlib.chdir(REPOSITORY), contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-        code = cli.main(["ablate", *words])
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    try:
+        with contextlib.chdir(REPOSITORY), contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            code = cli.main(["ablate", *words])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return code, output.getvalue(), errors.getvalue()
 
 
@@ -166,24 +169,39 @@ def test_killed_runs_continue(copy):
 
 
 def test_a_failed_variant_is_reported_and_the_others_stay(copy):
-    study = write_study(copy, variants=VARIANTS | {"broken": {"lora_target_modules": ["nothing"]}})
+    study = write_study(copy, variants=VARIANTS | {"broken": {"load_best_model_at_end": True}})
     code, output, errors = ablate("--study", study)
     assert code == 1
     assert "failed: broken, seed 1" in errors
-    assert "error: lora_target_modules names 'nothing', which is no linear in a layer." in errors
+    assert "base.yaml: --load_best_model_at_end requires the save and eval strategy to match" in errors
     assert [line.split()[1] for line in output.splitlines()[2:4]] == ["lora", "apt"]
-    assert "lora_target_modules" in (copy / "out/broken/seed-1.log").read_text()
+    assert "load_best_model_at_end" in (copy / "out/broken/seed-1.log").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_signal_stops_the_runs_too(tmp_path, number):
+def test_a_termination_stops_the_runs(tmp_path, monkeypatch):
+    make_base(tmp_path)
+    processes, start = [], runner._start
+
+    def start_and_terminate(*words):
+        processes.append(start(*words))
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return processes[0]
+
+    monkeypatch.setattr(runner, "_start", start_and_terminate)
+    with pytest.raises(SystemExit) as caught:
+        ablate("--study", write_study(tmp_path))
+    assert caught.value.code == 143
+    assert processes[0].poll() == -signal.SIGTERM
+
+
+def test_runs_die_with_a_study_that_is_killed(tmp_path):
     make_base(tmp_path)
     command = [sys.executable, "-m", "apt_trainer", "ablate", "--study", write_study(tmp_path)]
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
-    started = [process.stderr.readline() for _ in range(2)][1]
-    assert "lora, seed 1: started" in started
-    process.send_signal(number)
-    assert process.wait(30) == (143 if number == signal.SIGTERM else -number)
+    while "lora, seed 1: started" not in process.stderr.readline():
+        assert process.poll() is None
+    process.kill()
+    process.communicate()
     with (tmp_path / "out/.lock").open("w") as lock:
         end = time.monotonic() + 10
         while time.monotonic() < end:  # a run that still lives holds the lock

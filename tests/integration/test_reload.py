@@ -1,0 +1,240 @@
+"""What a run saves loads again with equal logits, and fails loudly where it cannot."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from integration.factories import SHORT, Fixed, Rows, make_trainer
+from tiny import FAMILY_NAMES, TASKS, logits, tiny_batch, tiny_model
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+
+import apt_trainer
+from apt_trainer import APTTrainer, UserError, load_pruned
+from apt_trainer.checkpoint import reload_difference
+from apt_trainer.pruning.plan import PruningPlan
+
+DATA = {
+    "ForSequenceClassification": "classification",
+    "ForTokenClassification": "tokens",
+    "ForQuestionAnswering": "answers",
+}
+GONE = {"layers.1.heads": 0.0, "layers.0.neurons": 0.0, "layers.2.heads": [1.0, 0.0, 1.0, 0.0]}
+ROOT = Path(apt_trainer.__file__).parents[1]
+
+
+def _trained(folder: Path, family: str = "bert", task: str = "ForSequenceClassification") -> APTTrainer:
+    """A short run after which all of an attention and of a feed-forward are gone and hidden dimensions too."""
+    model = tiny_model(family, task)
+    options = {"importance": Fixed(GONE)}
+    changes: dict[str, Any] = {**SHORT, "mask_window": 0, "min_hidden": 12}
+    trainer = make_trainer(folder, model, Rows(60, DATA[task]), options, **changes)
+    trainer.train()
+    trainer.model.eval()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedModel]:
+    folder = tmp_path_factory.mktemp("saved")
+    trainer = _trained(folder)
+    trainer.save_model(str(folder / "model"))
+    return folder / "model", trainer.model
+
+
+@pytest.fixture
+def copied(saved: tuple[Path, PreTrainedModel], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved[0], tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("task", DATA)
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_every_family_and_head_loads_with_equal_logits(tmp_path: Path, family: str, task: str) -> None:
+    trainer = _trained(tmp_path, family, task)
+    batch = {name: value for name, value in tiny_batch(trainer.model).items() if "label" not in name}
+    expected = logits(trainer.model, batch)
+    counts = trainer.pruner.plan.counts
+    assert counts["layers.1.heads"] == counts["layers.0.neurons"] == 0 and 0 < counts["layers.2.heads"] <= 2
+    trainer.save_model(str(tmp_path / "ours"))
+    trainer.model.save_pretrained(tmp_path / "plain")
+    for folder in (tmp_path / "ours", tmp_path / "plain"):
+        assert torch.equal(logits(load_pruned(folder).eval(), batch), expected)
+        again, info = TASKS[task].from_pretrained(folder, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+        assert torch.equal(logits(again.eval(), batch), expected)
+        assert type(again) is type(trainer.model)
+        assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in trainer.model.parameters())
+
+
+def test_the_plan_lies_beside_the_model(saved: tuple[Path, PreTrainedModel]) -> None:
+    folder, model = saved
+    plan = PruningPlan.from_json(json.loads((folder / "pruning_plan.json").read_text()))
+    assert plan.counts["hidden"] == model.bert.embeddings.word_embeddings.weight.shape[1]
+    assert len(plan.kept["layers.2.heads"]) == model.bert.encoder.layer[2].attention.self.num_attention_heads
+    assert set(plan.kept["layers.2.heads"]) <= {0, 2}
+
+
+def test_saving_again_after_loading_keeps_everything(copied: Path, tmp_path: Path) -> None:
+    first = load_pruned(copied).eval()
+    first.save_pretrained(tmp_path / "second")
+    second = load_pruned(tmp_path / "second").eval()
+    batch = tiny_batch(first)
+    assert torch.equal(logits(first, batch), logits(second, batch))
+    assert first.config.to_dict() == second.config.to_dict()
+
+
+def test_a_loaded_model_can_be_trained_and_its_base_model_taken(copied: Path) -> None:
+    model = load_pruned(copied).train()
+    model(**tiny_batch(model)).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    config = AutoConfig.from_pretrained(copied)
+    assert (config.model_type, config.apt_base_model_type) == ("apt_bert", "bert")
+
+
+def test_a_head_it_was_not_saved_with_is_refused(copied: Path) -> None:
+    with pytest.raises(ValueError, match="AptBertConfig"):
+        TASKS["ForQuestionAnswering"].from_pretrained(copied)
+    with pytest.raises(ValueError, match="AptBertConfig"):
+        AutoModel.from_pretrained(copied)
+
+
+PLAIN = """
+import sys, torch
+from transformers import AutoModelForSequenceClassification
+try:
+    AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+except Exception as error:
+    print(type(error).__name__, str(error).replace(chr(10), " "))
+else:
+    raise SystemExit("loaded without apt_trainer")
+assert "apt_trainer" not in sys.modules
+import apt_trainer
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1]).eval()
+torch.save(model(input_ids=torch.arange(4, 12)[None]).logits.detach(), sys.argv[2])
+"""
+
+
+def test_a_process_without_this_package_fails_loudly_and_with_it_loads(copied: Path, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", PLAIN, str(copied), str(tmp_path / "logits.pt")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("ValueError") and "apt_bert" in result.stdout
+    expected = load_pruned(copied).eval()(input_ids=torch.arange(4, 12)[None]).logits
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+
+
+def test_bfloat16(copied: Path) -> None:
+    exact, rounded = load_pruned(copied).eval(), load_pruned(copied, dtype=torch.bfloat16).eval()
+    assert {p.dtype for p in rounded.parameters()} == {torch.bfloat16}
+    batch = tiny_batch(exact)
+    expected, got = logits(exact, batch), logits(rounded, batch)
+    assert got.dtype == torch.bfloat16
+    assert (got.float() - expected).abs().max() < 0.05 * expected.abs().max()
+    for name, parameter in rounded.named_parameters():
+        assert torch.equal(parameter, exact.get_parameter(name).to(torch.bfloat16))
+
+
+# ---------------------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("left", [0.5, 0.999, 0.0])
+def test_truncated_weights_are_reported(copied: Path, left: float) -> None:
+    file = copied / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: int(left * file.stat().st_size)])
+    with pytest.raises(UserError, match="damaged or incomplete"):
+        load_pruned(copied)
+
+
+def test_weights_that_are_missing_are_reported(copied: Path) -> None:
+    (copied / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="damaged or incomplete"):
+        load_pruned(copied)
+
+
+def test_a_weight_that_is_missing_is_reported(copied: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(copied / "model.safetensors")
+    tensors.pop("classifier.weight")
+    save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="1 missing keys"):
+        load_pruned(copied)
+
+
+def test_a_structure_that_does_not_fit_its_weights_is_reported(copied: Path) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    name = "bert.encoder.layer.1.intermediate.dense.bias"
+    config["apt_structure"]["parameters"][name] = [3]
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises((UserError, RuntimeError), match="mismatch"):
+        load_pruned(copied)
+
+
+def test_a_later_format_is_refused(copied: Path) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"apt_format_version": 99}))
+    with pytest.raises(UserError, match="format 99"):
+        load_pruned(copied)
+
+
+def test_folders_without_a_pruned_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no config\.json"):
+        load_pruned(tmp_path)
+    tiny_model("bert").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="stock model"):
+        load_pruned(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_full_disk_leaves_the_older_model_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    trainer = _trained(tmp_path)
+    target = tmp_path / "model"
+    trainer.save_model(str(target))
+    batch = tiny_batch(trainer.model)
+    expected = logits(trainer.model, batch)
+    replace = os.replace
+
+    def full(source: Any, destination: Any) -> None:
+        if Path(destination) == target / name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, destination)
+
+    with torch.no_grad():
+        trainer.model.classifier.weight.mul_(3)
+    monkeypatch.setattr("apt_trainer.checkpoint.os.replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.save_model(str(target))
+    monkeypatch.undo()
+    assert torch.equal(logits(load_pruned(target).eval(), batch), expected)
+    assert sorted(file.name for file in target.iterdir()) == ["config.json", "model.safetensors", "pruning_plan.json"]
+
+
+def test_a_save_that_does_not_reload_is_an_error(saved: tuple[Path, PreTrainedModel], copied: Path) -> None:
+    model = load_pruned(copied)
+    assert reload_difference(model, copied) == 0.0
+    with torch.no_grad():
+        model.classifier.bias.add_(1.0)
+    with pytest.raises(RuntimeError, match="other logits"):
+        reload_difference(model, copied)
+
+
+def test_a_stock_loader_of_this_process_builds_the_small_model(saved: tuple[Path, PreTrainedModel]) -> None:
+    again = AutoModelForSequenceClassification.from_pretrained(saved[0])
+    dense = sum(p.numel() for p in tiny_model("bert").parameters())
+    assert sum(p.numel() for p in again.parameters()) < 0.75 * dense
