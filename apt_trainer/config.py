@@ -5,6 +5,7 @@ Validation of the method happens in ``settings``; this file only joins the two a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from transformers import Seq2SeqTrainingArguments
@@ -36,12 +37,26 @@ class APTConfig(MethodSettings, MeasureSettings, Seq2SeqTrainingArguments):
         default=False, metadata={"help": "Hide losses that are not finite from logs."}
     )
 
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "As TrainingArguments."})
+
     def __post_init__(self) -> None:
         self.check()
-        if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False
         super().__post_init__()
         if self.logging_nan_inf_filter:
             raise UserError(
                 "logging_nan_inf_filter hides losses that are not finite; they must stop the run. Remove it."
             )
+
+    def total_steps(self, num_rows: int) -> int:
+        """Optimizer steps of a run over ``num_rows`` training rows, counted as the Trainer does."""
+        if self.max_steps > 0:
+            return int(self.max_steps)
+        batches = math.ceil(num_rows / (self.train_batch_size * self.world_size))
+        per_epoch = max(1, math.ceil(batches / self.gradient_accumulation_steps))
+        return math.ceil(per_epoch * self.num_train_epochs)
+
+    def heldout_rows(self, num_rows: int) -> int:
+        """Rows of the training data on which snapshots of the student are chosen as teacher."""
+        return (
+            max(1, math.ceil(num_rows * self.heldout_fraction)) if self.distillation == "self" and self.prunes else 0
+        )

@@ -6,7 +6,6 @@ exception: it is measured, so the model is built with random weights. Not for ru
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,7 +45,7 @@ def plan(recipe: Recipe) -> str:
         setattr(config, name, value)
     model = build_model(config, data.model_class, "cpu" if args.sparsity_metric == "latency" else "meta")
     pruner = AdaptivePruner(model, args, seed=args.seed)
-    schedule = make_schedule(args, total_steps(len(data.train), args))
+    schedule = make_schedule(args, args.total_steps(len(data.train) - args.heldout_rows(len(data.train))))
     memory = memory_estimate(model, args, recipe.data.max_length)
     lines = [
         f"model        {type(model).__name__}, {format_count(sum(p.numel() for p in model.parameters()))} parameters "
@@ -68,17 +67,6 @@ def build_model(config: Any, model_class: str, device: str) -> PreTrainedModel:
     """A model of ``config`` on ``device`` without loading weights."""
     with torch.device(device):
         return getattr(transformers, model_class).from_config(config)  # type: ignore[no-any-return]
-
-
-def total_steps(num_rows: int, args: APTConfig) -> int:
-    """Optimizer steps of a run over ``num_rows`` training rows, counted as the Trainer does."""
-    if args.max_steps > 0:
-        return args.max_steps
-    if args.distillation == "self" and args.prunes:
-        num_rows -= math.ceil(num_rows * args.heldout_fraction)
-    batches = math.ceil(num_rows / (args.train_batch_size * args.world_size))
-    per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
-    return math.ceil(per_epoch * args.num_train_epochs)
 
 
 def tune_phases(args: APTConfig) -> list[str]:

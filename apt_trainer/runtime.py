@@ -47,6 +47,11 @@ def check_engine(trainer: Trainer) -> None:
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         engine = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP"
         raise UserError(f"Shapes cannot change under {engine} yet. Run in one process or with DDP.")
+    if trainer.args.load_best_model_at_end:
+        raise UserError(
+            "load_best_model_at_end would choose among models of different sizes. Remove it; the teacher is "
+            "chosen on held-out data already."
+        )
     if trainer.args.auto_find_batch_size:
         raise UserError("auto_find_batch_size restarts training on a model that may be cut already. Switch it off.")
     if trainer.args.load_best_model_at_end:

@@ -232,11 +232,10 @@ class APTTrainer(Seq2SeqTrainer):
     # ------------------------------------------------------------------ inside
 
     def _make_schedule(self) -> Schedule:
-        total = int(self.args.max_steps)
-        if total <= 0 and self.train_dataset is not None:
-            dataloader = self.get_train_dataloader()
-            total = self.set_initial_training_values(self.args, dataloader)[-1]
-        return make_schedule(self.args, total)
+        """For the errors it raises; the loop's own number of steps replaces it in :meth:`start`."""
+        if self.train_dataset is None:
+            raise UserError("train_dataset is missing.")
+        return make_schedule(self.args, self.args.total_steps(len(self.train_dataset)))
 
     def start(self) -> None:
         """When the loop begins, all else being restored."""
@@ -347,12 +346,12 @@ def _mean_growth(old: dict[str, int], new: Any) -> float:
 
 def _split_heldout(train: Any, heldout: Any, args: APTConfig) -> tuple[Any, Any]:
     """(training data, held-out data); nothing is split off when no snapshot will be chosen."""
-    if heldout is not None or train is None or args.distillation != "self" or not args.prunes:
+    number = 0 if train is None else args.heldout_rows(len(train))
+    if heldout is not None or number == 0:
         return train, heldout
     if hasattr(train, "train_test_split"):
-        parts = train.train_test_split(test_size=args.heldout_fraction, seed=args.seed)
+        parts = train.train_test_split(test_size=number, seed=args.seed)
         return parts["train"], parts["test"]
-    number = max(1, round(len(train) * args.heldout_fraction))
     generator = torch.Generator().manual_seed(args.seed)
     rest, chosen = torch.utils.data.random_split(train, [len(train) - number, number], generator=generator)
     return rest, chosen
