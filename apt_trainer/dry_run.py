@@ -10,9 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
-from transformers import PreTrainedModel
 
 from apt_trainer.adapters import lora
 from apt_trainer.config import APTConfig
@@ -23,7 +21,7 @@ from apt_trainer.pruning.plan import PruningPlan
 from apt_trainer.pruning.selection import select
 from apt_trainer.recipe import Recipe
 from apt_trainer.report.tables import format_bytes, format_count, markdown_table
-from apt_trainer.run import load_config, load_tokenizer, max_positions
+from apt_trainer.run import build_model, load_config, load_tokenizer, max_positions
 from apt_trainer.schedule import Schedule, make_schedule
 from apt_trainer.tasks import load_task
 
@@ -41,9 +39,7 @@ def plan(recipe: Recipe) -> str:
         args.seed if args.data_seed is None else args.data_seed,
         max_positions=max_positions(config),
     )
-    for name, value in data.model_kwargs.items():
-        setattr(config, name, value)
-    model = build_model(config, data.model_class, "cpu" if args.sparsity_metric == "latency" else "meta")
+    model = build_model(config, data, "cpu" if args.sparsity_metric == "latency" else "meta")
     pruner = AdaptivePruner(model, args, seed=args.seed)
     schedule = make_schedule(args, args.total_steps(len(data.train) - args.heldout_rows(len(data.train))))
     memory = memory_estimate(model, args, recipe.data.max_length)
@@ -61,12 +57,6 @@ def plan(recipe: Recipe) -> str:
         "",
     ]
     return "\n".join(lines + _schedule_lines(pruner, schedule, args))
-
-
-def build_model(config: Any, model_class: str, device: str) -> PreTrainedModel:
-    """A model of ``config`` on ``device`` without loading weights."""
-    with torch.device(device):
-        return getattr(transformers, model_class).from_config(config)  # type: ignore[no-any-return]
 
 
 def tune_phases(args: APTConfig) -> list[str]:

@@ -112,6 +112,10 @@ def model_class(model_type: str, architecture: str) -> type[PreTrainedModel]:
         )
 
     def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        if config.apt_base_architecture != architecture:
+            raise UserError(
+                f"The model was saved as {config.apt_base_architecture} and cannot load as {architecture}."
+            )
         base.__init__(self, config, *args, **kwargs)  # type: ignore[misc]
         apply_structure(self, config.apt_structure)
         self.tie_weights()

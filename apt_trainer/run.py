@@ -6,6 +6,7 @@ itself (``trainer``, ``pruner``).
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 import subprocess
@@ -22,6 +23,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from apt_trainer.config import APTConfig
 from apt_trainer.errors import UserError
 from apt_trainer.measure import (
     PeakMemory,
@@ -33,9 +35,11 @@ from apt_trainer.measure import (
 )
 from apt_trainer.models import family_of
 from apt_trainer.pruned_model import load_pruned
+from apt_trainer.pruner import AdaptivePruner
 from apt_trainer.recipe import Recipe, load_recipe
 from apt_trainer.report.events import read_events, write_json
 from apt_trainer.report.plots import plot_run
+from apt_trainer.schedule import make_schedule
 from apt_trainer.settings import ModelSettings, resolve_path
 from apt_trainer.tasks import TaskData, load_task
 from apt_trainer.trainer import EVENTS_FILE, APTTrainer, plain_trainer
@@ -78,6 +82,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         args.seed if args.data_seed is None else args.data_seed,
         max_positions=max_positions(config),
     )
+    check_before_loading(config, data, args)
     teacher = load_model(recipe.model, data, args.teacher_name_or_path) if args.teacher_name_or_path else None
     model = load_model(recipe.model, data)
     dense_parameters = count_parameters(model)
@@ -236,6 +241,27 @@ def load_config(settings: ModelSettings) -> Any:
     assert settings.model_name_or_path is not None
     options = {"revision": settings.model_revision, "trust_remote_code": settings.trust_remote_code}
     return _from_hub(AutoConfig.from_pretrained, settings.model_name_or_path, **options)
+
+
+def build_model(config: Any, data: TaskData, device: str) -> PreTrainedModel:
+    """A model for the task on ``device`` ("meta" for shapes alone), without loading weights."""
+    config = copy.deepcopy(config)
+    for name, value in data.model_kwargs.items():
+        setattr(config, name, value)
+    with torch.device(device):
+        return getattr(transformers, data.model_class).from_config(config)  # type: ignore[no-any-return]
+
+
+def check_before_loading(config: Any, data: TaskData, args: APTConfig) -> None:
+    """Raise :class:`UserError` for a schedule, budget or target that cannot work, on the meta device.
+
+    A latency budget is measured, so it is checked only once the model is there.
+    """
+    make_schedule(args, args.total_steps(len(data.train) - args.heldout_rows(len(data.train))))
+    settings = copy.copy(args)
+    if settings.sparsity_metric == "latency":
+        settings.sparsity_metric = "params"
+    AdaptivePruner(build_model(config, data, "meta"), settings)
 
 
 def load_model(settings: ModelSettings, data: TaskData, path: str | None = None) -> PreTrainedModel:

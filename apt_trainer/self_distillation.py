@@ -67,6 +67,8 @@ class SelfDistillation:
         transform = getattr(student, TRANSFORM)
         layers = sample_teacher_layers(len(theirs), s.distillation_layers, self.seed, step, s.distillation_layer_map)
         pairs = match_layers(layers, alive, ours, theirs, transform, mask)
+        if not pairs:  # every parameter takes part in every step, which DDP relies on
+            return loss + 0.0 * torch.stack([p.sum() for p in (*transform.parameters(), loss.new_zeros(()))]).sum()
         return loss + s.layer_weight * layer_loss(ours, theirs, pairs, transform, mask)
 
     # ------------------------------------------------------------------ shape changes

@@ -113,7 +113,10 @@ class APTTrainer(Seq2SeqTrainer):
         self.pruner.set_tokens(mask)
         mu = self.schedule.mu(step) if self.distillation.ready else 0.0
         if mu == 0.0:
-            return super().compute_loss(model, inputs, return_outputs)
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+            if self.args.distillation != "none":
+                self._metrics.setdefault("loss/task", []).append(loss.detach())
+            return (loss, outputs) if return_outputs else loss
         inputs = self._prepare_inputs(inputs)
         asked = {**inputs, "output_hidden_states": True} if self.distillation.uses_layers else inputs
         task, outputs = super().compute_loss(model, asked, return_outputs=True)

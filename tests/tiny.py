@@ -38,7 +38,12 @@ WIDTH, HEADS, HEAD_DIM, NEURONS, LAYERS, LABELS, VOCABULARY = 16, 4, 4, 24, 3, 3
 def tiny_config(family: str, layers: int = LAYERS, dropout: float = 0.0, **extra: object) -> PreTrainedConfig:
     if family == "distilbert":
         sizes = {"dim": WIDTH, "n_heads": HEADS, "hidden_dim": NEURONS, "n_layers": layers}
-        sizes |= {"dropout": dropout, "attention_dropout": dropout, "seq_classif_dropout": dropout, "qa_dropout": dropout}
+        sizes |= {
+            "dropout": dropout,
+            "attention_dropout": dropout,
+            "seq_classif_dropout": dropout,
+            "qa_dropout": dropout,
+        }
     else:
         sizes = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "intermediate_size": NEURONS}
         sizes |= {"num_hidden_layers": layers, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
@@ -68,7 +73,7 @@ def randomise(model: nn.Module, seed: int) -> None:
 
 
 def adapted(model: PreTrainedModel, rank: int = 3, everywhere: bool = False) -> PreTrainedModel:
-    """``model`` with adapters whose B is not zero: on the targets of its family, or on every linear of its layers."""
+    """``model`` with adapters whose B is not zero, on the targets of its family or on every linear of its layers."""
     family = family_of(model.config)
     names: Iterable[str] = family.adapter_targets
     if everywhere:
@@ -78,7 +83,7 @@ def adapted(model: PreTrainedModel, rank: int = 3, everywhere: bool = False) -> 
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".lora_B." in name:
+            if ".lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model
 

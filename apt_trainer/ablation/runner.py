@@ -92,8 +92,9 @@ def _add_results(study: Study, results: _Results, runs: list[Run]) -> None:
         results[run.variant, run.seed] = record | {"baseline": study.baseline, "shown": study.metrics}
     path, new = study.output_dir / RESULTS_FILE, study.output_dir / f".{RESULTS_FILE}.new"
     new.unlink(missing_ok=True)
-    for record in results.values():
-        append_event(new, record)
+    for key in [(run.variant, run.seed) for run in study.runs]:
+        if key in results:
+            append_event(new, results[key])
     if results:
         os.replace(new, path)
 

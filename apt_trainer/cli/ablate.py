@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--study", metavar="FILE", required=True, help="YAML: base, output_dir, seeds, variants, baseline, metrics"
     )
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1); more distort each other's times"
+    )
     parser.add_argument("--output_dir", metavar="DIR", help="overrides that of the study")
 
 

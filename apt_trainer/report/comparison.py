@@ -25,6 +25,7 @@ LABELS = {
     "total_params": "parameters",
     "disk_bytes": "size on disk",
     "train_seconds": "training time",
+    "train_cpu_seconds": "CPU time",
     "peak_memory_bytes": "peak memory",
 }
 COSTS: dict[str, Any] = {  # by the last word of the key; compared as ratios
@@ -81,7 +82,7 @@ def read_results(paths: Sequence[str]) -> list[dict[str, Any]]:
     for path in paths:
         if path in studies:
             prefix = f"{Path(path).resolve().name}/" if len(studies) > 1 else ""
-            records += [r | {"variant": prefix + r["variant"]} for r in read_events(Path(path) / RESULTS_FILE)]
+            records += [r | {"variant": f"{prefix}{r['variant']}"} for r in read_events(Path(path) / RESULTS_FILE)]
         elif (Path(path) / METRICS_FILE).is_file():
             records.append(run_record(Path(path)))
         else:
@@ -165,8 +166,8 @@ def _value(record: Record, key: str) -> float | None:
     found: Any = record["metrics"]
     for part in key.split("."):
         found = found.get(part) if isinstance(found, dict) else None
-    counted = isinstance(found, int | float) and not (key == "train_seconds" and record.get("resumed"))
-    return found if counted else None  # the time of a resumed run counts from its last checkpoint only
+    partial = key in ("train_seconds", "train_cpu_seconds") and record.get("resumed")  # from its checkpoint on
+    return found if isinstance(found, int | float) and not partial else None
 
 
 def _label(key: str, records: Sequence[Record]) -> str:

@@ -101,12 +101,12 @@ def _layers(kept: dict[str, list[Record]]) -> str:
             axes.pcolormesh(shares, cmap="Blues", vmin=0, vmax=1.4, edgecolors="white", linewidth=2)
             for i, j in product(range(len(kept)), range(len(names) if len(names) <= 12 else 0)):
                 axes.text(j + 0.5, i + 0.5, f"{100 * shares[i][j]:.0f}", ha="center", va="center", fontsize=8)
-            axes.set(title=f"{kind} left, %", xlabel="layer" if kind in layers else "")
+            axes.set(title=kind, xlabel="layer" if kind in layers else "")
             axes.set_xticks([j + 0.5 for j in range(len(names))], names)
             axes.set_yticks([i + 0.5 for i in range(len(kept))], list(kept))
             axes.tick_params(length=0)
         panels[0].invert_yaxis()
-    return _svg(figure, "What was kept per layer")
+    return _svg(figure, "Kept per layer, in % of the dense model")
 
 
 def _share(run: Record, kind: str, layer: str) -> float:

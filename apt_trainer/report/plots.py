@@ -189,13 +189,16 @@ def _draw_ranks(axes: Axes, events: Sequence[dict[str, Any]], last_step: float) 
     if not known:
         _say(axes, "no pruning" if not events else "no adapters")
         return
-    steps = [step for step, _ in known] + [last_step]
+    merged = next((float(e["step"]) for e in events if e["step"] > known[-1][0] and e.get("ranks") == {}), None)
+    steps = [step for step, _ in known] + [last_step if merged is None else merged]
     means = [sum(ranks) / len(ranks) for _, ranks in known]
     most = [float(max(ranks)) for _, ranks in known]
     means, most = [*means, means[-1]], [*most, most[-1]]
     axes.fill_between(steps, means, most, step="post", color=GREEN, alpha=0.12, lw=0)
     axes.step(steps, most, where="post", color=GREEN, lw=1.5, ls="--", label="largest")
     axes.step(steps, means, where="post", color=GREEN, lw=2, label="mean")
+    if merged is not None:
+        axes.annotate("merged", (merged, means[-1]), xytext=(6, 0), textcoords="offset points", va="center")
     axes.set_ylim(0, max(most) * 1.15)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("rank")

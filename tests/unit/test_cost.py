@@ -80,9 +80,7 @@ def test_adapters_are_not_counted(name: str, which: str) -> None:
     ],
     ids=["base", "small"],
 )
-def test_costs_of_full_size_models(
-    sizes: dict[str, int], total: int, head: int, neuron: int, hidden: int
-) -> None:
+def test_costs_of_full_size_models(sizes: dict[str, int], total: int, head: int, neuron: int, hidden: int) -> None:
     """C(N_h, N_f, d) = d·(4·d_h·N_h + 2·N_f + 6·L) + 3·d_h·N_h + N_f and its derivatives."""
     with torch.device("meta"):
         model = TASKS["ForSequenceClassification"].from_config(AutoConfig.for_model("roberta", **sizes))

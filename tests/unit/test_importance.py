@@ -8,8 +8,20 @@ import pytest
 import torch
 from scipy import stats
 from test_taps import observe_by_hand
-from tiny import FAMILY_NAMES, HEAD_DIM, HEADS, LAYERS, NEURONS, WIDTH, adapted, hooks, parts, random_plan, tiny_batch
-from tiny import tiny_model
+from tiny import (
+    FAMILY_NAMES,
+    HEAD_DIM,
+    HEADS,
+    LAYERS,
+    NEURONS,
+    WIDTH,
+    adapted,
+    hooks,
+    parts,
+    random_plan,
+    tiny_batch,
+    tiny_model,
+)
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -304,7 +316,9 @@ def test_outlier_term_by_its_formula(name: str) -> None:
     hidden = torch.zeros(WIDTH, dtype=torch.double)
     for space in spaces[:-1]:
         table = (model.get_submodule(space.gate).weight * means[space.gate, "input"]).detach()
-        units = torch.stack([table[:, u * space.channels : (u + 1) * space.channels].flatten() for u in range(space.size)])
+        units = torch.stack(
+            [table[:, u * space.channels : (u + 1) * space.channels].flatten() for u in range(space.size)]
+        )
         assert torch.allclose(terms[space.name].double(), reference_kurtosis(units), rtol=1e-3, atol=1e-3)
         hidden += reference_kurtosis(table)
     assert torch.allclose(terms[HIDDEN].double(), hidden, rtol=1e-3, atol=1e-3)

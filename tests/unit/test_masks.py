@@ -7,7 +7,20 @@ import itertools
 
 import pytest
 import torch
-from tiny import CASES, FAMILY_NAMES, HEAD_DIM, LAYERS, adapted, gap, hooks, logits, parts, random_plan, tiny_batch, tiny_model
+from tiny import (
+    CASES,
+    FAMILY_NAMES,
+    HEAD_DIM,
+    LAYERS,
+    adapted,
+    gap,
+    hooks,
+    logits,
+    parts,
+    random_plan,
+    tiny_batch,
+    tiny_model,
+)
 from torch import nn
 from transformers import PreTrainedModel
 

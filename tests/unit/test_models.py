@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import CASES, FAMILY_NAMES, HEAD_DIM, HEADS, LAYERS, NEURONS, WIDTH, logits, parts, tiny_batch
-from tiny import tiny_config, tiny_model
+from tiny import (
+    CASES,
+    FAMILY_NAMES,
+    HEAD_DIM,
+    HEADS,
+    LAYERS,
+    NEURONS,
+    WIDTH,
+    logits,
+    parts,
+    tiny_batch,
+    tiny_config,
+    tiny_model,
+)
 from torch import nn
 from transformers import AutoModel, AutoModelForMultipleChoice, GPT2Config
 

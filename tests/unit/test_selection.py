@@ -172,7 +172,9 @@ def test_densities_are_ranked_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6])
-@pytest.mark.parametrize("targets", [("heads",), ("neurons",), ("hidden",), ("heads", "neurons"), ("neurons", "hidden")])
+@pytest.mark.parametrize(
+    "targets", [("heads",), ("neurons",), ("hidden",), ("heads", "neurons"), ("neurons", "hidden")]
+)
 def test_only_targets_lose_units_and_need_scores(targets: tuple[str, ...], share: float) -> None:
     spaces, dense, cost = tiny_parts()
     limit = limits(targets, hidden=2)
@@ -264,7 +266,12 @@ def test_scores_that_are_not_finite_are_a_user_error(name: str, minimum: int, va
     scores[name][1] = value
     with pytest.raises(UserError, match=f"{name} are not finite"):
         select(
-            scores, spaces, dense, cost, 0.5 * cost.total(dense.counts), limits(heads=minimum, neurons=minimum, hidden=3)
+            scores,
+            spaces,
+            dense,
+            cost,
+            0.5 * cost.total(dense.counts),
+            limits(heads=minimum, neurons=minimum, hidden=3),
         )
 
 

@@ -7,7 +7,20 @@ import json
 
 import pytest
 import torch
-from tiny import CASES, FAMILY_NAMES, HEAD_DIM, LAYERS, WIDTH, adapted, gap, logits, parts, random_plan, tiny_batch, tiny_model
+from tiny import (
+    CASES,
+    FAMILY_NAMES,
+    HEAD_DIM,
+    LAYERS,
+    WIDTH,
+    adapted,
+    gap,
+    logits,
+    parts,
+    random_plan,
+    tiny_batch,
+    tiny_model,
+)
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from apt_trainer.importance.taps import Tap, TapContext
-from apt_trainer.tuning import set_trainable
 from apt_trainer.settings import AdapterSettings
+from apt_trainer.tuning import set_trainable
 
 Place = tuple[str, str]
 Seen = dict[Place, tuple[torch.Tensor, torch.Tensor]]
@@ -49,7 +49,11 @@ def observe_by_hand(model: nn.Module, batch: Mapping[str, torch.Tensor], places:
 
 
 def tap_all(
-    model: nn.Module, places: Sequence[Place], context: TapContext, measure: str = "magnitudes", units: int | None = None
+    model: nn.Module,
+    places: Sequence[Place],
+    context: TapContext,
+    measure: str = "magnitudes",
+    units: int | None = None,
 ) -> tuple[dict[Place, torch.Tensor], list[Tap]]:
     sums, taps = {}, []
     for path, side in places:
@@ -71,7 +75,9 @@ def expected_sums(seen: Seen, mask: torch.Tensor | None) -> dict[Place, torch.Te
     return result
 
 
-def assert_close(sums: Mapping[Place, torch.Tensor], expected: Mapping[Place, torch.Tensor], rtol: float = 1e-4) -> None:
+def assert_close(
+    sums: Mapping[Place, torch.Tensor], expected: Mapping[Place, torch.Tensor], rtol: float = 1e-4
+) -> None:
     assert sums.keys() == expected.keys()
     for place, value in sums.items():
         assert torch.allclose(value, expected[place], rtol=rtol, atol=1e-6), place

@@ -1,0 +1,174 @@
+"""One global batch, cut in different ways: accumulation, gradient checkpointing and two processes give the same run."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from integration.factories import SHORT, Rows, events_of, losses_of, make_trainer, weights_of
+from safetensors.torch import load_file
+from tiny import tiny_model
+
+import apt_trainer
+from apt_trainer import APTTrainer
+
+ROOT = Path(apt_trainer.__file__).parents[1]
+GLOBAL_BATCH = 8
+CHANGES: dict[str, Any] = {**SHORT, "max_steps": 20, "pruning_end": 14, "distillation_end": 17, "mask_window": 4}
+CHANGES |= {"tune_after_distillation": "full", "max_grad_norm": 1.0}
+WORLDS: dict[str, dict[str, Any]] = {
+    "batches of 4": {"per_device_train_batch_size": 4},
+    "batches of 2, accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+}
+
+
+def _trained(folder: Path, dropout: float = 0.0, **changes: Any) -> APTTrainer:
+    """Rows without padding and their number a multiple of the batch, so that all ways to cut them are equal."""
+    model = tiny_model("bert", dropout=dropout)
+    options = {"heldout_dataset": Rows(16, padded=False)}
+    trainer = make_trainer(folder, model, Rows(96, padded=False), options, **{**CHANGES, **changes})
+    trainer.train()
+    return trainer
+
+
+# Biases of keys are left out where weights are compared: softmax cancels them, so that their gradient is rounding noise
+# which Adam scales up.
+
+
+def _assert_close(one: APTTrainer, other: APTTrainer, tolerance: float) -> None:
+    assert one.pruner.plan == other.pruner.plan
+    losses, others = losses_of(one), losses_of(other)
+    assert losses.keys() == others.keys() and len(losses) == 20
+    for step, values in losses.items():
+        assert others[step] == pytest.approx(values, abs=tolerance, rel=tolerance)
+    for name, weight in weights_of(one.model).items():
+        assert name.endswith("key.bias") or torch.allclose(weight, other.model.get_parameter(name), atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, APTTrainer]:
+    folder = tmp_path_factory.mktemp("single")
+    trainer = _trained(folder, per_device_train_batch_size=GLOBAL_BATCH)
+    assert trainer.pruner.sparsity() >= 0.5
+    return folder, trainer
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_accumulated_batches_equal_one_batch(
+    single: tuple[Path, APTTrainer], tmp_path: Path, micro_batch: int
+) -> None:
+    steps = GLOBAL_BATCH // micro_batch
+    other = _trained(tmp_path, per_device_train_batch_size=micro_batch, gradient_accumulation_steps=steps)
+    _assert_close(single[1], other, 1e-5)
+    expected, got = (events_of(folder, "prune") for folder in (single[0], tmp_path))
+    assert [record["ranks"] for record in expected] == [record["ranks"] for record in got]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, dropout: float) -> None:
+    one = _trained(tmp_path / "off", dropout)
+    other = _trained(tmp_path / "on", dropout, gradient_checkpointing=True)
+    assert other.model.is_gradient_checkpointing
+    _assert_close(one, other, 1e-5)
+
+
+def test_rank_scores_and_other_rules_do_not_depend_on_accumulation(tmp_path: Path) -> None:
+    """Rules that see each micro-batch, and rank scores from parameter gradients."""
+    runs = [
+        _trained(
+            tmp_path / str(size),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=GLOBAL_BATCH // size,
+            importance="taylor",
+            rank_score="absolute",
+        )
+        for size in (8, 2)
+    ]
+    _assert_close(*runs, 1e-5)
+
+
+WORKER = """
+import json, os, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from safetensors.torch import save_file
+from integration.factories import losses_of, weights_of
+from integration.test_processes import WORLDS, _trained
+
+folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+for number, changes in enumerate(WORLDS.values()):
+    trainer = _trained(folder / f"run{{number}}", ddp_backend="gloo", **changes)
+    save_file(weights_of(trainer.model), folder / f"weights{{number}}.{{rank}}.safetensors")
+    trainer.save_model(str(folder / f"model{{number}}"))
+    result = {{
+        "world": trainer.args.world_size,
+        "plan": trainer.pruner.plan.to_json(),
+        "losses": losses_of(trainer),
+        "files": sorted(file.name for file in (folder / f"model{{number}}").iterdir()) if rank == 0 else [],
+    }}
+    (folder / f"result{{number}}.{{rank}}.json").write_text(json.dumps(result))
+os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with what each of two processes wrote, for every entry of ``WORLDS``."""
+    folder = tmp_path_factory.mktemp("two")
+    worker = folder / "worker.py"
+    worker.write_text(WORKER.format(root=str(ROOT), tests=str(Path(__file__).parents[1])))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    result = subprocess.run(
+        [*command, str(worker), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert (folder / "result1.1.json").exists(), result.stderr[-4000:]
+    return folder
+
+
+def _read(folder: Path, number: int, rank: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    result = json.loads((folder / f"result{number}.{rank}.json").read_text())
+    return result, load_file(folder / f"weights{number}.{rank}.safetensors")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("number", range(len(WORLDS)), ids=list(WORLDS))
+def test_two_processes_equal_one(two_processes: Path, single: tuple[Path, APTTrainer], number: int) -> None:
+    (first, weights), (second, others) = (_read(two_processes, number, rank) for rank in (0, 1))
+    expected = single[1]
+    assert first["world"] == second["world"] == 2
+    assert first["plan"] == second["plan"] == expected.pruner.plan.to_json()
+    assert weights.keys() == others.keys() == weights_of(expected.model).keys()
+    assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
+    for step, values in losses_of(expected).items():
+        assert first["losses"][str(step)][0] == pytest.approx(values[0], rel=1e-4)
+    for name, weight in weights.items():
+        assert name.endswith("key.bias") or torch.allclose(weight, expected.model.get_parameter(name), atol=1e-4)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("number", range(len(WORLDS)), ids=list(WORLDS))
+def test_two_processes_write_one_model_and_one_record_per_event(
+    two_processes: Path, single: tuple[Path, APTTrainer], number: int
+) -> None:
+    assert _read(two_processes, number, 0)[0]["files"] == ["config.json", "model.safetensors", "pruning_plan.json"]
+    expected, got = (
+        [(r["step"], r["kind"], r["block_params"], r["ranks"]) for r in events_of(folder)]
+        for folder in (single[0], two_processes / f"run{number}")
+    )
+    assert got == expected
