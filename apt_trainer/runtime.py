@@ -112,9 +112,10 @@ def reshape(trainer: Any, change: Callable[[], Edits]) -> None:
     torch.random.set_rng_state(cpu_rng)
 
 
-def release_memory() -> None:
-    """Give freed memory back: what a cut frees is of little use while the allocator keeps it."""
-    gc.collect()
+def release_memory(collect: bool = True) -> None:
+    """Give freed memory back to the system; ``collect`` breaks reference cycles first."""
+    if collect:
+        gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
     elif sys.platform == "linux":

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from html import escape
 from itertools import product
 from statistics import mean
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -78,9 +79,9 @@ def _scatter(comparison: Comparison, x: str, y: str) -> str:
         for i, (name, cells) in enumerate(comparison.cells.items()):
             h, v = cells[x], cells[y]
             if h.mean is not None and v.mean is not None:
-                style = {"color": COLORS[i % 7], "marker": MARKERS[(i + i // 7) % 7], "ms": 8, "capsize": 3, "ls": ""}
-                bars = {"xerr": (h.std or 0) * of_x, "yerr": (v.std or 0) * of_y}
-                axes.errorbar(h.mean * of_x, v.mean * of_y, label=name, **bars, **style)
+                style: dict[str, Any] = {"color": COLORS[i % 7], "marker": MARKERS[(i + i // 7) % 7], "ls": ""}
+                bars = (v.std or 0) * of_y, (h.std or 0) * of_x
+                axes.errorbar(h.mean * of_x, v.mean * of_y, *bars, label=name, ms=8, capsize=3, **style)
         axes.set_xlabel(comparison.labels[x] + unit_x)
         axes.set_ylabel(comparison.labels[y] + unit_y)
         axes.grid(color="#DDDDDD", lw=0.6)
@@ -90,8 +91,10 @@ def _scatter(comparison: Comparison, x: str, y: str) -> str:
 
 def _layers(kept: dict[str, list[Record]]) -> str:
     """Share of heads and neurons left per layer, and of hidden dimensions; a row per variant, mean over seeds."""
-    dense = next(iter(kept.values()))[0]["dense"]
-    layers = {kind: sorted(dense[kind], key=lambda name: (len(name), name)) for kind in ("heads", "neurons")}
+    layers = {
+        kind: sorted({n for runs in kept.values() for n in runs[0]["dense"][kind]}, key=lambda n: (len(n), n))
+        for kind in ("heads", "neurons")
+    }
     columns = [*layers.items(), ("hidden", [""])]
     with rc_context(STYLE):
         figure = Figure(figsize=(13, 1.4 + 0.4 * len(kept)), layout="constrained")
@@ -111,7 +114,7 @@ def _layers(kept: dict[str, list[Record]]) -> str:
 
 def _share(run: Record, kind: str, layer: str) -> float:
     left, whole = run[kind], run["dense"][kind]
-    return float(left / whole if kind == "hidden" else left.get(layer, 0) / whole[layer])
+    return float(left / whole if kind == "hidden" else left.get(layer, 0) / whole.get(layer, 1))
 
 
 def _svg(figure: Figure, label: str) -> str:

@@ -204,9 +204,7 @@ def test_folders_without_a_pruned_model_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_full_disk_leaves_the_older_model_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_full_disk_leaves_the_older_model_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     trainer = _trained(tmp_path)
     target = tmp_path / "model"
     trainer.save_model(str(target))

@@ -261,9 +261,7 @@ def _cut(value: torch.Tensor, edits: list[Keep | Grow]) -> torch.Tensor:
     return value
 
 
-def _follow(
-    old: torch.Tensor, new: torch.Tensor, edits: list[Keep | Grow]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _follow(old: torch.Tensor, new: torch.Tensor, edits: list[Keep | Grow]) -> tuple[torch.Tensor, torch.Tensor]:
     """(survivors, appended part) of ``new``."""
     if old.dim() == 0:
         return new, new.new_zeros(1)
@@ -328,9 +326,7 @@ def test_base_weights_stay_bit_equal_while_only_adapters_train(name: str, reques
     pretrained = dict(cut_copy(tiny_model("bert"), last.plan).named_parameters())
     base = {n: w for n, w in last.weights.items() if ".lora_" not in n and "apt_transform" not in n}
     assert {n.replace(".base_layer.", ".") for n in base} == pretrained.keys()
-    changed = {
-        n for n, w in base.items() if not torch.equal(w, pretrained[n.replace(".base_layer.", ".")])
-    }
+    changed = {n for n, w in base.items() if not torch.equal(w, pretrained[n.replace(".base_layer.", ".")])}
     assert changed == {n for n in base if n.startswith(("classifier.", "bert.pooler."))}
 
 

@@ -441,7 +441,7 @@ def test_page_is_whole_and_needs_nothing_else():
         assert text in page.texts
     layers = page.texts[len(page.texts) - page.texts[::-1].index("peak memory (MB)") :]
     assert [text for text in layers if text in ("0", "1", "10")] == ["0", "1", "10"] * 2
-    assert [page.texts.count(share) for share in ("25", "75")] == [2, 2]  # % of heads, in two rows
+    assert [layers.count(share) for share in ("25", "75")] == [2, 2]  # % of heads, in two rows
 
 
 def test_page_of_dense_runs_says_what_is_missing():

@@ -301,7 +301,7 @@ def outlier_terms(
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_outlier_term_by_its_formula(name: str) -> None:
-    """T[i, j] = x̄[j]·W[i, j]: over a head's channels and outputs, over a neuron's outputs, over a dimension's inputs."""
+    """T[i, j] = x̄[j]·W[i, j]: over a head's columns, a neuron's column, a dimension's row."""
     model, decay = tiny_model(name).train(), 0.5
     _, spaces, dense = parts(model)
     batches = steps_of(model, 2)

@@ -176,7 +176,7 @@ def test_masks_in_between_are_continuous(name: str, kind: str) -> None:
     model = tiny_model(name)
     family, spaces, dense = parts(model)
     plan = random_plan(spaces, dense, seed=15, kinds=(kind,))
-    batch, steps = tiny_batch(model), 50
+    batch, steps = tiny_batch(model), 20
     store = open_store(model, dense, spaces)
     path = [logits(model, batch)]
     for _ in range(steps):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -28,14 +29,19 @@ def observe_by_hand(model: nn.Module, batch: Mapping[str, torch.Tensor], places:
     """Activation and gradient of the loss per place; a gradient that does not exist is 0."""
     tensors: dict[Place, torch.Tensor] = {}
     handles = []
+
+    def keep_input(place: Place, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        tensors[place] = args[0]
+
+    def keep_output(place: Place, module: nn.Module, args: object, output: torch.Tensor) -> None:
+        tensors[place] = output
+
     for path, side in places:
         module = model.get_submodule(path)
         if side == "input":
-            keep = lambda m, args, place=(path, side): tensors.__setitem__(place, args[0])  # noqa: E731
-            handles.append(module.register_forward_pre_hook(keep))
+            handles.append(module.register_forward_pre_hook(partial(keep_input, (path, side))))
         else:
-            keep = lambda m, args, output, place=(path, side): tensors.__setitem__(place, output)  # noqa: E731
-            handles.append(module.register_forward_hook(keep))
+            handles.append(module.register_forward_hook(partial(keep_output, (path, side))))
     loss = model(**batch).loss
     wanted = [place for place in places if tensors[place].requires_grad]
     gradients = torch.autograd.grad(loss, [tensors[place] for place in wanted], allow_unused=True)
