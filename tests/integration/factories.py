@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import LABELS, VOCABULARY, tiny_model
+from tiny import LABELS, VOCABULARY, parts, tiny_model
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback, set_seed
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 from apt_trainer import APTConfig, APTTrainer, Importance, PruningPlan
 from apt_trainer.models import Space
 from apt_trainer.pruner import PruningEvent
+from apt_trainer.pruning.cost import parameter_cost
 from apt_trainer.pruning.surgery import apply_plan
 from apt_trainer.runtime import plain_optimizer
 
@@ -230,10 +231,15 @@ def counted_block_parameters(trainer: APTTrainer) -> int:
     return sum(p.numel() for name, p in named if name.startswith(blocks) and ".lora_" not in name)
 
 
+def target_of(model: PreTrainedModel, counts: Mapping[str, int]) -> float:
+    """``target_sparsity`` at which just what ``counts`` leaves of the named spaces (and all of the others) fits."""
+    family, spaces, dense = parts(model)
+    cost = parameter_cost(model, family, spaces)
+    return 1 - cost.total({**dense.counts, **counts}) / cost.total(dense.counts) - 1e-9
+
+
 def cut_copy(dense: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     """``dense`` cut to ``plan`` in place: what its weights must be where none of them trained."""
-    from tiny import parts
-
     family, spaces, full = parts(dense)
     apply_plan(dense, family, spaces, full, plan)
     return dense

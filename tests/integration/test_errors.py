@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from integration.factories import DEFAULTS, SHORT, Rows, SaveAt, config, make_trainer
 from tiny import tiny_config, tiny_model
 from transformers import AutoModelForSequenceClassification, ElectraConfig, ElectraForSequenceClassification
 
@@ -17,6 +16,7 @@ from apt_trainer import APTConfig, APTTrainer, UserError
 from apt_trainer.recipe import Recipe
 from apt_trainer.run import train
 from apt_trainer.settings import DataSettings, ModelSettings
+from integration.factories import DEFAULTS, SHORT, Rows, SaveAt, config, make_trainer
 
 
 def _written(folder: Path) -> list[str]:

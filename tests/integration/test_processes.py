@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from integration.factories import SHORT, Fixed, Rows, events_of, losses_of, make_trainer, weights_of
 from safetensors.torch import load_file
 from tiny import tiny_model
 from transformers import TrainerCallback
 
 import apt_trainer
 from apt_trainer import APTTrainer
+from integration.factories import SHORT, Fixed, Rows, events_of, losses_of, make_trainer, target_of, weights_of
 
 ROOT = Path(apt_trainer.__file__).parents[1]
 GLOBAL_BATCH = 8
@@ -111,9 +111,10 @@ def test_every_parameter_takes_part_in_every_step(tmp_path: Path) -> None:
     gone = {f"layers.{layer}.heads": 0.0 for layer in range(3)} | {"layers.2.neurons": 0.0}
     seen = Gradients()
     options = {"callbacks": [seen], "importance": Fixed(gone)}
-    trainer = make_trainer(tmp_path, options=options, **{**CHANGES, "prune_targets": ["heads", "neurons"]})
+    target = target_of(tiny_model("bert"), dict.fromkeys(gone, 0))
+    trainer = make_trainer(tmp_path, options=options, **{**CHANGES, "round_to": 1, "target_sparsity": target})
     trainer.train()
-    assert [trainer.pruner.plan.counts[space] for space in gone] == [0, 0, 0, 0]
+    assert trainer.pruner.plan.counts == {**trainer.pruner.dense_plan.counts, **dict.fromkeys(gone, 0)}
     assert len(seen.missing) == 20
     assert {step: names for step, names in seen.missing.items() if names} == {}
 

@@ -13,15 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from integration.factories import SHORT, Fixed, Rows, make_trainer
-from tiny import FAMILY_NAMES, TASKS, logits, parts, tiny_batch, tiny_model
+from tiny import FAMILY_NAMES, TASKS, logits, tiny_batch, tiny_model
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 import apt_trainer
 from apt_trainer import APTTrainer, UserError, load_pruned
 from apt_trainer.checkpoint import reload_difference
-from apt_trainer.pruning.cost import parameter_cost
 from apt_trainer.pruning.plan import PruningPlan
+from integration.factories import SHORT, Fixed, Rows, make_trainer, target_of
 
 DATA = {
     "ForSequenceClassification": "classification",
@@ -36,14 +35,11 @@ ROOT = Path(apt_trainer.__file__).parents[1]
 def _trained(folder: Path, family: str = "bert", task: str = "ForSequenceClassification") -> APTTrainer:
     """A short run after which an attention and a feed-forward are gone, and some heads and hidden dimensions."""
     model = tiny_model(family, task)
-    described, spaces, dense = parts(model)
-    cost = parameter_cost(model, described, spaces)
-    left = {**dense.counts, "layers.1.heads": 0, "layers.0.neurons": 0, "layers.2.heads": 2, "hidden": 12}
-    target = 1 - cost.total(left) / cost.total(dense.counts) - 1e-9
-    changes: dict[str, Any] = {**SHORT, "mask_window": 0, "round_to": 1, "target_sparsity": target}
+    left = {"layers.1.heads": 0, "layers.0.neurons": 0, "layers.2.heads": 2, "hidden": 12}
+    changes: dict[str, Any] = {**SHORT, "mask_window": 0, "round_to": 1, "target_sparsity": target_of(model, left)}
     trainer = make_trainer(folder, model, Rows(60, DATA[task]), {"importance": Fixed(GONE)}, **changes)
     trainer.train()
-    assert trainer.pruner.plan.counts == left
+    assert trainer.pruner.plan.counts == {**trainer.pruner.dense_plan.counts, **left}
     trainer.model.eval()
     return trainer
 

@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import randomise, tiny_config, tiny_model
+from transformers import AutoModelForSequenceClassification
+
+from apt_trainer import APTTrainer
 from integration.factories import (
     EVENTS,
     SHORT,
@@ -18,10 +22,6 @@ from integration.factories import (
     make_trainer,
     weights_of,
 )
-from tiny import randomise, tiny_config, tiny_model
-from transformers import AutoModelForSequenceClassification
-
-from apt_trainer import APTTrainer
 
 MOMENTS = {
     "in warm-up": 3,
