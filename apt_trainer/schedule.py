@@ -106,7 +106,7 @@ def _pruning_steps(settings: MethodSettings, total: int) -> tuple[int, tuple[int
         return 0, (), 0
     default_start, default_end = _WINDOWS[settings.pruning_time]
     if settings.pruning_time == "after":
-        return max(0, total - int(settings.mask_window)), (total,), 0
+        return max(0, total - max(1, _steps(settings.mask_window, total))), (total,), 0
     start = _steps(default_start if settings.pruning_start is None else settings.pruning_start, total)
     end = _steps(default_end if settings.pruning_end is None else settings.pruning_end, total)
     number = settings.num_pruning_events

@@ -235,8 +235,9 @@ SETTING_GROUPS = (ModelSettings, DataSettings, PruningSettings, AdapterSettings,
 
 def check_choices(settings: Any) -> None:
     for name, allowed in CHOICES.items():
-        value = getattr(settings, name, None)
-        if value is not None and value not in allowed:
+        optional = name in ("tune_after_pruning", "tune_after_distillation")
+        value = getattr(settings, name, allowed[0])
+        if value not in allowed and not (optional and value is None):
             raise unknown_choice(name, value, allowed)
 
 
@@ -273,9 +274,9 @@ def _check_pruning(s: PruningSettings) -> None:
     for target in s.prune_targets:
         if target not in PRUNE_TARGETS:
             raise unknown_choice("prune_targets", target, PRUNE_TARGETS)
-    for name in ("num_pruning_events", "round_to", "reference_batch_size", "reference_length"):
+    for name in ("num_pruning_events", "round_to", "min_hidden", "reference_batch_size", "reference_length"):
         _require(getattr(s, name) >= 1, f"{name}={getattr(s, name)} must be at least 1.")
-    for name in ("min_heads", "min_neurons", "min_hidden"):
+    for name in ("min_heads", "min_neurons"):
         _require(getattr(s, name) >= 0, f"{name}={getattr(s, name)} must not be negative.")
     for name in ("pruning_start", "pruning_end"):
         value = getattr(s, name)
@@ -296,7 +297,8 @@ def _check_adapters(s: AdapterSettings) -> None:
     modes = [m for m in (s.tune, s.tune_after_pruning, s.tune_after_distillation) if m is not None]
     _require(
         all(order[a] <= order[b] for a, b in zip(modes, modes[1:], strict=False)),
-        f"What trains can only widen (adapters, adapters_and_norms, full), but was given as {' → '.join(modes)}.",
+        "tune, tune_after_pruning and tune_after_distillation can only widen (adapters, adapters_and_norms, full), "
+        f"but were given as {' → '.join(modes)}.",
     )
 
 
@@ -307,9 +309,11 @@ def _check_distillation(s: DistillationSettings) -> None:
         f"given distillation={s.distillation!r}, teacher_name_or_path={s.teacher_name_or_path!r}.",
     )
     _require(0 <= s.distillation_weight <= 1, f"distillation_weight={s.distillation_weight} must lie in [0, 1].")
-    _require(s.distillation_temperature > 0, "distillation_temperature must be positive.")
+    _require(
+        s.distillation_temperature > 0, f"distillation_temperature={s.distillation_temperature} must be positive."
+    )
     _require(0 < s.heldout_fraction < 0.5, f"heldout_fraction={s.heldout_fraction} must lie between 0 and 0.5.")
     _require(
         s.distillation_layers >= 1,
-        "distillation_layers must be at least 1; to drop the layer loss use layer_weight: 0.",
+        f"distillation_layers={s.distillation_layers} must be at least 1; to drop the layer loss use layer_weight: 0.",
     )

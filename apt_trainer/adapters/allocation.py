@@ -48,5 +48,5 @@ def allocate(
         rate = budget / current
     else:
         rate = 1 + (budget - current) / sum(size.parameters for size in growing)
-    new = {size.path: min(int(size.rank * rate), max_rank) for size in growing}
+    new = {size.path: min(int(size.rank * rate + 1e-9), max_rank) for size in growing}
     return {size.path: new[size.path] for size in growing if new[size.path] > size.rank}

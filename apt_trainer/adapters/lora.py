@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from apt_trainer.errors import UserError
 from apt_trainer.pruning.slicing import EditLog
@@ -28,7 +29,11 @@ def insert_adapters(
     Raises :class:`UserError` when a target matches nothing.
     """
     prefixes = tuple(path + "." for path in layers)
-    paths = [path for path, module in model.named_modules() if path.startswith(prefixes) and hasattr(module, "weight")]
+    paths = [
+        path
+        for path, module in model.named_modules()
+        if path.startswith(prefixes) and isinstance(module, nn.Linear | Conv1D)
+    ]
     chosen = []
     for target in targets:
         found = [path for path in paths if path.endswith("." + target)]

@@ -86,6 +86,7 @@ class MaskStore:
 
     def _hook(self) -> None:
         device = next(self._model.parameters()).device
+        norms = {path for path, module in self._model.named_modules() if hasattr(module, "weight")}
         for name, value in self._values.items():
             space = self._spaces[name]
             self._active[name] = value.repeat_interleave(space.channels).to(device)
@@ -94,17 +95,16 @@ class MaskStore:
                 gate = self._model.get_submodule(space.gate)
                 self._handles.append(gate.register_forward_pre_hook(self._gate(name)))
             for path in space.norms:
-                if not any(stub.module in path for stub in self._gone_stubs()):
+                if path in norms:
                     self._handles.append(self._model.get_submodule(path).register_forward_hook(self._norm(name)))
-            if name in self._sublayers:
-                for stub in self._sublayers[name].stubs:
+        # Last, so that they win over the hook of a norm that is bypassed itself.
+        for name in self._values:
+            for stub in self._sublayers[name].stubs if name in self._sublayers else ():
+                if not _feeds_the_gate(self._spaces[name], stub.module):
                     module = self._model.get_submodule(stub.module)
                     self._handles.append(
                         module.register_forward_hook(self._bypass(name, STUBS[stub.kind]()), with_kwargs=True)
                     )
-
-    def _gone_stubs(self) -> list[Any]:
-        return [s for name, sub in self._sublayers.items() if name not in self._values for s in sub.stubs]
 
     def _gate(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -132,6 +132,12 @@ class MaskStore:
             return stub(*args, **kwargs)
 
         return hook
+
+
+def _feeds_the_gate(space: Space, path: str) -> bool:
+    """Whether the module at ``path`` only makes the units that another module reads; it then keeps its width."""
+    sides = {part.side for part in space.slices if part.module.startswith(path + ".")}
+    return sides == {"out"}
 
 
 def masked_norm(module: nn.Module, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

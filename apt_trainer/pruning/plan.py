@@ -63,9 +63,19 @@ class PruningPlan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PruningPlan:
-        if data.get("format_version") != 1 or "kept" not in data:
+        kept = data.get("kept") if isinstance(data, Mapping) and data.get("format_version") == 1 else None
+        if not isinstance(kept, Mapping) or not all(_is_sorted_units(units) for units in kept.values()):
+            version = data.get("format_version") if isinstance(data, Mapping) else None
             raise UserError(
-                f"Not a pruning plan of format 1 (format_version={data.get('format_version')!r}). "
+                f"Not a pruning plan of format 1 (format_version={version!r}). "
                 "It was written by another version of apt_trainer, or is damaged."
             )
-        return cls({name: tuple(units) for name, units in data["kept"].items()})
+        return cls({name: tuple(units) for name, units in kept.items()})
+
+
+def _is_sorted_units(units: Any) -> bool:
+    return (
+        isinstance(units, list)
+        and all(type(unit) is int and unit >= 0 for unit in units)
+        and units == sorted(set(units))
+    )

@@ -95,9 +95,9 @@ def _chunks(
         left = current.counts[space.name]
         if left == floor[space.name]:
             continue
-        values = scores[space.name].double().cpu().sort(descending=True, stable=True).values[floor[space.name] :]
-        if not bool(torch.isfinite(values).all()):
+        if not bool(torch.isfinite(scores[space.name]).all()):
             raise UserError(f"Scores of {space.name} are not finite. Lower the learning rate, or look at the data.")
+        values = scores[space.name].double().cpu().sort(descending=True, stable=True).values[floor[space.name] :]
         unit_cost = 1.0 if scores_are_densities else cost.marginal(space.name, current.counts)
         for group in values.split(limits.round_to[space.kind]):
             chunks.append(

@@ -1,4 +1,4 @@
-"""One global batch, cut in different ways: accumulation, gradient checkpointing and two processes give the same run."""
+"""One global batch cut in other ways: accumulation, gradient checkpointing and two processes give the same run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _trained(folder: Path, dropout: float = 0.0, **changes: Any) -> APTTrainer:
     return trainer
 
 
-# Biases of keys are left out where weights are compared: softmax cancels them, so that their gradient is rounding noise
+# Biases of keys are left out where weights are compared: softmax cancels them, so their gradient is rounding noise,
 # which Adam scales up.
 
 
@@ -75,8 +75,8 @@ def test_accumulated_batches_equal_one_batch(
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path, dropout: float) -> None:
     one = _trained(tmp_path / "off", dropout)
-    other = _trained(tmp_path / "on", dropout, gradient_checkpointing=True)
-    assert other.model.is_gradient_checkpointing
+    other = _trained(tmp_path / "on", dropout, activation_checkpointing=True)
+    assert other.model.is_activation_checkpointing
     _assert_close(one, other, 1e-5)
 
 
