@@ -47,6 +47,11 @@ def check_engine(trainer: Trainer) -> None:
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         engine = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP"
         raise UserError(f"Shapes cannot change under {engine} yet. Run in one process or with DDP.")
+    if trainer.args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+        raise UserError(
+            f"lr_scheduler_type={str(trainer.args.lr_scheduler_type.value)!r} follows a metric, which a change of "
+            "shape interrupts. Use one that follows the step, for example linear or cosine."
+        )
     if trainer.args.load_best_model_at_end:
         raise UserError(
             "load_best_model_at_end would choose among models of different sizes. Remove it; the teacher is "
@@ -54,6 +59,11 @@ def check_engine(trainer: Trainer) -> None:
         )
     if trainer.args.auto_find_batch_size:
         raise UserError("auto_find_batch_size restarts training on a model that may be cut already. Switch it off.")
+    if trainer.args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+        raise UserError(
+            f"lr_scheduler_type={str(trainer.args.lr_scheduler_type.value)!r} follows a metric, which a change of "
+            "shape interrupts. Use one that follows the step, for example linear or cosine."
+        )
     if trainer.args.load_best_model_at_end:
         raise UserError("load_best_model_at_end would bring a model from before the last cut back. Switch it off.")
 
@@ -66,9 +76,32 @@ def plain_optimizer(trainer: Trainer) -> torch.optim.Optimizer:
     return optimizer  # type: ignore[no-any-return]
 
 
+def plain_model(trainer: Any) -> Any:
+    """The model under all wrappers, with its own forward."""
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    restore_forward(model)
+    return model
+
+
+def restore_forward(model: nn.Module) -> None:
+    """Take accelerate's mixed precision off ``model.forward``, in place.
+
+    ``unwrap_model(keep_fp32_wrapper=False)`` would take the decorators of the model's own forward off with it.
+    """
+    original = model.__dict__.pop("_original_forward", None)
+    if original is not None:
+        del model.__dict__["forward"]
+        if original != model.forward:
+            model.forward = original
+
+
 def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
-    """Optimizer state of every trained parameter by name."""
-    return {name: dict(optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state}
+    """Optimizer state of every trained parameter by name.
+
+    State in another shape than its parameter (factored, quantised) cannot follow a cut and is left out.
+    """
+    named = [(name, p, optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state]
+    return {name: dict(state) for name, p, state in named if all(_has_shape(value, p) for value in state.values())}
 
 
 def carry(state: State, edits: Edits) -> State:
@@ -94,7 +127,7 @@ def reshape(trainer: Any, change: Callable[[], Edits]) -> None:
     next batch is not fetched. ``change`` edits the model in place and returns what happened to each parameter.
     """
     cpu_rng = torch.random.get_rng_state()
-    model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    model = plain_model(trainer)
     optimizer = plain_optimizer(trainer)
     state = collect(model, optimizer)
     schedule = trainer.lr_scheduler.state_dict()
@@ -103,12 +136,13 @@ def reshape(trainer: Any, change: Callable[[], Edits]) -> None:
     edits = change()
     state = carry(state, edits)
     _agree(repr([(name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()]))
+    optimizer.param_groups.clear()  # the old scheduler still refers to it: it must not keep old parameters alive
     _rebuild(trainer, model, schedule)
     restore(model, plain_optimizer(trainer), state)
     for attribute in ("model", "optimizer", "lr_scheduler"):
         setattr(trainer.callback_handler, attribute, getattr(trainer, attribute))
     trainer.model_wrapped.train()
-    release_memory()
+    release_memory(collect=trainer.args.world_size > 1)
     torch.random.set_rng_state(cpu_rng)
 
 
@@ -122,6 +156,10 @@ def release_memory(collect: bool = True) -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
         if trim is not None:
             trim(0)
+
+
+def _has_shape(value: Any, parameter: nn.Parameter) -> bool:
+    return not torch.is_tensor(value) or value.dim() == 0 or value.shape == parameter.shape
 
 
 def _follow(value: Any, key: str, edits: list[Keep | Grow]) -> Any:

@@ -6,7 +6,8 @@ their place in time. Not for deciding what is pruned.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,8 +29,16 @@ Edits = dict[str, list[Keep | Grow]]
 class SelfDistillation:
     """Holds the teacher and, while distillation lasts, puts a trainable transform on the student."""
 
-    def __init__(self, settings: MethodSettings, num_hidden: int, seed: int, teacher: nn.Module | None) -> None:
-        self.settings, self.seed, self.num_student = settings, seed, num_hidden
+    def __init__(
+        self,
+        settings: MethodSettings,
+        num_hidden: int,
+        seed: int,
+        teacher: nn.Module | None,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        """``num_hidden``: the student's hidden dimensions; ``autocast``: mixed precision of the teacher's forward."""
+        self.settings, self.seed, self.num_student, self.autocast = settings, seed, num_hidden, autocast
         self.teacher = Teacher(num_hidden) if teacher is None else Teacher.external(teacher)
 
     @property
@@ -59,7 +68,8 @@ class SelfDistillation:
     ) -> torch.Tensor:
         """Weighted sum of prediction and layer loss for one batch; scalar float32."""
         s, mask = self.settings, inputs.get("attention_mask")
-        teacher = self.teacher.forward(inputs, output_hidden_states=self.uses_layers)
+        with self.autocast():
+            teacher = self.teacher.forward(inputs, output_hidden_states=self.uses_layers)
         loss = s.prediction_weight * prediction_loss(outputs, teacher, s.distillation_temperature, mask)
         if not self.uses_layers:
             return loss

@@ -178,8 +178,10 @@ class DistillationSettings:
     teacher_name_or_path: str | None = setting(
         None, "A fine-tuned model of the same task, where distillation is 'model'."
     )
-    distillation_start: float | None = setting(None, "First step with a distillation loss. Default: the first event.")
-    distillation_end: float | None = setting(None, "Last step with a distillation loss. Default: 0.6 of all steps.")
+    distillation_start: float | None = setting(None, "First step with a distillation loss. Default: pruning_start.")
+    distillation_end: float | None = setting(
+        None, "Last step with a distillation loss. Default: 0.6 of all steps, or pruning_end if later."
+    )
     distillation_weight: float = setting(
         1.0, "Largest weight of the distillation loss against the task loss; reached at pruning_end. 1 (APT)."
     )

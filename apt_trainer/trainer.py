@@ -74,6 +74,8 @@ class APTTrainer(Seq2SeqTrainer):
             raise UserError(
                 "A teacher model and distillation: model belong together; one was given without the other."
             )
+        if hasattr(model.config, "apt_structure"):
+            raise UserError("The model is a pruned one already. Start from the dense model it was made from.")
         self.pruner = AdaptivePruner(model, args, importance=importance, seed=args.seed)
         train_dataset, heldout_dataset = _split_heldout(train_dataset, heldout_dataset, args)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
@@ -81,7 +83,13 @@ class APTTrainer(Seq2SeqTrainer):
         # Losses are means over the batch: were they taken as sums to be divided by num_items_in_batch, accumulation
         # and several processes would multiply them.
         self.model_accepts_loss_kwargs = False
-        self.distillation = SelfDistillation(args, self.pruner.dense_plan.counts[HIDDEN], args.seed, teacher)
+        self.distillation = SelfDistillation(
+            args,
+            self.pruner.dense_plan.counts[HIDDEN],
+            args.seed,
+            None if teacher is None else teacher.to(self.args.device),
+            self.accelerator.autocast,
+        )
         self._teacher_shape: dict[str, Any] | None = None
         self.heldout_dataset = heldout_dataset
         self.schedule = self._make_schedule()
@@ -90,12 +98,15 @@ class APTTrainer(Seq2SeqTrainer):
         self._finite = torch.ones((), dtype=torch.bool, device=self.args.device)
         self._metrics: dict[str, list[torch.Tensor]] = {}
         self._last_inputs: dict[str, Any] | None = None
+        self._finished = False
         self.add_callback(_MethodCallback(self))
 
     # ------------------------------------------------------------------ overrides of documented methods
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``; afterwards the adapters are merged and ``model`` is the cut model."""
+        if self._finished:
+            raise UserError("This trainer has finished its run. Make a new one with a dense model to train again.")
         result = super().train(*args, **kwargs)
         self.finish()
         return result
@@ -231,11 +242,12 @@ class APTTrainer(Seq2SeqTrainer):
         self.pruner.detach()
         self.pruner.masks.close()
         self.distillation.end(self.model)
-        self.model = self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+        self.model = runtime.plain_model(self)
         self.pruner.set_tune("full")
         self.model.requires_grad_(True)
         as_pruned(self.model, self.pruner.family, self.pruner.plan)
         self.model_wrapped = self.model
+        self._finished = True
 
     # ------------------------------------------------------------------ inside
 
@@ -269,6 +281,7 @@ class APTTrainer(Seq2SeqTrainer):
     def _offer_snapshot(self, step: int) -> None:
         loss = self._heldout_loss()
         if self.distillation.offer(self.model, loss):
+            runtime.restore_forward(self.distillation.teacher.model)
             self._teacher_shape = self.pruner.state()[0]
             self._write_record(self.pruner.describe(step, "teacher") | {"heldout_loss": loss})
 

@@ -79,6 +79,7 @@ def test_hiding_such_losses_is_refused(tmp_path: Path) -> None:
         ({"tune": "full", "tune_after_pruning": "adapters"}, "full → adapters"),
         ({"distillation": "model"}, "teacher_name_or_path"),
         ({"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}, "load_best_model"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}, "'reduce_lr_on_plateau' follows"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
     ],
 )
@@ -102,6 +103,16 @@ def test_a_model_of_no_family_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'electra' has no ModelFamily. Supported: bert"):
         make_trainer(tmp_path, model)
     assert _written(tmp_path) == []
+
+
+def test_a_pruned_model_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, **SHORT)
+    trainer.train()
+    with pytest.raises(UserError, match="finished its run"):
+        trainer.train()
+    with pytest.raises(UserError, match="pruned one already"):
+        make_trainer(tmp_path / "again", trainer.model)
+    assert _written(tmp_path / "again") == []
 
 
 def test_a_decoder_is_refused(tmp_path: Path) -> None:

@@ -144,6 +144,18 @@ def _assert_equal(whole: APTTrainer, resumed: APTTrainer) -> None:
     assert losses_of(resumed) == losses_of(whole)
 
 
+@pytest.mark.parametrize("step", [4, 6])
+def test_a_run_in_mixed_precision_resumes(tmp_path: Path, step: int) -> None:
+    changes = {**SHORT, "bf16": True}
+    whole, resumed = (
+        make_trainer(tmp_path / name, options={"callbacks": [SaveAt([step])]}, **changes)
+        for name in ("whole", "resumed")
+    )
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+    _assert_equal(whole, resumed)
+
+
 def test_resuming_in_the_same_folder_drops_the_records_of_later_steps(tmp_path: Path) -> None:
     make_trainer(tmp_path, options={"callbacks": [SaveAt([6])]}, **SHORT).train()
     first = [_timeless(record) for record in events_of(tmp_path)]

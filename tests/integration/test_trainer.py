@@ -12,7 +12,7 @@ from tiny import logits, randomise, tiny_batch, tiny_config, tiny_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
-from apt_trainer import APTTrainer
+from apt_trainer import APTTrainer, load_pruned
 from apt_trainer.measure import Latency
 from apt_trainer.models import HIDDEN
 from apt_trainer.pruner import PruningEvent
@@ -488,6 +488,44 @@ def test_a_regression_with_one_label(tmp_path: Path) -> None:
     trainer.model.eval()
     batch = {name: value for name, value in tiny_batch(trainer.model).items() if name != "labels"}
     assert logits(trainer.model, batch).shape == (4, 1)
+
+
+def test_mixed_precision(tmp_path: Path) -> None:
+    """The forward of model and teacher is accelerate's while training and the model's own afterwards."""
+    trainer = make_trainer(tmp_path, bf16=True, **SHORT)
+    trainer._heldout_loss = lambda: 1 / trainer.state.global_step  # type: ignore[method-assign]
+    trainer.train()
+    losses = losses_of(trainer)
+    assert {step for step, values in losses.items() if len(values) == 3} == set(range(3, 11))
+    exact = make_trainer(tmp_path / "exact", **SHORT)
+    exact.train()
+    difference = max(abs(values[0] - losses_of(exact)[step][0]) for step, values in losses.items() if step <= 5)
+    assert 0 < difference < 0.05
+    assert "forward" not in vars(trainer.model) and "_original_forward" not in vars(trainer.model)
+    batch = tiny_batch(trainer.model)
+    assert isinstance(trainer.model(**batch, return_dict=False), tuple)
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    trainer.save_model(str(tmp_path / "model"))
+    assert torch.equal(logits(load_pruned(tmp_path / "model").eval(), batch), logits(trainer.model.eval(), batch))
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adafactor", "adamw_torch", "rmsprop"])
+def test_other_optimizers_go_on_after_events(tmp_path: Path, optim: str) -> None:
+    trainer = make_trainer(tmp_path, optim=optim, **SHORT)
+    trainer.train()
+    assert trainer.pruner.sparsity() >= 0.5
+    assert all(torch.isfinite(torch.tensor(values)).all() for values in losses_of(trainer).values())
+
+
+@pytest.mark.parametrize("schedule", ["cosine_with_restarts", "polynomial", "constant_with_warmup", "inverse_sqrt"])
+def test_every_schedule_of_steps_goes_on_as_without_events(tmp_path: Path, schedule: str) -> None:
+    changes = {**SHORT, "lr_scheduler_type": schedule, "tune_after_distillation": "full"}
+    rates = []
+    for name, target in (("pruned", 0.5), ("plain", None)):
+        trainer = make_trainer(tmp_path / name, **{**changes, "target_sparsity": target})
+        trainer.train()
+        rates.append([log["learning_rate"] for log in trainer.state.log_history if "loss" in log])
+    assert rates[0] == rates[1] and len(rates[0]) == 12
 
 
 def test_evaluation_during_training_sees_the_shape_of_the_moment(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ from apt_trainer.errors import UserError
 from apt_trainer.recipe import load_recipe, read_values
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SHIPPED = sorted(p for p in (REPOSITORY / "recipes").rglob("*.yaml") if p.parent.name != "accelerate")
+SHIPPED = sorted(
+    p for p in (REPOSITORY / "recipes").rglob("*.yaml") if p.parent.name not in ("accelerate", "ablations")
+)
 
 
 @pytest.fixture
