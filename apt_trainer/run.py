@@ -31,6 +31,7 @@ from apt_trainer.measure import (
     count_flops,
     count_parameters,
     example_inputs,
+    return_freed_memory,
     size_on_disk,
 )
 from apt_trainer.models import family_of
@@ -70,6 +71,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     """
     args = recipe.training
     output = Path(str(args.output_dir))
+    return_freed_memory()
     resume_from = _checkpoint_to_resume(output, args.resume_from_checkpoint)
     dense = _train_dense(recipe, output) if args.dense_baseline and args.should_save else {}
     memory = PeakMemory(args.device.type)

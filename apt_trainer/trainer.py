@@ -33,9 +33,6 @@ from apt_trainer.self_distillation import SelfDistillation
 from apt_trainer.tuning import base_weight_names
 
 EVENTS_FILE = "events.jsonl"
-RELEASE_EVERY = 20
-"""Steps after which the C allocator gives free pages back: with batches of changing length it keeps several times what
-is in use. Takes milliseconds."""
 
 
 class APTTrainer(Seq2SeqTrainer):
@@ -209,8 +206,6 @@ class APTTrainer(Seq2SeqTrainer):
     def after_step(self) -> None:
         """After an optimizer step, before it is logged, evaluated and saved: shape changes, then snapshots."""
         step = self.state.global_step
-        if step % RELEASE_EVERY == 0 and self.args.device.type == "cpu":
-            runtime.release_memory(collect=False)
         decision = self.pruner.decide(step)
         if decision is not None:
             self._change_shape(decision, step)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from apt_trainer.measure.flops import count_flops
 from apt_trainer.measure.latency import Latency, compare_latency, example_inputs, ratio_is_noise
-from apt_trainer.measure.memory import PeakMemory, current_memory_bytes, peak_memory_bytes
+from apt_trainer.measure.memory import PeakMemory, current_memory_bytes, peak_memory_bytes, return_freed_memory
 from apt_trainer.measure.params import count_parameters, size_on_disk, trainable_parameters
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "example_inputs",
     "peak_memory_bytes",
     "ratio_is_noise",
+    "return_freed_memory",
     "size_on_disk",
     "trainable_parameters",
 ]
