@@ -68,7 +68,9 @@ def ranks(model: nn.Module) -> dict[str, int]:
 
 def adapter_parameters(model: nn.Module) -> int:
     """Number of parameters in all A and B."""
-    return sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+    return sum(
+        p.numel() for _, layer in adapters(model) for part in (layer.lora_A, layer.lora_B) for p in part.parameters()
+    )
 
 
 @torch.no_grad()

@@ -127,11 +127,16 @@ class MaskStore:
         """While every unit of a sublayer is fully off, it is skipped as it will be after the cut."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if self._values[name].any():
-                return output
-            return stub(*args, **kwargs)
+            return output if self._values[name].any() else _instead(output, stub(*args, **kwargs))
 
         return hook
+
+
+def _instead(output: Any, replacement: Any) -> Any:
+    """``replacement`` in the place of ``output``, whose parameters stay in the graph: DDP waits for all of them."""
+    if isinstance(replacement, tuple):
+        return (_instead(output[0], replacement[0]), *replacement[1:])
+    return replacement + 0.0 * output
 
 
 def _feeds_the_gate(space: Space, path: str) -> bool:

@@ -6,6 +6,7 @@ construction. Pure function of scores and costs; not for measuring either.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -100,9 +101,8 @@ def _chunks(
         values = scores[space.name].double().cpu().sort(descending=True, stable=True).values[floor[space.name] :]
         unit_cost = 1.0 if scores_are_densities else cost.marginal(space.name, current.counts)
         for group in values.split(limits.round_to[space.kind]):
-            chunks.append(
-                _Chunk(float(group.mean()) / unit_cost, len(chunks), space.name, len(group), float(group.sum()))
-            )
+            density = float(group.mean()) / unit_cost if unit_cost > 0 else math.inf  # what costs nothing stays
+            chunks.append(_Chunk(density, len(chunks), space.name, len(group), float(group.sum())))
     return sorted(chunks, key=lambda chunk: (-chunk.density, chunk.order))
 
 

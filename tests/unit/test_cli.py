@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import subprocess
 import sys
 import time
@@ -126,9 +125,11 @@ def test_env_prints_versions(capsys):
 
 def test_train_prints_the_metrics_of_the_run(monkeypatch, capsys, tmp_path):
     recipes = []
-    monkeypatch.setattr("apt_trainer.run.train", lambda recipe: recipes.append(recipe) or {"eval_accuracy": 0.5})
+    metrics = {"metric_name": "accuracy", "task_metric": 0.5, "evaluated_on": "test", "sparsity": 0.6}
+    monkeypatch.setattr("apt_trainer.run.train", lambda recipe: recipes.append(recipe) or metrics)
     assert cli.main(["train", "--output_dir", str(tmp_path), "--prune_targets", "heads", "neurons"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"eval_accuracy": 0.5}
+    printed = capsys.readouterr().out
+    assert "0.5000" in printed and f"load_pruned({str(tmp_path)!r})" in printed
     assert recipes[0].training.prune_targets == ["heads", "neurons"]
 
 

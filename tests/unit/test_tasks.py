@@ -546,7 +546,7 @@ def test_question_answering_errors(tmp_path: Path, tokenizer: Any) -> None:
         ({"train_file": None}, "No training data was given"),
         ({"dataset_name": "some/data"}, "Give one of them"),
         ({"train_file": "missing.json"}, "train_file='missing.json' does not exist"),
-        ({"validation_file": "README.md"}, "does not exist"),
+        ({"validation_file": "absent.txt"}, "does not exist"),
         ({"test_file": "{folder}/notes.xml"}, r"the format '.xml' is not known.*\.parquet"),
         ({"test_file": "{folder}/empty.csv"}, "cannot be read as .csv: No columns to parse"),
         ({"test_file": "{folder}/header.csv"}, r"test_file=.*header\.csv' has no rows"),
