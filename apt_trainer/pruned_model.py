@@ -10,7 +10,7 @@ Not for checkpoints inside a run (``checkpoint``).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -193,7 +193,3 @@ def load_pruned(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     if problems:
         raise UserError(f"{path} is damaged or incomplete: {', '.join(problems)}.")
     return model  # type: ignore[no-any-return]
-
-
-def weight_files(path: Path) -> Iterator[Path]:
-    return path.glob("*.safetensors")

@@ -59,13 +59,6 @@ def check_engine(trainer: Trainer) -> None:
         )
     if trainer.args.auto_find_batch_size:
         raise UserError("auto_find_batch_size restarts training on a model that may be cut already. Switch it off.")
-    if trainer.args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
-        raise UserError(
-            f"lr_scheduler_type={str(trainer.args.lr_scheduler_type.value)!r} follows a metric, which a change of "
-            "shape interrupts. Use one that follows the step, for example linear or cosine."
-        )
-    if trainer.args.load_best_model_at_end:
-        raise UserError("load_best_model_at_end would bring a model from before the last cut back. Switch it off.")
 
 
 def plain_optimizer(trainer: Trainer) -> torch.optim.Optimizer:

@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from apt_trainer.models import HIDDEN, ModelFamily, Space, Sublayer
@@ -155,7 +154,3 @@ def _dimensions(model: nn.Module, spaces: Sequence[Space]) -> dict[tuple[str, in
 
 def _guards(sublayers: Sequence[Sublayer]) -> list[tuple[str, str]]:
     return [(path, sublayer.space) for sublayer in sublayers for path in sublayer.modules]
-
-
-def device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

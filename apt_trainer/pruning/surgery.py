@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from apt_trainer.models import HIDDEN, ModelFamily, Space, Sublayer
+from apt_trainer.models import ModelFamily, Space, Sublayer
 from apt_trainer.models.stubs import STUBS
 from apt_trainer.pruning.plan import PruningPlan
 from apt_trainer.pruning.slicing import EditLog, slice_module
@@ -63,8 +63,3 @@ def _remove_sublayers(
         for stub in sublayer.stubs:
             model.set_submodule(stub.module, STUBS[stub.kind]())
     return gone
-
-
-def hidden_survivors(survivors: dict[str, torch.Tensor]) -> torch.Tensor | None:
-    """Surviving hidden dimensions [d'] of the last cut, or None when none went."""
-    return survivors.get(HIDDEN)
