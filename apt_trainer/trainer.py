@@ -8,6 +8,7 @@ methods that read and write checkpoints.
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,11 @@ from apt_trainer.schedule import Schedule, make_schedule
 from apt_trainer.self_distillation import SelfDistillation
 from apt_trainer.tuning import base_weight_names
 
+logger = logging.getLogger(__name__)
+
 EVENTS_FILE = "events.jsonl"
+COLLAPSE_MARGIN = 0.1
+"""Loss above twice the one before a cut by which the user is warned."""
 
 
 class APTTrainer(Seq2SeqTrainer):
@@ -229,6 +234,14 @@ class APTTrainer(Seq2SeqTrainer):
         runtime.reshape(self, change)
         seconds = time.perf_counter() - started
         losses = {"loss_before": loss_before, "loss_after": self._probe_loss()}
+        if None not in losses.values() and losses["loss_after"] > 2 * losses["loss_before"] + COLLAPSE_MARGIN:
+            logger.warning(
+                "step %d: the cut raised the loss of a batch from %.3f to %.3f. Where it does not recover, cut in more "
+                "events (num_pruning_events), let masks fade longer (mask_window) or keep a floor (min_heads, min_neurons).",
+                step,
+                losses["loss_before"],
+                losses["loss_after"],
+            )
         self._write_record(self.pruner.describe(step, events[0].kind) | {"seconds": seconds, **losses})
 
     def finish(self) -> None:

@@ -290,6 +290,7 @@ def test_ddp_cpu_starts_two_processes_that_train_together(tmp_path):
         "check_world_size(state.num_processes)\n"
         "if state.is_main_process:\n"
         "    print('together:', state.num_processes, state.backend)\n"
+        "state.wait_for_everyone()\n"  # a process that leaves early breaks the other's connecting
         "state.destroy_process_group()\n"
     )
     profile = launch.PROFILES / "ddp_cpu.yaml"
