@@ -236,8 +236,8 @@ class APTTrainer(Seq2SeqTrainer):
         losses = {"loss_before": loss_before, "loss_after": self._probe_loss()}
         if None not in losses.values() and losses["loss_after"] > 2 * losses["loss_before"] + COLLAPSE_MARGIN:
             logger.warning(
-                "step %d: the cut raised the loss of a batch from %.3f to %.3f. Where it does not recover, cut in more "
-                "events (num_pruning_events), let masks fade longer (mask_window) or keep a floor (min_heads, min_neurons).",
+                "step %d: the cut raised the loss of a batch from %.3f to %.3f. If it does not recover, raise "
+                "num_pruning_events or mask_window, or keep a floor with min_heads and min_neurons.",
                 step,
                 losses["loss_before"],
                 losses["loss_after"],
