@@ -42,6 +42,8 @@ class APTConfig(MethodSettings, MeasureSettings, Seq2SeqTrainingArguments):
     def __post_init__(self) -> None:
         self.check()
         super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # would only warn
         if self.logging_nan_inf_filter:
             raise UserError(
                 "logging_nan_inf_filter hides losses that are not finite; they must stop the run. Remove it."
