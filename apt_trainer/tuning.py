@@ -24,11 +24,12 @@ def set_trainable(
     ``norms``: paths of the norms on the hidden dimension.
     """
     heads = _below(family.trained_head(model)) if settings.train_head else ()
-    embeddings = _below(family.embedding_modules(model))
+    # by identity, since a tied weight goes by the name of the head that shares it
+    embeddings = {id(p) for path in family.embedding_modules(model) for p in model.get_submodule(path).parameters()}
     norm_prefixes = _below(norms) if tune == "adapters_and_norms" else ()
     for name, parameter in model.named_parameters():
         if tune == "full":
-            trains = settings.tune_embeddings or not name.startswith(embeddings)
+            trains = settings.tune_embeddings or id(parameter) not in embeddings
         else:
             trains = ".lora_" in name or name.startswith(norm_prefixes)
         parameter.requires_grad_(trains or name.startswith(heads) or name.startswith(TRANSFORM))
