@@ -163,7 +163,8 @@ def evaluate(path: str, recipe: Recipe | None = None) -> dict[str, float]:
     recipe = recipe or recipe_of(Path(path))
     settings = ModelSettings(model_name_or_path=path, dtype=recipe.model.dtype)
     tokenizer, config = load_tokenizer(settings), load_config(settings)
-    args = recipe.training
+    args = copy.copy(recipe.training)
+    args.report_to = []
     data = load_task(
         recipe.data,
         tokenizer,
@@ -295,7 +296,7 @@ def recipe_of(path: Path) -> Recipe:
     """The recipe that a finished run was started with."""
     if not (path / RECIPE_FILE).is_file():
         raise UserError(f"{path} holds no {RECIPE_FILE}. Name the data with --config.")
-    return load_recipe(str(path / RECIPE_FILE))
+    return load_recipe(str(path / RECIPE_FILE), ["--output_dir", str(path)])
 
 
 def max_positions(config: Any) -> int | None:
