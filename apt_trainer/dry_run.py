@@ -21,9 +21,8 @@ from apt_trainer.pruning.plan import PruningPlan
 from apt_trainer.pruning.selection import select
 from apt_trainer.recipe import Recipe
 from apt_trainer.report.tables import format_bytes, format_count, markdown_table
-from apt_trainer.run import build_model, load_config, load_tokenizer, max_positions
+from apt_trainer.run import build_model, load_inputs
 from apt_trainer.schedule import Schedule, make_schedule
-from apt_trainer.tasks import load_task
 
 _ADAM_BYTES = 8  # two fp32 moments per trained parameter
 
@@ -31,14 +30,8 @@ _ADAM_BYTES = 8  # two fp32 moments per trained parameter
 def plan(recipe: Recipe) -> str:
     """Text of the dry run; raises :class:`UserError` for anything that would stop the run before training."""
     args = recipe.training
-    tokenizer, config = load_tokenizer(recipe.model), load_config(recipe.model)
+    _, config, data = load_inputs(recipe.model, recipe)
     family_of(config)
-    data = load_task(
-        recipe.data,
-        tokenizer,
-        args.seed if args.data_seed is None else args.data_seed,
-        max_positions=max_positions(config),
-    )
     model = build_model(config, data, "cpu" if args.sparsity_metric == "latency" else "meta")
     pruner = AdaptivePruner(model, args, seed=args.seed)
     schedule = make_schedule(args, args.total_steps(len(data.train) - args.heldout_rows(len(data.train))))

@@ -73,18 +73,12 @@ def train(recipe: Recipe) -> dict[str, Any]:
     output = Path(str(args.output_dir))
     return_freed_memory()
     resume_from = _checkpoint_to_resume(output, args.resume_from_checkpoint)
-    dense = _train_dense(recipe, output) if args.dense_baseline and args.should_save else {}
     memory = PeakMemory(args.device.type)
     set_seed(args.seed)
-    tokenizer, config = load_tokenizer(recipe.model), load_config(recipe.model)
+    tokenizer, config, data = load_inputs(recipe.model, recipe)
     family_of(config)
-    data = load_task(
-        recipe.data,
-        tokenizer,
-        args.seed if args.data_seed is None else args.data_seed,
-        max_positions=max_positions(config),
-    )
     check_before_loading(config, data, args)
+    dense = _train_dense(recipe, output) if args.dense_baseline and args.should_save else {}
     teacher = load_model(recipe.model, data, args.teacher_name_or_path) if args.teacher_name_or_path else None
     model = load_model(recipe.model, data)
     dense_parameters = count_parameters(model)
@@ -162,15 +156,9 @@ def evaluate(path: str, recipe: Recipe | None = None) -> dict[str, float]:
     """Metrics of the model saved in ``path`` on the test data of ``recipe``, or of the recipe it was trained with."""
     recipe = recipe or recipe_of(Path(path))
     settings = ModelSettings(model_name_or_path=path, dtype=recipe.model.dtype)
-    tokenizer, config = load_tokenizer(settings), load_config(settings)
+    tokenizer, _, data = load_inputs(settings, recipe)
     args = copy.copy(recipe.training)
     args.report_to = []
-    data = load_task(
-        recipe.data,
-        tokenizer,
-        args.seed if args.data_seed is None else args.data_seed,
-        max_positions=max_positions(config),
-    )
     model = load_saved(path, data)
     trainer = plain_trainer(
         model,
@@ -230,6 +218,14 @@ def dense_copy(model: PreTrainedModel) -> PreTrainedModel:
     stock = cls.config_class(**{k: v for k, v in values.items() if not k.startswith("apt_")})
     stock._attn_implementation = config._attn_implementation
     return cls(stock).to(model.dtype)  # type: ignore[no-any-return]
+
+
+def load_inputs(model: ModelSettings, recipe: Recipe) -> tuple[Any, Any, TaskData]:
+    """(tokenizer, config, data) of ``model`` on the data of ``recipe``; reads no weights."""
+    args = recipe.training
+    tokenizer, config = load_tokenizer(model), load_config(model)
+    seed = args.seed if args.data_seed is None else args.data_seed
+    return tokenizer, config, load_task(recipe.data, tokenizer, seed, max_positions=max_positions(config))
 
 
 def load_tokenizer(settings: ModelSettings) -> Any:

@@ -111,7 +111,7 @@ import sys, torch
 from transformers import AutoModelForSequenceClassification
 try:
     AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
-except Exception as error:
+except ValueError as error:
     print(type(error).__name__, str(error).replace(chr(10), " "))
 else:
     raise SystemExit("loaded without apt_trainer")
