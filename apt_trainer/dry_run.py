@@ -21,7 +21,7 @@ from apt_trainer.pruning.plan import PruningPlan
 from apt_trainer.pruning.selection import select
 from apt_trainer.recipe import Recipe
 from apt_trainer.report.tables import format_bytes, format_count, markdown_table
-from apt_trainer.run import build_model, load_inputs
+from apt_trainer.run import build_model, load_inputs, set_task_arguments
 from apt_trainer.schedule import Schedule, make_schedule
 
 _ADAM_BYTES = 8  # two fp32 moments per trained parameter
@@ -32,6 +32,7 @@ def plan(recipe: Recipe) -> str:
     args = recipe.training
     _, config, data = load_inputs(recipe.model, recipe)
     family_of(config)
+    set_task_arguments(args, data, recipe.given)
     model = build_model(config, data, "cpu" if args.sparsity_metric == "latency" else "meta")
     pruner = AdaptivePruner(model, args, seed=args.seed)
     schedule = make_schedule(args, args.total_steps(len(data.train) - args.heldout_rows(len(data.train))))

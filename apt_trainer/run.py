@@ -42,7 +42,7 @@ from apt_trainer.report.events import read_events, write_json
 from apt_trainer.report.plots import plot_run
 from apt_trainer.schedule import make_schedule
 from apt_trainer.settings import ModelSettings, resolve_path
-from apt_trainer.tasks import TaskData, load_task
+from apt_trainer.tasks import TaskData, architecture_of, keeps_sequences_apart, load_task
 from apt_trainer.trainer import EVENTS_FILE, APTTrainer, plain_trainer
 
 METRICS_FILE = "metrics.json"
@@ -77,10 +77,15 @@ def train(recipe: Recipe) -> dict[str, Any]:
     set_seed(args.seed)
     tokenizer, config, data = load_inputs(recipe.model, recipe)
     family_of(config)
+    set_task_arguments(args, data, recipe.given)
     check_before_loading(config, data, args)
     dense = _train_dense(recipe, output) if args.dense_baseline and args.should_save else {}
     teacher = load_model(recipe.model, data, args.teacher_name_or_path) if args.teacher_name_or_path else None
     model = load_model(recipe.model, data)
+    if data.packed and not keeps_sequences_apart(model):
+        raise UserError(
+            f"packing: true, but in {type(model).__name__} packed sequences would see each other. Set packing: false."
+        )
     dense_parameters = count_parameters(model)
     trainer = APTTrainer(
         model,
@@ -89,8 +94,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         teacher=teacher,
         eval_dataset=data.validation,
         processing_class=tokenizer,
-        data_collator=data.collator,
-        compute_metrics=data.metrics["validation"],
+        **data_options(data, "validation"),
     )
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
@@ -105,6 +109,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     metrics = {
         "metric_name": data.metric_name,
         "task_metric": scores[f"{data.test_name}_{data.metric_name}"],
+        "greater_is_better": data.greater_is_better,
         "evaluated_on": data.test_name,
         "scores": {name: value for name, value in scores.items() if isinstance(value, float)},
         "block_params_dense": int(trainer.pruner.block_cost.total(trainer.pruner.dense_plan.counts)),
@@ -159,14 +164,14 @@ def evaluate(path: str, recipe: Recipe | None = None) -> dict[str, float]:
     tokenizer, _, data = load_inputs(settings, recipe)
     args = copy.copy(recipe.training)
     args.report_to = []
+    set_task_arguments(args, data, recipe.given)
     model = load_saved(path, data)
     trainer = plain_trainer(
         model,
         args,
         eval_dataset=data.test,
         processing_class=tokenizer,
-        data_collator=data.collator,
-        compute_metrics=data.metrics["test"],
+        **data_options(data, "test"),
     )
     scores = trainer.evaluate(metric_key_prefix=data.test_name)
     return {name: value for name, value in scores.items() if isinstance(value, float)}
@@ -225,7 +230,41 @@ def load_inputs(model: ModelSettings, recipe: Recipe) -> tuple[Any, Any, TaskDat
     args = recipe.training
     tokenizer, config = load_tokenizer(model), load_config(model)
     seed = args.seed if args.data_seed is None else args.data_seed
-    return tokenizer, config, load_task(recipe.data, tokenizer, seed, max_positions=max_positions(config))
+    data = load_task(
+        recipe.data,
+        tokenizer,
+        seed,
+        max_positions=max_positions(config),
+        architecture=architecture_of(config),
+    )
+    return tokenizer, config, data
+
+
+def set_task_arguments(args: APTConfig, data: TaskData, given: Mapping[str, Any]) -> None:
+    """Set what the task decides of the training arguments; of the rest, what the recipe leaves open.
+
+    Raises :class:`UserError` for a sampling that the metrics of the task cannot follow.
+    """
+    if data.keeps_order and args.train_sampling_strategy == "group_by_length":
+        raise UserError(
+            "train_sampling_strategy: group_by_length also reorders evaluation data, whose order the metrics of this "
+            "task need. Set train_sampling_strategy: random."
+        )
+    args.predict_with_generate = data.generation_length is not None
+    if args.predict_with_generate and args.generation_max_length is None:
+        args.generation_max_length = data.generation_length
+    is_watched = args.metric_for_best_model in (data.metric_name, f"eval_{data.metric_name}")
+    if is_watched and "greater_is_better" not in given:
+        args.greater_is_better = data.greater_is_better
+
+
+def data_options(data: TaskData, part: str) -> dict[str, Any]:
+    """What a Trainer is told of the data when it evaluates on ``part``, "validation" or "test"."""
+    return {
+        "data_collator": data.collator,
+        "compute_metrics": data.metrics[part],
+        "preprocess_logits_for_metrics": data.preprocess_logits,
+    }
 
 
 def load_tokenizer(settings: ModelSettings) -> Any:

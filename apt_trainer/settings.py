@@ -16,7 +16,16 @@ from typing import Any
 
 from apt_trainer.errors import UserError, unknown_choice
 
-TASKS = ("classification", "regression", "token_classification", "question_answering")
+TASKS = (
+    "classification",
+    "regression",
+    "token_classification",
+    "question_answering",
+    "language_modeling",
+    "instruction_tuning",
+    "summarization",
+    "translation",
+)
 PRUNE_TARGETS = ("heads", "neurons", "hidden")
 TUNE_MODES = ("adapters", "adapters_and_norms", "full")
 
@@ -65,12 +74,17 @@ class ModelSettings:
 class DataSettings:
     """Which data, and which column is what."""
 
-    task: str = setting("classification", "classification, regression, token_classification or question_answering.")
+    task: str = setting(
+        "classification",
+        "classification, regression, token_classification, question_answering; for decoders also language_modeling "
+        "and instruction_tuning; for encoder-decoders summarization and translation.",
+    )
     dataset_name: str | None = setting(None, "Data set on the hub, for example nyu-mll/glue.")
     dataset_config: str | None = setting(None, "Configuration of the hub data set, for example sst2.")
     train_file: str | None = setting(
         None,
-        "Local json, jsonl, csv or parquet file; or a folder whose sub-folders are the labels and hold text files. "
+        "Local json, jsonl, csv or parquet file; a folder whose sub-folders are the labels and hold text files; or a "
+        "txt file with one running text (language_modeling). "
         "May start with 'package:NAME/' for a path inside an installed Python package.",
     )
     validation_file: str | None = setting(None, "As train_file. Without one, a part of the training data is held out.")
@@ -78,9 +92,34 @@ class DataSettings:
     train_split: str = setting("train", "Split of the hub data set to train on.")
     validation_split: str = setting("validation", "Split of the hub data set to validate on.")
     test_split: str | None = setting(None, "Split of the hub data set to report on.")
-    text_column: str | None = setting(None, "Column with the text, the tokens or the question.")
+    text_column: str | None = setting(None, "Column with the text, the tokens, the question or the source text.")
     text_pair_column: str | None = setting(None, "Column with the second text, or the context of a question.")
     label_column: str = setting("label", "Column with the label, the number, the tags or the answers.")
+    target_column: str | None = setting(None, "Column with the summary or the translation.")
+    prompt_column: str | None = setting(None, "Column with the prompt (instruction_tuning). Default: prompt.")
+    input_column: str | None = setting(None, "Column with further input to the prompt; may be empty in some rows.")
+    completion_column: str | None = setting(
+        None, "Column with what follows the prompt. Default: the last column of the template, else completion."
+    )
+    messages_column: str | None = setting(
+        None, "Column with conversations, lists of {role, content}. Default: messages or conversations, where present."
+    )
+    template: str | None = setting(
+        None,
+        "Text of a row with columns in braces, such as 'Question: {question}\\nAnswer: {answer}'; the completion "
+        "starts at its column. Default: prompt, input and completion, each on its own line unless white space parts "
+        "them.",
+    )
+    template_without_input: str | None = setting(None, "As template, for rows whose input_column is empty.")
+    use_chat_template: bool = setting(False, "Put prompt and completion into the chat template of the tokenizer.")
+    completion_only_loss: bool = setting(
+        True, "Train on completions (what the assistant says) only; false: on all tokens (instruction_tuning)."
+    )
+    packing: bool = setting(
+        False, "Put several rows into one of max_length tokens, none of which sees another (instruction_tuning)."
+    )
+    source_prefix: str = setting("", "Text before every source text, such as 'summarize: ' for T5.")
+    max_target_length: int = setting(128, "Longest summary or translation in tokens; longer ones are cut.")
     max_length: int = setting(128, "Longest input in tokens; longer ones are cut (split with a stride for QA).")
     doc_stride: int = setting(64, "Overlap in tokens between the pieces of a long context (question answering).")
     max_train_samples: int | None = setting(None, "Use only the first rows after shuffling with data_seed or seed.")
@@ -90,7 +129,11 @@ class DataSettings:
     test_fraction: float = setting(
         0.0, "Share held out of the training data as test data where no test data is given; 0: none."
     )
-    metric: str | None = setting(None, "Metric to report; default by task: accuracy, pearson, f1 (tokens, QA).")
+    metric: str | None = setting(
+        None,
+        "Metric to report; default by task: accuracy, pearson, f1 (tokens, QA), perplexity (language_modeling, "
+        "instruction_tuning), rougeL (summarization), bleu (translation).",
+    )
 
 
 @dataclass

@@ -5,30 +5,67 @@ Not for models or training. A task is one row of ``TASK_KINDS``.
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from apt_trainer.errors import UserError, unknown_choice
 from apt_trainer.settings import DataSettings, check_choices
-from apt_trainer.tasks import classification, question_answering, tokens
-from apt_trainer.tasks.base import Columns, TaskData
+from apt_trainer.tasks import (
+    classification,
+    instruction_tuning,
+    language_modeling,
+    question_answering,
+    sequence_to_sequence,
+    tokens,
+)
+from apt_trainer.tasks.architecture import DECODER, ENCODER, ENCODER_DECODER, architecture_of
+from apt_trainer.tasks.base import FirstRows, TaskData
+from apt_trainer.tasks.generation_scores import ROUGE
 from apt_trainer.tasks.loading import read_parts, split_parts
+from apt_trainer.tasks.packing import keeps_sequences_apart
 
-__all__ = ["TASK_KINDS", "TaskData", "TaskKind", "load_task"]
+__all__ = ["TASK_KINDS", "TaskData", "TaskKind", "architecture_of", "keeps_sequences_apart", "load_task"]
+
+logger = logging.getLogger(__name__)
+
+_ANY = (ENCODER, DECODER, ENCODER_DECODER)
 
 
 @dataclass(frozen=True)
 class TaskKind:
-    """What tells one task from another; the first of ``metrics`` is the default."""
+    """What tells one task from another.
+
+    The first of ``metrics`` is the default. ``architectures``: the kinds of model that can learn it. ``settings``: the
+    keys of DataSettings that no task without them in its list may set.
+    """
 
     metrics: tuple[str, ...]
-    find_columns: Callable[[dict[str, Dataset], DataSettings], Columns]
+    find_columns: Callable[[dict[str, Dataset], DataSettings], Any]
     build: Callable[..., TaskData]
     stratified: bool = False
+    architectures: tuple[str, ...] = _ANY
+    settings: tuple[str, ...] = ()
 
+
+_OF_PROMPTS = (
+    "prompt_column",
+    "input_column",
+    "completion_column",
+    "messages_column",
+    "template",
+    "template_without_input",
+    "use_chat_template",
+    "completion_only_loss",
+    "packing",
+)
+_OF_TARGETS = ("target_column", "source_prefix", "max_target_length")
+_PER_TOKEN = ("perplexity", "token_accuracy")
 
 TASK_KINDS = {
     "classification": TaskKind(
@@ -37,6 +74,30 @@ TASK_KINDS = {
     "regression": TaskKind(("pearson", "spearman"), classification.find_columns, classification.build_regression),
     "token_classification": TaskKind(("f1", "accuracy"), tokens.find_columns, tokens.build),
     "question_answering": TaskKind(("f1", "exact_match"), question_answering.find_columns, question_answering.build),
+    "language_modeling": TaskKind(
+        _PER_TOKEN, language_modeling.find_columns, language_modeling.build, architectures=(DECODER,)
+    ),
+    "instruction_tuning": TaskKind(
+        _PER_TOKEN,
+        instruction_tuning.find_columns,
+        instruction_tuning.build,
+        architectures=(DECODER,),
+        settings=_OF_PROMPTS,
+    ),
+    "summarization": TaskKind(
+        ("rougeL", *(name for name in ROUGE if name != "rougeL"), "perplexity"),
+        sequence_to_sequence.find_columns,
+        sequence_to_sequence.build_summarization,
+        architectures=(ENCODER_DECODER,),
+        settings=_OF_TARGETS,
+    ),
+    "translation": TaskKind(
+        ("bleu", "chrf", "perplexity"),
+        sequence_to_sequence.find_columns,
+        sequence_to_sequence.build_translation,
+        architectures=(ENCODER_DECODER,),
+        settings=_OF_TARGETS,
+    ),
 }
 
 
@@ -47,25 +108,63 @@ def load_task(
     *,
     split_seed: int | None = None,
     max_positions: int | None = None,
+    architecture: str | None = None,
 ) -> TaskData:
     """Read, split and tokenise the data of one run; the same arguments give the same rows in the same order.
 
     ``seed`` picks the rows that max_train_samples keeps; ``split_seed`` (default: ``seed``) picks the rows held out of
-    the training data; ``max_positions`` is the longest input of the model in tokens. Raises :class:`UserError`.
+    the training data; ``max_positions`` is the longest input of the model in tokens; ``architecture`` is that of
+    :func:`architecture_of` (not given: any that fits the task). A tokenizer without padding token gets its
+    end-of-text token for a decoder. Raises :class:`UserError`.
     """
     check_choices(data)
     kind = TASK_KINDS[data.task]
     metric = data.metric or kind.metrics[0]
     if metric not in kind.metrics:
         raise unknown_choice("metric", metric, kind.metrics)
+    architecture = architecture or kind.architectures[0]
+    _check_architecture(data.task, kind, architecture)
+    _check_settings(data, kind)
     _check_numbers(data)
-    _check_lengths(data, tokenizer, max_positions)
+    _give_padding(tokenizer, architecture)
+    _check_lengths(data, kind, tokenizer, max_positions)
     parts = read_parts(data)
     columns = kind.find_columns(parts, data)
     splits = split_parts(
         parts, data, seed, seed if split_seed is None else split_seed, columns.label if kind.stratified else None
     )
-    return kind.build(splits, columns, data, tokenizer, metric)
+    task = kind.build(splits, columns, data, tokenizer, metric)
+    return _finished(task, tokenizer, architecture)
+
+
+def _finished(task: TaskData, tokenizer: PreTrainedTokenizerBase, architecture: str) -> TaskData:
+    validation = FirstRows(task.metrics["validation"], len(task.validation))
+    test = validation if task.test is task.validation else FirstRows(task.metrics["test"], len(task.test))
+    changes: dict[str, Any] = {"metrics": {"validation": validation, "test": test}}
+    if architecture == DECODER and task.model_class == "AutoModelForSequenceClassification":
+        # the model reads the last token that is no padding
+        changes["model_kwargs"] = task.model_kwargs | {"pad_token_id": tokenizer.pad_token_id}
+    return dataclasses.replace(task, **changes)
+
+
+def _check_architecture(task: str, kind: TaskKind, architecture: str) -> None:
+    if architecture in kind.architectures:
+        return
+    fitting = ", ".join(name for name, other in TASK_KINDS.items() if architecture in other.architectures)
+    advice = f"Use another model, or a task that fits this one: {fitting}"
+    if architecture == DECODER:
+        advice = "Use task: instruction_tuning with prompts and completions, or another model"
+    raise UserError(
+        f"task={task!r} needs a model that is a {' or '.join(kind.architectures)}, but this one is of the kind "
+        f"{architecture}. {advice}."
+    )
+
+
+def _check_settings(data: DataSettings, kind: TaskKind) -> None:
+    defaults = DataSettings()
+    for name in (*_OF_PROMPTS, *_OF_TARGETS):
+        if name not in kind.settings and getattr(data, name) != getattr(defaults, name):
+            raise UserError(f"{name}={getattr(data, name)!r} has no meaning for task: {data.task}. Remove it.")
 
 
 def _check_numbers(data: DataSettings) -> None:
@@ -81,17 +180,30 @@ def _check_numbers(data: DataSettings) -> None:
         raise UserError(f"doc_stride={data.doc_stride} must not be negative.")
 
 
-def _check_lengths(data: DataSettings, tokenizer: PreTrainedTokenizerBase, max_positions: int | None) -> None:
-    if max_positions is not None and data.max_length > max_positions:
-        raise UserError(
-            f"max_length={data.max_length} is more than the {max_positions} tokens that the model can take. "
-            f"Set max_length to {max_positions} or less."
-        )
-    special = tokenizer.num_special_tokens_to_add(pair=data.text_pair_column is not None)
-    if data.max_length <= special:
-        raise UserError(f"max_length={data.max_length} must exceed the {special} special tokens of every input.")
-    if tokenizer.pad_token is None:
+def _give_padding(tokenizer: PreTrainedTokenizerBase, architecture: str) -> None:
+    if tokenizer.pad_token is not None:
+        return
+    if architecture != DECODER or tokenizer.eos_token is None:
         raise UserError(
             "The tokenizer has no padding token, so texts of different length cannot share a batch. "
             "Set tokenizer.pad_token, for example to tokenizer.eos_token."
         )
+    tokenizer.pad_token = tokenizer.eos_token
+    logger.info("The tokenizer has no padding token; its end-of-text token %r is used.", tokenizer.eos_token)
+
+
+def _check_lengths(
+    data: DataSettings, kind: TaskKind, tokenizer: PreTrainedTokenizerBase, max_positions: int | None
+) -> None:
+    for name in ("max_length", *(name for name in ("max_target_length",) if name in kind.settings)):
+        value = getattr(data, name)
+        if max_positions is not None and value > max_positions:
+            raise UserError(
+                f"{name}={value} is more than the {max_positions} tokens that the model can take. "
+                f"Set {name} to {max_positions} or less."
+            )
+    special = tokenizer.num_special_tokens_to_add(pair=data.text_pair_column is not None)
+    if data.max_length <= special:
+        raise UserError(f"max_length={data.max_length} must exceed the {special} special tokens of every input.")
+    if kind.metrics == _PER_TOKEN and data.max_length < 2:
+        raise UserError(f"max_length={data.max_length} must be at least 2: the first token is not predicted.")

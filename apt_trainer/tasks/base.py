@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
+import importlib.util
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -32,8 +34,14 @@ class TaskData:
 
     ``train``, ``validation`` and ``test`` are tokenised and hold the model's inputs and labels only; ``test`` is
     ``validation`` where no test data was given, as ``test_name`` says. ``metrics`` has one ``compute_metrics`` for
-    "validation" and one for "test"; each returns ``metric_name`` (higher is better) and its companions, as fractions
-    or correlations. ``fingerprint`` is a hash of the raw training rows used, the same on every machine.
+    "validation" and one for "test"; each returns ``metric_name`` and its companions, as fractions, correlations or
+    perplexities. ``fingerprint`` is a hash of the raw training rows used, the same on every machine.
+
+    ``preprocess_logits`` is the Trainer's ``preprocess_logits_for_metrics``: it keeps what the metrics need of a
+    batch, so that the logits of a data set are never held at once. ``generation_length`` is set where the metrics
+    compare generated texts: the most tokens to generate, start token included. ``keeps_order``: the metrics need
+    predictions in the order of the rows. ``packed``: a training row holds several sequences, which must not see each
+    other.
     """
 
     train: Dataset
@@ -47,6 +55,18 @@ class TaskData:
     metrics: Mapping[str, ComputeMetrics]
     label_names: tuple[str, ...]
     fingerprint: str
+    preprocess_logits: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
+    greater_is_better: bool = True
+    generation_length: int | None = None
+    keeps_order: bool = False
+    packed: bool = False
+
+
+class HasNames(Protocol):
+    """The columns that a task reads."""
+
+    @property
+    def names(self) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -80,6 +100,34 @@ class Splits:
 def first_output(predictions: Any) -> Any:
     """The logits, where a model returned further outputs beside them."""
     return predictions[0] if isinstance(predictions, tuple | list) else predictions
+
+
+def keep_logits(predictions: Any, labels: torch.Tensor) -> torch.Tensor:
+    """``preprocess_logits`` of a task whose logits are small: only further outputs are dropped."""
+    logits: torch.Tensor = first_output(predictions)
+    return logits
+
+
+@dataclass(frozen=True)
+class FirstRows:
+    """``metrics`` without the rows that several processes repeat at the end so that their last batch is full."""
+
+    metrics: ComputeMetrics
+    number: int
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        return self.metrics(
+            EvalPrediction(
+                predictions=_first(prediction.predictions, self.number),
+                label_ids=_first(prediction.label_ids, self.number),
+            )
+        )
+
+
+def _first(values: Any, number: int) -> Any:
+    if isinstance(values, tuple | list):
+        return type(values)(_first(value, number) for value in values)
+    return values[:number] if hasattr(values, "__len__") else values
 
 
 # ------------------------------------------------------------------------------------------------ columns
@@ -231,7 +279,38 @@ def require_fast(tokenizer: PreTrainedTokenizerBase, task: str) -> None:
         )
 
 
-def fingerprint(rows: Dataset, columns: Columns) -> str:
+def right_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy that pads on the right, whatever side the original is set to for generation."""
+    padded = copy.copy(tokenizer)
+    padded.padding_side = "right"
+    return padded
+
+
+def end_with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """``ids`` with the end-of-text token behind them, once; unchanged where the tokenizer has none."""
+    eos = tokenizer.eos_token_id
+    return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
+
+
+def require_package(name: str, purpose: str) -> None:
+    """Raise :class:`UserError` where a package of the extra "lm" is missing."""
+    if importlib.util.find_spec(name) is None:
+        raise UserError(
+            f'{purpose} needs the Python package {name}, which is not installed. Run: pip install "apt-trainer[lm]".'
+        )
+
+
+def check_not_blank(texts: Sequence[str], column: str, setting: str, part: str) -> None:
+    """Raise :class:`UserError` naming the first row whose text is empty or white space."""
+    blank = [row for row, text in enumerate(texts) if not text.strip()]
+    if blank:
+        raise UserError(
+            f"{setting}={column!r} of the {PART_NAMES[part]} data has no text in {len(blank)} of {len(texts)} rows, "
+            f"first in row {blank[0]} of those used (counted from 0). Fill these rows or remove them."
+        )
+
+
+def fingerprint(rows: Dataset, columns: HasNames) -> str:
     """Hash of the raw cells in use, 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for batch in rows.select_columns(columns.names).iter(batch_size=1000):

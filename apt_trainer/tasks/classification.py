@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,13 @@ from apt_trainer.tasks.base import (
     fingerprint,
     first_output,
     is_text,
+    keep_logits,
     label_kwargs,
     label_names,
     label_text,
     only_column,
     pad_multiple,
+    right_padding,
 )
 from apt_trainer.tasks.metrics import classification_scores, regression_scores
 
@@ -96,19 +99,23 @@ def _build(
         )
         for part, rows in splits.parts.items()
     }
+    for part, rows in encoded.items():
+        _check_not_empty(rows["input_ids"], columns, part)
     scores = _regression_metrics if model_kwargs["problem_type"] == "regression" else _classification_metrics
     return TaskData(
         train=encoded["train"],
         validation=encoded["validation"],
         test=encoded.get("test", encoded["validation"]),
         test_name="test" if "test" in encoded else "validation",
-        collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=pad_multiple(data)),
+        # decoders read the last token before the padding, at positions counted from the left
+        collator=DataCollatorWithPadding(right_padding(tokenizer), pad_to_multiple_of=pad_multiple(data)),
         model_class="AutoModelForSequenceClassification",
         model_kwargs=model_kwargs,
         metric_name=metric,
         metrics={"validation": scores, "test": scores},
         label_names=tuple(model_kwargs.get("label2id", ())),
         fingerprint=fingerprint(splits.train, columns),
+        preprocess_logits=keep_logits,
     )
 
 
@@ -123,6 +130,16 @@ def _tokenise(
     pairs = None if columns.text_pair is None else batch[columns.text_pair]
     encoded = tokenizer(batch[columns.text], pairs, truncation=True, max_length=max_length)
     return {**encoded, "labels": labels[indices].tolist()}
+
+
+def _check_not_empty(inputs: Iterable[list[int]], columns: Columns, part: str) -> None:
+    """Tokenizers of decoders add no special token, so that an empty text is no input at all."""
+    for row, ids in enumerate(inputs):
+        if not ids:
+            raise UserError(
+                f"text_column={columns.text!r} of the {PART_NAMES[part]} data has no text in row {row} of those used "
+                "(counted from 0). Fill this row or remove it."
+            )
 
 
 def _is_label(feature: Any) -> bool:

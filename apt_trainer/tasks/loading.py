@@ -36,6 +36,8 @@ FILE_FORMATS: dict[str, tuple[type[DatasetBuilder], dict[str, Any]]] = {
     ".parquet": (Parquet, {}),
 }
 READ_ERRORS = (DatasetsError, ValueError, OSError)
+PLAIN_TEXT = ".txt"
+PIECE_CHARACTERS = 10_000
 
 
 def read_parts(data: DataSettings) -> dict[str, Dataset]:
@@ -43,7 +45,8 @@ def read_parts(data: DataSettings) -> dict[str, Dataset]:
     if data.train_file is None and data.dataset_name is None:
         raise UserError(
             "No training data was given. Set dataset_name to a data set on the hub, or train_file to a json, jsonl, "
-            "csv, tsv or parquet file or to a folder whose sub-folders are the labels."
+            "csv, tsv or parquet file, to a folder whose sub-folders are the labels, or to a txt file for "
+            "language_modeling."
         )
     if data.train_file is not None and data.dataset_name is not None:
         raise UserError(
@@ -69,6 +72,8 @@ def read_file(path: str, setting: str, task: str) -> Dataset:
         return read_folder(found, setting)
     if not found.is_file():
         raise UserError(f"{setting}={path!r} does not exist. Looked for {found.absolute()}.")
+    if found.suffix.lower() == PLAIN_TEXT and task == "language_modeling":
+        return read_text(found, setting)
     if found.suffix.lower() not in FILE_FORMATS:
         raise UserError(
             f"{setting}={path!r}: the format {found.suffix!r} is not known. Use one of: {', '.join(FILE_FORMATS)}; "
@@ -100,6 +105,28 @@ def read_folder(folder: Path, setting: str) -> Dataset:
             "Each sub-folder is a label and holds the texts with that label."
         )
     return Dataset.from_dict({"text": texts, "label": labels})
+
+
+def read_text(path: Path, setting: str) -> Dataset:
+    """Column ``text`` with a running text in pieces of whole lines, at least PIECE_CHARACTERS long but for the last.
+
+    The pieces in their order are the text. They are rows so that a part of the text can be held out.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise UserError(f"{setting}={str(path)!r} is not text in UTF-8: {error}. Convert the file.") from error
+    pieces, piece = [], ""
+    for line in text.splitlines(keepends=True):
+        piece += line
+        if len(piece) >= PIECE_CHARACTERS:
+            pieces.append(piece)
+            piece = ""
+    if piece:
+        pieces.append(piece)
+    if not text.strip():
+        raise UserError(f"{setting}={str(path)!r} holds no text. Give a file with text.")
+    return Dataset.from_dict({"text": pieces})
 
 
 def _read_hub(data: DataSettings) -> dict[str, Dataset]:

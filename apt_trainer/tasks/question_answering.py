@@ -6,7 +6,6 @@ best span over all of its features. Source of the format and of the null score: 
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -31,6 +30,7 @@ from apt_trainer.tasks.base import (
     pad_multiple,
     require_column,
     require_fast,
+    right_padding,
 )
 from apt_trainer.tasks.metrics import squad_scores
 
@@ -82,20 +82,20 @@ def build(
         if part != "train"
     }
     inputs = {part: features.remove_columns(SPAN_COLUMNS) for part, features in encoded.items()}
-    right_padding = copy.copy(tokenizer)  # positions of answers are counted from the left
-    right_padding.padding_side = "right"
+    padder = right_padding(tokenizer)  # positions of answers are counted from the left
     return TaskData(
         train=inputs["train"],
         validation=inputs["validation"],
         test=inputs.get("test", inputs["validation"]),
         test_name="test" if "test" in inputs else "validation",
-        collator=DataCollatorWithPadding(right_padding, pad_to_multiple_of=pad_multiple(data)),
+        collator=DataCollatorWithPadding(padder, pad_to_multiple_of=pad_multiple(data)),
         model_class="AutoModelForQuestionAnswering",
         model_kwargs={},
         metric_name=metric,
         metrics={"validation": metrics["validation"], "test": metrics.get("test", metrics["validation"])},
         label_names=(),
         fingerprint=fingerprint(splits.train, columns),
+        keeps_order=True,
     )
 
 

@@ -24,6 +24,7 @@ from apt_trainer.tasks.base import (
     fingerprint,
     first_output,
     is_list_of_text,
+    keep_logits,
     label_kwargs,
     label_names,
     label_text,
@@ -83,6 +84,7 @@ def build(
         metrics={"validation": scores, "test": scores},
         label_names=names,
         fingerprint=fingerprint(splits.train, columns),
+        preprocess_logits=keep_logits,
     )
 
 

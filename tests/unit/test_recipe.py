@@ -145,7 +145,8 @@ def test_words_that_yaml_once_took_for_something_else(recipe_file):
         (
             "task: clasification",
             "task='clasification' is not known. Choose one of: classification, regression, token_classification, "
-            "question_answering. Did you mean 'classification'?",
+            "question_answering, language_modeling, instruction_tuning, summarization, translation. "
+            "Did you mean 'classification'?",
         ),
     ],
 )

@@ -1,0 +1,123 @@
+"""Next-token prediction on plain text for decoders: the text is tokenised, joined and cut into blocks of max_length.
+
+Not for prompts with answers: that is ``instruction_tuning``. Every row is one document and ends with the end-of-text
+token; a txt file is one running text. Blocks do not overlap, so the first token of a block is not predicted, and
+within a block documents see each other. Perplexity is over all predicted tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from apt_trainer.errors import UserError
+from apt_trainer.settings import DataSettings
+from apt_trainer.tasks.base import (
+    PART_NAMES,
+    Splits,
+    TaskData,
+    check_column,
+    encode,
+    end_with_eos,
+    fingerprint,
+    is_text,
+    only_column,
+    pad_multiple,
+)
+from apt_trainer.tasks.loading import PLAIN_TEXT
+from apt_trainer.tasks.packing import DecoderCollator, cut_into_blocks
+from apt_trainer.tasks.token_scores import causal_sums, token_scores
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TextColumn:
+    """The one column in use."""
+
+    text: str
+
+    @property
+    def names(self) -> list[str]:
+        return [self.text]
+
+
+def find_columns(parts: dict[str, Dataset], data: DataSettings) -> TextColumn:
+    """Check the text column of every part; it may be left open where only one fits."""
+    text = data.text_column or only_column(parts["train"], (), is_text, "text")
+    for part, rows in parts.items():
+        check_column(rows, text, "text_column", part, is_text, "text")
+    return TextColumn(text)
+
+
+def build(
+    splits: Splits, columns: TextColumn, data: DataSettings, tokenizer: PreTrainedTokenizerBase, metric: str
+) -> TaskData:
+    """Blocks of max_length tokens of every part; the last block of a part may be shorter."""
+    collator = DecoderCollator(tokenizer, pad_multiple(data))
+    blocks = {part: _blocks(rows, part, columns, data, tokenizer) for part, rows in splits.parts.items()}
+    return TaskData(
+        train=blocks["train"],
+        validation=blocks["validation"],
+        test=blocks.get("test", blocks["validation"]),
+        test_name="test" if "test" in blocks else "validation",
+        collator=collator,
+        model_class="AutoModelForCausalLM",
+        model_kwargs={},
+        metric_name=metric,
+        metrics={"validation": token_scores, "test": token_scores},
+        label_names=(),
+        fingerprint=fingerprint(splits.train, columns),
+        preprocess_logits=causal_sums,
+        greater_is_better=metric != "perplexity",
+    )
+
+
+def _blocks(
+    rows: Dataset, part: str, columns: TextColumn, data: DataSettings, tokenizer: PreTrainedTokenizerBase
+) -> Dataset:
+    running = _is_running(part, data)
+    if not running:
+        rows = _without_blank(rows, columns.text, part)
+    encoded = encode(rows, _tokenise, with_indices=True, tokenizer=tokenizer, column=columns.text, running=running)
+    if sum(map(len, encoded["input_ids"])) < 2:
+        raise UserError(
+            f"The {PART_NAMES[part]} data has fewer than two tokens, so nothing is predicted. Give more text."
+        )
+    return cut_into_blocks(encoded, data.max_length)
+
+
+def _is_running(part: str, data: DataSettings) -> bool:
+    """Whether the part is one running text; what was held out of the training data is as those are."""
+    return (getattr(data, f"{part}_file") or data.train_file or "").lower().endswith(PLAIN_TEXT)
+
+
+def _without_blank(rows: Dataset, column: str, part: str) -> Dataset:
+    kept = [row for row, text in enumerate(rows[column]) if text.strip()]
+    if not kept:
+        raise UserError(f"text_column={column!r} of the {PART_NAMES[part]} data holds no text in any row. Give text.")
+    if len(kept) < len(rows):
+        logger.info("%d of %d rows of the %s data are empty and left out.", len(rows) - len(kept), len(rows), part)
+    return rows.select(kept)
+
+
+def _tokenise(
+    batch: dict[str, list[Any]],
+    indices: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    column: str,
+    running: bool,
+) -> dict[str, Any]:
+    """Special tokens of the tokenizer stand once per document, or before the first piece of a running text."""
+    if not running:
+        return {
+            "input_ids": [end_with_eos(ids, tokenizer) for ids in tokenizer(batch[column], verbose=False).input_ids]
+        }
+    inputs = tokenizer(batch[column], add_special_tokens=False, verbose=False).input_ids
+    if indices[0] == 0:
+        inputs[0] = tokenizer(batch[column][0], verbose=False).input_ids
+    return {"input_ids": inputs}
