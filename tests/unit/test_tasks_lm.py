@@ -36,7 +36,8 @@ from apt_trainer.tasks import TaskData, architecture_of, keeps_sequences_apart, 
 from apt_trainer.tasks.prompts import Template
 from apt_trainer.tasks.token_scores import aligned_sums, causal_sums, token_scores
 
-WORDS = "how many is two and three five the answer of sum yes no Q : A user assistant system please".split()
+TEXT = "how many is two and three five the answer of sum yes no Q : A user assistant system please"
+WORDS = TEXT.split()
 VOCABULARY = {piece: i for i, piece in enumerate(["<unk>", "</s>", "<s>", "<|im_start|>", "<|im_end|>", "\n", *WORDS])}
 EOS = 1
 CHATML = (
@@ -167,7 +168,7 @@ def test_a_text_file_is_one_running_text(tmp_path: Path, tokenizer: Any, monkeyp
     )
     task = load_task(settings, tokenizer, 0)
     assert task.train["input_ids"][:] == [ids("".join(lines))]  # no eos, no line break lost, no piece twice
-    tokenizer._tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A", [("<s>", 2)])
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 2)])
     assert load_task(settings, tokenizer, 0).train["input_ids"][:] == [[2, *ids("".join(lines))]]
     settings.validation_file, settings.validation_fraction = None, 0.5
     held_out = load_task(settings, tokenizer, 0)
@@ -507,7 +508,13 @@ def test_what_the_user_is_told(
     tmp_path: Path, tokenizer: Any, row: dict[str, Any], settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        load_task(given(tmp_path, [row], **settings), tokenizer, 0, max_positions=64, architecture="decoder")
+        load_task(
+            given(tmp_path, [row], **{"max_length": 64, **settings}),
+            tokenizer,
+            0,
+            max_positions=64,
+            architecture="decoder",
+        )
 
 
 @pytest.mark.parametrize(
@@ -534,7 +541,10 @@ def test_conversations_that_cannot_be_learnt(
 
 
 def test_a_template_that_hides_its_turns_is_refused(tmp_path: Path, tokenizer: Any) -> None:
-    last_only = "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.role + '\n' + m.content + '\n' }}{% endif %}{% endfor %}"
+    last_only = (
+        "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.role + '\n' + m.content + '\n' }}"
+        "{% endif %}{% endfor %}"
+    )
     chat_tokenizer(tokenizer, last_only)
     with pytest.raises(UserError, match="Set completion_only_loss: false"):
         load_task(given(tmp_path, [{"messages": CONVERSATION}]), tokenizer, 0)
