@@ -9,7 +9,8 @@ import difflib
 import hashlib
 import importlib.util
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +22,8 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from apt_trainer.errors import UserError
 from apt_trainer.settings import DataSettings
+
+logger = logging.getLogger(__name__)
 
 PART_NAMES = {"train": "training", "validation": "validation", "test": "test"}
 IGNORED_LABEL = -100  # the index that torch's cross-entropy leaves out
@@ -300,14 +303,21 @@ def require_package(name: str, purpose: str) -> None:
         )
 
 
-def check_not_blank(texts: Sequence[str], column: str, setting: str, part: str) -> None:
-    """Raise :class:`UserError` naming the first row whose text is empty or white space."""
-    blank = [row for row, text in enumerate(texts) if not text.strip()]
-    if blank:
-        raise UserError(
-            f"{setting}={column!r} of the {PART_NAMES[part]} data has no text in {len(blank)} of {len(texts)} rows, "
-            f"first in row {blank[0]} of those used (counted from 0). Fill these rows or remove them."
-        )
+def without_blank(rows: Dataset, column: str, setting: str, part: str) -> Dataset:
+    """The rows whose text is more than white space; says how many are not, and raises :class:`UserError` if all."""
+    kept = [row for row, text in enumerate(rows[column]) if text.strip()]
+    if not kept:
+        raise UserError(f"{setting}={column!r} of the {PART_NAMES[part]} data holds no text in any row. Give text.")
+    if len(kept) == len(rows):
+        return rows
+    logger.warning(
+        "%d of %d rows of the %s data have no text in %r and are dropped.",
+        len(rows) - len(kept),
+        len(rows),
+        PART_NAMES[part],
+        column,
+    )
+    return rows.select(kept)
 
 
 def fingerprint(rows: Dataset, columns: HasNames) -> str:

@@ -26,6 +26,7 @@ from apt_trainer.tasks.base import (
     end_with_eos,
     fingerprint,
     pad_multiple,
+    without_blank,
 )
 from apt_trainer.tasks.chat import ChatTemplate, chat_template, check_conversation, clean_messages
 from apt_trainer.tasks.packing import DecoderCollator, pack
@@ -74,6 +75,9 @@ def _encode(
     if columns.messages is not None:
         for row, messages in enumerate(rows[columns.messages]):
             check_conversation(clean_messages(messages), prompts.describe(part, row))
+    for column, setting in ((columns.prompt, "prompt_column"), (columns.completion, "completion_column")):
+        if column:
+            rows = without_blank(rows, column, setting, part)
     encoded = encode(
         rows,
         _inputs,

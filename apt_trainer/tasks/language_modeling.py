@@ -7,7 +7,6 @@ within a block documents see each other. Perplexity is over all predicted tokens
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +26,11 @@ from apt_trainer.tasks.base import (
     is_text,
     only_column,
     pad_multiple,
+    without_blank,
 )
 from apt_trainer.tasks.loading import PLAIN_TEXT
 from apt_trainer.tasks.packing import DecoderCollator, cut_into_blocks
 from apt_trainer.tasks.token_scores import causal_sums, token_scores
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def _blocks(
 ) -> Dataset:
     running = _is_running(part, data)
     if not running:
-        rows = _without_blank(rows, columns.text, part)
+        rows = without_blank(rows, columns.text, "text_column", part)
     encoded = encode(rows, _tokenise, with_indices=True, tokenizer=tokenizer, column=columns.text, running=running)
     if sum(map(len, encoded["input_ids"])) < 2:
         raise UserError(
@@ -94,15 +92,6 @@ def _blocks(
 def _is_running(part: str, data: DataSettings) -> bool:
     """Whether the part is one running text; what was held out of the training data is as those are."""
     return (getattr(data, f"{part}_file") or data.train_file or "").lower().endswith(PLAIN_TEXT)
-
-
-def _without_blank(rows: Dataset, column: str, part: str) -> Dataset:
-    kept = [row for row, text in enumerate(rows[column]) if text.strip()]
-    if not kept:
-        raise UserError(f"text_column={column!r} of the {PART_NAMES[part]} data holds no text in any row. Give text.")
-    if len(kept) < len(rows):
-        logger.info("%d of %d rows of the %s data are empty and left out.", len(rows) - len(kept), len(rows), part)
-    return rows.select(kept)
 
 
 def _tokenise(

@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from apt_trainer.errors import UserError
 from apt_trainer.settings import DataSettings
-from apt_trainer.tasks.base import PART_NAMES, check_column, check_not_blank, is_text, require_column
+from apt_trainer.tasks.base import PART_NAMES, check_column, is_text, require_column
 
 MESSAGES = ("messages", "conversations")
 
@@ -116,9 +116,6 @@ def find_columns(parts: dict[str, Dataset], data: DataSettings) -> PromptColumns
                 require_column(rows, name, setting, part)
             else:
                 check_column(rows, name, setting, part, is_text, "text")
-        check_not_blank(rows[columns.completion][:], columns.completion, "completion_column", part)
-        if columns.prompt is not None:
-            check_not_blank(rows[columns.prompt][:], columns.prompt, "prompt_column", part)
     return columns
 
 

@@ -22,13 +22,13 @@ from apt_trainer.tasks.base import (
     Splits,
     TaskData,
     check_column,
-    check_not_blank,
     encode,
     fingerprint,
     is_text,
     only_column,
     pad_multiple,
     require_package,
+    without_blank,
 )
 from apt_trainer.tasks.generation_scores import rouge_scores, translation_scores
 from apt_trainer.tasks.token_scores import aligned_sums, token_scores
@@ -89,7 +89,7 @@ def _build(
     encoded = {}
     for part, rows in splits.parts.items():
         for column, setting in ((columns.source, "text_column"), (columns.target, "target_column")):
-            check_not_blank(rows[column][:], column, setting, part)
+            rows = without_blank(rows, column, setting, part)
         encoded[part] = encode(rows, _tokenise, tokenizer=tokenizer, columns=columns, data=data, cut=part == "train")
     task = TaskData(
         train=encoded["train"],

@@ -8,7 +8,7 @@ import pytest
 
 from apt_trainer.config import APTConfig
 from apt_trainer.errors import UserError
-from apt_trainer.recipe import load_recipe, read_values
+from apt_trainer.recipe import check_recipe, load_recipe, read_values
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHIPPED = sorted(
@@ -213,4 +213,4 @@ def test_errors_of_training_arguments_name_the_recipe(recipe_file):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(REPOSITORY)))
 def test_shipped_recipes_are_valid(path):
-    assert read_values(str(path))["output_dir"].startswith("out/")
+    assert check_recipe(str(path))["output_dir"].startswith("out/")

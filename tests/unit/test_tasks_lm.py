@@ -299,6 +299,18 @@ def test_rows_without_a_completion_left_are_dropped(
         load_task(given(tmp_path, rows, max_length=2), tokenizer, 0)
 
 
+def test_rows_without_text_are_dropped(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [
+        {"prompt": "two", "completion": " "},
+        {"prompt": "", "completion": "no"},
+        {"prompt": "sum", "completion": "no"},
+    ]
+    task = load_task(given(tmp_path, rows), tokenizer, 0)
+    assert task.train["input_ids"][:] == [[*ids("sum\nno"), EOS]]
+    assert "1 of 3 rows of the training data have no text in 'prompt'" in caplog.text
+    assert "1 of 2 rows of the training data have no text in 'completion'" in caplog.text
+
+
 # ---------------------------------------------------------------------------------------- conversations
 
 
@@ -483,8 +495,12 @@ def test_texts_without_tokens_are_refused(tmp_path: Path, tokenizer: Any) -> Non
             "names the column 'x', which template does not",
         ),
         ({"q": "two", "a": "no"}, {"template": "{q} {a}", "prompt_column": "z"}, "not used by the template"),
-        ({"prompt": " ", "completion": "no"}, {}, "prompt_column='prompt' of the training data has no text in 1 of 1"),
-        ({"prompt": "two", "completion": ""}, {}, "completion_column='completion'.* no text in 1 of 1 rows.*row 0"),
+        (
+            {"prompt": " ", "completion": "no"},
+            {},
+            "prompt_column='prompt' of the training data holds no text in any row",
+        ),
+        ({"prompt": "two", "completion": ""}, {}, "completion_column='completion'.*holds no text in any row"),
         ({"prompt": "two", "completion": None}, {}, "completion_column='completion'.*(must hold text|is empty)"),
         ({"prompt": "two", "completion": "no"}, {"use_chat_template": True}, "has no chat template"),
         ({"messages": CONVERSATION}, {}, "has no chat template"),

@@ -195,8 +195,8 @@ def test_what_the_recipe_says_of_generation_wins(tmp_path: Path, tokenizer: Any)
     [
         ({}, {"target_column": None}, "target_column is not set, which task: summarization needs.*: article, summary"),
         ({}, {"target_column": "sumary"}, "target_column='sumary' is not a column.*mean 'summary'"),
-        ({"summary": " "}, {}, "target_column='summary' of the training data has no text in 1 of 1 rows"),
-        ({"article": ""}, {}, "text_column='article' of the training data has no text in 1 of 1 rows"),
+        ({"summary": " "}, {}, "target_column='summary' of the training data holds no text"),
+        ({"article": ""}, {}, "text_column='article' of the training data holds no text"),
         ({}, {"source_prefix": "one two three ", "max_length": 4}, "takes 4 tokens .* no room for a text"),
         ({}, {"max_target_length": 1}, "max_target_length=1 must exceed the 1 special tokens"),
         ({}, {"max_target_length": 257}, "max_target_length=257 is more than the 256 tokens"),
