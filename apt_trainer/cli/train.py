@@ -68,10 +68,11 @@ def result_text(metrics: Mapping[str, Any], path: str) -> str:
         load = f"from apt_trainer import load_pruned\n    model = load_pruned({path!r})"
     else:
         load = f"from transformers import AutoModel\n    model = AutoModel.from_pretrained({path!r})"
+    direction = "" if metrics.get("greater_is_better", True) else "; lower is better"
     return f"""
 {comparison_table(metrics)}
 
-{metrics["metric_name"]} is measured on the {metrics["evaluated_on"]} data.
+{metrics["metric_name"]} is measured on the {metrics["evaluated_on"]} data{direction}.
 All numbers are in {path}/metrics.json, the picture is {path}/run.png. Load the result:
 
     {load}

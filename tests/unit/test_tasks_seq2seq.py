@@ -17,7 +17,8 @@ from transformers import EvalPrediction, PreTrainedTokenizerFast, T5Config, T5Fo
 
 from apt_trainer import APTConfig
 from apt_trainer.errors import UserError
-from apt_trainer.run import data_options, set_task_arguments
+from apt_trainer.recipe import load_recipe
+from apt_trainer.run import data_options, evaluate, set_task_arguments
 from apt_trainer.settings import DataSettings
 from apt_trainer.tasks import load_task
 from apt_trainer.tasks.generation_scores import rouge_scores, translation_scores
@@ -215,3 +216,28 @@ def test_a_tokenizer_without_padding_is_refused(tmp_path: Path, tokenizer: Any) 
     tokenizer.pad_token = None
     with pytest.raises(UserError, match="no padding token"):
         load_task(given(tmp_path), tokenizer, 0)
+
+
+def test_a_saved_encoder_decoder_is_evaluated_by_its_recipe(tmp_path: Path, tokenizer: Any) -> None:
+    folder, data = tmp_path / "model", given(tmp_path, max_length=32, max_target_length=7)
+    tiny_t5().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    settings = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    names = (
+        "task",
+        "train_file",
+        "validation_file",
+        "max_length",
+        "max_target_length",
+        "text_column",
+        "target_column",
+    )
+    settings |= {name: getattr(data, name) for name in names}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(settings))
+    scores = evaluate(str(folder), load_recipe(str(tmp_path / "recipe.yaml")))
+    texts = []
+    for row in load_task(data, tokenizer, 0).validation:
+        generated = tiny_t5().generate(torch.tensor([row["input_ids"]]), max_length=8)
+        texts.append(tokenizer.decode(generated[0], skip_special_tokens=True))
+    expected = rouge_scores(texts, [row["summary"] for row in ROWS])
+    assert {name: scores[f"validation_{name}"] for name in expected} == pytest.approx(expected)
