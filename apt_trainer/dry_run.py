@@ -21,8 +21,9 @@ from apt_trainer.pruning.plan import PruningPlan
 from apt_trainer.pruning.selection import select
 from apt_trainer.recipe import Recipe
 from apt_trainer.report.tables import format_bytes, format_count, markdown_table
-from apt_trainer.run import build_model, load_inputs, set_task_arguments
+from apt_trainer.run import build_model, load_inputs
 from apt_trainer.schedule import Schedule, make_schedule
+from apt_trainer.tasks.trainer_options import set_task_arguments
 
 _ADAM_BYTES = 8  # two fp32 moments per trained parameter
 

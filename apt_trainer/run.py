@@ -43,6 +43,7 @@ from apt_trainer.report.plots import plot_run
 from apt_trainer.schedule import make_schedule
 from apt_trainer.settings import ModelSettings, resolve_path
 from apt_trainer.tasks import TaskData, architecture_of, keeps_sequences_apart, load_task
+from apt_trainer.tasks.trainer_options import data_options, set_task_arguments
 from apt_trainer.trainer import EVENTS_FILE, APTTrainer, plain_trainer
 
 METRICS_FILE = "metrics.json"
@@ -238,33 +239,6 @@ def load_inputs(model: ModelSettings, recipe: Recipe) -> tuple[Any, Any, TaskDat
         architecture=architecture_of(config),
     )
     return tokenizer, config, data
-
-
-def set_task_arguments(args: APTConfig, data: TaskData, given: Mapping[str, Any]) -> None:
-    """Set what the task decides of the training arguments; of the rest, what the recipe leaves open.
-
-    Raises :class:`UserError` for a sampling that the metrics of the task cannot follow.
-    """
-    if data.keeps_order and args.train_sampling_strategy == "group_by_length":
-        raise UserError(
-            "train_sampling_strategy: group_by_length also reorders evaluation data, whose order the metrics of this "
-            "task need. Set train_sampling_strategy: random."
-        )
-    args.predict_with_generate = data.generation_length is not None
-    if args.predict_with_generate and args.generation_max_length is None:
-        args.generation_max_length = data.generation_length
-    is_watched = args.metric_for_best_model in (data.metric_name, f"eval_{data.metric_name}")
-    if is_watched and "greater_is_better" not in given:
-        args.greater_is_better = data.greater_is_better
-
-
-def data_options(data: TaskData, part: str) -> dict[str, Any]:
-    """What a Trainer is told of the data when it evaluates on ``part``, "validation" or "test"."""
-    return {
-        "data_collator": data.collator,
-        "compute_metrics": data.metrics[part],
-        "preprocess_logits_for_metrics": data.preprocess_logits,
-    }
 
 
 def load_tokenizer(settings: ModelSettings) -> Any:

@@ -6,12 +6,12 @@ is in a row: that is the task's module.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apt_trainer.tasks.base import require_package
 
@@ -69,12 +69,19 @@ def _lengths(positions: list[int]) -> list[int]:
 
 
 @torch.no_grad()
-def keeps_sequences_apart(model: nn.Module) -> bool:
-    """Whether what stands before a restart of the positions changes nothing after it."""
-    device, was_training = next(model.parameters()).device, model.training
+def keeps_sequences_apart(model: PreTrainedModel) -> bool:
+    """Whether what stands before a restart of the positions changes nothing after it; tried out on ``model``.
+
+    With eager attention, which runs on every device: what masks or splits the sequences is shared by all back ends.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    device, was_training, attention = model.device, model.training, model.config._attn_implementation
+    model.set_attn_implementation("eager")
     ids = torch.tensor([[3, 4, 5, 3, 5], [4, 3, 6, 3, 5]], device=device)
     positions = torch.tensor([[0, 1, 2, 0, 1]], device=device)
     model.eval()
     first, second = (model(input_ids=row[None], position_ids=positions, use_cache=False).logits[:, 3:] for row in ids)
     model.train(was_training)
+    model.set_attn_implementation(attention)
     return bool(torch.equal(first, second))

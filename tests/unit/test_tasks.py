@@ -24,7 +24,6 @@ from transformers import (
 
 from apt_trainer.config import APTConfig
 from apt_trainer.errors import UserError
-from apt_trainer.run import set_task_arguments
 from apt_trainer.settings import TASKS, DataSettings
 from apt_trainer.tasks import TASK_KINDS, TaskData, load_task
 from apt_trainer.tasks.metrics import (
@@ -39,6 +38,7 @@ from apt_trainer.tasks.metrics import (
     tag_scores,
 )
 from apt_trainer.tasks.question_answering import best_answers
+from apt_trainer.tasks.trainer_options import set_task_arguments
 
 TEXT = "good bad film music un ##like ##ly paris in lies france who where is the a old city river x ,"
 VOCABULARY = {piece: i for i, piece in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *TEXT.split()])}

@@ -31,11 +31,12 @@ from transformers import (
 
 from apt_trainer.errors import UserError
 from apt_trainer.recipe import load_recipe
-from apt_trainer.run import data_options, evaluate
+from apt_trainer.run import evaluate
 from apt_trainer.settings import DataSettings
 from apt_trainer.tasks import TaskData, architecture_of, keeps_sequences_apart, load_task
 from apt_trainer.tasks.prompts import Template
 from apt_trainer.tasks.token_scores import aligned_sums, causal_sums, token_scores
+from apt_trainer.tasks.trainer_options import data_options
 
 TEXT = "how many is two and three five the answer of sum yes no Q : A user assistant system please"
 WORDS = TEXT.split()
@@ -410,6 +411,7 @@ def test_packed_sequences_do_not_see_each_other(tmp_path: Path, tokenizer: Any, 
     by_hand = losses_by_hand(model, task.validation)
     assert loss == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-5)
     assert keeps_sequences_apart(model)
+    assert model.config._attn_implementation == attention
 
 
 def test_a_model_that_mixes_packed_sequences_is_found_out() -> None:

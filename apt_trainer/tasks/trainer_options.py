@@ -1,0 +1,37 @@
+"""What a task asks of a ``transformers.Trainer`` and of its arguments. Not for what is in the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from apt_trainer.config import APTConfig
+from apt_trainer.errors import UserError
+from apt_trainer.tasks.base import TaskData
+
+
+def set_task_arguments(args: APTConfig, data: TaskData, given: Mapping[str, Any]) -> None:
+    """Set what the task decides of the training arguments; of the rest, what the recipe leaves open.
+
+    Raises :class:`UserError` for a sampling that the metrics of the task cannot follow.
+    """
+    if data.keeps_order and args.train_sampling_strategy == "group_by_length":
+        raise UserError(
+            "train_sampling_strategy: group_by_length also reorders evaluation data, whose order the metrics of this "
+            "task need. Set train_sampling_strategy: random."
+        )
+    args.predict_with_generate = data.generation_length is not None
+    if args.predict_with_generate and args.generation_max_length is None:
+        args.generation_max_length = data.generation_length
+    is_watched = args.metric_for_best_model in (data.metric_name, f"eval_{data.metric_name}")
+    if is_watched and "greater_is_better" not in given:
+        args.greater_is_better = data.greater_is_better
+
+
+def data_options(data: TaskData, part: str) -> dict[str, Any]:
+    """What a Trainer is told of the data when it evaluates on ``part``, "validation" or "test"."""
+    return {
+        "data_collator": data.collator,
+        "compute_metrics": data.metrics[part],
+        "preprocess_logits_for_metrics": data.preprocess_logits,
+    }
