@@ -34,6 +34,7 @@ from apt_trainer.pruned_model import dense_copy
 from apt_trainer.settings import ModelSettings
 
 MIN_RUNS = 10
+MAX_SECONDS = 20.0  # per batch size, after which no further round starts
 
 
 def benchmark(
@@ -96,7 +97,7 @@ def measure_speed(
 ) -> dict[str, Any]:
     """Latency and forward FLOPs of ``model`` and of its dense shape, measured interleaved in this process."""
     models = {"dense": (dense or dense_copy(model)).to(model.device), "pruned": model}
-    timed = compare_latency(models, list(batch_sizes), length)
+    timed = compare_latency(models, list(batch_sizes), length, min_runs=MIN_RUNS, max_seconds=MAX_SECONDS)
     times = {
         name: {str(batch): _times(latency) for batch, latency in of_model.items()} for name, of_model in timed.items()
     }
@@ -106,7 +107,9 @@ def measure_speed(
 def _generation(
     models: Mapping[str, PreTrainedModel], batch_sizes: Sequence[int], length: int, new_tokens: int
 ) -> dict[str, Any]:
-    timed = compare_generation(models, list(batch_sizes), length, new_tokens, min_runs=MIN_RUNS)
+    timed = compare_generation(
+        models, list(batch_sizes), length, new_tokens, min_runs=MIN_RUNS, max_seconds=MAX_SECONDS
+    )
     dense, pruned = timed["dense"], timed["pruned"]
     noise = {
         str(batch): {

@@ -52,28 +52,22 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     language = bool(args.perplexity or args.lm_eval)
     found: dict[str, Any] = {"model": args.path}
     if args.config or len(given) > len(of_model) or not language:
-        found["task"] = _task(args.config, overrides, settings, "dtype" in of_model)
+        # a bare path loads in the type that the recipe says
+        found["task"] = _task(settings if of_model else args.path, args.config, overrides)
     if language:
         found |= _language(args, settings)
     write_result(args.output, found, scores_table(found))
     return 0
 
 
-def _task(
-    config: str | None, overrides: Sequence[str], settings: ModelSettings, dtype_given: bool
-) -> dict[str, float]:
-    """Metrics on the data of a recipe; the type of the weights is the recipe's unless it is given."""
-    from dataclasses import replace
-
+def _task(model: str | ModelSettings, config: str | None, overrides: Sequence[str]) -> dict[str, float]:
+    """Metrics on the data of a recipe."""
     from apt_trainer import run as runs
     from apt_trainer.recipe import load_recipe
 
     with tempfile.TemporaryDirectory() as folder:  # evaluating leaves the recipe's output_dir alone
         words = ["--output_dir", folder, *overrides]
-        recipe = load_recipe(config, words) if config or overrides else None
-        if recipe is not None and not dtype_given:
-            settings = replace(settings, dtype=recipe.model.dtype)
-        return runs.evaluate(settings, recipe)
+        return runs.evaluate(model, load_recipe(config, words) if config or overrides else None)
 
 
 def _language(args: argparse.Namespace, settings: ModelSettings) -> dict[str, Any]:
