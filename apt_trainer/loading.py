@@ -77,9 +77,14 @@ def load_config(settings: ModelSettings) -> Any:
     if settings.dtype not in CHOICES["dtype"]:
         quantised = " Weights of a GGUF file are de-quantised when they load." if source.gguf_file else ""
         raise UserError(f"dtype={settings.dtype!r} is not one of {', '.join(CHOICES['dtype'])}.{quantised}")
-    config = _from_hub(AutoConfig.from_pretrained, source, **_trust(settings))
+    config = read_config(settings)
     refuse_quantised(config, str(settings.model_name_or_path))
     return config
+
+
+def read_config(settings: ModelSettings) -> Any:
+    """The config, whatever it says; raises :class:`UserError` where there is none."""
+    return _from_hub(AutoConfig.from_pretrained, source_of(settings), **_trust(settings))
 
 
 def refuse_quantised(config: Any, path: str) -> None:
@@ -117,7 +122,7 @@ def load_model(settings: ModelSettings, data: TaskData, path: str | None = None)
 def load_saved(settings: ModelSettings, data: TaskData | None = None) -> PreTrainedModel:
     """A finished model, pruned or stock, with the head it was saved with; a GGUF file is a language model."""
     source = source_of(settings)
-    config = _from_hub(AutoConfig.from_pretrained, source, **_trust(settings))
+    config = read_config(settings)
     options = _weights(settings, source)
     if getattr(config, "apt_base_architecture", None):
         return load_pruned(source.path, **{k: v for k, v in options.items() if k in ("dtype", "attn_implementation")})
@@ -127,7 +132,7 @@ def load_saved(settings: ModelSettings, data: TaskData | None = None) -> PreTrai
 def load_dense_shape(settings: ModelSettings) -> PreTrainedModel:
     """The dense model that a saved one was cut from, with random weights: for size and speed. Reads the config."""
     source = source_of(settings)
-    config = _from_hub(AutoConfig.from_pretrained, source, **_trust(settings))
+    config = read_config(settings)
     if settings.attn_implementation:
         config._attn_implementation = settings.attn_implementation
     cls, stock = dense_shape(config)
@@ -188,12 +193,10 @@ def _weights(settings: ModelSettings, source: Source) -> dict[str, Any]:
 def _from_hub(load: Any, source: Source, **options: Any) -> Any:
     if source.gguf_file is not None:
         options["gguf_file"] = source.gguf_file
-    # what transformers raises where a package is missing, or a GGUF file is damaged or of an unknown architecture
-    expected = (OSError, ImportError) if source.gguf_file is None else (OSError, ImportError, ValueError)
     try:
         return load(source.path, **options)
     except UserError:
         raise
-    except expected as error:
+    except (OSError, ImportError, ValueError) as error:  # no such files, a missing package, unreadable content
         name = source.path if source.gguf_file is None else str(Path(source.path) / source.gguf_file)
         raise UserError(f"{name} could not be loaded: {str(error).strip().splitlines()[0]}") from error

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from apt_trainer.benchmark.peak import PeakRequest, measure_peak
 from apt_trainer.errors import UserError
-from apt_trainer.loading import choose_device, load_dense_shape, load_saved, source_of
+from apt_trainer.loading import choose_device, load_dense_shape, load_saved, read_config, source_of
 from apt_trainer.measure import (
     Generation,
     Latency,
@@ -67,6 +67,9 @@ def benchmark(
     settings = ModelSettings(model) if isinstance(model, str) else model
     other = None if baseline is None else replace(settings, model_name_or_path=baseline, gguf_file=None)
     place = choose_device(device)
+    for which in (settings, other):  # mistakes are told before processes start
+        if which is not None:
+            read_config(which)
     peaks = {
         name: measure_peak(PeakRequest(asdict(which), dense, max(batch_sizes), length, new_tokens, str(place)))
         for name, which, dense in (("dense", other or settings, other is None), ("pruned", settings, False))

@@ -88,4 +88,7 @@ def _use(model: PreTrainedModel, batch_size: int, length: int, new_tokens: int) 
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(run(PeakRequest(**json.loads(sys.argv[1])))) + "\n")
+    try:
+        sys.stdout.write(json.dumps(run(PeakRequest(**json.loads(sys.argv[1])))) + "\n")
+    except UserError as error:
+        sys.exit(str(error))

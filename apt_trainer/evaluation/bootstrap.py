@@ -1,7 +1,8 @@
 """Confidence intervals of means by resampling examples with replacement (percentile bootstrap).
 
 They say how much a score would move with another draw of as many examples from the same source; not how much it moves
-with another training seed, and not whether two models differ on the same examples.
+with another training seed, and not whether two models differ on the same examples. Where all examples are alike (none
+or all right) the interval has no width and says too little.
 """
 
 from __future__ import annotations

@@ -470,6 +470,15 @@ def test_pruned_decoder_is_evaluated_like_any_other(pruned_llama, task_files, tm
     assert shapes == {name: value.shape for name, value in tiny_llama().state_dict().items()}
 
 
+def test_folder_without_a_tokenizer_or_config_is_an_error(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="could not be loaded"):
+        load_tokenizer(ModelSettings(str(tmp_path)))
+    (tmp_path / "config.json").write_text('{"model_type": "no such type"}')
+    with pytest.raises(UserError, match="could not be loaded: .*no such type"):
+        load_config(ModelSettings(str(tmp_path)))
+
+
 def test_missing_text_is_told_before_the_model_loads(tmp_path):
     with pytest.raises(UserError, match=r"none\.txt: cannot be read as text"):
         evaluate_language(ModelSettings("no/such/model"), LanguageRequest(text=str(tmp_path / "none.txt")))

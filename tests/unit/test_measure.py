@@ -404,8 +404,14 @@ def test_benchmark_of_an_encoder_times_forward_passes(tmp_path, no_processes, mo
     assert [request.dense_shape for request in no_processes] == [False, False]
     assert found["disk_bytes_dense"] == size_on_disk(tmp_path / "b")
     assert "generation" not in found
-    with pytest.raises(UserError, match="device='warp' cannot be used"):
-        benchmark(str(tmp_path / "a"), device="warp")
+    no_processes.clear()
+    for given, message in (
+        ({"device": "warp"}, "device='warp' cannot be used"),
+        ({"baseline": str(tmp_path / "none")}, "none could not be loaded"),
+    ):
+        with pytest.raises(UserError, match=message):
+            benchmark(str(tmp_path / "a"), **given)
+    assert no_processes == []
 
 
 def test_table_says_what_is_within_noise():
