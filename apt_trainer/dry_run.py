@@ -14,6 +14,7 @@ from torch import nn
 
 from apt_trainer.adapters import lora
 from apt_trainer.config import APTConfig
+from apt_trainer.loading import build_model, load_inputs
 from apt_trainer.models import HIDDEN, family_of
 from apt_trainer.pruner import AdaptivePruner
 from apt_trainer.pruning.cost import flops_cost
@@ -21,7 +22,6 @@ from apt_trainer.pruning.plan import PruningPlan
 from apt_trainer.pruning.selection import select
 from apt_trainer.recipe import Recipe
 from apt_trainer.report.tables import format_bytes, format_count, markdown_table
-from apt_trainer.run import build_model, load_inputs
 from apt_trainer.schedule import Schedule, make_schedule
 from apt_trainer.tasks.trainer_options import set_task_arguments
 

@@ -168,6 +168,25 @@ def as_pruned(model: PreTrainedModel, family: ModelFamily, plan: PruningPlan) ->
             module.config = config
 
 
+def dense_shape(config: PreTrainedConfig) -> tuple[type[PreTrainedModel] | None, PreTrainedConfig]:
+    """(class, config) of the dense model that a pruned one was cut from; (None, a copy) for a stock config."""
+    architecture = getattr(config, "apt_base_architecture", None)
+    if architecture is None:
+        return None, copy.deepcopy(config)
+    cls = getattr(transformers, architecture)
+    values = config.to_dict()
+    values.pop("model_type", None)
+    stock = cls.config_class(**{name: value for name, value in values.items() if not name.startswith("apt_")})
+    stock._attn_implementation = config._attn_implementation
+    return cls, stock
+
+
+def dense_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the stock class and size that ``model`` was cut from, with random weights: for sizes and speed."""
+    cls, config = dense_shape(model.config)
+    return (cls or type(model))(config).to(model.dtype)
+
+
 def load_pruned(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a model saved by ``APTTrainer`` (or ``save_pretrained`` of one): class, sizes and weights as saved.
 

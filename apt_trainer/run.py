@@ -1,7 +1,7 @@
 """One run from a recipe to a folder: data, model, training, evaluation, measurement, records.
 
-Everything that ``apt-trainer train``, ``evaluate`` and ``benchmark`` do, without the command line. Not for the method
-itself (``trainer``, ``pruner``).
+Everything that ``apt-trainer train`` does, and ``evaluate`` on the data of a recipe, without the command line. Not for
+the method itself (``trainer``, ``pruner``), nor for language models on text (``evaluation``).
 """
 
 from __future__ import annotations
@@ -13,36 +13,31 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import EvalPrediction, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from apt_trainer.benchmark.compare import measure_speed
 from apt_trainer.config import APTConfig
 from apt_trainer.errors import UserError
-from apt_trainer.measure import (
-    PeakMemory,
-    compare_latency,
-    count_flops,
-    count_parameters,
-    example_inputs,
-    return_freed_memory,
-    size_on_disk,
-)
+from apt_trainer.evaluation.bootstrap import mean_interval
+from apt_trainer.loading import build_model, load_inputs, load_model, load_saved
+from apt_trainer.measure import PeakMemory, count_parameters, return_freed_memory, size_on_disk
 from apt_trainer.models import family_of
-from apt_trainer.pruned_model import load_pruned
+from apt_trainer.pruned_model import dense_copy
 from apt_trainer.pruner import AdaptivePruner
 from apt_trainer.recipe import Recipe, load_recipe
 from apt_trainer.report.events import read_events, write_json
 from apt_trainer.report.plots import plot_run
 from apt_trainer.schedule import make_schedule
-from apt_trainer.settings import ModelSettings, resolve_path
-from apt_trainer.tasks import TaskData, architecture_of, keeps_sequences_apart, load_task
+from apt_trainer.settings import ModelSettings
+from apt_trainer.tasks import TaskData, keeps_sequences_apart
+from apt_trainer.tasks.base import first_output
 from apt_trainer.tasks.trainer_options import data_options, set_task_arguments
 from apt_trainer.trainer import EVENTS_FILE, APTTrainer, plain_trainer
 
@@ -158,110 +153,39 @@ def _train_dense(recipe: Recipe, output: Path) -> dict[str, Any]:
     return metrics
 
 
-def evaluate(path: str, recipe: Recipe | None = None) -> dict[str, float]:
-    """Metrics of the model saved in ``path`` on the test data of ``recipe``, or of the recipe it was trained with."""
+def evaluate(model: str | ModelSettings, recipe: Recipe | None = None) -> dict[str, float]:
+    """Metrics of a saved model on the test data of ``recipe``, or of the recipe it was trained with.
+
+    ``model`` is a folder or hub name, or says more than that. The accuracy of a classification also has the ends of
+    its 95 % confidence interval, as ``…accuracy_low`` and ``…accuracy_high`` (test rows drawn with replacement).
+    """
+    path = model if isinstance(model, str) else str(model.model_name_or_path)
     recipe = recipe or recipe_of(Path(path))
-    settings = ModelSettings(model_name_or_path=path, dtype=recipe.model.dtype)
+    settings = ModelSettings(path, dtype=recipe.model.dtype) if isinstance(model, str) else model
     tokenizer, _, data = load_inputs(settings, recipe)
     args = copy.copy(recipe.training)
     args.report_to = []
     set_task_arguments(args, data, recipe.given)
-    model = load_saved(path, data)
+    predictions: list[EvalPrediction] = []
+
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        predictions.append(prediction)
+        return data.metrics["test"](prediction)
+
     trainer = plain_trainer(
-        model,
+        load_saved(settings, data),
         args,
         eval_dataset=data.test,
         processing_class=tokenizer,
-        **data_options(data, "test"),
+        **(data_options(data, "test") | {"compute_metrics": metrics}),
     )
     scores = trainer.evaluate(metric_key_prefix=data.test_name)
-    return {name: value for name, value in scores.items() if isinstance(value, float)}
-
-
-def benchmark(
-    path: str, baseline: str | None = None, batch_sizes: Sequence[int] = (1, 32), length: int = 128
-) -> dict[str, Any]:
-    """Sizes, FLOPs and latency of the model in ``path`` beside ``baseline`` (default: its own dense shape)."""
-    model = load_saved(path)
-    dense = dense_copy(model) if baseline is None else load_saved(resolve_path(baseline))
-    return {
-        "metric_name": "",
-        "total_params_dense": count_parameters(dense),
-        "total_params": count_parameters(model),
-        "block_params_dense": _block_parameters(dense),
-        "block_params": _block_parameters(model),
-        "disk_bytes_dense": sum(p.numel() * p.element_size() for p in dense.parameters()),
-        "disk_bytes": size_on_disk(Path(path)),
-        **measure_speed(model, batch_sizes, length, dense),
-    }
-
-
-def measure_speed(
-    model: PreTrainedModel, batch_sizes: Sequence[int], length: int, dense: PreTrainedModel | None = None
-) -> dict[str, Any]:
-    """Latency and forward FLOPs of ``model`` and of its dense shape, measured interleaved in this process."""
-    dense = (dense or dense_copy(model)).to(model.device)
-    timed = compare_latency({"dense": dense, "pruned": model}, list(batch_sizes), length)
-    inputs = example_inputs(model, 1, length)
-    return {
-        "latency_length": length,
-        "latency_ms": {
-            name: {str(batch): {"median_ms": t.median_ms, "iqr_ms": t.iqr_ms} for batch, t in of_model.items()}
-            for name, of_model in timed.items()
-        },
-        "flops_dense": count_flops(dense, inputs),
-        "flops": count_flops(model, inputs),
-    }
-
-
-def dense_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the stock class and size that ``model`` was cut from, with random weights: for sizes and speed."""
-    config = model.config
-    architecture = getattr(config, "apt_base_architecture", None)
-    cls = type(model) if architecture is None else getattr(transformers, architecture)
-    values = config.to_dict()
-    values.pop("model_type", None)
-    stock = cls.config_class(**{k: v for k, v in values.items() if not k.startswith("apt_")})
-    stock._attn_implementation = config._attn_implementation
-    return cls(stock).to(model.dtype)  # type: ignore[no-any-return]
-
-
-def load_inputs(model: ModelSettings, recipe: Recipe) -> tuple[Any, Any, TaskData]:
-    """(tokenizer, config, data) of ``model`` on the data of ``recipe``; reads no weights."""
-    args = recipe.training
-    tokenizer, config = load_tokenizer(model), load_config(model)
-    seed = args.seed if args.data_seed is None else args.data_seed
-    data = load_task(
-        recipe.data,
-        tokenizer,
-        seed,
-        max_positions=max_positions(config),
-        architecture=architecture_of(config),
-    )
-    return tokenizer, config, data
-
-
-def load_tokenizer(settings: ModelSettings) -> Any:
-    path = settings.tokenizer_name_or_path or settings.model_name_or_path
-    if path is None:
-        raise UserError("model_name_or_path is missing. Give a hub name, a local folder or package:NAME/folder.")
-    options = {"revision": settings.model_revision, "trust_remote_code": settings.trust_remote_code}
-    return _from_hub(AutoTokenizer.from_pretrained, path, **options)
-
-
-def load_config(settings: ModelSettings) -> Any:
-    assert settings.model_name_or_path is not None
-    options = {"revision": settings.model_revision, "trust_remote_code": settings.trust_remote_code}
-    return _from_hub(AutoConfig.from_pretrained, settings.model_name_or_path, **options)
-
-
-def build_model(config: Any, data: TaskData, device: str) -> PreTrainedModel:
-    """A model for the task on ``device`` ("meta" for shapes alone), without loading weights."""
-    config = copy.deepcopy(config)
-    for name, value in data.model_kwargs.items():
-        setattr(config, name, value)
-    with torch.device(device):
-        return getattr(transformers, data.model_class).from_config(config)  # type: ignore[no-any-return]
+    scores = {name: value for name, value in scores.items() if isinstance(value, float)}
+    if recipe.data.task == "classification":
+        right = first_output(predictions[0].predictions).argmax(-1) == predictions[0].label_ids
+        low, high = mean_interval(right)
+        scores |= {f"{data.test_name}_accuracy_low": low, f"{data.test_name}_accuracy_high": high}
+    return scores
 
 
 def check_before_loading(config: Any, data: TaskData, args: APTConfig) -> None:
@@ -276,42 +200,11 @@ def check_before_loading(config: Any, data: TaskData, args: APTConfig) -> None:
     AdaptivePruner(build_model(config, data, "meta"), settings)
 
 
-def load_model(settings: ModelSettings, data: TaskData, path: str | None = None) -> PreTrainedModel:
-    """The pretrained model with the head of the task (fresh where the checkpoint has none)."""
-    auto = getattr(transformers, data.model_class)
-    options = {
-        "revision": settings.model_revision,
-        "trust_remote_code": settings.trust_remote_code,
-        "dtype": settings.dtype,
-        "ignore_mismatched_sizes": path is None,
-        **({"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}),
-        **data.model_kwargs,
-    }
-    return _from_hub(auto.from_pretrained, path or str(settings.model_name_or_path), **options)  # type: ignore[no-any-return]
-
-
-def load_saved(path: str, data: TaskData | None = None) -> PreTrainedModel:
-    """A finished model, pruned or stock, with the head it was saved with."""
-    config = _from_hub(AutoConfig.from_pretrained, path)
-    if getattr(config, "apt_base_architecture", None):
-        return load_pruned(path)
-    if data is not None:
-        return _from_hub(getattr(transformers, data.model_class).from_pretrained, path)  # type: ignore[no-any-return]
-    cls = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
-    return _from_hub(cls.from_pretrained, path)  # type: ignore[no-any-return]
-
-
 def recipe_of(path: Path) -> Recipe:
     """The recipe that a finished run was started with."""
     if not (path / RECIPE_FILE).is_file():
         raise UserError(f"{path} holds no {RECIPE_FILE}. Name the data with --config.")
     return load_recipe(str(path / RECIPE_FILE), ["--output_dir", str(path)])
-
-
-def max_positions(config: Any) -> int | None:
-    """Longest input in tokens, None when the config does not say."""
-    limit = getattr(config, "max_position_embeddings", None)
-    return None if limit is None else int(limit)
 
 
 def versions() -> dict[str, str]:
@@ -322,14 +215,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _from_hub(load: Any, path: str, **options: Any) -> Any:
-    local = resolve_path(path)
-    try:
-        return load(local, **options)
-    except OSError as error:
-        raise UserError(f"{path} could not be loaded: {str(error).splitlines()[0]}") from error
 
 
 def _checkpoint_to_resume(output: Path, asked: Any) -> str | None:
@@ -350,11 +235,6 @@ def _checkpoint_to_resume(output: Path, asked: Any) -> str | None:
             "Choose another output_dir, remove it, or set resume_from_checkpoint: true."
         )
     return None
-
-
-def _block_parameters(model: PreTrainedModel) -> int:
-    blocks = tuple(path + "." for path in family_of(model.config).block_modules(model))
-    return sum(p.numel() for name, p in model.named_parameters() if name.startswith(blocks))
 
 
 def _write_records(output: Path, metrics: Mapping[str, Any], trainer: APTTrainer, data: TaskData) -> None:

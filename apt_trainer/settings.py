@@ -61,7 +61,12 @@ class ModelSettings:
     """Which pretrained model is trained."""
 
     model_name_or_path: str | None = setting(
-        None, "Hub name, local folder, or 'package:NAME/folder' for a folder inside an installed Python package."
+        None,
+        "Hub name, local folder, or 'package:NAME/folder' for a folder inside an installed Python package; or the "
+        "path of a GGUF file.",
+    )
+    gguf_file: str | None = setting(
+        None, "GGUF file in that folder, for tokenizer, config and weights; these are de-quantised, to type dtype."
     )
     tokenizer_name_or_path: str | None = setting(None, "Tokenizer, if it is not beside the model.")
     model_revision: str = setting("main", "Branch, tag or commit on the hub.")

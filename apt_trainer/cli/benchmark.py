@@ -5,33 +5,70 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-HELP = "Measure a saved model against a dense one: parameters, FLOPs, latency, memory."
+HELP = "Measure a saved model against a dense one: parameters, FLOPs, latency or generation speed, memory."
 TAKES_SETTINGS = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="folder of a saved model")
+    parser.add_argument("path", metavar="PATH", help="folder of a saved model, hub name or GGUF file")
     parser.add_argument(
         "--baseline", metavar="MODEL", help="model to compare with (default: the dense shape of the pruned one)"
     )
     parser.add_argument(
-        "--batch_sizes", type=_positive, nargs="+", default=[1, 32], metavar="N", help="batch sizes (default: 1 32)"
+        "--batch_sizes", type=positive, nargs="+", default=[1, 32], metavar="N", help="batch sizes (default: 1 32)"
     )
     parser.add_argument(
-        "--length", type=_positive, default=128, metavar="N", help="sequence length in tokens (default: 128)"
+        "--length", type=positive, default=128, metavar="N", help="sequence or prompt length in tokens (default: 128)"
     )
+    parser.add_argument(
+        "--new_tokens", type=positive, default=32, metavar="N", help="tokens to generate, if it can (default: 32)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16", "auto"],
+        default="float32",
+        help="type of the weights (default: float32)",
+    )
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda … (default: the accelerator if there is one)")
+    parser.add_argument("--output", metavar="FILE.json", help="write all numbers there; '-' prints them")
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from apt_trainer import run as runs
+    from apt_trainer.benchmark.compare import benchmark
     from apt_trainer.report.tables import comparison_table
+    from apt_trainer.settings import ModelSettings
 
-    metrics = runs.benchmark(args.path, baseline=args.baseline, batch_sizes=args.batch_sizes, length=args.length)
-    print(comparison_table(metrics))
+    metrics = benchmark(
+        ModelSettings(args.path, dtype=args.dtype),
+        baseline=args.baseline,
+        batch_sizes=args.batch_sizes,
+        length=args.length,
+        new_tokens=args.new_tokens,
+        device=args.device,
+    )
+    write_result(args.output, metrics, comparison_table(metrics, with_flops=True))
     return 0
 
 
-def _positive(word: str) -> int:
+def write_result(output: str | None, numbers: dict[str, object], table: str) -> None:
+    """Print the table and write the numbers to a file; with "-" print the numbers instead."""
+    if output == "-":
+        import json
+
+        print(json.dumps(numbers, indent=2))
+        return
+    print(table)
+    if output is not None:
+        from pathlib import Path
+
+        from apt_trainer.report.events import write_json
+
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(output), numbers)
+        print(f"wrote {output}")
+
+
+def positive(word: str) -> int:
     number = int(word)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{word} is not positive")

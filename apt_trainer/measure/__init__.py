@@ -6,20 +6,32 @@ Knows nothing about training or pruning. Every function takes a plain :class:`to
 from __future__ import annotations
 
 from apt_trainer.measure.flops import count_flops
-from apt_trainer.measure.latency import Latency, compare_latency, example_inputs, ratio_is_noise
-from apt_trainer.measure.memory import PeakMemory, current_memory_bytes, peak_memory_bytes, return_freed_memory
+from apt_trainer.measure.generation import Generation, compare_generation, generate_once
+from apt_trainer.measure.latency import Latency, compare_latency, evaluating, example_inputs, ratio_is_noise
+from apt_trainer.measure.memory import (
+    PeakMemory,
+    current_memory_bytes,
+    peak_memory_bytes,
+    reset_peak,
+    return_freed_memory,
+)
 from apt_trainer.measure.params import count_parameters, size_on_disk, trainable_parameters
 
 __all__ = [
+    "Generation",
     "Latency",
     "PeakMemory",
+    "compare_generation",
     "compare_latency",
     "count_flops",
     "count_parameters",
     "current_memory_bytes",
+    "evaluating",
     "example_inputs",
+    "generate_once",
     "peak_memory_bytes",
     "ratio_is_noise",
+    "reset_peak",
     "return_freed_memory",
     "size_on_disk",
     "trainable_parameters",

@@ -1,16 +1,17 @@
-"""Wall-clock time of forward passes, compared between models.
+"""Wall-clock time of forward passes, and of anything else that models do in turns.
 
 Single forward calls are timed with ``time.perf_counter`` while the models take turns (A B A B …), so that drift of
 the machine (heat, other processes) hits all of them alike. ``torch.utils.benchmark.Timer`` is not used because it
-finishes one statement before it starts the next. Not for throughput of generation or of a data pipeline.
+finishes one statement before it starts the next. Not for generation (``generation``) or a data pipeline.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -89,13 +90,14 @@ def compare_latency(
         For each name a :class:`Latency` per batch size.
     """
     results: dict[str, dict[int, Latency]] = {name: {} for name in models}
-    with ExitStack() as stack:
-        for model in models.values():
-            stack.enter_context(_evaluating(model))
-        stack.enter_context(torch.inference_mode())
+    with evaluating(*models.values()):
         for batch_size in batch_sizes:
-            for name, seconds in _time_in_turns(models, batch_size, length, min_runs, max_seconds).items():
-                results[name][batch_size] = _summarise(seconds)
+            calls = {
+                name: partial(_forward, model, example_inputs(model, batch_size, length))
+                for name, model in models.items()
+            }
+            for name, (latency,) in take_turns(calls, min_runs, max_seconds).items():
+                results[name][batch_size] = latency
     return results
 
 
@@ -104,44 +106,47 @@ def ratio_is_noise(a: Latency, b: Latency) -> bool:
     return abs(a.median_ms - b.median_ms) <= (a.iqr_ms + b.iqr_ms) / 2
 
 
-def _time_in_turns(
-    models: Mapping[str, nn.Module], batch_size: int, length: int, min_runs: int, max_seconds: float
-) -> dict[str, list[float]]:
-    """Seconds of each forward call per model."""
-    batches = {name: example_inputs(model, batch_size, length) for name, model in models.items()}
+def take_turns(
+    calls: Mapping[str, Callable[[], Sequence[float]]], min_runs: int, max_seconds: float
+) -> dict[str, list[Latency]]:
+    """Run the calls one after the other, round after round, as :func:`compare_latency` describes.
+
+    Args:
+        calls: By name, what to run; each returns the seconds of one or several parts of its work, always as many.
+
+    Returns:
+        For each name a :class:`Latency` per part.
+    """
     for _ in range(WARM_UP_CALLS):
-        for name, model in models.items():
-            _seconds_of_call(model, batches[name])
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+        for call in calls.values():
+            call()
+    seconds: dict[str, list[Sequence[float]]] = {name: [] for name in calls}
     start = time.perf_counter()
     while True:
-        for name, model in models.items():
-            seconds[name].append(_seconds_of_call(model, batches[name]))
+        for name, call in calls.items():
+            seconds[name].append(call())
+        latencies = {name: [_summarise(part) for part in zip(*runs, strict=True)] for name, runs in seconds.items()}
+        steady = all(part.iqr_ms <= STEADY * part.median_ms for parts in latencies.values() for part in parts)
         rounds = min(map(len, seconds.values()), default=min_runs)
-        if rounds >= min_runs and (time.perf_counter() - start >= max_seconds or _all_steady(seconds)):
-            return seconds
+        if rounds >= min_runs and (steady or time.perf_counter() - start >= max_seconds):
+            return latencies
 
 
-def _seconds_of_call(model: nn.Module, batch: dict[str, Tensor]) -> float:
+def _forward(model: nn.Module, batch: dict[str, Tensor]) -> tuple[float]:
     device = batch["input_ids"].device
-    _synchronize(device)
-    start = time.perf_counter()
+    start = now(device)
     model(**batch)
-    _synchronize(device)
-    return time.perf_counter() - start
+    return (now(device) - start,)
 
 
-def _synchronize(device: torch.device) -> None:
+def now(device: torch.device) -> float:
+    """Seconds on a clock of this process, once the device has done all it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
-def _all_steady(seconds: Mapping[str, list[float]]) -> bool:
-    latencies = [_summarise(values) for values in seconds.values()]
-    return all(latency.iqr_ms <= STEADY * latency.median_ms for latency in latencies)
-
-
-def _summarise(seconds: list[float]) -> Latency:
+def _summarise(seconds: Sequence[float]) -> Latency:
     low, median, high = np.percentile(np.asarray(seconds) * 1000, (25, 50, 75))
     return Latency(float(median), float(high - low), len(seconds))
 
@@ -151,12 +156,14 @@ def _device_of(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every sub-module gets back the flag that it had."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation and inference mode; afterwards every sub-module gets back the training flag that it had."""
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
     try:
-        yield
+        with torch.inference_mode():
+            yield
     finally:
         for module, training in flags:
             module.training = training

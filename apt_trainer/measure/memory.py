@@ -49,6 +49,22 @@ def return_freed_memory(block_bytes: int = 1 << 20) -> bool:
     return mallopt is not None and bool(mallopt(_M_MMAP_THRESHOLD, block_bytes))
 
 
+def reset_peak(device: torch.device | str = "cpu") -> bool:
+    """Start the peak of this process anew at what is in use now; says whether that was possible.
+
+    On the CPU only Linux can do it (``/proc/self/clear_refs``).
+    """
+    device = torch.device(device)
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return _peak_resident_bytes() <= 1.05 * current_memory_bytes()  # some sandboxes take the write and do nothing
+
+
 class PeakMemory:
     """Peak memory of a piece of work, without what was there before it.
 

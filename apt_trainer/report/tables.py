@@ -32,14 +32,16 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column])
     return "\n".join([lines[0], _line(rule, widths), *lines[1:]])
 
 
-def comparison_table(metrics: Mapping[str, Any]) -> str:
+def comparison_table(metrics: Mapping[str, Any], with_flops: bool = False) -> str:
     """Set the pruned model beside the dense one.
 
     Args:
         metrics: Content of ``metrics.json``. Read keys: ``task_metric`` (pruned), ``task_metric_dense``,
             ``metric_name``; ``block_params``, ``total_params``, ``disk_bytes`` each also with ``_dense``;
-            ``latency_ms`` = {"dense" | "pruned": {batch size: {"median_ms", "iqr_ms"}}}; ``train_seconds`` and
+            ``latency_ms`` = {"dense" | "pruned": {batch size: {"median_ms", "iqr_ms"}}}; ``generation`` and
+            ``inference_memory`` as :func:`apt_trainer.benchmark.compare.benchmark` gives them; ``train_seconds`` and
             ``peak_memory_bytes`` of the run that made the pruned model. Any of them may be absent.
+        with_flops: Show ``flops`` and ``flops_dense`` too.
 
     Returns:
         Table with the columns measure, dense, pruned and pruned / dense.
@@ -51,7 +53,12 @@ def comparison_table(metrics: Mapping[str, Any]) -> str:
         ("size on disk", "disk_bytes", format_bytes),
     ]
     rows = [_compared(label, metrics.get(f"{key}_dense"), metrics.get(key), form) for label, key, form in measures]
+    if with_flops:
+        rows.append(_compared("FLOPs, one forward", metrics.get("flops_dense"), metrics.get("flops"), format_count))
     rows += _latency_rows(metrics.get("latency_ms") or {})
+    rows += _generation_rows(metrics)
+    peaks = {name: peak["peak_bytes"] for name, peak in (metrics.get("inference_memory") or {}).items()}
+    rows.append(_compared("peak memory in use", peaks.get("dense"), peaks.get("pruned"), format_bytes))
     measures = [
         ("training time", "train_seconds", format_seconds),
         ("peak memory in training", "peak_memory_bytes", format_bytes),
@@ -60,6 +67,35 @@ def comparison_table(metrics: Mapping[str, Any]) -> str:
     rows = [row for row in rows if row["dense"] != MISSING or row["pruned"] != MISSING]
     headers = ("measure", "dense", "pruned", "pruned / dense")
     return markdown_table(rows, [(header, header, None) for header in headers])
+
+
+def scores_table(found: Mapping[str, Any]) -> str:
+    """Table of scores with their confidence intervals.
+
+    Args:
+        found: What ``evaluate`` writes: ``task`` (metric to number), ``perplexity`` and ``lm_eval``, each optional.
+    """
+    rows: list[dict[str, Any]] = []
+    task = found.get("task") or {}
+    for name, value in task.items():
+        if not name.endswith(("_low", "_high")):
+            ends = (task.get(f"{name}_low"), task.get(f"{name}_high"))
+            rows.append({"measure": name, "value": value, "ends": ends})
+    if text := found.get("perplexity"):
+        row = {"measure": f"perplexity, windows of {text['window']:,}", "on": f"{text['predicted_tokens']:,} tokens"}
+        rows.append(row | {"value": text["value"], "ends": (text["low"], text["high"])})
+    for name, result in (found.get("lm_eval") or {}).items():
+        on = f"{result['examples']:,} examples" if result["examples"] else None
+        for metric, score in result["metrics"].items():
+            ends = (score.get("low"), score.get("high"))
+            rows.append({"measure": f"{name}, {metric}", "value": score["value"], "ends": ends, "on": on})
+    columns: list[Column] = [
+        ("measure", "measure", None),
+        ("value", "value", "{:.4f}".format),
+        ("ends", "95 % interval", _format_interval),
+        ("on", "on", None),
+    ]
+    return markdown_table(rows, columns)
 
 
 def format_bytes(count: float | None) -> str:
@@ -93,6 +129,38 @@ def _latency_rows(latency: Mapping[str, Mapping[str, Any]]) -> list[dict[str, st
             row["pruned / dense"] = _ratio(a.median_ms, b.median_ms) + noise
         rows.append(row)
     return rows
+
+
+def _generation_rows(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Tokens per second of prompt and decoding, and the cache, per batch size."""
+    speeds = metrics.get("generation") or {}
+    dense, pruned = speeds.get("dense") or {}, speeds.get("pruned") or {}
+    rows = []
+    for batch_size in sorted(set(dense) & set(pruned), key=int):
+        size = f"batch {batch_size} × {metrics['prompt_length']}"
+        for part in ("prefill", "decode"):
+            a, b = (_rate(of_model[batch_size], part) for of_model in (dense, pruned))
+            row = _compared(f"{part}, {size}", a, b, _format_rate)
+            noise = " (within noise)" if metrics["within_noise"][batch_size][part] else ""
+            row["pruned / dense"] = _ratio(a[0], b[0]) + noise
+            rows.append(row)
+        caches = [of_model[batch_size]["cache_bytes"] for of_model in (dense, pruned)]
+        rows.append(_compared(f"cache, {size} + {metrics['new_tokens']}", caches[0], caches[1], format_bytes))
+    return rows
+
+
+def _rate(speed: Mapping[str, Any], part: str) -> tuple[float, float]:
+    """(tokens per second, interquartile range over median in percent)."""
+    times = speed[f"{part}_ms"]
+    return speed[f"{part}_tokens_per_second"], 100 * times["iqr_ms"] / times["median_ms"]
+
+
+def _format_rate(rate: tuple[float, float]) -> str:
+    return f"{rate[0]:,.1f} tokens/s (IQR {rate[1]:.0f} %)"
+
+
+def _format_interval(ends: tuple[float | None, float | None]) -> str:
+    return MISSING if ends[0] is None else f"{ends[0]:.4f} to {ends[1]:.4f}"
 
 
 def _compared(label: str, dense: Any, pruned: Any, form: Callable[[Any], str]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import subprocess
 import sys
 import time
@@ -35,10 +36,11 @@ def test_help_of_each_verb(verb, record_property):
     assert done.stdout.startswith(f"usage: apt-trainer {verb}")
 
 
-def test_help_needs_no_heavy_import():
+@pytest.mark.parametrize("verb", ["train", "evaluate", "benchmark"])
+def test_help_needs_no_heavy_import(verb):
     code = (
         "import sys; from apt_trainer.cli import main\n"
-        "try: main(['train', '--help'])\n"
+        f"try: main([{verb!r}, '--help'])\n"
         "finally: print(sorted(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
@@ -157,16 +159,59 @@ def test_evaluate_leaves_the_output_dir_of_the_recipe_alone(monkeypatch, capsys,
     assert not (tmp_path / "out").exists()
 
 
+def test_evaluate_on_a_text_and_tasks_needs_no_recipe(monkeypatch, capsys, tmp_path):
+    calls = []
+    text = {"value": 21.5, "low": 20.0, "high": 23.0, "window": 64, "predicted_tokens": 4032}
+    tasks = {"piqa": {"examples": 8, "metrics": {"acc": {"value": 0.75, "low": 0.5, "high": 1.0}}}}
+    monkeypatch.setattr("apt_trainer.run.evaluate", lambda *_: pytest.fail("no data are named"))
+    monkeypatch.setattr(
+        "apt_trainer.evaluation.saved.evaluate_language",
+        lambda *given: calls.append(given) or {"perplexity": text, "lm_eval": tasks},
+    )
+    words = ["--perplexity", "a.txt", "--window", "64", "--lm_eval", "piqa,b.yaml", "--limit", "8"]
+    file = tmp_path / "new" / "scores.json"
+    assert cli.main(["evaluate", "m.gguf", *words, "--dtype", "bfloat16", "--output", str(file)]) == 0
+    ((settings, request),) = calls
+    assert (settings.model_name_or_path, settings.dtype) == ("m.gguf", "bfloat16")
+    assert (request.text, request.window, request.stride) == ("a.txt", 64, None)
+    assert (request.tasks, request.limit, request.batch_size) == (["piqa", "b.yaml"], 8, 1)
+    lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "|" in line]
+    cells = [[cell.strip() for cell in line] for line in lines]
+    assert cells[2] == ["perplexity, windows of 64", "21.5000", "20.0000 to 23.0000", "4,032 tokens"]
+    assert cells[3] == ["piqa, acc", "0.7500", "0.5000 to 1.0000", "8 examples"]
+    assert json.loads(file.read_text()) == {"model": "m.gguf", "perplexity": text, "lm_eval": tasks}
+
+
+def test_evaluate_prints_numbers_alone_where_output_is_a_dash(monkeypatch, capsys):
+    scores = {"test_accuracy": 0.5, "test_accuracy_low": 0.25, "test_accuracy_high": 0.75}
+    monkeypatch.setattr("apt_trainer.run.evaluate", lambda model, recipe: scores)
+    assert cli.main(["evaluate", "saved", "--output", "-"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"model": "saved", "task": scores}
+    assert cli.main(["evaluate", "saved"]) == 0
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == ["test_accuracy", "0.5000", "0.2500 to 0.7500", "–"]
+
+
+def test_evaluate_hands_settings_of_the_model_on(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr("apt_trainer.run.evaluate", lambda model, recipe: calls.append(model) or {"f1": 1.0})
+    assert cli.main(["evaluate", "folder", "--gguf_file", "a.gguf", "--task", "regression"]) == 0
+    assert (calls[0].model_name_or_path, calls[0].gguf_file, calls[0].dtype) == ("folder", "a.gguf", "float32")
+
+
 def test_benchmark_prints_dense_against_pruned(monkeypatch, capsys):
     calls = []
-    numbers = {"metric_name": "", "total_params_dense": 2000, "total_params": 500}
+    numbers = {"metric_name": "", "total_params_dense": 2000, "total_params": 500, "flops_dense": 10, "flops": 4}
     monkeypatch.setattr(
-        "apt_trainer.run.benchmark", lambda *path, **settings: calls.append((path, settings)) or numbers
+        "apt_trainer.benchmark.compare.benchmark", lambda model, **sizes: calls.append((model, sizes)) or numbers
     )
-    assert cli.main(["benchmark", "saved", "--batch_sizes", "1", "4", "--length", "16"]) == 0
-    assert calls == [(("saved",), {"baseline": None, "batch_sizes": [1, 4], "length": 16})]
-    row = next(line for line in capsys.readouterr().out.splitlines() if "2.0 k" in line)
-    assert "500" in row
+    assert cli.main(["benchmark", "saved", "--batch_sizes", "1", "4", "--length", "16", "--dtype", "bfloat16"]) == 0
+    ((settings, sizes),) = calls
+    assert (settings.model_name_or_path, settings.dtype) == ("saved", "bfloat16")
+    assert sizes == {"baseline": None, "batch_sizes": [1, 4], "length": 16, "new_tokens": 32, "device": None}
+    lines = capsys.readouterr().out.splitlines()
+    assert "500" in next(line for line in lines if "2.0 k" in line)
+    assert "40.0 %" in next(line for line in lines if "FLOPs" in line)
 
 
 # ---- several processes ----

@@ -12,7 +12,7 @@ from apt_trainer.recipe import check_recipe, load_recipe, read_values
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHIPPED = sorted(
-    p for p in (REPOSITORY / "recipes").rglob("*.yaml") if p.parent.name not in ("accelerate", "ablations")
+    p for p in (REPOSITORY / "recipes").rglob("*.yaml") if p.parent.name not in ("accelerate", "ablations", "lm_eval")
 )
 
 
