@@ -40,6 +40,17 @@ LANGUAGE_MODELS = {
     "mistral": "ForCausalLM",
     "qwen2": "ForCausalLM",
     "qwen3": "ForCausalLM",
+    "gpt2": "ForCausalLM",
+    "gemma2": "ForCausalLM",
+    "gemma3_text": "ForCausalLM",
+    "smollm3": "ForCausalLM",
+    "olmo2": "ForCausalLM",
+    "phi3": "ForCausalLM",
+    "t5": "ForConditionalGeneration",
+    "mt5": "ForConditionalGeneration",
+    "opt": "ForCausalLM",
+    "gpt_neox": "ForCausalLM",
+    "modernbert": "ForMaskedLM",
 }
 ALL_TASKS = TASKS | {"ForCausalLM": AutoModelForCausalLM, "ForConditionalGeneration": AutoModelForSeq2SeqLM}
 
@@ -70,12 +81,33 @@ def _of_language_model(family: str, layers: int, dropout: float) -> dict[str, ob
     sizes: dict[str, object] = {"bos_token_id": 0, "eos_token_id": 2, "attention_dropout": dropout}
     grouped = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 6}  # 4 units of 12 channels
     common = {"hidden_size": WIDTH, "num_hidden_layers": layers, "intermediate_size": 20}
+    windows = {
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"][:layers],
+    }
+    stacks = {"d_model": WIDTH, "d_kv": 6, "num_heads": HEADS, "d_ff": 20, "dropout_rate": dropout}
+    stacks |= {"num_layers": layers, "num_decoder_layers": max(1, layers - 1)}
     special: dict[str, dict[str, object]] = {
         "llama": grouped | {"attention_bias": True},
         "mistral": grouped | {"sliding_window": 5},
         "qwen2": grouped | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
         "qwen3": grouped,
+        "gpt2": {"attn_pdrop": dropout, "resid_pdrop": dropout, "embd_pdrop": dropout, "n_inner": 20},
+        "gemma2": grouped | windows | {"attn_logit_softcapping": None},
+        "gemma3_text": grouped | windows,
+        "smollm3": grouped | {"no_rope_layers": [1, 0, 1][:layers]},
+        "olmo2": grouped,
+        "phi3": grouped | {"resid_pdrop": dropout},
+        "t5": stacks | {"feed_forward_proj": "relu"},
+        "mt5": stacks | {"feed_forward_proj": "gated-gelu"},
+        "opt": {"ffn_dim": 20, "word_embed_proj_dim": WIDTH, "dropout": dropout},
+        "gpt_neox": {"num_attention_heads": HEADS, "hidden_dropout": dropout},
+        "modernbert": {"num_attention_heads": HEADS, "local_attention": 6, "cls_token_id": 0, "sep_token_id": 2},
     }
+    if family in ("t5", "mt5"):
+        return {"eos_token_id": 2, "decoder_start_token_id": 1} | special[family]
+    if family in ("gpt2", "opt"):
+        common |= {"num_attention_heads": HEADS}
     return sizes | common | special[family]
 
 
@@ -91,12 +123,15 @@ def tiny_model(
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int) -> None:
-    """Draw every parameter anew: norms' weights around 1, everything else around 0."""
+    """Draw every parameter anew: norms' weights around 1, others around 0, smaller where scores are not scaled."""
     generator = torch.Generator().manual_seed(seed)
     norms = {id(m.weight) for m in model.modules() if type(m).__name__.endswith("Norm") and hasattr(m, "weight")}
     for parameter in model.parameters():
         drawn = torch.randn(parameter.shape, generator=generator) * 0.3
         parameter.copy_(1 + drawn if id(parameter) in norms else drawn)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("Attention.q.weight", "Attention.k.weight")):
+            parameter.mul_(0.5)
 
 
 def adapted(model: PreTrainedModel, rank: int = 3, everywhere: bool = False) -> PreTrainedModel:
@@ -126,13 +161,19 @@ def tiny_batch(model: PreTrainedModel, padded: bool = True, size: int = 4, lengt
         for row in range(size):
             mask[row, length - row % 4 :] = 0
     ids = torch.where(mask.bool(), ids, 1)
-    batch = {"input_ids": ids, "attention_mask": mask}
     name = type(model).__name__
+    if name.endswith("T5ForSequenceClassification"):  # looks for the end of each text
+        ids[torch.arange(size), mask.sum(1) - 1] = model.config.eos_token_id
+    batch = {"input_ids": ids, "attention_mask": mask}
     if name.endswith("ForSequenceClassification"):
         batch["labels"] = torch.randint(LABELS, (size,), generator=generator)
     elif name.endswith("ForQuestionAnswering"):
         batch["start_positions"] = torch.randint(3, (size,), generator=generator)
         batch["end_positions"] = torch.randint(3, (size,), generator=generator)
+    elif name.endswith("ForConditionalGeneration"):  # as long as no input, and padded in other rows
+        labels = torch.randint(4, VOCABULARY, (size, length - 2), generator=generator)
+        kept = torch.arange(length - 2) < length - 2 - torch.arange(size)[:, None].flip(0) % 3
+        batch["labels"] = torch.where(kept | (not padded), labels, -100)
     else:
         classes = LABELS if name.endswith("ForTokenClassification") else VOCABULARY
         labels = torch.randint(classes, (size, length), generator=generator)

@@ -9,9 +9,26 @@ from apt_trainer.models.base import HIDDEN, Kind, SizeAttribute, Slice, Space, S
 from apt_trainer.models.bert import BERT, ROBERTA
 from apt_trainer.models.distilbert import DISTILBERT
 from apt_trainer.models.family import Head, ModelFamily, StackTable, SublayerTable
-from apt_trainer.models.llama import LLAMA
+from apt_trainer.models.gpt import GPT2, GPT_NEOX, OPT
+from apt_trainer.models.llama import GEMMA, LLAMA, OLMO2, PHI3, SMOLLM3
+from apt_trainer.models.modernbert import MODERNBERT
+from apt_trainer.models.t5 import T5
 
-_TABLES = (BERT, ROBERTA, DISTILBERT, LLAMA)
+_TABLES = (
+    BERT,
+    ROBERTA,
+    DISTILBERT,
+    MODERNBERT,
+    LLAMA,
+    SMOLLM3,
+    GEMMA,
+    OLMO2,
+    PHI3,
+    GPT2,
+    GPT_NEOX,
+    OPT,
+    T5,
+)
 
 FAMILIES: dict[str, ModelFamily] = {name: family for family in _TABLES for name in family.model_types}
 

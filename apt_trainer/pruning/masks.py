@@ -170,7 +170,7 @@ def masked_norm(module: nn.Module, x: torch.Tensor, mask: torch.Tensor) -> torch
     With a mask of zeros and ones this equals the norm of the selected dimensions; with ones, the plain norm.
     Any norm that is not ``nn.LayerNorm`` is taken to be of RMS type.
     """
-    live = mask.sum()
+    live = mask.sum().clamp_min(1e-6)  # heads that are normalised together may all be off
     if isinstance(module, nn.LayerNorm):
         x32 = x.float()
         mean = (x32 * mask).sum(-1, keepdim=True) / live
