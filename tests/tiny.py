@@ -93,7 +93,7 @@ def _of_language_model(family: str, layers: int, dropout: float) -> dict[str, ob
         "qwen2": grouped | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
         "qwen3": grouped,
         "gpt2": {"attn_pdrop": dropout, "resid_pdrop": dropout, "embd_pdrop": dropout, "n_inner": 20},
-        "gemma2": grouped | windows | {"attn_logit_softcapping": None},
+        "gemma2": grouped | windows,
         "gemma3_text": grouped | windows,
         "smollm3": grouped | {"no_rope_layers": [1, 0, 1][:layers]},
         "olmo2": grouped,

@@ -162,23 +162,21 @@ def test_gradients_under_binary_masks_equal_those_of_the_cut(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_cut_heads_and_neurons_equal_zeroed_output_columns(name: str) -> None:
-    """An independent reference: the output projections of a dense model ignore the units that go."""
-    model = language_model(name)
+    """An independent reference: the output projections of a dense model ignore the units that go. In double precision,
+    since norms behind a sublayer raise rounding errors."""
+    model = language_model(name).double()
     _, spaces, _ = parts(model)
     plan = random_plan(spaces, PruningPlan.dense(spaces), 32, ("heads", "neurons"))
+    # Heads that are normalised together stay: lost ones count in the statistics of a dense model.
+    whole = {space.name: tuple(range(space.size)) for space in spaces if space.norms and space.name != HIDDEN}
+    plan = PruningPlan({**plan.kept, **whole})
     reference = copy.deepcopy(model)
-    normed = {space.name for space in spaces if space.norms and space.name != HIDDEN}
     for space in spaces[:-1]:
         lost = torch.tensor(sorted(set(range(space.size)) - set(plan.kept[space.name])), dtype=torch.long)
         columns = (lost[:, None] * space.channels + torch.arange(space.channels)).reshape(-1)
         gate = reference.get_submodule(space.gate)
         with torch.no_grad():
             (gate.weight.t() if isinstance(gate, Conv1D) else gate.weight)[:, columns] = 0
-    if normed:  # heads that are normalised together: the lost ones count in the statistics of a dense model
-        plan = PruningPlan(dict(plan.kept) | {key: PruningPlan.dense(spaces).kept[key] for key in normed})
-        for space in (space for space in spaces if space.name in normed):
-            gate = dict(model.named_modules())[space.gate].weight
-            reference.get_submodule(space.gate).weight.data.copy_(gate)
     batch = tiny_batch(model)
     assert close(logits(cut(model, plan), batch), logits(reference, batch))
     assert gap(logits(model, batch), logits(reference, batch)) > 1e-2

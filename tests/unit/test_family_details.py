@@ -289,6 +289,19 @@ def test_scales_of_gemma_come_from_the_dense_width(name: str) -> None:
     assert float(small.model.embed_tokens.embed_scale) == 4.0
 
 
+def test_gpt_neox_with_one_sublayer_after_the_other() -> None:
+    model = language_model("gpt_neox", use_parallel_residual=False)
+    _, spaces, dense = parts(model)
+    store = MaskStore(model, spaces, family_of(model.config).sublayers(model))
+    plan, batch = a_plan(spaces, "gone"), tiny_batch(model)
+    store.open(dense.counts)
+    store.move(dense.survivors(plan), 1.0)
+    masked = logits(model, batch)
+    store.close()
+    assert close(masked, logits(cut(model, plan), batch))
+    assert gap(logits(model, batch), logits(language_model("gpt_neox"), batch)) > 1e-2
+
+
 def test_norms_over_all_heads_are_cut_with_them() -> None:
     model = language_model("olmo2")
     _, spaces, dense = parts(model)
