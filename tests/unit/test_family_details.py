@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_families import a_plan, close, cut, language_model, pruned_copy
+from test_families import a_plan, close, cut, generated, language_model, pruned_copy, same
 from tiny import (
     ALL_TASKS,
     LANGUAGE_MODELS,
@@ -369,6 +369,19 @@ def test_a_cut_of_a_cut_names_heads_of_the_dense_model() -> None:
     apply_plan(in_steps, family, spaces, first, second)
     assert in_steps.decoder.block[1].layer[0].SelfAttention.kept_heads == (2, 3)
     assert torch.equal(logits(in_steps, batch), logits(cut(model, second), batch))
+
+
+@pytest.mark.parametrize("name", ["t5", "mt5"])
+def test_cached_generation_where_every_layer_lost_other_heads(name: str) -> None:
+    """The bias of a new token depends on how many were seen, which the first layer must tell all others."""
+    model = language_model(name, layers=4)
+    _, spaces, dense = parts(model)
+    kept = dict(dense.kept) | {"decoder.0.heads": (3,), "decoder.1.heads": (0, 2), "decoder.2.heads": (1, 2, 3)}
+    small = pruned_copy(model, PruningPlan(kept | {"decoder.1.cross_heads": (2,)}))
+    expected = generated(small, use_cache=False)
+    for options in ({}, {"cache_implementation": "static", "disable_compile": True}, {"num_beams": 3}):
+        alone = expected if "num_beams" not in options else generated(small, use_cache=False, **options)
+        assert same(generated(small, **options), alone)
 
 
 def test_layers_without_cross_attention_may_come_first() -> None:
