@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from apt_trainer.errors import UserError
+from apt_trainer.measure.latency import example_inputs
 from apt_trainer.pruned_model import load_pruned
 from apt_trainer.pruning.plan import PruningPlan
 from apt_trainer.report.events import write_json
@@ -99,10 +100,9 @@ def reload_difference(model: PreTrainedModel, path: Path) -> float:
     else:
         again = type(model).from_pretrained(path, dtype=model.dtype)
     device = next(model.parameters()).device
-    vocabulary = min(model.config.vocab_size, 1000)
-    ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0)).to(device)
+    batch = example_inputs(model, 1, 16, device)
     was_training = model.training
-    outputs = [candidate.to(device).eval()(input_ids=ids) for candidate in (model, again)]
+    outputs = [candidate.to(device).eval()(**batch) for candidate in (model, again)]
     model.train(was_training)
     ours, theirs = (next(v for v in out.values() if torch.is_tensor(v)).float() for out in outputs)
     difference = float((ours - theirs).abs().max())

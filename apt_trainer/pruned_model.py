@@ -23,7 +23,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from apt_trainer.errors import UserError
 from apt_trainer.models import FAMILIES, ModelFamily
-from apt_trainer.models.stubs import STUB_KINDS, STUBS
+from apt_trainer.models.sizes import ConfigView, get_size, set_size
+from apt_trainer.models.stubs import STUB_KINDS, STUBS, put_stub
 from apt_trainer.pruning.plan import PruningPlan
 
 FORMAT_VERSION = 1
@@ -48,9 +49,11 @@ def describe_structure(model: nn.Module, dense: nn.Module, family: ModelFamily, 
             if getattr(module, name, None) != getattr(original, name, None):
                 value = getattr(module, name)
                 structure["attributes"].setdefault(path, {})[name] = list(value) if isinstance(value, tuple) else value
-    for path, name, value in family.attributes(model, plan.counts):
-        if getattr(dense.get_submodule(path), name) != value:
-            structure["attributes"].setdefault(path, {})[name] = value
+    for space in family.spaces(dense):
+        for path, name, value in space.sizes(plan.kept[space.name]):
+            if get_size(dense.get_submodule(path), name) != value:
+                kept = list(value) if isinstance(value, tuple) else value
+                structure["attributes"].setdefault(path, {})[name] = kept
     return structure
 
 
@@ -61,7 +64,7 @@ def apply_structure(model: nn.Module, structure: Mapping[str, Mapping[str, Any]]
             raise UserError(
                 f"The checkpoint replaces {path} by {kind!r}, which this version of apt_trainer does not know."
             )
-        model.set_submodule(path, STUBS[kind]())
+        put_stub(model, path, kind)
     for full_name, shape in structure["parameters"].items():
         path, _, name = full_name.rpartition(".")
         module = model.get_submodule(path)
@@ -73,7 +76,7 @@ def apply_structure(model: nn.Module, structure: Mapping[str, Mapping[str, Any]]
         for name, value in attributes.items():
             if not all(isinstance(number, int) for number in (value if isinstance(value, list) else [value])):
                 raise UserError(f"The checkpoint gives {path}.{name} the value {value!r}; sizes are whole numbers.")
-            setattr(module, name, tuple(value) if isinstance(value, list) else value)
+            set_size(module, name, tuple(value) if isinstance(value, list) else value)
 
 
 @cache
@@ -93,13 +96,16 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
             raise UserError(
                 f"The checkpoint has format {version}, this version of apt_trainer reads up to {FORMAT_VERSION}."
             )
+        self.describe(architecture, structure, version)
+
+    def describe(self: Any, architecture: str | None, structure: Any, version: int = FORMAT_VERSION) -> None:
         self.apt_base_model_type, self.apt_format_version = model_type, version
         self.apt_base_architecture, self.apt_structure = architecture, structure
         if architecture is not None:
             _announce(model_class(model_type, architecture), base)
 
-    name = "Apt" + base.__name__
-    return type(name, (base,), {"model_type": PREFIX + model_type, "__init__": __init__, "__module__": __name__})
+    namespace = {"model_type": PREFIX + model_type, "__init__": __init__, "describe": describe, "__module__": __name__}
+    return type("Apt" + base.__name__, (base,), namespace)
 
 
 @cache
@@ -116,11 +122,17 @@ def model_class(model_type: str, architecture: str) -> type[PreTrainedModel]:
             raise UserError(
                 f"The model was saved as {config.apt_base_architecture} and cannot load as {architecture}."
             )
-        base.__init__(self, config, *args, **kwargs)  # type: ignore[misc]
+        config.__class__ = stock_config  # a stock model may look up the class of its base by that of its config
+        try:
+            base.__init__(self, config, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            config.__class__ = own_config
         apply_structure(self, config.apt_structure)
         self.tie_weights()
 
-    namespace = {"config_class": config_class(model_type), "__init__": __init__, "__module__": __name__}
+    own_config = config_class(model_type)
+    stock_config = own_config.__mro__[1]
+    namespace = {"config_class": own_config, "__init__": __init__, "__module__": __name__}
     return type("Apt" + base.__name__, (base,), namespace)
 
 
@@ -157,15 +169,17 @@ def as_pruned(model: PreTrainedModel, family: ModelFamily, plan: PruningPlan) ->
     structure = describe_structure(model, dense, family, plan)
     if not any(structure.values()):
         return
-    model_type = model.config.model_type
-    values = model.config.to_dict()
-    values.pop("model_type", None)
-    config = config_class(model_type)(**values, apt_base_architecture=stock.__name__, apt_structure=structure)
-    config._attn_implementation = model.config._attn_implementation
+    shared, model_type = model.config, model.config.model_type
+    config = copy.deepcopy(shared)  # not made anew: some configs read their own values differently the second time
+    config.__class__ = config_class(model_type)
+    config.describe(stock.__name__, structure)
     model.__class__ = model_class(model_type, stock.__name__)
     for module in model.modules():
-        if isinstance(getattr(module, "config", None), PreTrainedConfig):
+        own = getattr(module, "config", None)
+        if own is shared:
             module.config = config
+        elif isinstance(own, ConfigView) and own.shared is shared:
+            own.shared = config
 
 
 def dense_shape(config: PreTrainedConfig) -> tuple[type[PreTrainedModel] | None, PreTrainedConfig]:

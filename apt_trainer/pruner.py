@@ -18,6 +18,7 @@ from apt_trainer.adapters import allocation, lora
 from apt_trainer.adapters.rank_score import RankScore
 from apt_trainer.importance import Importance, Reduce, make_importance
 from apt_trainer.models import HIDDEN, ModelFamily, Space, family_of
+from apt_trainer.models.batch import Tokens
 from apt_trainer.pruning.cost import CostModel, flops_cost, memory_cost, parameter_cost
 from apt_trainer.pruning.latency_cost import latency_cost
 from apt_trainer.pruning.masks import MaskStore
@@ -120,8 +121,8 @@ class AdaptivePruner:
                 target = self._select(event)
                 self.masks.move(self.plan.survivors(target), self.schedule.mask_step)
 
-    def set_tokens(self, mask: torch.Tensor | None) -> None:
-        """Tell which tokens of the next forward pass are real: [batch, length]."""
+    def set_tokens(self, mask: Tokens) -> None:
+        """Tell which tokens of the next forward pass are real: [batch, length], or one such per stack."""
         if self._observing:
             self.importance.set_tokens(mask)
 
@@ -249,7 +250,7 @@ class AdaptivePruner:
     def _insert_adapters(self) -> None:
         s = self.settings
         if s.uses_adapters:
-            targets = s.lora_target_modules or self.family.adapter_targets
+            targets = s.lora_target_modules or self.family.default_targets(self.model)
             layers = self.family.layer_paths(self.model)
             lora.insert_adapters(self.model, targets, s.lora_r, s.lora_alpha, s.lora_dropout, layers)
 
@@ -350,5 +351,5 @@ def _units(spaces: list[Space], plan: PruningPlan) -> dict[str, Any]:
         if space.name == HIDDEN:
             units["hidden"] = plan.counts[HIDDEN]
         else:
-            units[space.kind][str(space.layer)] = plan.counts[space.name]
+            units[space.kind][space.label] = plan.counts[space.name]
     return units

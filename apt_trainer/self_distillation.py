@@ -17,7 +17,8 @@ from apt_trainer.distillation.layer_map import match_layers, sample_teacher_laye
 from apt_trainer.distillation.losses import layer_loss, layer_outputs, prediction_loss
 from apt_trainer.distillation.teacher import Teacher
 from apt_trainer.distillation.transform import HiddenTransform
-from apt_trainer.models import HIDDEN
+from apt_trainer.models import HIDDEN, ModelFamily, Stack
+from apt_trainer.models.batch import of_stack, predicted_tokens, real_tokens
 from apt_trainer.pruning.slicing import Grow, Keep
 from apt_trainer.schedule import Schedule
 from apt_trainer.settings import MethodSettings
@@ -64,22 +65,37 @@ class SelfDistillation:
         return taken
 
     def loss(
-        self, inputs: Mapping[str, Any], outputs: Any, student: nn.Module, alive: list[bool], step: int
+        self,
+        inputs: Mapping[str, Any],
+        outputs: Any,
+        student: nn.Module,
+        family: ModelFamily,
+        alive: Mapping[Stack, list[bool]],
+        step: int,
     ) -> torch.Tensor:
-        """Weighted sum of prediction and layer loss for one batch; scalar float32."""
-        s, mask = self.settings, inputs.get("attention_mask")
+        """Weighted sum of prediction and layer loss for one batch; scalar float32.
+
+        The layer loss is the mean over the stacks of ``alive``, each with pairs of its own.
+        """
+        s, tokens = self.settings, real_tokens(inputs, family)
         with self.autocast():
             teacher = self.teacher.forward(inputs, output_hidden_states=self.uses_layers)
-        loss = s.prediction_weight * prediction_loss(outputs, teacher, s.distillation_temperature, mask)
+        predicted = predicted_tokens(inputs, family, student)
+        loss = s.prediction_weight * prediction_loss(outputs, teacher, s.distillation_temperature, predicted)
         if not self.uses_layers:
             return loss
-        ours, theirs = layer_outputs(outputs), layer_outputs(teacher)
-        transform = getattr(student, TRANSFORM)
-        layers = sample_teacher_layers(len(theirs), s.distillation_layers, self.seed, step, s.distillation_layer_map)
-        pairs = match_layers(layers, alive, ours, theirs, transform, mask)
-        if not pairs:  # every parameter takes part in every step, which DDP relies on
-            return loss + 0.0 * torch.stack([p.sum() for p in (*transform.parameters(), loss.new_zeros(()))]).sum()
-        return loss + s.layer_weight * layer_loss(ours, theirs, pairs, transform, mask)
+        transform, normalise = getattr(student, TRANSFORM), not family.post_norm
+        # every parameter takes part in every step, which DDP relies on
+        distance = 0.0 * torch.stack([p.sum() for p in (*transform.parameters(), loss.new_zeros(()))]).sum()
+        for stack, left in alive.items():
+            ours, theirs = layer_outputs(outputs, stack), layer_outputs(teacher, stack)
+            mask = of_stack(tokens, stack)
+            layers = sample_teacher_layers(
+                len(theirs), s.distillation_layers, self.seed, step, s.distillation_layer_map
+            )
+            pairs = match_layers(layers, left, ours, theirs, transform, mask, normalise)
+            distance = distance + layer_loss(ours, theirs, pairs, transform, mask, normalise) / len(alive)
+        return loss + s.layer_weight * distance
 
     # ------------------------------------------------------------------ shape changes
 

@@ -24,7 +24,8 @@ from apt_trainer.config import APTConfig
 from apt_trainer.distillation.teacher import freeze
 from apt_trainer.errors import UserError
 from apt_trainer.importance import Importance
-from apt_trainer.models import HIDDEN
+from apt_trainer.models import HIDDEN, Stack
+from apt_trainer.models.batch import real_tokens
 from apt_trainer.pruned_model import as_pruned
 from apt_trainer.pruner import AdaptivePruner, Decision, PruningEvent, give_shapes
 from apt_trainer.pruning.slicing import Grow, Keep
@@ -125,8 +126,7 @@ class APTTrainer(Seq2SeqTrainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs)
         step = self.state.global_step
-        mask = inputs.get("attention_mask")
-        self.pruner.set_tokens(mask)
+        self.pruner.set_tokens(real_tokens(inputs, self.pruner.family))
         mu = self.schedule.mu(step) if self.distillation.ready else 0.0
         if mu == 0.0:
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
@@ -136,7 +136,7 @@ class APTTrainer(Seq2SeqTrainer):
         inputs = self._prepare_inputs(inputs)
         asked = {**inputs, "output_hidden_states": True} if self.distillation.uses_layers else inputs
         task, outputs = super().compute_loss(model, asked, return_outputs=True)
-        distance = self.distillation.loss(inputs, outputs, self.model, self._alive_layers(), step)
+        distance = self.distillation.loss(inputs, outputs, self.model, self.pruner.family, self._alive_layers(), step)
         loss = mu * distance + (1 - mu) * task
         self._metrics.setdefault("loss/task", []).append(task.detach())
         self._metrics.setdefault("loss/distillation", []).append(distance.detach())
@@ -279,12 +279,14 @@ class APTTrainer(Seq2SeqTrainer):
     def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")  # type: ignore[no-any-return]
 
-    def _alive_layers(self) -> list[bool]:
+    def _alive_layers(self) -> dict[Stack, list[bool]]:
+        """Per stack, which layers still have every sublayer."""
         counts = self.pruner.plan.counts
-        alive: dict[int, bool] = {}
+        alive: dict[Stack, dict[int, bool]] = {}
         for sublayer in self.pruner.sublayers:
-            alive[sublayer.layer] = alive.get(sublayer.layer, True) and counts[sublayer.space] > 0
-        return [alive[layer] for layer in sorted(alive)]
+            layers = alive.setdefault(sublayer.stack, {})
+            layers[sublayer.layer] = layers.get(sublayer.layer, True) and counts[sublayer.space] > 0
+        return {stack: [layers[layer] for layer in sorted(layers)] for stack, layers in alive.items()}
 
     def _offer_snapshot(self, step: int) -> None:
         loss = self._heldout_loss()

@@ -50,6 +50,7 @@ def insert_adapters(
         lora_dropout=dropout,
         target_modules=chosen,
         bias="none",  # type: ignore[arg-type]
+        fan_in_fan_out=any(isinstance(model.get_submodule(path), Conv1D) for path in chosen),
     )
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
 

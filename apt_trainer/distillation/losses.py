@@ -14,6 +14,8 @@ import torch
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
+from apt_trainer.models import Stack
+
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
 _RMS_EPSILON = 1e-6
@@ -62,9 +64,13 @@ def _hide(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return logits if mask is None else logits.masked_fill(mask == 0, torch.finfo(torch.float32).min / 1e4)
 
 
-def layer_outputs(output: ModelOutput) -> tuple[torch.Tensor, ...]:
-    """Hidden states [B, S, d] after each layer: ``hidden_states`` without its first entry, the embeddings."""
-    return tuple(output["hidden_states"][1:])
+def layer_outputs(output: ModelOutput, stack: Stack = "encoder") -> tuple[torch.Tensor, ...]:
+    """Hidden states [B, S, d] after each layer: ``hidden_states`` without its first entry, the embeddings.
+
+    ``stack``: whose, where the output tells those of an encoder and of a decoder apart.
+    """
+    key = f"{stack}_hidden_states"
+    return tuple(output[key if key in output else "hidden_states"][1:])
 
 
 def hidden_distance(

@@ -131,13 +131,18 @@ class Teacher:
     # no_grad and not inference_mode: its outputs take part in a loss that is differentiated.
     @torch.no_grad()
     def forward(self, inputs: Mapping[str, Any], output_hidden_states: bool = False) -> ModelOutput:
-        """Outputs of the teacher for a batch as the student gets it; labels are left out."""
+        """Outputs of the teacher for a batch as the student gets it; labels are left out, except where
+        a decoder makes its inputs of them."""
         assert self.model is not None, "there is no snapshot yet"
         assert not any(p.requires_grad for p in self.model.parameters()), "a shared weight trains: call own() before"
-        labels = find_labels(type(self.model))
+        labels = [] if self._makes_inputs_of_labels(inputs) else find_labels(type(self.model))
         kept = {name: value for name, value in inputs.items() if name not in labels}
         output: ModelOutput = self.model(**kept, output_hidden_states=output_hidden_states, return_dict=True)
         return output
+
+    def _makes_inputs_of_labels(self, inputs: Mapping[str, Any]) -> bool:
+        config = getattr(self.model, "config", None)
+        return getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in inputs
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and tensors for a checkpoint; the weights of ``model`` are up to the caller."""

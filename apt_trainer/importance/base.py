@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from apt_trainer.models import Space
+from apt_trainer.models.batch import Tokens
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 """Sum of a tensor over processes, the identity in one process."""
@@ -27,8 +28,9 @@ class Importance(ABC):
     def attach(self, model: nn.Module, spaces: Sequence[Space], counts: Mapping[str, int]) -> None:
         """Start observing ``model``; called again after each cut, when ``counts`` units are left per space."""
 
-    def set_tokens(self, mask: torch.Tensor | None) -> None:
-        """Tell which tokens of the next batch are real: [batch, length], 1 = real; None = all."""
+    def set_tokens(self, mask: Tokens) -> None:
+        """Tell which tokens of the next batch are real: [batch, length], 1 = real, one such per stack in a model with
+        an encoder and a decoder; None = all."""
 
     def update(self, reduce: Reduce, processes: int) -> None:
         """Take in one optimizer step, after its last backward pass."""

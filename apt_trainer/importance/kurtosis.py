@@ -31,10 +31,10 @@ def contributions(module: nn.Module, mean_input: torch.Tensor) -> torch.Tensor:
     """T [out, in] of an output projection, with or without an adapter, for the mean signed input [in]."""
     weight = base_layer(module).weight.detach()
     assert isinstance(weight, torch.Tensor)
-    if type(base_layer(module)).__name__ == "Conv1D":
-        weight = weight.t()
     delta = getattr(module, "get_delta_weight", None)
     if delta is not None:
         for adapter in module.active_adapters:  # type: ignore[union-attr]
             weight = weight + delta(adapter).to(weight)
+    if type(base_layer(module)).__name__ == "Conv1D":  # stored, like its adapter's product, as [in, out]
+        weight = weight.t()
     return weight.float() * mean_input[None, :].float()

@@ -26,7 +26,7 @@ class Magnitude(Importance):
             size = self._counts[space.name]
             total = torch.zeros(size, device=next(model.parameters()).device)
             for part in space.slices:
-                if part.module not in present or not hasattr(model.get_submodule(part.module), "weight"):
+                if part.module not in present or _weight(model.get_submodule(part.module)) is None:
                     continue
                 squares = _squares(model.get_submodule(part.module), part.side)
                 total += _sum_parts(squares, part.parts, size)
@@ -40,11 +40,16 @@ def _sum_parts(values: torch.Tensor, parts: tuple[int, ...], size: int) -> torch
     return torch.stack([group.view(size, -1).sum(1) for group in groups]).sum(0)
 
 
+def _weight(module: nn.Module) -> torch.Tensor | None:
+    """Weight without its adapter; None for a no-op and for a norm without one."""
+    return getattr(base_layer(module), "weight", None)
+
+
 def _squares(module: nn.Module, side: str) -> torch.Tensor:
     """Squared weights summed over the other side: [rows of ``side``]."""
-    plain = base_layer(module)
-    weight = plain.weight.detach()
-    assert isinstance(weight, torch.Tensor)
+    plain, weight = base_layer(module), _weight(module)
+    assert weight is not None
+    weight = weight.detach()
     if weight.dim() == 1:
         return weight.float().square()
     delta = getattr(module, "get_delta_weight", None)

@@ -19,6 +19,7 @@ from apt_trainer.importance.base import Importance, Reduce
 from apt_trainer.importance.kurtosis import contributions, root_kurtosis
 from apt_trainer.importance.taps import Tap, TapContext
 from apt_trainer.models import HIDDEN, Space
+from apt_trainer.models.batch import Tokens
 
 OUTLIER_EVERY = 25
 """Optimizer steps for which an outlier term is used again."""
@@ -52,8 +53,8 @@ class Salience(Importance):
         self._flat = torch.zeros(3 * sum(widths), device=device)
         self._groups: list[tuple[str, torch.Tensor]] = []
         for (name, path, side), part in zip(places, self._flat.split([3 * width for width in widths]), strict=True):
-            sums = part.view(3, -1)
-            self._taps.append(Tap(model.get_submodule(path), side, "magnitudes", sums, self._context))
+            sums, stack = part.view(3, -1), self._spaces[name].stack_of(path)
+            self._taps.append(Tap(model.get_submodule(path), side, "magnitudes", sums, self._context, stack))
             self._groups.append((name, sums))
         for name in self._spaces:
             self._average.setdefault(name, torch.zeros(counts[name], device=device))
@@ -61,7 +62,7 @@ class Salience(Importance):
             if name != HIDDEN:
                 self._inputs.setdefault(name, torch.zeros(sums.shape[1], device=device))
 
-    def set_tokens(self, mask: torch.Tensor | None) -> None:
+    def set_tokens(self, mask: Tokens) -> None:
         self._context.set_tokens(mask)
 
     @torch.no_grad()

@@ -7,11 +7,15 @@ up. The sums are plain tensors, not buffers: a distributed wrapper must not broa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+from apt_trainer.models import Stack
+from apt_trainer.models.batch import Tokens
 
 Measure = Literal["magnitudes", "signed", "per_sequence"]
 
@@ -23,18 +27,31 @@ class TapContext:
     """
 
     def __init__(self) -> None:
-        self._shape: torch.Size | None = None
-        self._weights: torch.Tensor | None = None
+        self._masks: dict[Stack | None, tuple[torch.Size, torch.Tensor]] = {}
         self._scratch = torch.empty(0)
 
-    def set_tokens(self, mask: torch.Tensor | None) -> None:
-        """``mask``: [batch, length], 1 = real; None = all."""
-        self._shape = None if mask is None else mask.shape
-        self._weights = None if mask is None else mask.reshape(-1).to(torch.float32)
+    def set_tokens(self, mask: Tokens) -> None:
+        """``mask``: [batch, length], 1 = real, of every stack or per stack; None = all."""
+        of_stack = mask if isinstance(mask, Mapping) else {None: mask}
+        self._masks = {
+            stack: (one.shape, one.reshape(-1).to(torch.float32)) for stack, one in of_stack.items() if one is not None
+        }
 
-    def weights(self, x: torch.Tensor) -> torch.Tensor | None:
-        """[batch·length] float32 if the mask describes ``x`` [batch, length, n], else None."""
-        return self._weights if x.dim() == 3 and x.shape[:2] == self._shape else None
+    def weights(self, x: torch.Tensor, stack: Stack) -> torch.Tensor | None:
+        """[batch·length] float32 if the mask describes ``x``, else None.
+
+        ``x`` is [batch, length, n]; [batch·length, n] in models that flatten tokens for a feed-forward.
+        """
+        shape, weights = self._masks.get(stack, self._masks.get(None, (None, None)))
+        if weights is None or x.shape[:-1] not in (shape, weights.shape):
+            return None
+        return weights
+
+    def per_sequence(self, x: torch.Tensor, stack: Stack) -> torch.Tensor:
+        """``x`` as [batch, length, n], where it is [batch·length, n] and the mask tells the batch."""
+        shape, weights = self._masks.get(stack, self._masks.get(None, (None, None)))
+        flat = weights is not None and x.shape[:-1] == weights.shape
+        return x.view(*shape, x.shape[-1]) if flat else x  # type: ignore[misc]
 
     def absolute_sum(self, x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         """Σ over tokens of |x|: [..., n] → [n] float32, tokens with weight 0 left out."""
@@ -52,7 +69,7 @@ class TapContext:
 
 
 class Tap:
-    """Sums over tokens of one activation with n channels.
+    """Sums over tokens of one activation with n channels, whose tokens are those of ``stack``.
 
     ``magnitudes``: ``sums`` is [3, n]: Σ|x|, Σ|g|, Σx. ``signed``: [1, n], Σ x·g.
     ``per_sequence``: [1, units], Σ over sequences of |Σ over tokens and channels of x·g|.
@@ -65,8 +82,9 @@ class Tap:
         measure: Measure,
         sums: torch.Tensor,
         context: TapContext,
+        stack: Stack = "encoder",
     ) -> None:
-        self.measure, self.sums, self.context = measure, sums, context
+        self.measure, self.sums, self.context, self.stack = measure, sums, context, stack
         self._handle: RemovableHandle
         if side == "input":
             self._handle = module.register_forward_pre_hook(self._on_input)
@@ -96,7 +114,7 @@ class _MagnitudeTap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, tap: Tap) -> torch.Tensor:
         context = tap.context
-        ctx.tap, ctx.weights = tap, context.weights(x)
+        ctx.tap, ctx.weights = tap, context.weights(x, tap.stack)
         ctx.activation = context.absolute_sum(x, ctx.weights), context.plain_sum(x, ctx.weights)
         return x.view_as(x)
 
@@ -129,6 +147,7 @@ class _ProductTap(torch.autograd.Function):
         if ctx.tap.measure == "signed":
             sums[0].add_(product.reshape(-1, product.shape[-1]).sum(0))
         else:
+            product = ctx.tap.context.per_sequence(product, ctx.tap.stack)
             per_sequence = product.reshape(product.shape[0], -1, product.shape[-1]).sum(1)
             units = sums.shape[1]
             sums[0].add_(per_sequence.reshape(len(per_sequence), units, -1).sum(2).abs().sum(0))

@@ -14,6 +14,7 @@ from torch import nn
 from apt_trainer.importance.base import Importance, Reduce
 from apt_trainer.importance.taps import Tap, TapContext
 from apt_trainer.models import Space
+from apt_trainer.models.batch import Tokens
 
 
 class Taylor(Importance):
@@ -40,10 +41,11 @@ class Taylor(Importance):
             for path, side in sides:
                 module = model.get_submodule(path)  # type: ignore[arg-type]
                 if hasattr(module, "weight"):
-                    self._taps.append(Tap(module, side, "per_sequence", sums, self._context))  # type: ignore[arg-type]
+                    stack = space.stack_of(path)  # type: ignore[arg-type]
+                    self._taps.append(Tap(module, side, "per_sequence", sums, self._context, stack))  # type: ignore[arg-type]
             self._average.setdefault(space.name, torch.zeros(counts[space.name], device=device))
 
-    def set_tokens(self, mask: torch.Tensor | None) -> None:
+    def set_tokens(self, mask: Tokens) -> None:
         self._context.set_tokens(mask)
 
     @torch.no_grad()

@@ -45,7 +45,8 @@ def example_inputs(
         device: Where the tensors go; default: where the model is.
 
     Returns:
-        ``input_ids`` and ``attention_mask`` (all ones), both [batch_size, length] int64.
+        ``input_ids`` and ``attention_mask`` (all ones), both [batch_size, length] int64; for a model with an encoder
+        and a decoder also ``decoder_input_ids``, as long.
 
     Raises:
         UserError: a size below 1, or more tokens than the model has positions.
@@ -62,6 +63,10 @@ def example_inputs(
     if padding is not None:  # a padding id inside the text would shift positions in some models
         input_ids[input_ids == padding] = (padding + 1) % config.vocab_size
     batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    if getattr(config, "is_encoder_decoder", False):
+        input_ids[input_ids == config.eos_token_id] = config.eos_token_id + 1
+        input_ids[:, -1] = config.eos_token_id  # one per row, where a classifier looks for it
+        batch["decoder_input_ids"] = input_ids.clone()
     device = _device_of(model) if device is None else device
     return {name: value.to(device) for name, value in batch.items()}
 

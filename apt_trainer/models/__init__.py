@@ -5,11 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 from apt_trainer.errors import UserError
-from apt_trainer.models.base import HIDDEN, Head, Kind, ModelFamily, Slice, Space, Stub, Sublayer, SublayerTable
+from apt_trainer.models.base import HIDDEN, Kind, SizeAttribute, Slice, Space, Stack, Stub, Sublayer
 from apt_trainer.models.bert import BERT, ROBERTA
 from apt_trainer.models.distilbert import DISTILBERT
+from apt_trainer.models.family import Head, ModelFamily, StackTable, SublayerTable
+from apt_trainer.models.gpt import GPT2, GPT_NEOX, OPT
+from apt_trainer.models.llama import GEMMA, LLAMA, OLMO2, PHI3, SMOLLM3
+from apt_trainer.models.modernbert import MODERNBERT
+from apt_trainer.models.t5 import T5
 
-_TABLES = (BERT, ROBERTA, DISTILBERT)
+_TABLES = (
+    BERT,
+    ROBERTA,
+    DISTILBERT,
+    MODERNBERT,
+    LLAMA,
+    SMOLLM3,
+    GEMMA,
+    OLMO2,
+    PHI3,
+    GPT2,
+    GPT_NEOX,
+    OPT,
+    T5,
+)
 
 FAMILIES: dict[str, ModelFamily] = {name: family for family in _TABLES for name in family.model_types}
 
@@ -22,8 +41,9 @@ def family_of(config: Any) -> ModelFamily:
             f"model_type {model_type!r} has no ModelFamily. Supported: {', '.join(sorted(FAMILIES))}. "
             "To add one, see README, 'Add a model family'."
         )
-    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
-        raise UserError(f"model_type {model_type!r} is supported as an encoder; this config sets is_decoder.")
+    reason = FAMILIES[model_type].unsupported(config)
+    if reason is not None:
+        raise UserError(f"model_type {model_type!r} cannot be used with this config: {reason}.")
     return FAMILIES[model_type]
 
 
@@ -33,8 +53,11 @@ __all__ = [
     "Head",
     "Kind",
     "ModelFamily",
+    "SizeAttribute",
     "Slice",
     "Space",
+    "Stack",
+    "StackTable",
     "Stub",
     "Sublayer",
     "SublayerTable",

@@ -2,35 +2,52 @@
 
 from __future__ import annotations
 
-from apt_trainer.models.base import Head, ModelFamily, Stub, SublayerTable
+from typing import Any
+
+from apt_trainer.models.base import Stub
+from apt_trainer.models.family import Head, ModelFamily, StackTable, SublayerTable
+
+
+def encoder_only(config: Any) -> str | None:
+    """Refuses the decoder form of a BERT layout, which has cross-attention and another mask."""
+    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+        return "it is supported as an encoder; this config sets is_decoder or add_cross_attention"
+    return None
+
 
 _ATTENTION = SublayerTable(
-    reads=("attention.self.query", "attention.self.key", "attention.self.value"),
+    "heads",
+    "heads",
+    reads={"attention.self.query": ("q",), "attention.self.key": ("k",), "attention.self.value": ("v",)},
     writes="attention.output.dense",
     modules=("attention",),
     stubs=(Stub("attention", "pass_attention"),),
     norms=("attention.output.LayerNorm",),
     head_dim=("attention.self", "attention_head_size"),
-    unit_attributes=(("attention.self", "num_attention_heads"),),
-    channel_attributes=(("attention.self", "all_head_size"),),
+    sizes=(
+        ("attention.self", "num_attention_heads", "units"),
+        ("attention.self", "all_head_size", "channels"),
+    ),
 )
 _MLP = SublayerTable(
-    reads=("intermediate.dense",),
+    "neurons",
+    "neurons",
+    reads={"intermediate.dense": ("n",)},
     writes="output.dense",
     modules=("intermediate", "output"),
-    stubs=(Stub("intermediate", "pass_first"), Stub("output", "pass_second")),
+    stubs=(Stub("intermediate", "pass_first", masked=False), Stub("output", "pass_second")),
     norms=("output.LayerNorm",),
 )
+_STACKS = (StackTable("encoder.layer", (_ATTENTION, _MLP), embedding_norms=("embeddings.LayerNorm",)),)
 _EMBEDDINGS = ("embeddings.word_embeddings", "embeddings.position_embeddings", "embeddings.token_type_embeddings")
 _TARGETS = ("query", "value", "intermediate.dense")
 
 BERT = ModelFamily(
     model_types=("bert",),
-    layers="encoder.layer",
-    attention=_ATTENTION,
-    mlp=_MLP,
+    stacks=_STACKS,
     embeddings=_EMBEDDINGS,
-    embedding_norms=("embeddings.LayerNorm",),
+    post_norm=True,
+    unsupported=encoder_only,
     base_reads=("pooler.dense",),
     trained_base=("pooler",),
     adapter_targets=_TARGETS,
@@ -48,11 +65,10 @@ BERT = ModelFamily(
 
 ROBERTA = ModelFamily(
     model_types=("roberta", "xlm-roberta"),
-    layers="encoder.layer",
-    attention=_ATTENTION,
-    mlp=_MLP,
+    stacks=_STACKS,
     embeddings=_EMBEDDINGS,
-    embedding_norms=("embeddings.LayerNorm",),
+    post_norm=True,
+    unsupported=encoder_only,
     base_reads=("pooler.dense",),
     trained_base=("pooler",),
     adapter_targets=_TARGETS,

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-from apt_trainer.models.base import Head, ModelFamily, Stub, SublayerTable
+from apt_trainer.models.base import Stub
+from apt_trainer.models.bert import encoder_only
+from apt_trainer.models.family import Head, ModelFamily, StackTable, SublayerTable
 
+_ATTENTION = SublayerTable(
+    "heads",
+    "heads",
+    reads={"attention.q_lin": ("q",), "attention.k_lin": ("k",), "attention.v_lin": ("v",)},
+    writes="attention.out_lin",
+    modules=("attention", "sa_layer_norm"),
+    stubs=(Stub("attention", "zero_attention"), Stub("sa_layer_norm", "pass_first")),
+    norms=("sa_layer_norm",),
+    head_dim=("attention", "attention_head_size"),
+    sizes=(("attention", "n_heads", "units"), ("attention", "dim", "channels")),
+)
+_MLP = SublayerTable(
+    "neurons",
+    "neurons",
+    reads={"ffn.lin1": ("n",)},
+    writes="ffn.lin2",
+    modules=("ffn", "output_layer_norm"),
+    stubs=(Stub("ffn", "zero_feed_forward"), Stub("output_layer_norm", "pass_first")),
+    norms=("output_layer_norm",),
+)
 DISTILBERT = ModelFamily(
     model_types=("distilbert",),
-    layers="transformer.layer",
-    attention=SublayerTable(
-        reads=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
-        writes="attention.out_lin",
-        modules=("attention", "sa_layer_norm"),
-        stubs=(Stub("attention", "zero_attention"), Stub("sa_layer_norm", "pass_first")),
-        norms=("sa_layer_norm",),
-        head_dim=("attention", "attention_head_size"),
-        unit_attributes=(("attention", "n_heads"),),
-        channel_attributes=(("attention", "dim"),),
-    ),
-    mlp=SublayerTable(
-        reads=("ffn.lin1",),
-        writes="ffn.lin2",
-        modules=("ffn", "output_layer_norm"),
-        stubs=(Stub("ffn", "zero_feed_forward"), Stub("output_layer_norm", "pass_first")),
-        norms=("output_layer_norm",),
-    ),
+    stacks=(StackTable("transformer.layer", (_ATTENTION, _MLP), embedding_norms=("embeddings.LayerNorm",)),),
     embeddings=("embeddings.word_embeddings", "embeddings.position_embeddings"),
-    embedding_norms=("embeddings.LayerNorm",),
+    post_norm=True,
+    unsupported=encoder_only,
     adapter_targets=("q_lin", "v_lin", "lin1"),
     heads={
         "ForSequenceClassification": Head(reads=("pre_classifier",), trained=("pre_classifier", "classifier")),

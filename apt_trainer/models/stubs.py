@@ -1,7 +1,7 @@
 """No-op modules that stand where a sublayer was, with the call signature of what they replace.
 
-They keep stock modelling code running unchanged and hold no parameters. Not for pre-norm decoders with a key-value
-cache, whose stub also has to feed the cache.
+They keep stock modelling code running unchanged and hold no parameters. A stub is made from the module that it
+replaces (:func:`put_stub`), since one in a decoder must know which slot of the key-value cache was that module's.
 """
 
 from __future__ import annotations
@@ -12,46 +12,94 @@ import torch
 from torch import nn
 
 
-class PassAttention(nn.Module):
+class NoOp(nn.Module):
+    """``replaced``: the module it stands for; None where it only stands for the output of one that still runs."""
+
+    silent = False
+    """Whether the output is nothing: zeros in the shape of what it replaces."""
+
+    def __init__(self, replaced: nn.Module | None = None) -> None:
+        super().__init__()
+
+
+class PassAttention(NoOp):
     """Returns the hidden states it was given and no attention weights."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         return hidden_states, None
 
 
-class ZeroAttention(nn.Module):
-    """Adds nothing to the residual stream; returns no attention weights."""
+class ZeroAttention(NoOp):
+    """Adds nothing to the residual stream; returns no attention weights.
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    Puts a token of width 1 into its own slot of the key-value cache for each token it sees: the length of the cache
+    is read from the first layer, whose attention may be this one.
+    """
+
+    silent = True
+
+    def __init__(self, replaced: nn.Module | None = None) -> None:
+        super().__init__()
+        self.layer_idx = getattr(replaced, "layer_idx", None)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *args: Any,
+        past_key_values: Any = None,
+        layer_past: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        cache = layer_past if past_key_values is None else past_key_values
+        if cache is not None and self.layer_idx is not None:
+            token = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            cache.update(token, token, self.layer_idx)
         return torch.zeros_like(hidden_states), None
 
 
-class ZeroFeedForward(nn.Module):
+class PassBiasedAttention(NoOp):
+    """Returns the hidden states and the position bias that it was given, and no attention weights."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, position_bias: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        return hidden_states, position_bias, None
+
+
+class ZeroFeedForward(NoOp):
     """Adds nothing to the residual stream."""
+
+    silent = True
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return torch.zeros_like(hidden_states)
 
 
-class PassFirst(nn.Module):
+class PassFirst(NoOp):
     """Returns its first argument."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return hidden_states
 
 
-class PassSecond(nn.Module):
+class PassSecond(NoOp):
     """Returns its second argument: the residual input of an output module that adds and normalises."""
 
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return residual
 
 
-STUBS: dict[str, type[nn.Module]] = {
+STUBS: dict[str, type[NoOp]] = {
     "pass_attention": PassAttention,
+    "pass_biased_attention": PassBiasedAttention,
     "zero_attention": ZeroAttention,
     "zero_feed_forward": ZeroFeedForward,
     "pass_first": PassFirst,
     "pass_second": PassSecond,
 }
-STUB_KINDS = {cls: kind for kind, cls in STUBS.items()}
+STUB_KINDS: dict[type[nn.Module], str] = {cls: kind for kind, cls in STUBS.items()}
+
+
+def put_stub(model: nn.Module, path: str, kind: str) -> None:
+    """Replace the module at ``path`` of ``model`` by a no-op of ``kind``."""
+    model.set_submodule(path, STUBS[kind](model.get_submodule(path)))

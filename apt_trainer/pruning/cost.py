@@ -92,9 +92,15 @@ def parameter_cost(
 def flops_cost(
     model: nn.Module, family: ModelFamily, spaces: Sequence[Space], batch_size: int, length: int
 ) -> CostModel:
-    """Forward FLOPs of the blocks at [batch_size, length]: 2 per weight and token, plus attention scores."""
+    """Forward FLOPs of the blocks at [batch_size, length]: 2 per weight and token, plus attention scores.
+
+    The inputs of an encoder and of a decoder are taken to be of one length.
+    """
     tokens = batch_size * length
-    cost = parameter_cost(model, family, spaces, weigh=lambda name, p: 2.0 * tokens if p.dim() == 2 else 0.0)
+    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    cost = parameter_cost(
+        model, family, spaces, weigh=lambda name, p: 2.0 * tokens if p.dim() == 2 and id(p) not in tables else 0.0
+    )
     terms = {guard: dict(of_guard) for guard, of_guard in cost.terms.items()}
     for space in spaces:
         if space.kind == "heads":

@@ -34,7 +34,7 @@ def latency_cost(
             kept = dict(dense.kept)
             for space in spaces:
                 if space.kind == kind:
-                    kept[space.name] = kept[space.name][: space.size // divisor if divisor else 0]
+                    kept[space.name] = kept[space.name][: _left(space, divisor)]
             variant = copy.deepcopy(model)
             apply_plan(variant, family, spaces, dense, PruningPlan(kept))
             variants[name] = variant
@@ -43,10 +43,16 @@ def latency_cost(
     per_unit, fixed = {}, {}
     for kind in _SHARES:
         members = [space for space in spaces if space.kind == kind]
-        halved = sum(space.size - space.size // 2 for space in members)
-        slope = max(0.0, seconds["dense"] - seconds[f"half_{kind}"]) / halved
+        halved = sum(space.size - _left(space, 2) for space in members)
+        slope = max(0.0, seconds["dense"] - seconds[f"half_{kind}"]) / max(halved, 1)
         absent = max(0.0, seconds["dense"] - seconds[f"no_{kind}"])
-        rest = max(0.0, absent - slope * sum(space.size for space in members)) / len(members)
+        units = sum(space.size - _left(space, 0) for space in members)
+        rest = max(0.0, absent - slope * units) / max(1, sum(space.minimum == 0 for space in members))
         for space in members:
-            per_unit[space.name], fixed[space.name] = slope, rest
+            per_unit[space.name], fixed[space.name] = slope, 0.0 if space.minimum else rest
     return fitted_cost(spaces, per_unit, fixed)
+
+
+def _left(space: Space, divisor: int) -> int:
+    """Units of a space that a timed variant keeps: a part of them, or none but those that must stay."""
+    return max(space.minimum, space.size // divisor if divisor else 0)

@@ -1,8 +1,9 @@
 """Soft masks: units fade before they are cut, so that the model can adapt and a choice can be taken back.
 
-Masks multiply the input of output projections (heads, neurons) and act inside norms (hidden dimensions): a norm's
-statistics run over live dimensions only, which makes a mask of zeros and ones equal the cut model exactly. Between
-windows nothing is hooked. Not part of the state dict of the model; :meth:`MaskStore.state_dict` is its own.
+Masks multiply the input of output projections (heads, neurons) and act inside norms (hidden dimensions, and heads that
+are normalised together): a norm's statistics run over live dimensions only, which makes a mask of zeros and ones equal
+the cut model exactly. What enters the residual stream without a norm is multiplied too. Between windows nothing is
+hooked. Not part of the state dict of the model; :meth:`MaskStore.state_dict` is its own.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from apt_trainer.models import Space, Sublayer
-from apt_trainer.models.stubs import STUBS
+from apt_trainer.models.stubs import STUBS, NoOp
 
 
 class MaskStore:
@@ -30,7 +31,7 @@ class MaskStore:
         self._sublayers = {sublayer.space: sublayer for sublayer in sublayers}
         self._handles: list[RemovableHandle] = []
         self._values: dict[str, torch.Tensor] = {}
-        self._active: dict[str, torch.Tensor] = {}
+        self._active: dict[tuple[str, int], torch.Tensor] = {}
         self._fading: dict[str, bool] = {}
 
     @property
@@ -80,56 +81,80 @@ class MaskStore:
             self._hook()
 
     def _publish(self) -> None:
+        for (name, width), mask in self._active.items():
+            mask.copy_(self._values[name].repeat_interleave(width))
         for name, value in self._values.items():
-            self._active[name].copy_(value.repeat_interleave(self._spaces[name].channels))
             self._fading[name] = bool((value < 1).any())
 
     def _hook(self) -> None:
-        device = next(self._model.parameters()).device
-        norms = {path for path, module in self._model.named_modules() if hasattr(module, "weight")}
+        present = {path: module for path, module in self._model.named_modules() if hasattr(module, "weight")}
         for name, value in self._values.items():
             space = self._spaces[name]
-            self._active[name] = value.repeat_interleave(space.channels).to(device)
             self._fading[name] = bool((value < 1).any())
             if space.gate is not None:
                 gate = self._model.get_submodule(space.gate)
-                self._handles.append(gate.register_forward_pre_hook(self._gate(name)))
+                self._handles.append(
+                    gate.register_forward_pre_hook(self._gate(name, self._mask(name, space.channels)))
+                )
             for path in space.norms:
-                if path in norms:
-                    self._handles.append(self._model.get_submodule(path).register_forward_hook(self._norm(name)))
+                if path in present:
+                    mask = self._mask(name, space.width(path))
+                    self._handles.append(present[path].register_forward_hook(self._norm(name, mask)))
+            for path in space.writers:
+                if path in present:
+                    self._handles.append(present[path].register_forward_hook(self._writer(name, self._mask(name, 1))))
         # Last, so that they win over the hook of a norm that is bypassed itself.
         for name in self._values:
             for stub in self._sublayers[name].stubs if name in self._sublayers else ():
-                if not _feeds_the_gate(self._spaces[name], stub.module):
+                if stub.masked:
                     module = self._model.get_submodule(stub.module)
                     self._handles.append(
                         module.register_forward_hook(self._bypass(name, STUBS[stub.kind]()), with_kwargs=True)
                     )
 
-    def _gate(self, name: str) -> Any:
+    def _mask(self, name: str, width: int) -> torch.Tensor:
+        """The device's copy of a mask, each value ``width`` times; it is moved in place."""
+        if (name, width) not in self._active:
+            device = next(self._model.parameters()).device
+            self._active[name, width] = self._values[name].repeat_interleave(width).to(device)
+        return self._active[name, width]
+
+    def _gate(self, name: str, mask: torch.Tensor) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if not self._fading[name]:
                 return None
-            mask = self._active[name]
             return (args[0] * mask.to(args[0].dtype), *args[1:])
 
         return hook
 
-    def _norm(self, name: str) -> Any:
+    def _norm(self, name: str, mask: torch.Tensor) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
             if not self._fading[name]:
                 return None
-            return masked_norm(module, args[0], self._active[name]).to(output.dtype)
+            return masked_norm(module, args[0], mask).to(output.dtype)
 
         return hook
 
-    def _bypass(self, name: str, stub: nn.Module) -> Any:
+    def _writer(self, name: str, mask: torch.Tensor) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+            return output * mask.to(output.dtype) if self._fading[name] else None
+
+        return hook
+
+    def _bypass(self, name: str, stub: NoOp) -> Any:
         """While every unit of a sublayer is fully off, it is skipped as it will be after the cut."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            return output if self._values[name].any() else _instead(output, stub(*args, **kwargs))
+            if self._values[name].any():
+                return output
+            return _nothing(output) if stub.silent else _instead(output, stub(*args, **kwargs))
 
         return hook
+
+
+def _nothing(output: Any) -> Any:
+    """Zeros in the shape of ``output``, whose parameters stay in the graph."""
+    return (_nothing(output[0]), *output[1:]) if isinstance(output, tuple) else 0.0 * output
 
 
 def _instead(output: Any, replacement: Any) -> Any:
@@ -139,19 +164,13 @@ def _instead(output: Any, replacement: Any) -> Any:
     return replacement + 0.0 * output
 
 
-def _feeds_the_gate(space: Space, path: str) -> bool:
-    """Whether the module at ``path`` only makes the units that another module reads; it then keeps its width."""
-    sides = {part.side for part in space.slices if part.module.startswith(path + ".")}
-    return sides == {"out"}
-
-
 def masked_norm(module: nn.Module, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Norm of ``x`` [..., d] with statistics weighted by ``mask`` [d], zero where the mask is zero.
 
     With a mask of zeros and ones this equals the norm of the selected dimensions; with ones, the plain norm.
     Any norm that is not ``nn.LayerNorm`` is taken to be of RMS type.
     """
-    live = mask.sum()
+    live = mask.sum().clamp_min(1e-6)  # heads that are normalised together may all be off
     if isinstance(module, nn.LayerNorm):
         x32 = x.float()
         mean = (x32 * mask).sum(-1, keepdim=True) / live

@@ -75,7 +75,7 @@ def _floor(spaces: Sequence[Space], current: PruningPlan, limits: Limits) -> dic
     floor = {}
     for space in spaces:
         left = current.counts[space.name]
-        minimum = min(left, limits.minimum[space.kind])
+        minimum = min(left, max(limits.minimum[space.kind], space.minimum))
         multiple = limits.round_to[space.kind]
         floor[space.name] = min(left, -(-minimum // multiple) * multiple) if space.kind in limits.targets else left
     return floor

@@ -61,9 +61,11 @@ class EditLog:
 
 @singledispatch
 def slice_module(module: nn.Module, side: Side, index: torch.Tensor, path: str, log: EditLog) -> None:
-    """Keep ``index`` of one side of ``module``. The default serves norms: one weight (and bias) of one dimension."""
+    """Keep ``index`` of one side of ``module``. The default serves norms: one weight (and bias) of one dimension, or
+    none at all."""
     weight = module._parameters.get("weight")
-    assert weight is not None and weight.dim() == 1, f"{path}: {type(module).__name__} cannot be sliced"
+    is_norm = isinstance(module, nn.LayerNorm) if weight is None else weight.dim() == 1
+    assert is_norm, f"{path}: {type(module).__name__} cannot be sliced"
     log.keep(module, path, "weight", 0, index)
     log.keep(module, path, "bias", 0, index)
     if isinstance(module, nn.LayerNorm):

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from apt_trainer.models import ModelFamily, Space, Sublayer
-from apt_trainer.models.stubs import STUBS
+from apt_trainer.models.sizes import set_size
+from apt_trainer.models.stubs import put_stub
 from apt_trainer.pruning.plan import PruningPlan
 from apt_trainer.pruning.slicing import EditLog, slice_module
 
@@ -41,8 +42,9 @@ def apply_plan(
             if not any(part.module == path or part.module.startswith(path + ".") for path in gone):
                 index = part.rows(survivors[space.name], size)
                 slice_module(model.get_submodule(part.module), part.side, index, part.module, log)
-    for path, attribute, value in family.attributes(model, new.counts):
-        setattr(model.get_submodule(path), attribute, value)
+    for space in spaces:
+        for path, attribute, value in space.sizes(new.kept[space.name]):
+            set_size(model.get_submodule(path), attribute, value)
     return survivors
 
 
@@ -61,5 +63,5 @@ def _remove_sublayers(
         if current.counts[sublayer.space] == 0:
             continue
         for stub in sublayer.stubs:
-            model.set_submodule(stub.module, STUBS[stub.kind]())
+            put_stub(model, stub.module, stub.kind)
     return gone

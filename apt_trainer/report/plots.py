@@ -286,6 +286,6 @@ def _say(axes: Axes, message: str) -> None:
     axes.set_facecolor("#FAFAFA")
 
 
-def _natural(layer: str) -> tuple[int, str]:
-    """Order in which "10" comes after "9" and names come after numbers."""
-    return (int(layer), "") if layer.isdigit() else (10**9, layer)
+def _natural(layer: str) -> list[tuple[int, str]]:
+    """Order in which "10" comes after "9", "decoder.10" after "decoder.9", and names come after numbers."""
+    return [(int(part), "") if part.isdigit() else (10**9, part) for part in layer.split(".")]

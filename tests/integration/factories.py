@@ -57,7 +57,8 @@ EVENTS = (14, 22, 30)
 
 
 class Rows(Dataset[dict[str, torch.Tensor]]):
-    """Random token rows with labels of one task ("classification", "regression", "tokens" or "answers")."""
+    """Random token rows with labels of one task ("classification", "regression", "tokens", "answers", "text" after a
+    prompt, or "target", a text of its own)."""
 
     def __init__(self, number: int = 110, task: str = "classification", padded: bool = True) -> None:
         generator = torch.Generator().manual_seed(11)
@@ -74,6 +75,11 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
         if task == "answers":
             starts = torch.randint(0, 3, (number,), generator=generator)
             return {"start_positions": starts, "end_positions": starts + 1}
+        if task == "text":
+            return {"labels": torch.where(self.mask.bool() & (torch.arange(LENGTH) > 1), self.ids, -100)}
+        if task == "target":
+            kept = torch.arange(LENGTH - 3) < LENGTH - 3 - torch.arange(number)[:, None] % 3
+            return {"labels": torch.where(kept, self.ids[:, 3:], -100)}
         if task == "tokens":
             return {"labels": torch.where(self.mask.bool(), self.ids % LABELS, -100)}
         if task == "regression":

@@ -60,7 +60,7 @@ def test_insertion_adapts_the_targets_and_freezes_the_rest(name: str, task: str)
     family, _, _ = parts(model)
     before, batch = logits(model, tiny_batch(model)), tiny_batch(model)
     paths, class_name = {path for path, _ in model.named_modules()}, type(model)
-    insert_adapters(model, family.adapter_targets, 4, 8, 0.0, family.layer_paths(model))
+    insert_adapters(model, family.default_targets(model), 4, 8, 0.0, family.layer_paths(model))
     assert type(model) is class_name and paths <= {path for path, _ in model.named_modules()}
     found = dict(adapters(model))
     assert len(found) == 3 * LAYERS and set(ranks(model).values()) == {4}
@@ -83,7 +83,7 @@ def test_targets_outside_the_layers_are_left_alone() -> None:
 def test_a_base_model_can_be_adapted() -> None:
     model = tiny_model("bert").bert
     family, _, _ = parts(model)
-    insert_adapters(model, family.adapter_targets, 2, 4, 0.0, family.layer_paths(model))
+    insert_adapters(model, family.default_targets(model), 2, 4, 0.0, family.layer_paths(model))
     assert len(ranks(model)) == 3 * LAYERS
 
 

@@ -173,8 +173,9 @@ def test_shapes_and_attributes_follow_the_plan(name: str, task: str, vanish: tup
     survivors = apply_plan(model, family, spaces, dense, plan)
     gone = {sub.space for sub in removed_sublayers(family.sublayers(model), plan)}
     assert gone == set(vanish)
-    for path, attribute, value in family.attributes(model, plan.counts):
-        assert getattr(model.get_submodule(path), attribute) == value
+    for space in spaces:
+        for path, attribute, value in space.sizes(plan.kept[space.name]):
+            assert getattr(model.get_submodule(path), attribute) == value
     present = dict(model.named_modules())
     for space in spaces:
         if space.name in gone:
@@ -321,7 +322,7 @@ def test_adapters_lose_columns_of_a_and_rows_of_b(name: str) -> None:
     model = tiny_model(name)
     family, spaces, dense = parts(model)
     adapted(model)
-    reads = family.attention.reads[0]
+    reads = next(iter(family.stacks[0].sublayers[0].reads))
     path = f"{family.layer_paths(model)[1]}.{reads}"
     layer = model.get_submodule(path)
     a, b = layer.lora_A["default"].weight.detach().clone(), layer.lora_B["default"].weight.detach().clone()

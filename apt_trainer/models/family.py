@@ -1,0 +1,261 @@
+"""Families as tables of names, and what they say about a real model.
+
+A new family is one :class:`ModelFamily` and one name in ``models/__init__.py``. Paths in a table are relative: those
+of a sublayer to its layer, those of a stack and of a family to the base model, those of a head to the whole model.
+Paths that a model does not have are left out. Not for what the spaces are used for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from apt_trainer.errors import UserError
+from apt_trainer.models.base import (
+    HIDDEN,
+    SizeAttribute,
+    Slice,
+    Space,
+    Stack,
+    Stub,
+    Sublayer,
+    exists,
+    linear_shape,
+)
+
+Reads = Mapping[str, tuple[str, ...]]
+"""Module that makes the units → its consecutive parts. A part is a word of letters whose widths add up: "q" the query
+rows of a unit, "k" and "v" a key or value head, "n" one neuron. ("q", "k", "v") is a fused projection with three
+parts, ("qkv",) one that is interleaved head by head."""
+
+Amount = Literal["units", "queries", "channels", "kept"]
+
+
+@dataclass(frozen=True)
+class SublayerTable:
+    """Names inside one layer. ``reads`` take the hidden space in; ``writes`` gives it back.
+
+    ``norms``: on the hidden space; ``closing``: those of them between ``writes`` and the residual stream.
+    ``inner``: norms over the units themselves. ``head_dim`` and ``group`` (query heads per key and value head):
+    (module, attribute) that holds the number. ``sizes``: (module, attribute, amount) that a forward pass reads.
+    ``stays``: the sublayer keeps a unit in the first or the last layer.
+    """
+
+    name: str
+    kind: Literal["heads", "neurons"]
+    reads: Reads
+    writes: str
+    modules: tuple[str, ...]
+    stubs: tuple[Stub, ...]
+    norms: tuple[str, ...]
+    closing: tuple[str, ...] = ()
+    inner: Reads = field(default_factory=dict)
+    head_dim: tuple[str, str] | None = None
+    group: tuple[str, str] | None = None
+    sizes: tuple[tuple[str, str, Amount], ...] = ()
+    stays: Literal["first", "last"] | None = None
+
+
+@dataclass(frozen=True)
+class StackTable:
+    """One list of layers. ``spaces`` begins the names of its spaces. ``embedding_norms`` are on its input,
+    ``final_norms`` on its output."""
+
+    layers: str
+    sublayers: tuple[SublayerTable, ...]
+    stack: Stack = "encoder"
+    spaces: str = "layers"
+    embedding_norms: tuple[str, ...] = ()
+    final_norms: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a task head reads from (and writes to) the hidden space, by the ending of the model's class name.
+
+    ``next_token``: position t predicts the label of t + 1.
+    """
+
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()
+    next_token: bool = False
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """Table of names for models that share a layout.
+
+    ``post_norm``: the residual stream is normalised after each sublayer; otherwise it has no fixed scale.
+    ``adapter_targets``: endings of the linears that get adapters by default, where a model has them.
+    ``unsupported``: a sentence for a config outside what the table describes, else None.
+    """
+
+    model_types: tuple[str, ...]
+    stacks: tuple[StackTable, ...]
+    embeddings: tuple[str, ...]
+    heads: dict[str, Head]
+    trained_base: tuple[str, ...] = ()
+    base_reads: tuple[str, ...] = ()
+    post_norm: bool = False
+    adapter_targets: tuple[str, ...] = ()
+    unsupported: Callable[[Any], str | None] = lambda config: None
+
+    def prefix(self, model: nn.Module) -> str:
+        """Path of the base model inside ``model`` with its dot; empty when ``model`` is the base model."""
+        name = getattr(model, "base_model_prefix", "")
+        return f"{name}." if name and hasattr(model, name) else ""
+
+    def head(self, model: nn.Module) -> Head:
+        """Task head of ``model``; raises :class:`UserError` for a class without an entry."""
+        class_name = type(model).__name__
+        for ending, head in self.heads.items():
+            if class_name.endswith(ending):
+                return head
+        if not self.prefix(model) and "For" not in class_name:
+            return Head()
+        raise UserError(
+            f"{class_name} has a task head that is not described. Described heads: {', '.join(self.heads)}. "
+            f"Add an entry to the family of {', '.join(self.model_types)}."
+        )
+
+    def layer_paths(self, model: nn.Module) -> list[str]:
+        """Every layer of every stack."""
+        return [layer for stack in self.stacks for layer in self._layers(model, stack)]
+
+    def block_modules(self, model: nn.Module) -> list[str]:
+        return self.layer_paths(model)
+
+    def spaces(self, model: nn.Module) -> list[Space]:
+        """All prunable spaces of a dense model, layer by layer, the hidden space last."""
+        return [*(space for space, _ in self._described(model)), self._hidden(model)]
+
+    def sublayers(self, model: nn.Module) -> list[Sublayer]:
+        found: list[Sublayer] = []
+        for stack in self.stacks:
+            for i, layer in enumerate(self._layers(model, stack)):
+                for table in stack.sublayers:
+                    kind: Literal["attention", "mlp"] = "attention" if table.kind == "heads" else "mlp"
+                    modules = tuple(f"{layer}.{name}" for name in table.modules)
+                    stubs = tuple(Stub(f"{layer}.{s.module}", s.kind, s.masked) for s in table.stubs)
+                    space = f"{stack.spaces}.{i}.{table.name}"
+                    found.append(Sublayer(kind, i, space, modules, stubs, stack.stack))
+        return found
+
+    def default_targets(self, model: nn.Module) -> tuple[str, ...]:
+        """``adapter_targets`` that ``model`` has."""
+        prefixes = tuple(path + "." for path in self.layer_paths(model))
+        paths = [path for path, _ in model.named_modules() if path.startswith(prefixes)]
+        return tuple(target for target in self.adapter_targets if any(path.endswith("." + target) for path in paths))
+
+    def trained_head(self, model: nn.Module) -> tuple[str, ...]:
+        """Module paths of the task head, which trains in full in every mode."""
+        prefix = self.prefix(model)
+        paths = [prefix + name for name in self.trained_base] + list(self.head(model).trained)
+        return tuple(p for p in paths if exists(model, p))
+
+    def embedding_modules(self, model: nn.Module) -> tuple[str, ...]:
+        prefix = self.prefix(model)
+        return tuple(prefix + name for name in self.embeddings if exists(model, prefix + name))
+
+    def _layers(self, model: nn.Module, stack: StackTable) -> list[str]:
+        path = self.prefix(model) + stack.layers
+        if not exists(model, path):
+            return []
+        return [f"{path}.{i}" for i in range(len(model.get_submodule(path)))]  # type: ignore[arg-type]
+
+    def _described(self, model: nn.Module) -> Iterator[tuple[Space, SublayerTable]]:
+        """Space and table of every sublayer."""
+        for stack in self.stacks:
+            layers = self._layers(model, stack)
+            stays = {"first": 0, "last": len(layers) - 1, None: None}
+            for i, layer in enumerate(layers):
+                for table in stack.sublayers:
+                    minimum = int(stays[table.stays] == i)
+                    name = f"{stack.spaces}.{i}.{table.name}"
+                    yield _space(model, name, i, layer, table, stack.stack, minimum), table
+
+    def _hidden(self, model: nn.Module) -> Space:
+        prefix, head = self.prefix(model), self.head(model)
+        slices = [Slice(prefix + name, "out") for name in self.embeddings]
+        norms: list[str] = []
+        writers: list[str] = []
+        places: list[tuple[str, Stack]] = []
+        for stack in self.stacks:
+            opening = [prefix + name for name in stack.embedding_norms]
+            norms += opening
+            if self.post_norm:
+                places += [(path, stack.stack) for path in opening]
+            elif not opening:
+                writers += [prefix + name for name in self.embeddings]
+            for layer in self._layers(model, stack):
+                for table in stack.sublayers:
+                    writes = f"{layer}.{table.writes}"
+                    slices += [Slice(f"{layer}.{name}", "in") for name in table.reads]
+                    slices.append(Slice(writes, "out"))
+                    of_table = [f"{layer}.{name}" for name in table.norms]
+                    norms += of_table
+                    places += [(path, stack.stack) for path in (of_table if self.post_norm else [writes])]
+                    if not (self.post_norm or table.closing):
+                        writers.append(writes)
+            norms += [prefix + name for name in stack.final_norms]
+        slices += [Slice(prefix + name, "in") for name in self.base_reads]
+        slices += [Slice(name, "in") for name in head.reads] + [Slice(name, "out") for name in head.writes]
+        norms = [path for path in (*norms, *head.norms) if _is_norm(model, path)]
+        slices = [part for part in slices if exists(model, part.module)]
+        size = model.get_submodule(slices[0].module).weight.shape[1]
+        return Space(
+            HIDDEN,
+            "hidden",
+            int(size),  # type: ignore[arg-type]
+            (*slices, *(Slice(path, "out") for path in norms)),
+            norms=tuple(norms),
+            places=tuple(path for path, _ in places),
+            place_stacks=tuple(stack for _, stack in places),
+            writers=tuple(path for path in dict.fromkeys(writers) if exists(model, path)),
+        )
+
+
+def _space(model: nn.Module, name: str, i: int, layer: str, table: SublayerTable, stack: Stack, minimum: int) -> Space:
+    widths = {"n": 1}
+    queries = 1
+    if table.head_dim is not None:
+        width = _number(model, layer, table.head_dim)
+        queries = 1 if table.group is None else _number(model, layer, table.group)
+        widths = {"q": queries * width, "k": width, "v": width}
+    channels = widths["q" if table.kind == "heads" else "n"]
+    makes = {**table.reads, **table.inner}
+    slices = [
+        Slice(f"{layer}.{module}", "out", tuple(sum(widths[letter] for letter in part) for part in parts))
+        for module, parts in makes.items()
+        if exists(model, f"{layer}.{module}")
+    ]
+    writes = Slice(f"{layer}.{table.writes}", "in", (channels,))
+    amounts = {"units": 1, "queries": queries, "channels": channels, "kept": None}
+    return Space(
+        name,
+        table.kind,
+        linear_shape(model.get_submodule(writes.module))[1] // channels,
+        (*slices, writes),
+        channels,
+        i,
+        gate=writes.module,
+        norms=tuple(f"{layer}.{module}" for module in table.inner),
+        stack=stack,
+        minimum=minimum,
+        attributes=tuple(SizeAttribute(f"{layer}.{m}", attr, amounts[amount]) for m, attr, amount in table.sizes),
+    )
+
+
+def _number(model: nn.Module, layer: str, where: tuple[str, str]) -> int:
+    module, name = where
+    return int(getattr(model.get_submodule(f"{layer}.{module}"), name))
+
+
+def _is_norm(model: nn.Module, path: str) -> bool:
+    """Whether there is a norm at ``path``; some layouts have an identity there, or nothing."""
+    return exists(model, path) and not isinstance(model.get_submodule(path), nn.Identity)
