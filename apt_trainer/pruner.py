@@ -2,12 +2,13 @@
 
 In a plain loop: ``pruner.begin(t)``, forward, backward, ``pruner.observe()``, optimizer step, ``pruner.step(t + 1)``;
 when an event comes back, make a new optimizer and carry its state by ``event.edits`` (see ``runtime.carry``).
+Where pruning_time is "before": ``pruner.calibrate(batches, loss_of)`` and ``pruner.step(0)`` come first.
 Not for data, logging, saving or processes: those are the Trainer's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch import nn
 from apt_trainer.adapters import allocation, lora
 from apt_trainer.adapters.rank_score import RankScore
 from apt_trainer.importance import Importance, Reduce, make_importance
-from apt_trainer.models import HIDDEN, ModelFamily, Space, family_of
+from apt_trainer.importance.calibration import Batch, calibrate
+from apt_trainer.models import HIDDEN, ModelFamily, Space, Stack, family_of
 from apt_trainer.models.batch import Tokens
 from apt_trainer.pruning.cost import CostModel, flops_cost, memory_cost, parameter_cost
 from apt_trainer.pruning.latency_cost import latency_cost
@@ -40,12 +42,15 @@ COSTS: dict[str, Callable[[nn.Module, ModelFamily, list[Space], int, int], CostM
 
 @dataclass(frozen=True)
 class Decision:
-    """What will change, before anything does; equal on all processes."""
+    """What will change, before anything does; equal on all processes.
+
+    ``kind``: "prune" (units go, ranks may grow), "grow" (ranks only) or "phase" (only what trains).
+    """
 
     plan: PruningPlan
     ranks: Mapping[str, int]
     tune: str
-    event: int | None
+    kind: str
 
     def digest(self) -> str:
         return self.plan.digest() + repr(sorted(self.ranks.items())) + self.tune
@@ -109,6 +114,15 @@ class AdaptivePruner:
             self._reduce = reduce
         self._follow_schedule(step)
 
+    def calibrate(self, batches: Iterable[Batch | None], loss_of: Callable[[Batch], torch.Tensor]) -> None:
+        """Score the dense model on ``batches``, for the cut at step 0; see ``importance.calibration``."""
+        self.detach()
+        self.importance.attach(self.model, self._scored(), self.plan.counts)
+        if self.importance.needs_data:
+            model, family, spaces = self.model, self.family, self.spaces
+            calibrate(model, family, spaces, self.importance, batches, loss_of, self._reduce, self._processes)
+        self.importance.detach()
+
     def begin(self, step: int) -> None:
         """Before the forward pass of step ``step`` + 1: attach what the schedule needs and move masks."""
         assert self.schedule is not None
@@ -123,13 +137,14 @@ class AdaptivePruner:
 
     def set_tokens(self, mask: Tokens) -> None:
         """Tell which tokens of the next forward pass are real: [batch, length], or one such per stack."""
-        if self._observing:
+        if self._observing and not self.settings.prunes_before:
             self.importance.set_tokens(mask)
 
     def observe(self) -> None:
         """After the last backward pass of a step, before gradients are cleared."""
         if self._observing:
-            self.importance.update(self._reduce, self._processes)
+            if not self.settings.prunes_before:
+                self.importance.update(self._reduce, self._processes)
             self.rank_score.update(self._reduce, self._processes)
 
     def step(self, step: int) -> PruningEvent | None:
@@ -142,14 +157,16 @@ class AdaptivePruner:
     def decide(self, step: int) -> Decision | None:
         """What changes after ``step`` completed steps, or None. Changes nothing itself."""
         assert self.schedule is not None
+        before = self.settings.prunes_before
         event = self.schedule.event_at(step)
         tune = self._tune_at(step)
-        if event is None and tune == self.tune:
-            return None
-        plan = self.plan if event is None else self._select(event)
+        cuts = step == 0 if before else event is not None
+        plan = self._select(event) if cuts else self.plan
         merging = tune == "full"
         ranks = {} if event is None or merging else self._new_ranks(event, plan)
-        return Decision(plan, ranks, tune, event)
+        if not cuts and not ranks and tune == self.tune:
+            return None
+        return Decision(plan, ranks, tune, "prune" if cuts else "grow" if ranks else "phase")
 
     def apply(self, decision: Decision, step: int) -> PruningEvent:
         """Carry ``decision`` out on the plain model."""
@@ -157,8 +174,9 @@ class AdaptivePruner:
         self.masks.close()
         log = EditLog()
         survivors = apply_plan(self.model, self.family, self.spaces, self.plan, decision.plan, log)
-        followed = {name: index for name, index in survivors.items() if name in self._scored_names()}
-        self.importance.follow(followed)
+        if not self.settings.prunes_before:  # else scores have served their purpose
+            followed = {name: index for name, index in survivors.items() if name in self._scored_names()}
+            self.importance.follow(followed)
         self.plan = decision.plan
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         for path, layer in lora.adapters(self.model):
@@ -166,8 +184,7 @@ class AdaptivePruner:
                 lora.grow_rank(path, layer, decision.ranks[path], generator, log)
         self.set_tune(decision.tune)
         self._follow_schedule(step)
-        kind = "prune" if decision.event is not None else "phase"
-        return PruningEvent(step, kind, survivors, dict(log.edits), self.describe(step, kind))
+        return PruningEvent(step, decision.kind, survivors, dict(log.edits), self.describe(step, decision.kind))
 
     def set_tune(self, tune: str) -> None:
         """Change what trains; "full" merges the adapters into the base weights first."""
@@ -196,6 +213,14 @@ class AdaptivePruner:
         """Share of the prunable budget removed so far, in the unit of ``sparsity_metric``."""
         return 1 - self.cost.total(self.plan.counts) / self.cost.total(self.dense_plan.counts)
 
+    def alive_layers(self) -> dict[Stack, list[bool]]:
+        """Per stack, which layers still have every sublayer."""
+        alive: dict[Stack, dict[int, bool]] = {}
+        for sublayer in self.sublayers:
+            layers = alive.setdefault(sublayer.stack, {})
+            layers[sublayer.layer] = layers.get(sublayer.layer, True) and self.plan.counts[sublayer.space] > 0
+        return {stack: [layers[layer] for layer in sorted(layers)] for stack, layers in alive.items()}
+
     def describe(self, step: int, kind: str) -> dict[str, Any]:
         """One record of ``events.jsonl``, without times and losses."""
         return {
@@ -222,7 +247,8 @@ class AdaptivePruner:
             "observing": self._observing,
         }
         tensors = {f"masks/{name}": value for name, value in self.masks.state_dict().items()}
-        tensors |= {f"importance/{name}": value for name, value in self.importance.state_dict().items()}
+        if not self.settings.prunes_before:
+            tensors |= {f"importance/{name}": value for name, value in self.importance.state_dict().items()}
         tensors |= {f"ranks/{name}": value for name, value in self.rank_score.state_dict().items()}
         return json_part, {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
@@ -241,7 +267,8 @@ class AdaptivePruner:
 
         if json_part["observing"]:
             self._attach()
-            self.importance.load_state_dict(part("importance/"))
+            if not self.settings.prunes_before:
+                self.importance.load_state_dict(part("importance/"))
             self.rank_score.load_state_dict(part("ranks/"))
         self.masks.load_state_dict(part("masks/"))
 
@@ -261,7 +288,8 @@ class AdaptivePruner:
         return {space.name for space in self._scored()}
 
     def _follow_schedule(self, step: int) -> None:
-        """Observe from the start of pruning until its last event, and only then."""
+        """Observe from the start of pruning until its last event, and only then; after a cut before training, ranks
+        alone."""
         assert self.schedule is not None
         wanted = self.schedule.next_event(step) is not None and step >= self.schedule.start
         if wanted and not self._observing:
@@ -270,13 +298,16 @@ class AdaptivePruner:
             self.detach()
 
     def _attach(self) -> None:
-        self.importance.attach(self.model, self._scored(), self.plan.counts)
+        if not self.settings.prunes_before:
+            self.importance.attach(self.model, self._scored(), self.plan.counts)
         self.rank_score.attach(self.model)
         self._observing = True
 
-    def _select(self, event: int) -> PruningPlan:
+    def _select(self, event: int | None) -> PruningPlan:
+        """Plan for ``event``; None: the cut before training."""
         assert self.schedule is not None
-        budget = (1 - self.schedule.sparsity(event)) * self.cost.total(self.dense_plan.counts)
+        sparsity = self.schedule.target_sparsity if event is None else self.schedule.sparsity(event)
+        budget = (1 - sparsity) * self.cost.total(self.dense_plan.counts)
         return select(
             self.importance.scores(self.model),
             self.spaces,

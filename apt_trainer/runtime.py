@@ -128,7 +128,7 @@ def reshape(trainer: Any, change: Callable[[], Edits]) -> None:
     _fresh_leaves(model)
     edits = change()
     state = carry(state, edits)
-    _agree(repr([(name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()]))
+    _agree(model)
     optimizer.param_groups.clear()  # the old scheduler still refers to it: it must not keep old parameters alive
     _rebuild(trainer, model, schedule)
     restore(model, plain_optimizer(trainer), state)
@@ -137,6 +137,13 @@ def reshape(trainer: Any, change: Callable[[], Edits]) -> None:
     trainer.model_wrapped.train()
     release_memory(collect=trainer.args.world_size > 1)
     torch.random.set_rng_state(cpu_rng)
+
+
+def reshape_first(trainer: Any, change: Callable[[], Edits]) -> None:
+    """As :func:`reshape`, before training has begun: there is no engine to rebuild and no optimizer state."""
+    change()
+    _agree(trainer.model)
+    release_memory()
 
 
 def release_memory(collect: bool = True) -> None:
@@ -205,10 +212,11 @@ def _rebuild(trainer: Any, model: nn.Module, schedule: dict[str, Any]) -> None:
     trainer.lr_scheduler._last_lr = rates
 
 
-def _agree(description: str) -> None:
+def _agree(model: nn.Module) -> None:
     """Stop with an error that names the rank when processes ended up with different models."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
+    description = repr([(name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()])
     digest = hashlib.sha256(description.encode()).hexdigest()
     digests: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(digests, digest)

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from apt_trainer.errors import UserError
 from apt_trainer.settings import MethodSettings
 
-_WINDOWS = {"early": (0.1, 0.3), "late": (0.5, 0.75), "after": (1.0, 1.0)}
+_WINDOWS = {"before": (0.0, 0.3), "early": (0.1, 0.3), "late": (0.5, 0.75), "after": (1.0, 1.0)}
 _DEFAULT_DISTILLATION_END = 0.6
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Everything that depends on the step, resolved for a run of ``total`` steps. Build with :func:`make_schedule`."""
+    """Everything that depends on the step, resolved for a run of ``total`` steps. Build with :func:`make_schedule`.
+
+    ``before``: the target is met before the first step, and at ``events`` only ranks grow.
+    """
 
     total: int
     start: int
@@ -28,14 +31,17 @@ class Schedule:
     distillation_start: int
     distillation_end: int
     distillation_weight: float
+    before: bool = False
 
     @property
     def end(self) -> int:
-        """Step at which the target sparsity is reached; 0 when nothing is pruned."""
+        """Step of the last event, when target sparsity and ranks are reached; 0 when nothing is pruned."""
         return self.events[-1] if self.events else 0
 
     def sparsity(self, event: int) -> float:
         """Target after event number ``event`` (0-based): s_T·(1 − (1 − j/n)³) (APT, App. C)."""
+        if self.before:
+            return self.target_sparsity
         progress = (event + 1) / len(self.events)
         return self.target_sparsity * (1 - (1 - progress) ** (3 if self.cubic else 1))
 
@@ -93,6 +99,7 @@ def make_schedule(settings: MethodSettings, total: int) -> Schedule:
         distillation_start=distillation_start,
         distillation_end=distillation_end,
         distillation_weight=settings.distillation_weight,
+        before=settings.prunes_before,
     )
 
 
@@ -119,6 +126,8 @@ def _pruning_steps(settings: MethodSettings, total: int) -> tuple[int, tuple[int
             "Lower num_pruning_events, move pruning_end or train longer."
         )
     events = tuple(start + round((end - start) * (j + 1) / number) for j in range(number))
+    if settings.prunes_before:
+        return start, events, 0
     interval = (end - start) // number
     return start, events, min(interval, _steps(settings.mask_window, total))
 
@@ -126,6 +135,11 @@ def _pruning_steps(settings: MethodSettings, total: int) -> tuple[int, tuple[int
 def _distillation_steps(settings: MethodSettings, total: int, start: int, events: tuple[int, ...]) -> tuple[int, int]:
     if settings.distillation == "none" or (settings.distillation == "self" and not events):
         return 0, 0
+    if settings.prunes_before and settings.distillation == "self":
+        raise UserError(
+            "pruning_time: before removes units before the first step, when there is no trained student to distil "
+            "from. Use distillation: none, or distillation: model with teacher_name_or_path."
+        )
     first = start if settings.distillation_start is None else _steps(settings.distillation_start, total)
     last_event = events[-1] if events else 0
     default_end = max(_steps(_DEFAULT_DISTILLATION_END, total), last_event)

@@ -189,6 +189,18 @@ class SelfDistillation:
         return bool(transform.num_teacher != self.teacher.num_hidden)
 
 
+def split_heldout(train: Any, number: int, seed: int) -> tuple[Any, Any]:
+    """(training data, ``number`` rows held out to choose snapshots on, or None for 0)."""
+    if number == 0:
+        return train, None
+    if hasattr(train, "train_test_split"):
+        parts = train.train_test_split(test_size=number, seed=seed)
+        return parts["train"], parts["test"]
+    generator = torch.Generator().manual_seed(seed)
+    rest, chosen = torch.utils.data.random_split(train, [len(train) - number, number], generator=generator)
+    return rest, chosen
+
+
 def _to_list(index: torch.Tensor | None) -> list[int] | None:
     return None if index is None else index.tolist()
 

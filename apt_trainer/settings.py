@@ -32,7 +32,7 @@ TUNE_MODES = ("adapters", "adapters_and_norms", "full")
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": TASKS,
     "sparsity_metric": ("params", "flops", "latency", "memory"),
-    "pruning_time": ("early", "late", "after"),
+    "pruning_time": ("before", "early", "late", "after"),
     "sparsity_schedule": ("cubic", "linear"),
     "importance": ("salience", "magnitude", "taylor", "random"),
     "outlier_scaling": ("none", "mean"),
@@ -156,11 +156,24 @@ class PruningSettings:
     )
     pruning_time: str = setting(
         "early",
-        "early: in the first part of training; late: in its second half; after: once, when training has ended.",
+        "before: once, before the first step (APT, for LLaMA); early: in the first part of training; late: in its "
+        "second half; after: once, when training has ended.",
+    )
+    calibration_samples: int = setting(
+        256, "Rows of the training data that score the units where pruning_time is before. 256 (APT)."
+    )
+    calibration_batch_size: int | None = setting(
+        None, "Rows per batch of that scoring on one device. Default: per_device_train_batch_size."
     )
     pruning_start: float | None = setting(None, "First step of pruning (warm-up before it). Default by pruning_time.")
-    pruning_end: float | None = setting(None, "Step at which the target is reached. Default by pruning_time.")
-    num_pruning_events: int = setting(5, "How many times units are cut. Official: 10 to 16 over far longer runs.")
+    pruning_end: float | None = setting(
+        None,
+        "Step at which the target is reached; with before, the one at which ranks stop growing. Default by "
+        "pruning_time.",
+    )
+    num_pruning_events: int = setting(
+        5, "How many times units are cut (with before: ranks grow). Official: 10 to 16 over far longer runs."
+    )
     sparsity_schedule: str = setting("cubic", "Curve of sparsity over events: cubic (APT, App. C) or linear.")
     mask_window: float = setting(
         200, "Steps before each event in which masks fade; at most the interval between events. 200 (official)."
@@ -203,13 +216,13 @@ class AdapterSettings:
         "signed", "signed: |sum of A·grad A| per rank, mean over ranks (official); absolute: sum of |B·grad B| (APT)."
     )
     tuning_growth: float = setting(
-        4.0, "Adapter parameters after the last event, relative to the start. 4 (official)."
+        4.0, "Adapter parameters after the last event, relative to those put into the dense model. 4 (official)."
     )
     max_rank: int = setting(64, "Largest rank of one adapter. 64 (official).")
     tune: str = setting(
         "adapters", "What trains at first besides the task head: adapters, adapters_and_norms or full."
     )
-    tune_after_pruning: str | None = setting(None, "What trains once the target is reached. Default: as before.")
+    tune_after_pruning: str | None = setting(None, "What trains from pruning_end on. Default: as before.")
     tune_after_distillation: str | None = setting(None, "What trains once distillation has ended. Default: as before.")
     tune_embeddings: bool = setting(False, "Train the embeddings too where tune is full.")
     full_learning_rate: float | None = setting(
@@ -275,6 +288,11 @@ class MethodSettings(PruningSettings, AdapterSettings, DistillationSettings):
         return self.target_sparsity is not None
 
     @property
+    def prunes_before(self) -> bool:
+        """The dense model is cut before the first step; while it trains only ranks change."""
+        return self.prunes and self.pruning_time == "before"
+
+    @property
     def uses_adapters(self) -> bool:
         """Adapters are made unless every base weight trains from the first step."""
         return self.tune != "full"
@@ -324,13 +342,20 @@ def _check_pruning(s: PruningSettings) -> None:
     for target in s.prune_targets:
         if target not in PRUNE_TARGETS:
             raise unknown_choice("prune_targets", target, PRUNE_TARGETS)
-    for name in ("num_pruning_events", "round_to", "min_hidden", "reference_batch_size", "reference_length"):
-        _require(getattr(s, name) >= 1, f"{name}={getattr(s, name)} must be at least 1.")
+    positive = ("num_pruning_events", "round_to", "min_hidden", "reference_batch_size", "reference_length")
+    for name in (*positive, "calibration_samples", "calibration_batch_size"):
+        value = getattr(s, name)
+        _require(value is None or value >= 1, f"{name}={value} must be at least 1.")
     for name in ("min_heads", "min_neurons"):
         _require(getattr(s, name) >= 0, f"{name}={getattr(s, name)} must not be negative.")
     for name in ("pruning_start", "pruning_end"):
         value = getattr(s, name)
         _require(value is None or value >= 0, f"{name}={value} must be a number of steps or a fraction of all steps.")
+    _require(
+        s.pruning_time != "before" or s.pruning_start is None,
+        f"pruning_time: before cuts before the first step, so pruning_start={s.pruning_start} has no meaning. "
+        "Remove it.",
+    )
     _require(0 <= s.salience_decay < 1, f"salience_decay={s.salience_decay} must lie in [0, 1).")
     _require(0 < s.mask_step <= 1, f"mask_step={s.mask_step} must lie in (0, 1].")
     _require(s.mask_window >= 0, f"mask_window={s.mask_window} must not be negative; 0 cuts without fading.")

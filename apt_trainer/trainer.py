@@ -8,8 +8,11 @@ methods that read and write checkpoints.
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +23,20 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from apt_trainer import checkpoint, runtime
 from apt_trainer.adapters import lora
+from apt_trainer.adapters.allocation import mean_growth
 from apt_trainer.config import APTConfig
 from apt_trainer.distillation.teacher import freeze
 from apt_trainer.errors import UserError
 from apt_trainer.importance import Importance
-from apt_trainer.models import HIDDEN, Stack
+from apt_trainer.importance.calibration import Batch, shares
+from apt_trainer.models import HIDDEN
 from apt_trainer.models.batch import real_tokens
 from apt_trainer.pruned_model import as_pruned
-from apt_trainer.pruner import AdaptivePruner, Decision, PruningEvent, give_shapes
+from apt_trainer.pruner import AdaptivePruner, Decision, give_shapes
 from apt_trainer.pruning.slicing import Grow, Keep
 from apt_trainer.report.events import append_event, truncate_after
 from apt_trainer.schedule import Schedule, make_schedule
-from apt_trainer.self_distillation import SelfDistillation
+from apt_trainer.self_distillation import SelfDistillation, split_heldout
 from apt_trainer.tuning import base_weight_names
 
 logger = logging.getLogger(__name__)
@@ -80,7 +85,9 @@ class APTTrainer(Seq2SeqTrainer):
         if hasattr(model.config, "apt_structure"):
             raise UserError("The model is a pruned one already. Start from the dense model it was made from.")
         self.pruner = AdaptivePruner(model, args, importance=importance, seed=args.seed)
-        train_dataset, heldout_dataset = _split_heldout(train_dataset, heldout_dataset, args)
+        if train_dataset is not None and heldout_dataset is None:
+            number = args.heldout_rows(len(train_dataset))
+            train_dataset, heldout_dataset = split_heldout(train_dataset, number, args.seed)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         runtime.check_engine(self)
         # Losses are means over the batch: were they taken as sums to be divided by num_items_in_batch, accumulation
@@ -136,7 +143,9 @@ class APTTrainer(Seq2SeqTrainer):
         inputs = self._prepare_inputs(inputs)
         asked = {**inputs, "output_hidden_states": True} if self.distillation.uses_layers else inputs
         task, outputs = super().compute_loss(model, asked, return_outputs=True)
-        distance = self.distillation.loss(inputs, outputs, self.model, self.pruner.family, self._alive_layers(), step)
+        distance = self.distillation.loss(
+            inputs, outputs, self.model, self.pruner.family, self.pruner.alive_layers(), step
+        )
         loss = mu * distance + (1 - mu) * task
         self._metrics.setdefault("loss/task", []).append(task.detach())
         self._metrics.setdefault("loss/distillation", []).append(distance.detach())
@@ -219,30 +228,44 @@ class APTTrainer(Seq2SeqTrainer):
         if self.distillation.transform_due(self.model, self.schedule, step):
             runtime.reshape(self, lambda: self.distillation.keep_transform(self.model, self.schedule, step))
 
-    def _change_shape(self, decision: Decision, step: int) -> None:
+    def prune_before_training(self, max_steps: int) -> None:
+        """Score the dense model on rows of the training data and cut it, before an engine or optimizer sees it."""
+        started, events = time.perf_counter(), Path(str(self.args.output_dir)) / EVENTS_FILE
+        if self.is_world_process_zero():
+            truncate_after(events, -1)
+        self.schedule = make_schedule(self.args, max_steps)
+        self.pruner.start(self.schedule, 0, self._sum_over_processes, self.args.world_size)
+        with torch.random.fork_rng(devices=[]):  # the run that follows does not depend on calibration_samples
+            batches = self._calibration_batches()
+            self._last_inputs = next(batches)
+            self.pruner.calibrate(itertools.chain([self._last_inputs], batches), self._calibration_loss)
+        decision = self.pruner.decide(0)
+        assert decision is not None
+        self._change_shape(decision, 0, started)
+
+    def _change_shape(self, decision: Decision, step: int, started: float | None = None) -> None:
+        """``started``: when what led to the decision began, if that was before this call."""
         self.check_finite()
-        started, loss_before = time.perf_counter(), self._probe_loss()
-        growth = _mean_growth(lora.ranks(self.model), decision.ranks)
-        events: list[PruningEvent] = []
+        started, loss_before = started or time.perf_counter(), self._probe_loss()
+        growth = mean_growth(lora.ranks(self.model), decision.ranks)
 
         def change() -> runtime.Edits:
             event = self.pruner.apply(decision, step)
-            events.append(event)
             edits: dict[str, list[Keep | Grow]] = dict(event.edits)
             return edits | self.distillation.follow(self.model, event.survivors, growth)
 
-        runtime.reshape(self, change)
+        reshape = runtime.reshape if self.live_dataloader is not None else runtime.reshape_first
+        reshape(self, change)
         seconds = time.perf_counter() - started
         losses = {"loss_before": loss_before, "loss_after": self._probe_loss()}
         if None not in losses.values() and losses["loss_after"] > 2 * losses["loss_before"] + COLLAPSE_MARGIN:
+            slower = "use pruning_time: early" if step == 0 else "raise num_pruning_events or mask_window"
             logger.warning(
-                "step %d: the cut raised the loss of a batch from %.3f to %.3f. If it does not recover, raise "
-                "num_pruning_events or mask_window, or keep a floor with min_heads and min_neurons.",
-                step,
-                losses["loss_before"],
-                losses["loss_after"],
+                f"step {step}: the cut raised the loss of a batch from {losses['loss_before']:.3f} to "
+                f"{losses['loss_after']:.3f}. If it does not recover, {slower}, or keep a floor with min_heads and "
+                "min_neurons."
             )
-        self._write_record(self.pruner.describe(step, events[0].kind) | {"seconds": seconds, **losses})
+        self._write_record(self.pruner.describe(step, decision.kind) | {"seconds": seconds, **losses})
 
     def finish(self) -> None:
         """Merge adapters and make ``model`` what ``save_pretrained`` writes and ``load_pruned`` reads."""
@@ -276,17 +299,21 @@ class APTTrainer(Seq2SeqTrainer):
         if self.is_world_process_zero():
             truncate_after(Path(str(self.args.output_dir)) / EVENTS_FILE, step)
 
+    def _calibration_batches(self) -> Iterator[Batch | None]:
+        """This process' share of the rows that score the dense model; None where its rows have run out."""
+        args, data = self.args, self.train_dataset
+        collate = self._get_collator_with_removed_columns(self.data_collator, "Calibration")
+        size = args.calibration_batch_size or args.train_batch_size
+        for rows in shares(len(data), args.calibration_samples, size, args.seed, args.process_index, args.world_size):
+            yield self._prepare_inputs(collate([data[row] for row in rows])) if rows else None
+
+    def _calibration_loss(self, batch: Batch) -> torch.Tensor:
+        """Task loss of the model, which accelerate has not wrapped yet. Gradients in float16 would need its scaler."""
+        with nullcontext() if self.args.fp16 else self.accelerator.autocast():
+            return super().compute_loss(self.model, dict(batch))  # type: ignore[no-any-return]
+
     def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")  # type: ignore[no-any-return]
-
-    def _alive_layers(self) -> dict[Stack, list[bool]]:
-        """Per stack, which layers still have every sublayer."""
-        counts = self.pruner.plan.counts
-        alive: dict[Stack, dict[int, bool]] = {}
-        for sublayer in self.pruner.sublayers:
-            layers = alive.setdefault(sublayer.stack, {})
-            layers[sublayer.layer] = layers.get(sublayer.layer, True) and counts[sublayer.space] > 0
-        return {stack: [layers[layer] for layer in sorted(layers)] for stack, layers in alive.items()}
 
     def _offer_snapshot(self, step: int) -> None:
         loss = self._heldout_loss()
@@ -326,6 +353,8 @@ class APTTrainer(Seq2SeqTrainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if resume_from_checkpoint is None:
+            if self.pruner.settings.prunes_before:
+                self.prune_before_training(max_steps)
             self.distillation.keep_transform(self.model, self.schedule, 0)
         _, self.live_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         return runtime.LiveModel(self), self.live_dataloader
@@ -367,22 +396,3 @@ class _MethodCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.after_step()
-
-
-def _mean_growth(old: dict[str, int], new: Any) -> float:
-    """Factor by which the mean rank of adapters rises."""
-    total = sum(old.values())
-    return 1.0 + sum(rank - old[path] for path, rank in new.items()) / total if total else 1.0
-
-
-def _split_heldout(train: Any, heldout: Any, args: APTConfig) -> tuple[Any, Any]:
-    """(training data, held-out data); nothing is split off when no snapshot will be chosen."""
-    number = 0 if train is None else args.heldout_rows(len(train))
-    if heldout is not None or number == 0:
-        return train, heldout
-    if hasattr(train, "train_test_split"):
-        parts = train.train_test_split(test_size=number, seed=args.seed)
-        return parts["train"], parts["test"]
-    generator = torch.Generator().manual_seed(args.seed)
-    rest, chosen = torch.utils.data.random_split(train, [len(train) - number, number], generator=generator)
-    return rest, chosen

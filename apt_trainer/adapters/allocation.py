@@ -22,6 +22,12 @@ class AdapterSize:
         return self.rank * self.width
 
 
+def mean_growth(old: Mapping[str, int], new: Mapping[str, int]) -> float:
+    """Factor by which the mean rank rises when adapters go from ranks ``old`` to ``new`` (those that grow)."""
+    total = sum(old.values())
+    return 1.0 + sum(rank - old[path] for path, rank in new.items()) / total if total else 1.0
+
+
 def allocate(
     sizes: Sequence[AdapterSize],
     importance: Mapping[str, float],

@@ -20,9 +20,16 @@ Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Importance(ABC):
-    """Scores every unit of every space. ``densities``: scores are already per cost (used by random choice)."""
+    """Scores every unit of every space.
+
+    ``densities``: scores are already per cost (used by random choice). ``needs_data``: scores come from batches, which
+    a model that is pruned before it trains has to be shown first. ``decay``: share of the old value that an average
+    over updates keeps; set to 1 − 1/n at update n it becomes a plain mean. Rules without an average ignore it.
+    """
 
     densities: bool = False
+    needs_data: bool = True
+    decay: float = 0.0
 
     @abstractmethod
     def attach(self, model: nn.Module, spaces: Sequence[Space], counts: Mapping[str, int]) -> None:

@@ -15,6 +15,8 @@ from apt_trainer.models.base import base_layer
 class Magnitude(Importance):
     """Score of a unit = ‖all weights that belong to it‖₂."""
 
+    needs_data = False
+
     def attach(self, model: nn.Module, spaces: Sequence[Space], counts: Mapping[str, int]) -> None:
         self._spaces, self._counts = [space for space in spaces if counts[space.name] > 0], dict(counts)
 

@@ -116,7 +116,7 @@ def test_the_distillation_loss_by_hand(name: str, tmp_path: Path) -> None:
 
     def loss() -> float:
         outputs = student(**batch, output_hidden_states=True)
-        return distillation.loss(batch, outputs, student, family, trainer._alive_layers(), 4).item()
+        return distillation.loss(batch, outputs, student, family, trainer.pruner.alive_layers(), 4).item()
 
     assert loss() == pytest.approx(0.0, abs=1e-6)
     with torch.no_grad():
