@@ -46,7 +46,7 @@ def plan(recipe: Recipe) -> str:
         f"trains       {' → '.join(tune_phases(args))}; {format_count(_trained(model))} parameters at first",
         f"steps        {schedule.total:,} of {args.train_batch_size * args.gradient_accumulation_steps} rows",
         f"memory       {format_bytes(memory)} estimated at the first step "
-        "(weights, gradients, optimizer, activations)",
+        f"(weights, gradients, optimizer, activations){_of_dense_model(pruner, args)}",
         "",
         _space_table(pruner),
         "",
@@ -54,10 +54,21 @@ def plan(recipe: Recipe) -> str:
     return "\n".join(lines + _schedule_lines(pruner, schedule, args))
 
 
+def _of_dense_model(pruner: AdaptivePruner, args: APTConfig) -> str:
+    """What a cut before the first step takes off the estimate, which is for the dense model."""
+    if not args.prunes_before:
+        return ""
+    cut = evenly_cut(pruner, args.target_sparsity or 0.0)
+    fewer = pruner.block_cost.total(pruner.dense_plan.counts) - pruner.block_cost.total(cut.counts)
+    freed = int(fewer * next(pruner.model.parameters()).element_size())
+    return f" of the dense model; the cut before it frees about {format_bytes(freed)} of weights"
+
+
 def tune_phases(args: APTConfig) -> list[str]:
     """What trains, phase by phase."""
     phases = [args.tune]
-    for mode, when in ((args.tune_after_pruning, "pruning"), (args.tune_after_distillation, "distillation")):
+    pruned = "ranks have grown" if args.prunes_before else "pruning"
+    for mode, when in ((args.tune_after_pruning, pruned), (args.tune_after_distillation, "distillation")):
         if mode is not None and mode != phases[-1].split(" ")[0]:
             phases.append(f"{mode} (after {when})")
     return phases
@@ -129,6 +140,17 @@ def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig)
             "adapters": format_count(adapters),
         }
     ]
+    if schedule.before:
+        cut = evenly_cut(pruner, schedule.target_sparsity)
+        rows.append(
+            {
+                "step": "0, cut",
+                "target": f"{schedule.target_sparsity:.1%}",
+                "params": format_count(pruner.block_cost.total(cut.counts)),
+                "flops": format_count(flops.total(cut.counts)),
+                "adapters": f"≤ {format_count(adapters)}",
+            }
+        )
     for number, step in enumerate(schedule.events):
         even = evenly_cut(pruner, schedule.sparsity(number))
         growth = 1 + schedule.tuning_share(number) * (args.tuning_growth - 1) if args.rank_growth != "none" else 1
@@ -148,10 +170,14 @@ def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig)
         ("flops", f"block FLOPs at 1×{args.reference_length}"),
         ("adapters", "adapter parameters"),
     ]
+    then = f"masks fade over {schedule.window} steps."
+    if schedule.before:
+        scored = f"scored on {args.calibration_samples} training rows and " if pruner.importance.needs_data else ""
+        then = f"the dense model is {scored}cut before the first step, after which only ranks grow."
     lines = [
         markdown_table(rows, [(key, header, None) for key, header in columns]),
         "",
-        f"Parameters and FLOPs assume that every kind loses the same share; masks fade over {schedule.window} steps.",
+        f"Parameters and FLOPs assume that every kind loses the same share; {then}",
     ]
     if schedule.distillation_end > schedule.distillation_start:
         lines.append(

@@ -74,15 +74,16 @@ def _frozen(model: nn.Module, family: ModelFamily, spaces: Sequence[Space]) -> I
     """No dropout and no gradient of a parameter; all is as it was afterwards."""
     modes = {module: module.training for module in model.modules()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    layers = [model.get_submodule(path) for path in family.layer_paths(model)]
+    layers = {path: model.get_submodule(path) for path in family.layer_paths(model)}
     observed = {path for space in spaces for path in (space.gate, *space.places)}
     active = [module for path, module in model.named_modules() if path in observed]
     if getattr(model, "is_activation_checkpointing", False):
-        active += layers
+        active += layers.values()
     model.eval().requires_grad_(False)
     for module in active:
         module.training = True  # of itself only: taps and checkpointing ask for it, dropout is in other modules
-    handles = [layer.register_forward_pre_hook(_start_gradient, with_kwargs=True) for layer in layers]
+    first = [layer for path, layer in layers.items() if path.endswith(".0")]
+    handles = [layer.register_forward_pre_hook(_start_gradient, with_kwargs=True) for layer in first]
     try:
         yield
     finally:
@@ -95,11 +96,7 @@ def _frozen(model: nn.Module, family: ModelFamily, spaces: Sequence[Space]) -> I
 
 
 def _start_gradient(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Let gradients begin at what enters the first layer of a stack; in later layers they flow already."""
+    """Let gradients begin at what enters the first layer of a stack, and nowhere before it."""
     if not args:
-        return args, kwargs | {"hidden_states": _with_gradient(kwargs["hidden_states"])}
-    return (_with_gradient(args[0]), *args[1:]), kwargs
-
-
-def _with_gradient(hidden: torch.Tensor) -> torch.Tensor:
-    return hidden if hidden.requires_grad else hidden.detach().requires_grad_()
+        return args, kwargs | {"hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
+    return (args[0].detach().requires_grad_(), *args[1:]), kwargs

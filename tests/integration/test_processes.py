@@ -145,10 +145,10 @@ os._exit(0)
 """
 
 
-def _two_processes(folder: Path) -> None:
-    """Let two processes train every entry of ``WORLDS`` and write what came out to ``folder``."""
+def two_processes(folder: Path, code: str, *results: str) -> None:
+    """Let two processes run ``code`` with ``folder`` as argument; it must write the files ``results``."""
     worker = folder / "worker.py"
-    worker.write_text(WORKER.format(root=str(ROOT), tests=str(Path(__file__).parents[1])))
+    worker.write_text(code.format(root=str(ROOT), tests=str(Path(__file__).parents[1])))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -160,7 +160,7 @@ def _two_processes(folder: Path) -> None:
         text=True,
         timeout=200,
     )
-    assert (folder / "result1.0.json").exists() and (folder / "result1.1.json").exists(), result.stderr[-4000:]
+    assert all((folder / name).exists() for name in results), result.stderr[-4000:]
 
 
 def _read(folder: Path, number: int, rank: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -175,7 +175,7 @@ def _events(folder: Path) -> list[tuple[Any, ...]]:
 @pytest.mark.distributed
 def test_two_processes_equal_one(single: tuple[Path, APTTrainer], tmp_path: Path) -> None:
     """One test for all entries of ``WORLDS``, since starting two processes takes longer than the rest."""
-    _two_processes(tmp_path)
+    two_processes(tmp_path, WORKER, "result1.0.json", "result1.1.json")
     expected = single[1]
     for number in range(len(WORLDS)):
         (first, weights), (second, others) = (_read(tmp_path, number, rank) for rank in (0, 1))
