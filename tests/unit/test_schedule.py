@@ -29,6 +29,27 @@ def test_defaults_of_late_pruning() -> None:
     assert (s.distillation_start, s.distillation_end) == (500, 750)  # not before the last event
 
 
+def test_pruning_before_training_has_events_for_ranks_only() -> None:
+    s = schedule(pruning_time="before", distillation="none")
+    assert s.before and (s.start, s.events, s.end) == (0, (60, 120, 180, 240, 300), 300)
+    assert (s.window, s.mask_step) == (0, 1.0)
+    assert [s.sparsity(j) for j in range(5)] == [0.6] * 5
+    assert [s.tuning_share(j) for j in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert not any(s.in_window(step) is not None for step in range(1001))
+    assert not any(schedule(pruning_time=time).before for time in ("early", "late"))
+
+
+def test_a_model_as_teacher_counts_in_full_when_ranks_have_grown() -> None:
+    s = schedule(pruning_time="before", distillation="model", teacher_name_or_path="t", pruning_end=200)
+    assert (s.distillation_start, s.distillation_end) == (0, 600)
+    assert s.mu(0) == pytest.approx(1 / 200) and s.mu(199) == s.mu(599) == 1.0
+
+
+def test_without_a_target_nothing_happens_before_training() -> None:
+    s = schedule(pruning_time="before", target_sparsity=None)
+    assert (s.before, s.events, s.distillation_end) == (False, (), 0)
+
+
 def test_pruning_after_training_is_one_event_without_fading() -> None:
     s = schedule(pruning_time="after", distillation="none", mask_window=200)
     assert (s.start, s.events, s.window, s.mask_step) == (800, (1000,), 0, 1.0)
@@ -192,6 +213,11 @@ def test_pruning_end_after_the_last_step() -> None:
     with pytest.raises(UserError, match="pruning_end=1200 lies after the last step 1000. Lower pruning_end"):
         schedule(pruning_end=1200)
     assert schedule(pruning_end=1000, distillation="none").end == 1000
+
+
+def test_self_distillation_of_a_model_pruned_before_training_is_refused() -> None:
+    with pytest.raises(UserError, match="pruning_time: before.*Use distillation: none, or distillation: model"):
+        schedule(pruning_time="before")
 
 
 def test_self_distillation_after_training_is_refused() -> None:
