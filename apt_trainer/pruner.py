@@ -97,6 +97,8 @@ class AdaptivePruner:
         self.rank_score = RankScore(settings.salience_decay, absolute=settings.rank_score == "absolute")
         self.schedule: Schedule | None = None
         self._observing = False
+        self._resting = False
+        self._fading: tuple[int, PruningPlan] | None = None  # event, and the choice that masks follow
         self._reduce: Reduce = lambda tensor: tensor
         self._processes = 1
 
@@ -113,24 +115,27 @@ class AdaptivePruner:
         """Before the forward pass of step ``step`` + 1: attach what the schedule needs and move masks."""
         assert self.schedule is not None
         self._follow_schedule(step)
+        self._rest(not self.schedule.observes(step))
         event = self.schedule.in_window(step)
         if event is not None:
             if not self.masks.is_open:
                 self.masks.open(self.plan.counts, self.limits.targets)
             if step > self.schedule.start:
-                target = self._select(event)
-                self.masks.move(self.plan.survivors(target), self.schedule.mask_step)
+                if self._fading is None or self._fading[0] != event:
+                    self._fading = event, self._select(event)
+                self.masks.move(self.plan.survivors(self._fading[1]), self.schedule.mask_step)
 
     def set_tokens(self, mask: Tokens) -> None:
         """Tell which tokens of the next forward pass are real: [batch, length], or one such per stack."""
-        if self._observing:
+        if self._observing and not self._resting:
             self.importance.set_tokens(mask)
 
     def observe(self) -> None:
         """After the last backward pass of a step, before gradients are cleared."""
-        if self._observing:
+        if self._observing and not self._resting:
             self.importance.update(self._reduce, self._processes)
             self.rank_score.update(self._reduce, self._processes)
+            self._fading = None  # scores have changed
 
     def step(self, step: int) -> PruningEvent | None:
         """After ``step`` completed steps: decide and apply in one go (for loops without an engine)."""
@@ -159,7 +164,7 @@ class AdaptivePruner:
         survivors = apply_plan(self.model, self.family, self.spaces, self.plan, decision.plan, log)
         followed = {name: index for name, index in survivors.items() if name in self._scored_names()}
         self.importance.follow(followed)
-        self.plan = decision.plan
+        self.plan, self._fading = decision.plan, None
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         for path, layer in lora.adapters(self.model):
             if path in decision.ranks:
@@ -273,6 +278,11 @@ class AdaptivePruner:
         self.importance.attach(self.model, self._scored(), self.plan.counts)
         self.rank_score.attach(self.model)
         self._observing = True
+
+    def _rest(self, resting: bool) -> None:
+        self._resting = resting
+        self.importance.rest(resting)
+        self.rank_score.rest(resting)
 
     def _select(self, event: int) -> PruningPlan:
         assert self.schedule is not None
