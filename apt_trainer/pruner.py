@@ -102,6 +102,8 @@ class AdaptivePruner:
         self.rank_score = RankScore(settings.salience_decay, absolute=settings.rank_score == "absolute")
         self.schedule: Schedule | None = None
         self._observing = False
+        self._resting = False
+        self._fading: tuple[int, PruningPlan] | None = None  # event, and the choice that masks follow
         self._reduce: Reduce = lambda tensor: tensor
         self._processes = 1
 
@@ -127,25 +129,28 @@ class AdaptivePruner:
         """Before the forward pass of step ``step`` + 1: attach what the schedule needs and move masks."""
         assert self.schedule is not None
         self._follow_schedule(step)
+        self._rest(not self.schedule.observes(step))
         event = self.schedule.in_window(step)
         if event is not None:
             if not self.masks.is_open:
                 self.masks.open(self.plan.counts, self.limits.targets)
             if step > self.schedule.start:
-                target = self._select(event)
-                self.masks.move(self.plan.survivors(target), self.schedule.mask_step)
+                if self._fading is None or self._fading[0] != event:
+                    self._fading = event, self._select(event)
+                self.masks.move(self.plan.survivors(self._fading[1]), self.schedule.mask_step)
 
     def set_tokens(self, mask: Tokens) -> None:
         """Tell which tokens of the next forward pass are real: [batch, length], or one such per stack."""
-        if self._observing and not self.settings.prunes_before:
+        if self._observing and not self._resting and not self.settings.prunes_before:
             self.importance.set_tokens(mask)
 
     def observe(self) -> None:
         """After the last backward pass of a step, before gradients are cleared."""
-        if self._observing:
+        if self._observing and not self._resting:
             if not self.settings.prunes_before:
                 self.importance.update(self._reduce, self._processes)
             self.rank_score.update(self._reduce, self._processes)
+            self._fading = None  # scores have changed
 
     def step(self, step: int) -> PruningEvent | None:
         """After ``step`` completed steps: decide and apply in one go (for loops without an engine)."""
@@ -177,7 +182,7 @@ class AdaptivePruner:
         if not self.settings.prunes_before:  # else scores have served their purpose
             followed = {name: index for name, index in survivors.items() if name in self._scored_names()}
             self.importance.follow(followed)
-        self.plan = decision.plan
+        self.plan, self._fading = decision.plan, None
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         for path, layer in lora.adapters(self.model):
             if path in decision.ranks:
@@ -302,6 +307,11 @@ class AdaptivePruner:
             self.importance.attach(self.model, self._scored(), self.plan.counts)
         self.rank_score.attach(self.model)
         self._observing = True
+
+    def _rest(self, resting: bool) -> None:
+        self._resting = resting
+        self.importance.rest(resting)
+        self.rank_score.rest(resting)
 
     def _select(self, event: int | None) -> PruningPlan:
         """Plan for ``event``; None: the cut before training."""

@@ -88,6 +88,17 @@ def restore_forward(model: nn.Module) -> None:
             model.forward = original
 
 
+def own_storage(model: nn.Module) -> None:
+    """Give every parameter on the CPU memory of its own, in place.
+
+    Weights read from a file lie in one mapping of that file, which stays in memory as a whole while any tensor of it
+    lives: what a cut removes would not be given back.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
+
+
 def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
     """Optimizer state of every trained parameter by name.
 

@@ -6,12 +6,14 @@ Steps are completed optimizer steps: an event at step t happens after the t-th u
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from apt_trainer.errors import UserError
 from apt_trainer.settings import MethodSettings
 
 _WINDOWS = {"before": (0.0, 0.3), "early": (0.1, 0.3), "late": (0.5, 0.75), "after": (1.0, 1.0)}
 _DEFAULT_DISTILLATION_END = 0.6
+_LEAST_OBSERVATIONS = 8
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Schedule:
     distillation_start: int
     distillation_end: int
     distillation_weight: float
+    observe_every: int = 1
     before: bool = False
 
     @property
@@ -61,6 +64,11 @@ class Schedule:
         """First completed step at which masks of ``event`` may move."""
         previous = self.events[event - 1] if event else self.start
         return max(previous, self.events[event] - self.window)
+
+    def observes(self, step: int) -> bool:
+        """Whether scores are observed in step ``step`` + 1: from the start of pruning to its last event."""
+        begun = step >= self.start and self.next_event(step) is not None
+        return begun and (step - self.start) % self.observe_every == 0
 
     def in_window(self, step: int) -> int | None:
         """Number of the event whose masks fade while step ``step`` + 1 is computed, if any."""
@@ -99,6 +107,7 @@ def make_schedule(settings: MethodSettings, total: int) -> Schedule:
         distillation_start=distillation_start,
         distillation_end=distillation_end,
         distillation_weight=settings.distillation_weight,
+        observe_every=_observation_interval(settings, start, events),
         before=settings.prunes_before,
     )
 
@@ -130,6 +139,12 @@ def _pruning_steps(settings: MethodSettings, total: int) -> tuple[int, tuple[int
         return start, events, 0
     interval = (end - start) // number
     return start, events, min(interval, _steps(settings.mask_window, total))
+
+
+def _observation_interval(settings: MethodSettings, start: int, events: tuple[int, ...]) -> int:
+    """Steps between observations: as set, but so that each event rests on eight or more."""
+    steps = min((after - before for before, after in pairwise((start, *events))), default=1)
+    return max(1, min(settings.observe_every, steps // _LEAST_OBSERVATIONS))
 
 
 def _distillation_steps(settings: MethodSettings, total: int, start: int, events: tuple[int, ...]) -> tuple[int, int]:

@@ -182,7 +182,12 @@ class PruningSettings:
         0.01, "Least change of a mask per step; raised so that a mask can fade within half a window. 0.01 (official)."
     )
     importance: str = setting("salience", "Scoring rule: salience (APT), magnitude, taylor or random.")
-    salience_decay: float = setting(0.85, "Decay of the moving average of scores. 0.85 (APT, Sec. 4.2).")
+    salience_decay: float = setting(
+        0.85, "Decay of the moving average of scores, per observation. 0.85 (APT, Sec. 4.2)."
+    )
+    observe_every: int = setting(
+        4, "Optimizer steps between two observations of scores; less in short runs. 1: every step (official)."
+    )
     outlier_term: bool = setting(True, "Add the square root of the kurtosis to the salience (APT, Eq. 5).")
     outlier_scaling: str = setting(
         "mean", "mean: bring the outlier term to the mean salience of its kind, times outlier_weight; none: as in APT."
@@ -342,8 +347,8 @@ def _check_pruning(s: PruningSettings) -> None:
     for target in s.prune_targets:
         if target not in PRUNE_TARGETS:
             raise unknown_choice("prune_targets", target, PRUNE_TARGETS)
-    positive = ("num_pruning_events", "round_to", "min_hidden", "reference_batch_size", "reference_length")
-    for name in (*positive, "calibration_samples", "calibration_batch_size"):
+    counts = ("num_pruning_events", "observe_every", "round_to", "min_hidden", "calibration_samples")
+    for name in (*counts, "calibration_batch_size", "reference_batch_size", "reference_length"):
         value = getattr(s, name)
         _require(value is None or value >= 1, f"{name}={value} must be at least 1.")
     for name in ("min_heads", "min_neurons"):

@@ -90,6 +90,7 @@ class APTTrainer(Seq2SeqTrainer):
             train_dataset, heldout_dataset = split_heldout(train_dataset, number, args.seed)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         runtime.check_engine(self)
+        runtime.own_storage(model)
         # Losses are means over the batch: were they taken as sums to be divided by num_items_in_batch, accumulation
         # and several processes would multiply them.
         self.model_accepts_loss_kwargs = False

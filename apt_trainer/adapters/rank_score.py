@@ -26,6 +26,7 @@ class RankScore:
     def __init__(self, decay: float = 0.85, absolute: bool = False) -> None:
         self.decay, self.absolute = decay, absolute
         self._taps: list[Tap] = []
+        self._context = TapContext()
         self._sums: dict[str, torch.Tensor] = {}
         self._average: dict[str, torch.Tensor] = {}
 
@@ -43,7 +44,11 @@ class RankScore:
             return
         for path, layer in layers:
             sums = self._sums[path].view(1, -1)
-            self._taps.append(Tap(layer.lora_A[ADAPTER], "output", "signed", sums, TapContext()))
+            self._taps.append(Tap(layer.lora_A[ADAPTER], "output", "signed", sums, self._context))
+
+    def rest(self, resting: bool) -> None:
+        """While ``resting``, steps are not to be observed; the paper's formula needs no hooks."""
+        self._context.resting = resting
 
     @torch.no_grad()
     def update(self, reduce: Reduce, processes: int) -> None:

@@ -39,6 +39,9 @@ class Importance(ABC):
         """Tell which tokens of the next batch are real: [batch, length], 1 = real, one such per stack in a model with
         an encoder and a decoder; None = all."""
 
+    def rest(self, resting: bool) -> None:
+        """While ``resting``, steps are not to be observed: hooks should cost nothing, :meth:`update` is not called."""
+
     def update(self, reduce: Reduce, processes: int) -> None:
         """Take in one optimizer step, after its last backward pass."""
 

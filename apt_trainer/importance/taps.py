@@ -29,6 +29,7 @@ class TapContext:
     def __init__(self) -> None:
         self._masks: dict[Stack | None, tuple[torch.Size, torch.Tensor]] = {}
         self._scratch = torch.empty(0)
+        self.resting = False
 
     def set_tokens(self, mask: Tokens) -> None:
         """``mask``: [batch, length], 1 = real, of every stack or per stack; None = all."""
@@ -101,7 +102,7 @@ class Tap:
         return self._pass(output) if self._observes(module, output) else None
 
     def _observes(self, module: nn.Module, x: torch.Tensor) -> bool:
-        return module.training and torch.is_grad_enabled() and x.requires_grad
+        return not self.context.resting and module.training and torch.is_grad_enabled() and x.requires_grad
 
     def _pass(self, x: torch.Tensor) -> torch.Tensor:
         function = _MagnitudeTap if self.measure == "magnitudes" else _ProductTap

@@ -48,6 +48,9 @@ class Taylor(Importance):
     def set_tokens(self, mask: Tokens) -> None:
         self._context.set_tokens(mask)
 
+    def rest(self, resting: bool) -> None:
+        self._context.resting = resting
+
     @torch.no_grad()
     def update(self, reduce: Reduce, processes: int) -> None:
         flat = reduce(self._flat) / processes if processes > 1 else self._flat

@@ -108,7 +108,9 @@ def _prompts(model: nn.Module, batch_size: int, length: int, new_tokens: int) ->
             f"length={length} and new_tokens={new_tokens} make {together} tokens, more than the {longest} positions "
             "of the model. Lower one of them."
         )
-    return example_inputs(model, batch_size, length)
+    batch = example_inputs(model, batch_size, length)
+    batch.pop("decoder_input_ids", None)  # a decoder begins with its own start token
+    return batch
 
 
 def _seconds(model: nn.Module, batch: dict[str, Tensor], new_tokens: int) -> tuple[float, float]:

@@ -64,8 +64,10 @@ def example_inputs(
         input_ids[input_ids == padding] = (padding + 1) % config.vocab_size
     batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     if getattr(config, "is_encoder_decoder", False):
-        input_ids[input_ids == config.eos_token_id] = config.eos_token_id + 1
-        input_ids[:, -1] = config.eos_token_id  # one per row, where a classifier looks for it
+        end = getattr(config, "eos_token_id", None)
+        if end is not None:  # one per row, where a classifier looks for it
+            input_ids[input_ids == end] = end + 1
+            input_ids[:, -1] = end
         batch["decoder_input_ids"] = input_ids.clone()
     device = _device_of(model) if device is None else device
     return {name: value.to(device) for name, value in batch.items()}
