@@ -175,3 +175,24 @@ def test_a_checkpoint_holds_safe_formats_and_what_a_run_needs(tmp_path: Path) ->
     state = json.loads((folder / "apt_state.json").read_text())
     assert state["format_version"] == 1
     assert state["pruner"]["tune"] == "adapters"
+
+
+SPARSE = {"pruning_start": 4, "pruning_end": 36, "num_pruning_events": 2, "mask_window": 8, "observe_every": 2}
+SPARSE |= {"distillation": "none", "distillation_end": None, "max_steps": 40}
+
+
+@pytest.mark.parametrize("step", [13, 14, 15, 17])
+def test_a_checkpoint_between_observations_resumes_bit_equal(tmp_path: Path, step: int) -> None:
+    """Masks follow a choice made at the last observation; it is made again from the same scores."""
+    whole, resumed = (
+        make_trainer(
+            tmp_path / name, tiny_model("bert", dropout=0.1), options={"callbacks": [SaveAt(saved)]}, **SPARSE
+        )
+        for name, saved in (("whole", [step]), ("resumed", []))
+    )
+    assert whole.schedule.observe_every == 2 and whole.schedule.in_window(step) == 0
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+    expected, got = weights_of(whole.model), weights_of(resumed.model)
+    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+    assert resumed.pruner.plan == whole.pruner.plan

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import logits, randomise, tiny_batch, tiny_config, tiny_model
+from tiny import adapted, logits, parts, randomise, tiny_batch, tiny_config, tiny_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
-from apt_trainer import APTTrainer, load_pruned
+from apt_trainer import APTTrainer, load_pruned, runtime
+from apt_trainer.importance import Salience
 from apt_trainer.measure import Latency
 from apt_trainer.models import HIDDEN
 from apt_trainer.pruner import PruningEvent
@@ -538,3 +539,51 @@ def test_evaluation_during_training_sees_the_shape_of_the_moment(tmp_path: Path)
     untouched = make_trainer(tmp_path / "plain", **SHORT)
     untouched.train()
     assert losses_of(untouched) == losses_of(trainer)
+
+
+def test_between_observations_no_activation_is_measured(tmp_path: Path) -> None:
+    own, choices = Fixed(), 0
+    changes = {"pruning_start": 4, "pruning_end": 36, "num_pruning_events": 2, "mask_window": 8, "max_steps": 38}
+    trainer = make_trainer(tmp_path, options={"importance": own}, distillation="none", **changes)
+    assert trainer.schedule.observe_every == 2
+    scores = own.scores
+
+    def count(model: nn.Module) -> dict[str, torch.Tensor]:
+        nonlocal choices
+        choices += 1
+        return scores(model)
+
+    own.scores = count  # type: ignore[method-assign]
+    trainer.train()
+    assert own.updates == 16  # every second of the 32 steps
+    assert choices == 2 * (1 + 4) + 2  # when a window opens, after each observation in it, and at the cut
+
+
+def test_taps_rest_between_observations() -> None:
+    model = adapted(tiny_model("bert")).train()
+    rule = Salience()
+    _, spaces, dense = parts(tiny_model("bert"))
+    rule.attach(model, spaces, dense.counts)
+    batch = tiny_batch(model)
+    rule.rest(True)
+    model(**batch).loss.backward()
+    assert not rule._flat.any()
+    rule.rest(False)
+    model(**batch).loss.backward()
+    assert rule._flat.any()
+
+
+def test_weights_leave_the_file_they_were_read_from(tmp_path: Path) -> None:
+    tiny_model("bert").save_pretrained(tmp_path / "dense")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense")
+    trainer = make_trainer(tmp_path / "run", model)
+    for name, parameter in trainer.model.named_parameters():
+        assert parameter.untyped_storage().nbytes() == parameter.numel() * parameter.element_size(), name
+
+
+def test_tied_weights_stay_tied_when_they_leave_their_file() -> None:
+    model = tiny_model("bert", "ForMaskedLM")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    runtime.own_storage(model)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())

@@ -246,3 +246,26 @@ def test_every_run_fades_its_masks_within_half_a_window() -> None:
     for total in (60, 333, 5000):
         s = schedule(total)
         assert math.ceil(1 / s.mask_step) <= math.ceil(s.window / 2) or s.mask_step == 0.01
+
+
+def test_every_fourth_step_is_observed_between_start_and_last_event() -> None:
+    found = schedule(1000, pruning_start=100, pruning_end=300)
+    assert found.observe_every == 4
+    assert [step for step in range(95, 310) if found.observes(step)] == list(range(100, 300, 4))
+
+
+@pytest.mark.parametrize(
+    ("asked", "end", "every"),
+    [(1, 300, 1), (4, 300, 4), (10, 300, 5), (4, 180, 2), (4, 140, 1)],
+    ids=["asked for each", "default", "at least eight per event", "short", "shortest"],
+)
+def test_each_event_rests_on_eight_observations(asked: int, end: int, every: int) -> None:
+    found = schedule(1000, pruning_start=100, pruning_end=end, observe_every=asked)
+    assert found.observe_every == every
+    for before, after in zip((100, *found.events), found.events, strict=False):
+        observed = sum(found.observes(step) for step in range(before, after))
+        assert observed >= min(8, after - before)
+
+
+def test_nothing_is_observed_where_nothing_is_pruned() -> None:
+    assert not any(schedule(50, target_sparsity=None).observes(step) for step in range(50))
