@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cost", choices=COSTS, default="params", help="what relative impact is divided by (default: params)"
     )
-    add_output_arguments(parser, "DIR of scores.json, scores.md and scores.png")
+    add_output_arguments(parser, "folder of scores.json, scores.md and scores.png")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +51,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--output", required=True, metavar="DIR", help=what.removeprefix("DIR ").capitalize())
+    parser.add_argument("--output", required=True, metavar="DIR", help=what)
     parser.add_argument("--resume", action="store_true", help="go on with an impact measurement that was stopped")
 
 

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--protect", type=int, nargs="+", default=[], metavar="LAYER", help="layers that stay; -1 is the last"
     )
     add_data_arguments(parser, required=False)
-    add_output_arguments(parser, "DIR of the model, drop_report.json and drop_list.json")
+    add_output_arguments(parser, "folder of the model, drop_report.json and drop_list.json")
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:

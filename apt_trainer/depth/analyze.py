@@ -65,7 +65,7 @@ def analyze(
         )
     folder = open_folder(output, resume)
     at.load(device)
-    shape = Shape(request.batch_size, at.calibration.length or 128)
+    shape = at.shape
     params = unit_costs(at.model, at.units, "params", shape)
     rows = {unit: _row(at.units, unit, params, shares(params, at.units)) for unit in at.units.members}
     found: dict[str, Any] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,6 @@ class DropRequest:
     protect: Sequence[int] = ()
     drop_list: str | None = None
     seed: int = 0
-    shape: Shape = field(default_factory=Shape)
 
     def check(self, has_data: bool) -> None:
         """Raise :class:`UserError` for what cannot work whatever the model."""
@@ -110,7 +109,7 @@ def drop_units(
         choice = Choice(listed, ())
     else:
         if request.fraction is not None and request.fraction_of == "latency":
-            costs = unit_costs(at.model, at.units, "latency", request.shape)
+            costs = unit_costs(at.model, at.units, "latency", at.shape)
             budget = Budget(None, request.fraction, shares(costs, at.units))
         choice = _choose(at, request, candidates, budget, folder, watch)
     dropped = choice.units
@@ -142,7 +141,7 @@ def _asked(at: Loaded, request: DropRequest) -> tuple[tuple[Unit, ...] | None, t
     """(units of a list, candidates, budget); raises :class:`UserError` for what this model cannot give."""
     if request.drop_list is not None:
         return lists.read(request.drop_list, at.units, at.model_type), (), Budget(count=1)
-    share = shares(unit_costs(at.model, at.units, "params", request.shape), at.units)
+    share = shares(unit_costs(at.model, at.units, "params", at.shape), at.units)
     budget = Budget(request.count, request.fraction, share)
     candidates = candidates_of(at.units, request.kind, request.protect)
     if request.fraction is None or request.fraction_of == "params":
@@ -163,7 +162,7 @@ def _choose(
     if request.method == "cosine":
         ranker = CosineRanker(at.model, at.units, batches, watch)
     elif request.method == "nri":
-        share = shares(unit_costs(at.model, at.units, request.cost, request.shape), at.units)
+        share = shares(unit_costs(at.model, at.units, request.cost, at.shape), at.units)
         ranker = ImpactRanker(stored_losses(at, folder), share, request.baseline, watch)
     elif request.method == "reverse":
         ranker = ReverseRanker(at.units)

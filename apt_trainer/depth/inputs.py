@@ -21,6 +21,7 @@ from apt_trainer.loading import (
 from apt_trainer.measure import count_parameters
 from apt_trainer.report.events import append_event, read_events
 from apt_trainer.settings import ModelSettings, resolve_path
+from apt_trainer.sublayers.costs import Shape
 from apt_trainer.sublayers.impact import Key, Losses
 from apt_trainer.sublayers.units import Units, find_units
 from apt_trainer.sublayers.windows import Calibration, from_rows, from_text
@@ -54,6 +55,13 @@ class Loaded:
     def load(self, device: str | None) -> None:
         place = choose_device(device)
         self.model = load_saved(self.settings).to(place).eval()
+
+    @property
+    def shape(self) -> Shape:
+        """Where seconds and cached bytes are counted: the windows of the calibration, else 1 × 128 tokens or fewer."""
+        if self.calibration is not None and self.calibration.length is not None:
+            return Shape(len(self.calibration.batches[0]["input_ids"]), self.calibration.length)
+        return Shape(1, min(128, getattr(self.model.config, "max_position_embeddings", None) or 128))
 
     @property
     def model_type(self) -> str:

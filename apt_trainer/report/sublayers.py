@@ -26,9 +26,9 @@ _MAP = "cividis"  # even in lightness, and the same for colour-blind readers
 
 
 def scores_markdown(found: Mapping[str, Any]) -> str:
-    """One row per unit, least harmful first by the first score that there is."""
+    """One row per unit, least harmful first by the first score that there is; whole layers after all others."""
     scored = [name for name in TITLES if any(unit.get(name) is not None for unit in found["units"])]
-    order = sorted(found["units"], key=lambda unit: unit["rank"] if unit["rank"] is not None else math.inf)
+    order = sorted(found["units"], key=_place)
     columns: list[Any] = [("name", "unit", None)]
     columns += [(name, name, "{:.4g}".format) for name in scored]
     if "nri" in scored:
@@ -56,9 +56,15 @@ def plot_scores(found: Mapping[str, Any], path: str | Path) -> None:
         for column, (stack, matrix) in enumerate(alike.items()):
             axes = figure.add_subplot(grid[row, column])
             _draw_similarity(figure, axes, matrix, stack if len(alike) > 1 else "")
-        figure.suptitle(f"What {found['model']} can do without", fontsize=14, fontweight="bold", x=0.01, ha="left")
+        figure.suptitle(
+            f"What {Path(found['model']).name} can do without", fontsize=14, fontweight="bold", x=0.01, ha="left"
+        )
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="png")
+
+
+def _place(unit: Mapping[str, Any]) -> tuple[bool, float]:
+    return unit["kind"] == "block", math.inf if unit["rank"] is None else unit["rank"]
 
 
 def _kinds(found: Mapping[str, Any], stack: str) -> list[str]:
@@ -97,6 +103,7 @@ def _top(values: np.ndarray) -> float:
 
 def _draw_similarity(figure: Figure, axes: Axes, matrix: Sequence[Sequence[float]], title: str) -> None:
     image = axes.imshow(np.asarray(matrix), cmap=_MAP, vmax=1.0)
+    axes.set_anchor("W")
     axes.set_title(f"{title} mean cosine between inputs of layers".strip())
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))

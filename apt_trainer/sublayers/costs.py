@@ -20,10 +20,14 @@ from apt_trainer.sublayers.units import Unit, Units
 
 @dataclass(frozen=True)
 class Shape:
-    """Where seconds and cached bytes are counted: a forward pass at [batch_size, length]."""
+    """Where seconds and cached bytes are counted: a forward pass at [batch_size, length].
+
+    ``max_seconds``: time after which no further pass is timed.
+    """
 
     batch_size: int = 1
     length: int = 128
+    max_seconds: float = 20.0
 
 
 def unit_costs(model: nn.Module, units: Units, cost: str, shape: Shape) -> dict[Unit, float]:
@@ -93,7 +97,7 @@ def _seconds(model: nn.Module, units: Units, shape: Shape) -> dict[Unit, float]:
 
     with evaluating(model):
         calls = {"dense": partial(forward, [])} | {kind: partial(forward, members) for kind, members in kinds.items()}
-        timed = take_turns(calls, min_runs=10, max_seconds=20.0)
+        timed = take_turns(calls, min_runs=10, max_seconds=shape.max_seconds)
     seconds = {name: latency.median_ms / 1000 for name, (latency,) in timed.items()}
     least = 1e-9  # a unit that costs nothing measurable still has a share above 0
     return {

@@ -48,7 +48,11 @@ class Unit:
 
 @dataclass(frozen=True)
 class Units:
-    """All units of one dense model. ``members``: the sublayers behind each; ``protected``: what always stays."""
+    """All units of one dense model.
+
+    ``members``: the sublayers behind each unit, in the order of a forward pass, blocks after all others.
+    ``protected``: what always stays. ``parallel``: all sublayers of a layer read the input of the layer.
+    """
 
     family: ModelFamily
     spaces: tuple[Space, ...]
@@ -111,10 +115,12 @@ def find_units(model: nn.Module) -> Units:
     family = family_of(config)
     spaces = tuple(family.spaces(model))
     members: dict[Unit, list[Sublayer]] = {}
+    blocks: dict[Unit, list[Sublayer]] = {}
     for sublayer in family.sublayers(model):
         kind: UnitKind = "cross_attention" if sublayer.crosses else sublayer.kind
         members[Unit(kind, sublayer.layer, sublayer.stack)] = [sublayer]
-        members.setdefault(Unit("block", sublayer.layer, sublayer.stack), []).append(sublayer)
+        blocks.setdefault(Unit("block", sublayer.layer, sublayer.stack), []).append(sublayer)
+    members |= blocks
     stays = {space.name for space in spaces if space.minimum > 0}
     protected = {unit for unit, parts in members.items() if any(part.space in stays for part in parts)}
     fixed = {unit: tuple(parts) for unit, parts in members.items()}
