@@ -21,6 +21,8 @@ VERBS = {
     "plan": "apt_trainer.cli.plan",
     "evaluate": "apt_trainer.cli.evaluate",
     "benchmark": "apt_trainer.cli.benchmark",
+    "analyze": "apt_trainer.cli.analyze",
+    "drop": "apt_trainer.cli.drop",
     "ablate": "apt_trainer.cli.ablate",
     "report": "apt_trainer.cli.report",
     "env": "apt_trainer.cli.env",

@@ -122,14 +122,21 @@ class Stub:
 
 @dataclass(frozen=True)
 class Sublayer:
-    """A whole attention or feed-forward, residual branch included: what vanishes with its last unit."""
+    """A whole attention or feed-forward, residual branch included: what vanishes with its last unit.
+
+    ``block``: path of its layer. ``output``: module whose output is added to the residual stream or, in a post-norm
+    model, is the stream after the sublayer. ``crosses``: an attention that reads the other stack.
+    """
 
     kind: Literal["attention", "mlp"]
     layer: int
     space: str
     modules: tuple[str, ...]
     stubs: tuple[Stub, ...]
+    block: str
+    output: str
     stack: Stack = "encoder"
+    crosses: bool = False
 
 
 def exists(model: nn.Module, path: str) -> bool:

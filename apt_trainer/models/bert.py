@@ -59,6 +59,7 @@ BERT = ModelFamily(
             reads=("cls.predictions.transform.dense", "cls.predictions.decoder"),
             writes=("cls.predictions.transform.dense",),
             norms=("cls.predictions.transform.LayerNorm",),
+            masked_token=True,
         ),
     },
 )
@@ -77,7 +78,10 @@ ROBERTA = ModelFamily(
         "ForTokenClassification": Head(reads=("classifier",), trained=("classifier",)),
         "ForQuestionAnswering": Head(reads=("qa_outputs",), trained=("qa_outputs",)),
         "ForMaskedLM": Head(
-            reads=("lm_head.dense", "lm_head.decoder"), writes=("lm_head.dense",), norms=("lm_head.layer_norm",)
+            reads=("lm_head.dense", "lm_head.decoder"),
+            writes=("lm_head.dense",),
+            norms=("lm_head.layer_norm",),
+            masked_token=True,
         ),
     },
 )

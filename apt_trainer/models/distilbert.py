@@ -38,7 +38,10 @@ DISTILBERT = ModelFamily(
         "ForTokenClassification": Head(reads=("classifier",), trained=("classifier",)),
         "ForQuestionAnswering": Head(reads=("qa_outputs",), trained=("qa_outputs",)),
         "ForMaskedLM": Head(
-            reads=("vocab_transform", "vocab_projector"), writes=("vocab_transform",), norms=("vocab_layer_norm",)
+            reads=("vocab_transform", "vocab_projector"),
+            writes=("vocab_transform",),
+            norms=("vocab_layer_norm",),
+            masked_token=True,
         ),
     },
 )

@@ -41,7 +41,7 @@ class SublayerTable:
     ``norms``: on the hidden space; ``closing``: those of them between ``writes`` and the residual stream.
     ``inner``: norms over the units themselves. ``head_dim`` and ``group`` (query heads per key and value head):
     (module, attribute) that holds the number. ``sizes``: (module, attribute, amount) that a forward pass reads.
-    ``stays``: the sublayer keeps a unit in the first or the last layer.
+    ``stays``: the sublayer keeps a unit in the first or the last layer. ``crosses``: it reads the other stack.
     """
 
     name: str
@@ -57,6 +57,7 @@ class SublayerTable:
     group: tuple[str, str] | None = None
     sizes: tuple[tuple[str, str, Amount], ...] = ()
     stays: Literal["first", "last"] | None = None
+    crosses: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class StackTable:
 class Head:
     """What a task head reads from (and writes to) the hidden space, by the ending of the model's class name.
 
-    ``next_token``: position t predicts the label of t + 1.
+    ``next_token``: position t predicts the label of t + 1. ``masked_token``: tokens behind a mask are predicted.
     """
 
     reads: tuple[str, ...] = ()
@@ -84,6 +85,7 @@ class Head:
     norms: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
     next_token: bool = False
+    masked_token: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class ModelFamily:
     """Table of names for models that share a layout.
 
     ``post_norm``: the residual stream is normalised after each sublayer; otherwise it has no fixed scale.
+    ``parallel``: whether, by the config, all sublayers of a layer read the input of that layer.
     ``adapter_targets``: endings of the linears that get adapters by default, where a model has them.
     ``unsupported``: a sentence for a config outside what the table describes, else None.
     """
@@ -103,6 +106,7 @@ class ModelFamily:
     base_reads: tuple[str, ...] = ()
     post_norm: bool = False
     adapter_targets: tuple[str, ...] = ()
+    parallel: Callable[[Any], bool] = lambda config: False
     unsupported: Callable[[Any], str | None] = lambda config: None
 
     def prefix(self, model: nn.Module) -> str:
@@ -143,7 +147,9 @@ class ModelFamily:
                     modules = tuple(f"{layer}.{name}" for name in table.modules)
                     stubs = tuple(Stub(f"{layer}.{s.module}", s.kind, s.masked) for s in table.stubs)
                     space = f"{stack.spaces}.{i}.{table.name}"
-                    found.append(Sublayer(kind, i, space, modules, stubs, stack.stack))
+                    last = table.norms[-1] if self.post_norm else (*table.closing, table.writes)[0]
+                    output = f"{layer}.{last}"
+                    found.append(Sublayer(kind, i, space, modules, stubs, layer, output, stack.stack, table.crosses))
         return found
 
     def default_targets(self, model: nn.Module) -> tuple[str, ...]:

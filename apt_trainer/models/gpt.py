@@ -109,6 +109,7 @@ GPT_NEOX = ModelFamily(
     ),
     embeddings=("embed_in",),
     adapter_targets=("query_key_value", "dense_h_to_4h"),
+    parallel=lambda config: bool(config.use_parallel_residual),
     heads={
         "ForCausalLM": _LM_HEAD,
         "ForSequenceClassification": _SCORE,

@@ -36,6 +36,8 @@ MODERNBERT = ModelFamily(
         "ForSequenceClassification": _CLASSIFIER,
         "ForTokenClassification": _CLASSIFIER,
         "ForQuestionAnswering": _CLASSIFIER,
-        "ForMaskedLM": Head(reads=("head.dense", "decoder"), writes=("head.dense",), norms=("head.norm",)),
+        "ForMaskedLM": Head(
+            reads=("head.dense", "decoder"), writes=("head.dense",), norms=("head.norm",), masked_token=True
+        ),
     },
 )

@@ -13,7 +13,9 @@ from apt_trainer.models.base import Stub
 from apt_trainer.models.family import Head, ModelFamily, StackTable, SublayerTable
 
 
-def _attention(name: str, path: str, module: str, stays: Literal["first", "last"]) -> SublayerTable:
+def _attention(
+    name: str, path: str, module: str, stays: Literal["first", "last"], crosses: bool = False
+) -> SublayerTable:
     inside = f"{path}.{module}"
     return SublayerTable(
         name,
@@ -26,6 +28,7 @@ def _attention(name: str, path: str, module: str, stays: Literal["first", "last"
         head_dim=(inside, "key_value_proj_dim"),
         sizes=((inside, "n_heads", "units"), (inside, "inner_dim", "channels"), (inside, "kept_heads", "kept")),
         stays=stays,
+        crosses=crosses,
     )
 
 
@@ -43,7 +46,7 @@ def _feed_forward(path: str) -> SublayerTable:
 
 
 _SELF = _attention("heads", "layer.0", "SelfAttention", "first")
-_CROSS = _attention("cross_heads", "layer.1", "EncDecAttention", "last")
+_CROSS = _attention("cross_heads", "layer.1", "EncDecAttention", "last", crosses=True)
 
 T5 = ModelFamily(
     model_types=("t5", "mt5"),

@@ -36,7 +36,7 @@ def test_help_of_each_verb(verb, record_property):
     assert done.stdout.startswith(f"usage: apt-trainer {verb}")
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate", "benchmark"])
+@pytest.mark.parametrize("verb", ["train", "evaluate", "benchmark", "analyze", "drop"])
 def test_help_needs_no_heavy_import(verb):
     code = (
         "import sys; from apt_trainer.cli import main\n"

@@ -1,0 +1,88 @@
+"""``apt-trainer analyze``: which attentions, feed-forwards and layers a model can do without."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from apt_trainer.cli.benchmark import positive
+from apt_trainer.sublayers.choices import COSTS
+
+HELP = "Score every attention, feed-forward and layer of a model on a text: cosine importance, impact, similarity."
+TAKES_SETTINGS = False
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    add_data_arguments(parser, required=True)
+    parser.add_argument(
+        "--methods", nargs="+", choices=["cosine", "nri"], default=["cosine", "nri"], help="default: both"
+    )
+    parser.add_argument(
+        "--cost", choices=COSTS, default="params", help="what relative impact is divided by (default: params)"
+    )
+    add_output_arguments(parser, "folder of scores.json, scores.md and scores.png")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, metavar="MODEL", help="folder, hub name or GGUF file of a dense model"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="type of the weights (default: as saved)")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda … (default: the accelerator if there is one)")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
+    group = parser.add_argument_group("calibration data")
+    group.add_argument(
+        "--data",
+        required=required,
+        metavar="TEXT_OR_FILE",
+        help="a text, a text file, or a .jsonl file of rows with text and label",
+    )
+    group.add_argument("--samples", type=positive, default=64, metavar="N", help="windows or rows (default: 64)")
+    group.add_argument(
+        "--length", type=positive, metavar="T", help="tokens per window (default: 512, or the most the model takes)"
+    )
+    group.add_argument("--batch_size", type=positive, default=1, metavar="N", help="windows at a time (default: 1)")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="for what is drawn (default: 0)")
+
+
+def add_output_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--output", required=True, metavar="DIR", help=what)
+    parser.add_argument("--resume", action="store_true", help="go on with an impact measurement that was stopped")
+
+
+def data_request(args: argparse.Namespace) -> Any:
+    from apt_trainer.depth.inputs import DataRequest
+
+    return DataRequest(args.data, args.samples, args.length, args.batch_size, args.seed)
+
+
+def progress(items: Sequence[Any], name: str) -> Iterable[Any]:
+    """A bar on the error stream, whose estimate is from the work still to do."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=name, disable=not items)  # type: ignore[no-any-return]
+
+
+def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from apt_trainer.depth.analyze import PLOT_FILE, SCORES_FILE, TABLE_FILE, analyze
+    from apt_trainer.report.sublayers import scores_markdown
+    from apt_trainer.settings import ModelSettings
+
+    found = analyze(
+        ModelSettings(args.model, dtype=args.dtype),
+        data_request(args),
+        args.output,
+        methods=args.methods,
+        cost=args.cost,
+        device=args.device,
+        resume=args.resume,
+        watch=progress,
+    )
+    print(scores_markdown(found))
+    print(f"wrote {SCORES_FILE}, {TABLE_FILE} and {PLOT_FILE} to {args.output}")
+    return 0

@@ -1,0 +1,84 @@
+"""``apt-trainer drop``: a model without some of its attentions, feed-forwards or layers."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from apt_trainer.cli.analyze import (
+    add_data_arguments,
+    add_model_arguments,
+    add_output_arguments,
+    data_request,
+    progress,
+)
+from apt_trainer.cli.benchmark import positive
+from apt_trainer.sublayers.choices import BASELINES, COSTS, FRACTIONS, KINDS, METHODS, STRATEGIES
+
+HELP = (
+    "Drop attentions, feed-forwards or layers of a model and save the smaller one; prints the loss before and after."
+)
+TAKES_SETTINGS = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--kind", choices=KINDS, default="attention", help="what to drop (default: attention)")
+    amount = parser.add_mutually_exclusive_group(required=True)
+    amount.add_argument("--count", type=positive, metavar="N", help="units to drop")
+    amount.add_argument("--fraction", type=float, metavar="F", help="share of all blocks to drop, 0 to 1")
+    amount.add_argument(
+        "--drop_list", metavar="FILE", help="JSON with the units: a drop list, a drop report or a config of LLM-Drop"
+    )
+    parser.add_argument(
+        "--fraction_of", choices=FRACTIONS, default="params", help="what --fraction is a share of (default: params)"
+    )
+    parser.add_argument("--method", choices=METHODS, default="cosine", help="score (default: cosine)")
+    parser.add_argument(
+        "--cost", choices=COSTS, default="params", help="what nri divides relative impact by (default: params)"
+    )
+    parser.add_argument(
+        "--baseline", choices=BASELINES, default="current", help="what nri compares with (default: current)"
+    )
+    parser.add_argument(
+        "--strategy", choices=STRATEGIES, default="one_shot", help="rank once, or anew after each drop (one_shot)"
+    )
+    parser.add_argument(
+        "--protect", type=int, nargs="+", default=[], metavar="LAYER", help="layers that stay; -1 is the last"
+    )
+    add_data_arguments(parser, required=False)
+    add_output_arguments(parser, "folder of the model, drop_report.json and drop_list.json")
+
+
+def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from apt_trainer.depth.drop import DropRequest, drop_units, report_text
+    from apt_trainer.settings import ModelSettings
+
+    request = DropRequest(
+        kind=args.kind,
+        count=args.count,
+        fraction=args.fraction,
+        fraction_of=args.fraction_of,
+        method=args.method,
+        cost=args.cost,
+        baseline=args.baseline,
+        strategy=args.strategy,
+        protect=args.protect,
+        drop_list=args.drop_list,
+        seed=args.seed,
+    )
+    report = drop_units(
+        ModelSettings(args.model, dtype=args.dtype),
+        request,
+        args.output,
+        data=None if args.data is None else data_request(args),
+        device=args.device,
+        resume=args.resume,
+        watch=progress,
+    )
+    print(report_text(report))
+    for warning in report["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"wrote the model to {args.output}")
+    return 0

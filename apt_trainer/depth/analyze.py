@@ -1,0 +1,141 @@
+"""Scores of every unit of a model, written as JSON, as a table and as heat maps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from apt_trainer.depth.inputs import PROGRESS_FILE, DataRequest, Loaded, open_folder, prepare, stored_losses
+from apt_trainer.errors import UserError, unknown_choice
+from apt_trainer.report.events import write_json
+from apt_trainer.report.sublayers import plot_scores, scores_markdown
+from apt_trainer.settings import ModelSettings
+from apt_trainer.sublayers.choices import COSTS
+from apt_trainer.sublayers.classes import layer_classes
+from apt_trainer.sublayers.cosine import Watch, cosine_scores, unwatched
+from apt_trainer.sublayers.costs import Shape, shares, unit_costs
+from apt_trainer.sublayers.impact import impacts
+from apt_trainer.sublayers.loss import loss_name
+from apt_trainer.sublayers.units import Unit, Units
+
+SCORES_FILE, TABLE_FILE, PLOT_FILE = "scores.json", "scores.md", "scores.png"
+
+
+def analyze(
+    settings: ModelSettings,
+    request: DataRequest,
+    output: str,
+    methods: Sequence[str] = ("cosine", "nri"),
+    cost: str = "params",
+    device: str | None = None,
+    resume: bool = False,
+    watch: Watch = unwatched,
+) -> dict[str, Any]:
+    """Score every unit of a model; writes ``scores.json``, ``scores.md`` and ``scores.png`` to ``output``.
+
+    Args:
+        settings: Where the model is.
+        request: Calibration data.
+        output: Folder.
+        methods: "cosine" (with the similarity of layers), "nri", or both.
+        cost: What impact is divided by.
+        device: Default: the accelerator if there is one.
+        resume: Go on with an impact measurement that was stopped in ``output``.
+        watch: Shows progress.
+
+    Returns:
+        The content of ``scores.json``.
+
+    Raises:
+        UserError: anything that cannot work, before the weights load.
+    """
+    for method in methods:
+        if method not in ("cosine", "nri"):
+            raise unknown_choice("methods", method, ("cosine", "nri"))
+    if cost not in COSTS:
+        raise unknown_choice("cost", cost, COSTS)
+    at = prepare(settings, request)
+    assert at.calibration is not None
+    if "nri" in methods and not at.calibration.has_labels:
+        raise UserError(
+            f"{type(at.model).__name__} has no loss on plain text, which nri needs. Give rows with labels "
+            "(.jsonl with text and label), or only the method cosine."
+        )
+    folder = open_folder(output, resume)
+    at.load(device)
+    shape = at.shape
+    params = unit_costs(at.model, at.units, "params", shape)
+    rows = {unit: _row(at.units, unit, params, shares(params, at.units)) for unit in at.units.members}
+    found: dict[str, Any] = {
+        **at.described(),
+        "methods": list(methods),
+        "layers": {stack: at.units.layers(stack) for stack in at.units.stacks},
+        "loss_name": loss_name(at.model, at.units),
+    }
+    if "cosine" in methods:
+        scores = cosine_scores(at.model, at.units, at.calibration.batches, similarity=True, watch=watch)
+        for unit, score in scores.scores.items():
+            rows[unit]["cosine"] = score
+        found["tokens"] = scores.tokens
+        found["similarity"] = {stack: matrix.tolist() for stack, matrix in scores.similarity.items()}
+        found["layer_classes"] = {
+            stack: layer_classes(matrix)._asdict() for stack, matrix in scores.similarity.items()
+        }
+    if "nri" in methods:
+        found |= _add_impacts(at, folder, cost, shape, rows, watch)
+    _rank(rows, methods)
+    found["units"] = list(rows.values())
+    write_json(folder / SCORES_FILE, found)
+    (folder / TABLE_FILE).write_text(scores_markdown(found) + "\n", encoding="utf-8")
+    plot_scores(found, folder / PLOT_FILE)
+    return found
+
+
+def _add_impacts(
+    at: Loaded, folder: Path, cost: str, shape: Shape, rows: Mapping[Unit, dict[str, Any]], watch: Watch
+) -> dict[str, Any]:
+    losses = stored_losses(at, folder)
+    candidates = [unit for unit in at.units.members if unit not in at.units.protected]
+    share = shares(unit_costs(at.model, at.units, cost, shape), at.units)
+    for impact in impacts(losses, candidates, (), share, watch=watch):
+        rows[impact.unit] |= {
+            "nri": _finite(impact.normalised),
+            "relative_impact": _finite(impact.relative),
+            "loss": _finite(impact.loss),
+            "cost_share": impact.share,
+            "order": list(impact.order) if math.isfinite(impact.relative) else None,
+        }
+    base = losses.without(())
+    (folder / PROGRESS_FILE).unlink()
+    return {"nri_definition": "apt_trainer", "cost": cost, "loss_dense": _finite(base)}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _row(units: Units, unit: Unit, params: Mapping[Unit, float], share: Mapping[Unit, float]) -> dict[str, Any]:
+    return {
+        "name": units.label(unit),
+        "kind": unit.kind,
+        "layer": unit.layer,
+        "stack": unit.stack,
+        "protected": unit in units.protected,
+        "params": int(params[unit]),
+        "share": share[unit],
+        "rank": None,
+    }
+
+
+def _rank(rows: Mapping[Unit, dict[str, Any]], methods: Sequence[str]) -> None:
+    """Number single sublayers and blocks, each from 1, by the first of ``methods``, least harmful first."""
+    for blocks in (False, True):
+        members = [row for unit, row in rows.items() if (unit.kind == "block") == blocks and not row["protected"]]
+        key = "cosine" if "cosine" in methods else "order"
+        ordered = sorted((row for row in members if row.get(key) is not None), key=lambda row: row[key])
+        for number, row in enumerate(ordered, start=1):
+            row["rank"] = number
+    for row in rows.values():
+        row.pop("order", None)

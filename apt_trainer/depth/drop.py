@@ -1,0 +1,212 @@
+"""A model without some of its units: chosen or listed, measured before and after, removed, saved and checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from apt_trainer.checkpoint import save_pruned
+from apt_trainer.depth.inputs import PROGRESS_FILE, DataRequest, Loaded, open_folder, prepare, stored_losses
+from apt_trainer.errors import UserError, unknown_choice
+from apt_trainer.measure import count_parameters
+from apt_trainer.report.events import write_json
+from apt_trainer.settings import ModelSettings
+from apt_trainer.sublayers import lists
+from apt_trainer.sublayers.choices import BASELINES, COSTS, FRACTIONS, METHODS
+from apt_trainer.sublayers.cosine import Watch, cosine_scores, unwatched
+from apt_trainer.sublayers.costs import Shape, cache_bytes, shares, unit_costs
+from apt_trainer.sublayers.drop import collapse_warning, depth_share, depth_warning, drop
+from apt_trainer.sublayers.gates import switched_off
+from apt_trainer.sublayers.loss import exp_loss, loss_name
+from apt_trainer.sublayers.select import (
+    Budget,
+    Choice,
+    CosineRanker,
+    ImpactRanker,
+    RandomRanker,
+    Ranked,
+    Ranker,
+    ReverseRanker,
+    candidates_of,
+    choose,
+    choose_consecutive,
+)
+from apt_trainer.sublayers.units import Unit, Units
+
+REPORT_FILE, LIST_FILE = "drop_report.json", "drop_list.json"
+
+
+@dataclass(frozen=True)
+class DropRequest:
+    """What to drop, by which score; see ``sublayers.choices`` for the names. ``drop_list`` replaces all of it."""
+
+    kind: str = "attention"
+    count: int | None = None
+    fraction: float | None = None
+    fraction_of: str = "params"
+    method: str = "cosine"
+    cost: str = "params"
+    baseline: str = "current"
+    strategy: str = "one_shot"
+    protect: Sequence[int] = ()
+    drop_list: str | None = None
+    seed: int = 0
+
+    def check(self, has_data: bool) -> None:
+        """Raise :class:`UserError` for what cannot work whatever the model."""
+        for name, allowed in (
+            ("method", METHODS),
+            ("cost", COSTS),
+            ("baseline", BASELINES),
+            ("fraction_of", FRACTIONS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise unknown_choice(name, getattr(self, name), allowed)
+        if self.drop_list is not None:
+            if self.count is not None or self.fraction is not None:
+                raise UserError("drop_list says what to drop; leave count and fraction out.")
+            return
+        if self.kind == "consecutive" and self.method not in ("cosine", "reverse"):
+            raise UserError(f"kind consecutive is chosen by cosine or reverse, not by {self.method!r}.")
+        if self.kind == "consecutive" and self.strategy == "iterative":
+            raise UserError("kind consecutive takes one run of layers at once: strategy one_shot.")
+        if self.method in ("cosine", "nri") and not has_data:
+            raise UserError(
+                f"method {self.method} needs data: give a text or a file. Methods without: reverse, random."
+            )
+
+
+def drop_units(
+    settings: ModelSettings,
+    request: DropRequest,
+    output: str,
+    data: DataRequest | None = None,
+    device: str | None = None,
+    resume: bool = False,
+    watch: Watch = unwatched,
+) -> dict[str, Any]:
+    """Drop units of a model and save the smaller one to ``output``, with ``drop_report.json`` and ``drop_list.json``.
+
+    The loss without the units is measured before any weight moves; one that is not finite is refused.
+
+    Returns:
+        The content of ``drop_report.json``; ``warnings`` are sentences to show.
+
+    Raises:
+        UserError: anything that cannot work.
+    """
+    request.check(data is not None)
+    at = prepare(settings, data)
+    listed, candidates, budget = _asked(at, request)
+    folder = open_folder(output, resume)
+    at.load(device)
+    report: dict[str, Any] = {**at.described(), **{k: v for k, v in asdict(request).items() if v is not None}}
+    report["method_name"] = {"nri": "NRI (apt_trainer definition)"}.get(request.method, request.method)
+    if listed is not None:
+        choice = Choice(listed, ())
+    else:
+        if request.fraction is not None and request.fraction_of == "latency":
+            costs = unit_costs(at.model, at.units, "latency", at.shape)
+            budget = Budget(None, request.fraction, shares(costs, at.units))
+        choice = _choose(at, request, candidates, budget, folder, watch)
+    dropped = choice.units
+    warnings = [depth_warning(at.units, dropped)]
+    if at.calibration is not None and at.calibration.has_labels:
+        name, batches = loss_name(at.model, at.units), at.calibration.batches
+        before = exp_loss(at.model, at.units, batches)
+        with switched_off(at.model, at.units, dropped):
+            after = exp_loss(at.model, at.units, batches)
+        warnings.append(collapse_warning(before, after, name))
+        report |= {"loss_name": name, "loss_before": before, "loss_after": after}
+    report |= _sizes(at, dropped)
+    report |= {
+        "dropped": [at.units.label(unit) for unit in dropped],
+        "steps": [[_ranked(at.units, one) for one in step] for step in choice.steps],
+        "drop_list": lists.to_json(at.units, dropped, at.model_type),
+        "warnings": [warning for warning in warnings if warning],
+    }
+    plan = drop(at.model, at.units, dropped)
+    report["parameters_after"] = count_parameters(at.model)
+    report["reload_difference"] = save_pruned(at.model, folder, plan, at.tokenizer)
+    write_json(folder / REPORT_FILE, report)
+    write_json(folder / LIST_FILE, report["drop_list"])
+    (folder / PROGRESS_FILE).unlink(missing_ok=True)
+    return report
+
+
+def _asked(at: Loaded, request: DropRequest) -> tuple[tuple[Unit, ...] | None, tuple[Unit, ...], Budget]:
+    """(units of a list, candidates, budget); raises :class:`UserError` for what this model cannot give."""
+    if request.drop_list is not None:
+        return lists.read(request.drop_list, at.units, at.model_type), (), Budget(count=1)
+    share = shares(unit_costs(at.model, at.units, "params", at.shape), at.units)
+    budget = Budget(request.count, request.fraction, share)
+    candidates = candidates_of(at.units, request.kind, request.protect)
+    if request.fraction is None or request.fraction_of == "params":
+        budget.check(candidates, request.kind)
+    if request.method == "nri" and at.calibration is not None and not at.calibration.has_labels:
+        raise UserError("method nri needs data with labels for this model: a .jsonl file of rows with text and label.")
+    return None, candidates, budget
+
+
+def _choose(
+    at: Loaded, request: DropRequest, candidates: Sequence[Unit], budget: Budget, folder: Path, watch: Watch
+) -> Choice:
+    batches = () if at.calibration is None else at.calibration.batches
+    if request.kind == "consecutive" and request.method == "cosine":
+        found = cosine_scores(at.model, at.units, batches, similarity=True, watch=watch)
+        return choose_consecutive(candidates, budget, found.similarity)
+    ranker: Ranker
+    if request.method == "cosine":
+        ranker = CosineRanker(at.model, at.units, batches, watch)
+    elif request.method == "nri":
+        share = shares(unit_costs(at.model, at.units, request.cost, at.shape), at.units)
+        ranker = ImpactRanker(stored_losses(at, folder), share, request.baseline, watch)
+    elif request.method == "reverse":
+        ranker = ReverseRanker(at.units)
+    else:
+        ranker = RandomRanker(request.seed)
+    return choose(candidates, request.kind, budget, ranker, request.strategy)
+
+
+def _ranked(units: Units, one: Ranked) -> dict[str, Any]:
+    values = {"score": one.score, **one.details}
+    return {"unit": units.label(one.unit)} | {k: v for k, v in values.items() if v is not None and math.isfinite(v)}
+
+
+def _sizes(at: Loaded, dropped: Sequence[Unit]) -> dict[str, Any]:
+    """How much goes: share of the parameters in blocks, of the sublayers, and of the cache per token."""
+    share = shares(unit_costs(at.model, at.units, "params", Shape()), at.units)
+    found: dict[str, Any] = {
+        "depth_share": depth_share(at.units, dropped),
+        "block_parameter_share": sum(share[part] for part in at.units.parts(dropped)),
+    }
+    if at.model.can_generate():
+        token = Shape(1, 1)
+        sizes = {u: cache_bytes(at.model, at.units, u, token) for u in at.units.sublayers if u.kind != "mlp"}
+        if at.units.stacks == ("decoder",):
+            gone = sum(sizes[part] for part in at.units.parts(dropped) if part in sizes)
+            total = sum(sizes.values())
+            found |= {"kv_bytes_per_token_before": total, "kv_bytes_per_token_after": total - gone}
+    return found
+
+
+def report_text(report: Mapping[str, Any]) -> str:
+    """What a drop did, in a few lines."""
+    lines = [
+        f"dropped      {', '.join(report['dropped'])}",
+        f"parameters   {report['parameters']:,} → {report['parameters_after']:,} "
+        f"({report['block_parameter_share']:.1%} of the blocks, {report['depth_share']:.1%} of the sublayers)",
+    ]
+    if "loss_before" in report:
+        lines.append(f"{report['loss_name']:<12} {report['loss_before']:.4g} → {report['loss_after']:.4g}")
+    else:
+        lines.append("loss         not measured: no data with something to predict were given")
+    if "kv_bytes_per_token_before" in report:
+        lines.append(
+            f"cache        {report['kv_bytes_per_token_before']:,} → {report['kv_bytes_per_token_after']:,} "
+            "bytes per token"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,163 @@
+"""The model and the calibration data of a request, and impact measurements that can be stopped and go on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apt_trainer.errors import UserError
+from apt_trainer.loading import (
+    choose_device,
+    load_dense_shape,
+    load_saved,
+    load_tokenizer,
+    read_config,
+    refuse_quantised,
+)
+from apt_trainer.measure import count_parameters
+from apt_trainer.report.events import append_event, read_events
+from apt_trainer.settings import ModelSettings, resolve_path
+from apt_trainer.sublayers.costs import Shape
+from apt_trainer.sublayers.impact import Key, Losses
+from apt_trainer.sublayers.units import Units, find_units
+from apt_trainer.sublayers.windows import Calibration, from_rows, from_text
+
+PROGRESS_FILE = "impact.jsonl"
+LONGEST_WINDOW = 512
+
+
+@dataclass(frozen=True)
+class DataRequest:
+    """``data``: a text, a text file, or a ``.jsonl`` file of rows with ``text`` and ``label``; at most ``samples``
+    windows of ``length`` tokens (default: 512, or what the model takes)."""
+
+    data: str
+    samples: int = 64
+    length: int | None = None
+    batch_size: int = 1
+    seed: int = 0
+
+
+@dataclass
+class Loaded:
+    """A model on the meta device first, with weights once :meth:`load` was called."""
+
+    settings: ModelSettings
+    tokenizer: Any
+    model: Any
+    units: Units
+    calibration: Calibration | None
+
+    def load(self, device: str | None) -> None:
+        place = choose_device(device)
+        self.model = load_saved(self.settings).to(place).eval()
+
+    @property
+    def shape(self) -> Shape:
+        """Where seconds and cached bytes are counted: the windows of the calibration, else 1 × 128 tokens or fewer."""
+        if self.calibration is not None and self.calibration.length is not None:
+            return Shape(len(self.calibration.batches[0]["input_ids"]), self.calibration.length)
+        return Shape(1, min(128, getattr(self.model.config, "max_position_embeddings", None) or 128))
+
+    @property
+    def model_type(self) -> str:
+        return str(self.model.config.model_type)
+
+    def described(self) -> dict[str, Any]:
+        """The calibration and the model, for reports and for telling whether a run goes on with the same."""
+        data = self.calibration
+        return {
+            "model": self.settings.model_name_or_path,
+            "model_type": self.model_type,
+            "parameters": count_parameters(self.model),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "calibration": None if data is None else {"rows": data.rows, "length": data.length, "sha256": data.sha256},
+        }
+
+
+def prepare(settings: ModelSettings, data: DataRequest | None) -> Loaded:
+    """Tokenizer, shapes and data; no weights."""
+    content = None if data is None else _read(data.data)
+    config = read_config(settings)
+    refuse_quantised(config, str(settings.model_name_or_path))
+    if getattr(config, "apt_structure", None) is not None:
+        raise UserError(
+            f"{settings.model_name_or_path} is a pruned model already. Start from the dense model it was made from."
+        )
+    tokenizer = load_tokenizer(settings)
+    with torch.device("meta"):
+        model = load_dense_shape(settings)
+    units = find_units(model)
+    calibration = None
+    if data is not None and content is not None:
+        limit = getattr(config, "max_position_embeddings", None) or LONGEST_WINDOW
+        length = data.length or min(LONGEST_WINDOW, limit)
+        if data.data.endswith(".jsonl"):
+            calibration = from_rows(
+                content.splitlines(), tokenizer, model, data.samples, min(length, limit), data.batch_size
+            )
+        else:
+            try:
+                calibration = from_text(
+                    content, tokenizer, model, units, data.samples, length, data.batch_size, data.seed
+                )
+            except UserError as error:
+                hint = "" if content is not data.data else " (There is no such file, so data was taken as the text.)"
+                raise UserError(f"{error}{hint}") from error
+    return Loaded(settings, tokenizer, model, units, calibration)
+
+
+def _read(data: str) -> str:
+    """Content of the file that ``data`` names, or ``data`` itself."""
+    try:
+        path = Path(resolve_path(data))
+        if not path.is_file():
+            if data.endswith((".jsonl", ".txt")) and len(data.split()) == 1:
+                raise UserError(f"{data}: there is no such file.")
+            return data
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{data}: cannot be read as text: {error}. Give a plain text file in UTF-8.") from error
+    except OSError:  # a text too long to be the name of a file
+        return data
+
+
+def open_folder(output: str, resume: bool) -> Path:
+    """The folder to write to; raises :class:`UserError` rather than lose an unfinished measurement."""
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{output} is a file. Name a folder.")
+    unfinished = (folder / PROGRESS_FILE).exists()
+    if unfinished and not resume:
+        raise UserError(
+            f"{output} holds a measurement that was stopped. Go on with --resume, or remove {PROGRESS_FILE} there."
+        )
+    if resume and not unfinished:
+        raise UserError(f"{output} holds no measurement to resume. Leave --resume out.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def stored_losses(at: Loaded, folder: Path) -> Losses:
+    """Losses that are kept in ``folder`` one by one, those of an earlier run on the same model and data included."""
+    assert at.calibration is not None
+    file, same = folder / PROGRESS_FILE, at.described()
+    events = read_events(file)
+    if events and events[0] != same:
+        raise UserError(f"{file} is of another model or other data. Remove it, or give what it was started with.")
+    if not events:
+        append_event(file, same)
+    known: dict[Key, float] = {tuple(event["without"]): _from_json(event["loss"]) for event in events[1:]}
+
+    def record(key: Key, value: float) -> None:
+        append_event(file, {"without": list(key), "loss": value if math.isfinite(value) else None})
+
+    return Losses(at.model, at.units, at.calibration.batches, known, record)
+
+
+def _from_json(value: float | None) -> float:
+    return math.inf if value is None else value
