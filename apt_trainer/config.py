@@ -41,12 +41,18 @@ class APTConfig(MethodSettings, MeasureSettings, Seq2SeqTrainingArguments):
 
     def __post_init__(self) -> None:
         self.check()
+        self.check_measuring()
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # would only warn
         if self.logging_nan_inf_filter:
             raise UserError(
                 "logging_nan_inf_filter hides losses that are not finite; they must stop the run. Remove it."
+            )
+        if self.reference_metric is not None and self.eval_strategy == "no":
+            raise UserError(
+                "reference_metric needs evaluations during training, but eval_strategy is no. Set eval_strategy: "
+                "epoch, or steps with eval_steps."
             )
 
     def total_steps(self, num_rows: int) -> int:

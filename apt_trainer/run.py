@@ -26,6 +26,7 @@ from apt_trainer.benchmark.compare import measure_speed
 from apt_trainer.config import APTConfig
 from apt_trainer.errors import UserError
 from apt_trainer.evaluation.bootstrap import mean_interval
+from apt_trainer.evaluation.harness import check_tasks, not_a_language_model, run_tasks
 from apt_trainer.loading import build_model, load_inputs, load_model, load_saved
 from apt_trainer.measure import PeakMemory, count_parameters, return_freed_memory, size_on_disk
 from apt_trainer.models import family_of
@@ -39,13 +40,14 @@ from apt_trainer.settings import ModelSettings
 from apt_trainer.tasks import TaskData, keeps_sequences_apart
 from apt_trainer.tasks.base import first_output
 from apt_trainer.tasks.trainer_options import data_options, set_task_arguments
+from apt_trainer.time_to_accuracy import TimeToAccuracy
 from apt_trainer.trainer import EVENTS_FILE, APTTrainer, plain_trainer
 
 METRICS_FILE = "metrics.json"
 RECIPE_FILE = "recipe.json"
 PLOT_FILE = "run.png"
 _COMPARED = ("task_metric", "train_seconds", "peak_memory_bytes")
-_DENSE = {
+_DENSE: dict[str, Any] = {
     "target_sparsity": None,
     "distillation": "none",
     "tune": "full",
@@ -54,6 +56,8 @@ _DENSE = {
     "tune_embeddings": True,
     "full_learning_rate": None,
     "measure_latency": False,
+    "lm_eval_tasks": [],
+    "reference_metric": None,
     "dense_baseline": False,
     "report_to": "none",
 }
@@ -75,6 +79,10 @@ def train(recipe: Recipe) -> dict[str, Any]:
     family_of(config)
     set_task_arguments(args, data, recipe.given)
     check_before_loading(config, data, args)
+    if args.lm_eval_tasks:
+        if data.model_class not in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
+            raise not_a_language_model(f"A model for {recipe.data.task}")
+        check_tasks(args.lm_eval_tasks)
     dense = _train_dense(recipe, output) if args.dense_baseline and args.should_save else {}
     teacher = load_model(recipe.model, data, args.teacher_name_or_path) if args.teacher_name_or_path else None
     model = load_model(recipe.model, data)
@@ -92,6 +100,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         processing_class=tokenizer,
         **data_options(data, "validation"),
     )
+    watch = _watch_accuracy(trainer, data)
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / RECIPE_FILE, recipe.given)
@@ -127,11 +136,33 @@ def train(recipe: Recipe) -> dict[str, Any]:
         "versions": versions(),
     }
     metrics |= {f"{name}_dense": dense[name] for name in _COMPARED if name in dense}
+    if watch is not None:
+        metrics["time_to_accuracy"] = watch.record()
+    if args.lm_eval_tasks and trainer.is_world_process_zero():
+        metrics["lm_eval"] = run_tasks(
+            trainer.model, tokenizer, args.lm_eval_tasks, batch_size=args.per_device_eval_batch_size
+        )
     if args.measure_latency and trainer.is_world_process_zero():
-        metrics |= measure_speed(trainer.model, args.latency_batch_sizes, args.latency_length)
+        metrics |= measure_speed(trainer.model, args.latency_batch_sizes, args.latency_length, args.latency_new_tokens)
     if trainer.is_world_process_zero():
         _write_records(output, metrics, trainer, data)
     return metrics
+
+
+def _watch_accuracy(trainer: APTTrainer, data: TaskData) -> TimeToAccuracy | None:
+    """Watch for the time to ``reference_share`` of ``reference_metric``, if the run was given one."""
+    args = trainer.args
+    if args.reference_metric is None:
+        return None
+    share = args.reference_share if data.greater_is_better else 1 / args.reference_share
+    watch = TimeToAccuracy(
+        f"eval_{data.metric_name}",
+        args.reference_metric * share,
+        data.greater_is_better,
+        is_pruned=lambda: trainer.state.global_step >= trainer.schedule.end,
+    )
+    trainer.add_callback(watch)
+    return watch
 
 
 def _train_dense(recipe: Recipe, output: Path) -> dict[str, Any]:

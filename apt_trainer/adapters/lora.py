@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -26,6 +27,7 @@ def insert_adapters(
 ) -> None:
     """Put a LoRA layer round every linear below ``layers`` whose path ends in one of ``targets``; freeze all else.
 
+    Adapters of half-precision weights are float32, as PEFT has them: an update is often smaller than bfloat16 can add.
     Raises :class:`UserError` when a target matches nothing.
     """
     prefixes = tuple(path + "." for path in layers)
@@ -53,6 +55,7 @@ def insert_adapters(
         fan_in_fan_out=any(isinstance(model.get_submodule(path), Conv1D) for path in chosen),
     )
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    cast_adapter_dtype(model, ADAPTER)
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:

@@ -89,17 +89,23 @@ def benchmark(
         "disk_bytes": _disk_bytes(settings, pruned),
         "inference_memory": peaks,
     }
-    models = {"dense": dense, "pruned": pruned}
-    if pruned.can_generate() and dense.can_generate():
-        return metrics | _flops(models, length) | _generation(models, batch_sizes, length, new_tokens)
-    return metrics | measure_speed(pruned, batch_sizes, length, dense)
+    return metrics | measure_speed(pruned, batch_sizes, length, new_tokens, dense)
 
 
 def measure_speed(
-    model: PreTrainedModel, batch_sizes: Sequence[int], length: int, dense: PreTrainedModel | None = None
+    model: PreTrainedModel,
+    batch_sizes: Sequence[int],
+    length: int,
+    new_tokens: int = 32,
+    dense: PreTrainedModel | None = None,
 ) -> dict[str, Any]:
-    """Latency and forward FLOPs of ``model`` and of its dense shape, measured interleaved in this process."""
+    """Speed and forward FLOPs of ``model`` and of its dense shape, measured interleaved in this process.
+
+    Models that generate are timed reading prompts and decoding ``new_tokens``, others in a forward pass.
+    """
     models = {"dense": (dense or dense_copy(model)).to(model.device), "pruned": model}
+    if all(each.can_generate() for each in models.values()):
+        return _flops(models, length) | _generation(models, batch_sizes, length, new_tokens)
     timed = compare_latency(models, list(batch_sizes), length, min_runs=MIN_RUNS, max_seconds=MAX_SECONDS)
     times = {
         name: {str(batch): _times(latency) for batch, latency in of_model.items()} for name, of_model in timed.items()

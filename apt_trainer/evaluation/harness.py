@@ -57,10 +57,7 @@ def run_tasks(
     """
     lm_eval, language_model = _imported()
     if not model.can_generate():
-        raise UserError(
-            f"{type(model).__name__} is no language model, so tasks of lm_eval cannot run on it. They need "
-            "AutoModelForCausalLM or AutoModelForSeq2SeqLM."
-        )
+        raise not_a_language_model(type(model).__name__)
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit} must be at least 1; leave it out to use all examples.")
     manager = _task_manager(tasks, task_path)
@@ -89,6 +86,19 @@ def run_tasks(
         name: _summary(scores, found["samples"].get(name, []), seed)
         for name, scores in sorted(found["results"].items())
     }
+
+
+def check_tasks(tasks: Sequence[str], task_path: str | None = None) -> None:
+    """Raise :class:`UserError` if lm_eval is missing or a task is not known, before hours of training say so."""
+    _imported()
+    _task_manager(tasks, task_path)
+
+
+def not_a_language_model(what: str) -> UserError:
+    return UserError(
+        f"{what} is no language model, so tasks of lm_eval cannot run on it. They need AutoModelForCausalLM or "
+        "AutoModelForSeq2SeqLM."
+    )
 
 
 def _imported() -> tuple[Any, Any]:

@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 from tiny import (
     CASES,
     FAMILY_NAMES,
+    LANGUAGE_MODELS,
     LAYERS,
     NEURONS,
     WIDTH,
@@ -95,6 +96,20 @@ def test_a_target_that_is_no_linear_of_a_layer_is_a_user_error(target: str) -> N
         insert_adapters(model, ["query", target], 2, 4, 0.0, family.layer_paths(model))
     assert not any(isinstance(module, LoraLayer) for module in model.modules())
     assert "word_embeddings" not in str(error.value)
+
+
+def test_adapters_of_half_precision_weights_are_float32() -> None:
+    """Or an update of a thousandth would be lost in bfloat16."""
+    model = adapted(tiny_model("llama", LANGUAGE_MODELS["llama"]).bfloat16())
+    assert {p.dtype for n, p in model.named_parameters() if ".lora_" in n} == {torch.float32}
+    assert {p.dtype for n, p in model.named_parameters() if ".lora_" not in n} == {torch.bfloat16}
+    batch = tiny_batch(model)
+    grown = copy.deepcopy(model)
+    grow_all(grown, 2)
+    assert logits(model, batch).dtype == torch.bfloat16
+    assert torch.equal(logits(model, batch), logits(grown, batch))
+    merge_adapters(grown)
+    assert {p.dtype for p in grown.parameters()} == {torch.bfloat16}
 
 
 # ---------------------------------------------------------------------- growth

@@ -1,144 +1,11 @@
-"""Every setting of the method, the model and the data, validated once.
-
-Plain standard-library dataclasses, so that ``apt-trainer train --help`` answers without importing torch.
-:class:`apt_trainer.config.APTConfig` adds the settings of the Hugging Face ``TrainingArguments``.
-Not for training settings such as batch size: those are inherited.
-
-Units: *steps* are optimizer steps; a value below 1 where steps are expected is a fraction of all steps.
-Sources: "APT" is the ICML 2024 paper (arXiv 2401.12200); "official" is its released code.
-"""
+"""Settings of the method: pruning, adapters and distillation, and what makes them possible together."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 from apt_trainer.errors import UserError, unknown_choice
-
-TASKS = (
-    "classification",
-    "regression",
-    "token_classification",
-    "question_answering",
-    "language_modeling",
-    "instruction_tuning",
-    "summarization",
-    "translation",
-)
-PRUNE_TARGETS = ("heads", "neurons", "hidden")
-TUNE_MODES = ("adapters", "adapters_and_norms", "full")
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "task": TASKS,
-    "sparsity_metric": ("params", "flops", "latency", "memory"),
-    "pruning_time": ("before", "early", "late", "after"),
-    "sparsity_schedule": ("cubic", "linear"),
-    "importance": ("salience", "magnitude", "taylor", "random"),
-    "outlier_scaling": ("none", "mean"),
-    "rank_growth": ("salience", "uniform", "none"),
-    "rank_rule": ("fill_budget", "paper"),
-    "rank_score": ("signed", "absolute"),
-    "tune": TUNE_MODES,
-    "tune_after_pruning": TUNE_MODES,
-    "tune_after_distillation": TUNE_MODES,
-    "distillation": ("self", "model", "none"),
-    "distillation_layer_map": ("dynamic", "static", "none"),
-    "distillation_transform": ("lora", "identity"),
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
-}
-
-
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field with its help text; lists are copied per instance."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass
-class ModelSettings:
-    """Which pretrained model is trained."""
-
-    model_name_or_path: str | None = setting(
-        None,
-        "Hub name, local folder, or 'package:NAME/folder' for a folder inside an installed Python package; or the "
-        "path of a GGUF file.",
-    )
-    gguf_file: str | None = setting(
-        None, "GGUF file in that folder, for tokenizer, config and weights; these are de-quantised, to type dtype."
-    )
-    tokenizer_name_or_path: str | None = setting(None, "Tokenizer, if it is not beside the model.")
-    model_revision: str = setting("main", "Branch, tag or commit on the hub.")
-    trust_remote_code: bool = setting(False, "Run Python code that comes with the model.")
-    dtype: str = setting("float32", "Type the weights are loaded in: auto, float32, bfloat16 or float16.")
-    attn_implementation: str | None = setting(None, "Attention back end, for example sdpa or eager.")
-
-
-@dataclass
-class DataSettings:
-    """Which data, and which column is what."""
-
-    task: str = setting(
-        "classification",
-        "classification, regression, token_classification, question_answering; for decoders also language_modeling "
-        "and instruction_tuning; for encoder-decoders summarization and translation.",
-    )
-    dataset_name: str | None = setting(None, "Data set on the hub, for example nyu-mll/glue.")
-    dataset_config: str | None = setting(None, "Configuration of the hub data set, for example sst2.")
-    train_file: str | None = setting(
-        None,
-        "Local json, jsonl, csv or parquet file; a folder whose sub-folders are the labels and hold text files; or a "
-        "txt file with one running text (language_modeling). "
-        "May start with 'package:NAME/' for a path inside an installed Python package.",
-    )
-    validation_file: str | None = setting(None, "As train_file. Without one, a part of the training data is held out.")
-    test_file: str | None = setting(None, "As train_file. Without one, the validation data is what is reported on.")
-    train_split: str = setting("train", "Split of the hub data set to train on.")
-    validation_split: str = setting("validation", "Split of the hub data set to validate on.")
-    test_split: str | None = setting(None, "Split of the hub data set to report on.")
-    text_column: str | None = setting(None, "Column with the text, the tokens, the question or the source text.")
-    text_pair_column: str | None = setting(None, "Column with the second text, or the context of a question.")
-    label_column: str = setting("label", "Column with the label, the number, the tags or the answers.")
-    target_column: str | None = setting(None, "Column with the summary or the translation.")
-    prompt_column: str | None = setting(None, "Column with the prompt (instruction_tuning). Default: prompt.")
-    input_column: str | None = setting(None, "Column with further input to the prompt; may be empty in some rows.")
-    completion_column: str | None = setting(
-        None, "Column with what follows the prompt. Default: the last column of the template, else completion."
-    )
-    messages_column: str | None = setting(
-        None, "Column with conversations, lists of {role, content}. Default: messages or conversations, where present."
-    )
-    template: str | None = setting(
-        None,
-        "Text of a row with columns in braces, such as 'Question: {question}\\nAnswer: {answer}'; the completion "
-        "starts at its column. Default: prompt, input and completion, each on its own line unless white space parts "
-        "them.",
-    )
-    template_without_input: str | None = setting(None, "As template, for rows whose input_column is empty.")
-    use_chat_template: bool = setting(False, "Put prompt and completion into the chat template of the tokenizer.")
-    completion_only_loss: bool = setting(
-        True, "Train on completions (what the assistant says) only; false: on all tokens (instruction_tuning)."
-    )
-    packing: bool = setting(
-        False, "Put several rows into one of max_length tokens, none of which sees another (instruction_tuning)."
-    )
-    source_prefix: str = setting("", "Text before every source text, such as 'summarize: ' for T5.")
-    max_target_length: int = setting(128, "Longest summary or translation in tokens; longer ones are cut.")
-    max_length: int = setting(128, "Longest input in tokens; longer ones are cut (split with a stride for QA).")
-    doc_stride: int = setting(64, "Overlap in tokens between the pieces of a long context (question answering).")
-    max_train_samples: int | None = setting(None, "Use only the first rows after shuffling with data_seed or seed.")
-    max_validation_samples: int | None = setting(None, "Use only the first rows.")
-    max_test_samples: int | None = setting(None, "Use only the first rows.")
-    validation_fraction: float = setting(0.1, "Share held out of the training data where no validation data is given.")
-    test_fraction: float = setting(
-        0.0, "Share held out of the training data as test data where no test data is given; 0: none."
-    )
-    metric: str | None = setting(
-        None,
-        "Metric to report; default by task: accuracy, pearson, f1 (tokens, QA), perplexity (language_modeling, "
-        "instruction_tuning), rougeL (summarization), bleu (translation).",
-    )
+from apt_trainer.settings.choices import PRUNE_TARGETS, TUNE_MODES, check_choices, setting
 
 
 @dataclass
@@ -265,19 +132,6 @@ class DistillationSettings:
 
 
 @dataclass
-class MeasureSettings:
-    """What is measured after training."""
-
-    measure_latency: bool = setting(True, "Time the saved model against the dense one at the end.")
-    latency_batch_sizes: list[int] = setting([1, 32], "Batch sizes at which latency is measured.")
-    latency_length: int = setting(128, "Sequence length in tokens at which latency is measured.")
-    dense_baseline: bool = setting(
-        False, "Also fine-tune the dense model in full, in a process of its own and before, to compare with."
-    )
-    dense_learning_rate: float = setting(1e-4, "Learning rate of that full fine-tuning.")
-
-
-@dataclass
 class MethodSettings(PruningSettings, AdapterSettings, DistillationSettings):
     """Everything that the method itself needs; :meth:`check` validates it."""
 
@@ -301,35 +155,6 @@ class MethodSettings(PruningSettings, AdapterSettings, DistillationSettings):
     def uses_adapters(self) -> bool:
         """Adapters are made unless every base weight trains from the first step."""
         return self.tune != "full"
-
-
-SETTING_GROUPS = (ModelSettings, DataSettings, PruningSettings, AdapterSettings, DistillationSettings, MeasureSettings)
-
-
-def check_choices(settings: Any) -> None:
-    for name, allowed in CHOICES.items():
-        optional = name in ("tune_after_pruning", "tune_after_distillation")
-        value = getattr(settings, name, allowed[0])
-        if value not in allowed and not (optional and value is None):
-            raise unknown_choice(name, value, allowed)
-
-
-def resolve_path(path: str) -> str:
-    """Turn ``package:NAME/folder`` into the folder inside the installed package; other paths are returned as given."""
-    if not path.startswith("package:"):
-        return path
-    import importlib.util
-
-    name, _, rest = path.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"{path}: Python package {name!r} is not installed. Install it, or give a local path.")
-    return str(Path(next(iter(spec.submodule_search_locations))) / rest)
-
-
-def known_settings() -> dict[str, str]:
-    """All settings of this package with their help texts, in order."""
-    return {f.name: f.metadata["help"] for group in SETTING_GROUPS for f in fields(group)}
 
 
 def _require(ok: bool, message: str) -> None:

@@ -1,0 +1,55 @@
+"""How a setting is declared, and which values the ones with a choice may take."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any
+
+from apt_trainer.errors import unknown_choice
+
+TASKS = (
+    "classification",
+    "regression",
+    "token_classification",
+    "question_answering",
+    "language_modeling",
+    "instruction_tuning",
+    "summarization",
+    "translation",
+)
+PRUNE_TARGETS = ("heads", "neurons", "hidden")
+TUNE_MODES = ("adapters", "adapters_and_norms", "full")
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "task": TASKS,
+    "sparsity_metric": ("params", "flops", "latency", "memory"),
+    "pruning_time": ("before", "early", "late", "after"),
+    "sparsity_schedule": ("cubic", "linear"),
+    "importance": ("salience", "magnitude", "taylor", "random"),
+    "outlier_scaling": ("none", "mean"),
+    "rank_growth": ("salience", "uniform", "none"),
+    "rank_rule": ("fill_budget", "paper"),
+    "rank_score": ("signed", "absolute"),
+    "tune": TUNE_MODES,
+    "tune_after_pruning": TUNE_MODES,
+    "tune_after_distillation": TUNE_MODES,
+    "distillation": ("self", "model", "none"),
+    "distillation_layer_map": ("dynamic", "static", "none"),
+    "distillation_transform": ("lora", "identity"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+}
+
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field with its help text; lists are copied per instance."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def check_choices(settings: Any) -> None:
+    for name, allowed in CHOICES.items():
+        optional = name in ("tune_after_pruning", "tune_after_distillation")
+        value = getattr(settings, name, allowed[0])
+        if value not in allowed and not (optional and value is None):
+            raise unknown_choice(name, value, allowed)
