@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,9 +77,9 @@ def test_tasks_need_a_language_model(tmp_path: Path) -> None:
     recipe = _recipe(tmp_path, lm_eval_tasks=["piqa_local"])
     rows = tmp_path / "classes.jsonl"
     rows.write_text("".join(json.dumps({"text": words(4, i), "label": i % 2}) + "\n" for i in range(20)))
-    recipe.data = DataSettings(task="classification", train_file=str(rows), validation_file=str(rows), max_length=24)
+    data = DataSettings(task="classification", train_file=str(rows), validation_file=str(rows), max_length=24)
     with pytest.raises(UserError, match="classification is no language model"):
-        train(recipe)
+        train(replace(recipe, data=data))
     assert not (tmp_path / "out").exists()
 
 
