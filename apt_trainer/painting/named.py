@@ -92,9 +92,13 @@ class Point:
     seed: int | None = None
     times: int | None = None
     affected: int = 0
+    label: str | None = None
 
     @property
     def name(self) -> str:
+        """For people; ``label`` for a plan that is not one of the paper's."""
+        if self.label is not None:
+            return self.label
         values = {"start": self.start, "layer": self.layer, "seed": self.seed, "times": self.times}
         words = [f"{key} {value}" for key, value in values.items() if value is not None]
         return ", ".join([self.method.replace("_", " "), *words])
