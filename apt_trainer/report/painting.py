@@ -32,7 +32,7 @@ _LOOKS = {
     "skip": (INK, "v"),
     "middle_repeat": ("#B8860B", "x"),
 }
-_PROBES = {"skip_one": ("without the layer", BLUE, "v"), "switch": ("in the next one's place", ORANGE, "s")}
+_PROBES = {"skip_one": ("without the layer", BLUE, "v"), "switch": ("switched with the next", ORANGE, "s")}
 _DASHES = ("-", "--", ":", "-.")
 _LOWEST = -0.3
 """Scores below are drawn at the edge: how much worse than guessing a plan is says little."""
@@ -150,7 +150,7 @@ def _panels(found: Found, title: str) -> tuple[Figure, list[tuple[Axes, str]]]:
         axes.set_axisbelow(True)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if key == "median":
-            axes.set_title("Median score (0 = guessing, 1 = full model)")
+            axes.set_title(f"Median score (0 = guessing, 1 = full; edge: {_LOWEST} or less)")
         else:
             axes.set_title(f"{name} (log scale; lower is better)")
         panels.append((axes, key))
@@ -196,7 +196,7 @@ def _draw_methods(found: Found) -> Figure:
                 axes.fill_between(x, [min(e) for e in ends], [max(e) for e in ends], color=color, alpha=0.15, lw=0)
         _finish(found, axes, key)
         axes.set_xlabel(f"layers in the middle, of {found['layers']}")
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower left", ncols=min(7, len(columns)))
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower left", ncols=min(8, len(columns)))
     return figure
 
 
