@@ -221,9 +221,11 @@ def _draw_benchmarks(found: Found) -> Figure:
     figure = _new(found, "every benchmark (grey: median)", (4.6 * across + 1, 3.4 * down + 1))
     names = [one["name"] for one in found["benchmarks"]]
     colors = (BLUE, ORANGE, GREEN, PURPLE, "#B8860B", "#56B4E9")
-    axes: Axes | None = None
+    drawn: list[Axes] = []
     for place, (title, of) in enumerate(columns, start=1):
-        axes = figure.add_subplot(down, across, place, sharex=axes, sharey=axes)
+        first = drawn[0] if drawn else None
+        axes = figure.add_subplot(down, across, place, sharex=first, sharey=first)
+        drawn.append(axes)
         rows = _curve(found, of, "affected")
         x = [row["affected"] for row in rows]
         axes.plot(x, _values(rows, "median"), color="#BBBBBB", lw=5, zorder=1)
@@ -235,11 +237,11 @@ def _draw_benchmarks(found: Found) -> Figure:
         axes.set_title(title)
         axes.grid(axis="y", color="#DDDDDD", lw=0.6)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _finish(found, axes, "median")
         if place > len(columns) - across:
             axes.set_xlabel("layers in the middle")
-    assert axes is not None
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=min(5, len(names)))
+    for axes in drawn:  # after all of them, for they share one scale
+        _finish(found, axes, "median")
+    figure.legend(*drawn[0].get_legend_handles_labels(), loc="outside lower left", ncols=min(5, len(names)))
     return figure
 
 

@@ -32,6 +32,7 @@ from apt_trainer.painting.layers import PaintedLayers, painted, put_plan
 from apt_trainer.painting.plan import Execution, Loop, Parallel, full, plan_from_json, read_plan
 from apt_trainer.painting.scores import Benchmark, benchmarks_of, measured, summarise
 from apt_trainer.pruned_model import dense_copy
+from apt_trainer.report.painting import paint_markdown, plot_paint
 from apt_trainer.sublayers.drop import drop
 from apt_trainer.sublayers.loss import exp_loss
 from apt_trainer.sublayers.units import Unit, find_units
@@ -472,6 +473,26 @@ def test_scores_lie_between_guessing_and_the_full_model() -> None:
     assert rows[2]["loss"] is None and rows[2]["perplexity"] is None
 
 
+def test_figures_are_those_there_are_numbers_for(tmp_path: Path) -> None:
+    benchmarks = [Benchmark("a", "acc", 0.0, 0.8), Benchmark("b", "acc", 0.5, 0.9)]
+    points = named.sweep_points(6, ["skip", "looped_parallel"], loops=(1, 2))
+    task = {"metric": "acc"}
+    measurements = [
+        {"loss": None, "tasks": {"a": {**task, "value": 0.8 / n}, "b": {**task, "value": 0.9 - n / 100}}}
+        for n in range(1, len(points) + 1)
+    ]
+    rows = summarise(points, measurements, benchmarks)
+    described = [benchmark._asdict() for benchmark in benchmarks]
+    found = {"model": "m", "layers": 6, "loss_name": None, "rows": rows, "benchmarks": described}
+    assert plot_paint(found, tmp_path) == ["methods.png", "benchmarks.png", "loops.png"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["benchmarks.png", "loops.png", "methods.png"]
+    lines = paint_markdown(found).splitlines()
+    first = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]
+    assert first[:5] == ["middle", "------", "1", "3", "5"]
+    skipped = next(row for row in rows if row["name"] == "skip, start 1")
+    assert f"{skipped['median']:.3f}" in next(line for line in lines if line.startswith("| 3 "))
+
+
 # ---------------------------------------------------------------------- sweeps
 
 
@@ -576,6 +597,7 @@ def test_sweep_on_tasks(saved: Path, tmp_path: Path, capsys) -> None:
     found = json.loads((out / "summary.json").read_text())
     for row, line in zip(found["rows"], (lines[1], lines[2], lines[1], lines[3], lines[4]), strict=True):
         assert row["values"] == {name: task["value"] for name, task in line["tasks"].items()}
+    assert (out / "benchmarks.png").exists() == (len(found["benchmarks"]) > 1) and not (out / "probes.png").exists()
     assert "similarity" not in found and "perplexity" not in capsys.readouterr().out
     assert cli.main([*words_, "--limit", "3", "--resume"]) == 2 and "tasks" in capsys.readouterr().err
 
