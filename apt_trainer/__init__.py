@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from apt_trainer.errors import UserError
     from apt_trainer.importance import IMPORTANCES, Importance
     from apt_trainer.models import FAMILIES, ModelFamily
+    from apt_trainer.painted_model import paint
+    from apt_trainer.painting.plan import Plan
     from apt_trainer.pruned_model import load_pruned
     from apt_trainer.pruner import AdaptivePruner
     from apt_trainer.pruning.plan import PruningPlan
@@ -31,9 +33,11 @@ _HOME = {
     "IMPORTANCES": "importance",
     "Importance": "importance",
     "ModelFamily": "models",
+    "Plan": "painting.plan",
     "PruningPlan": "pruning.plan",
     "UserError": "errors",
     "load_pruned": "pruned_model",
+    "paint": "painted_model",
 }
 
 __all__ = [
@@ -44,9 +48,11 @@ __all__ = [
     "AdaptivePruner",
     "Importance",
     "ModelFamily",
+    "Plan",
     "PruningPlan",
     "UserError",
     "load_pruned",
+    "paint",
 ]
 
 

@@ -3,7 +3,8 @@
 ``config.json`` carries the stock config under an own model type ("apt_" + base) plus ``apt_structure``: parameter
 shapes, size attributes and no-op modules that differ from the dense model. A stock loader does not know the type and
 fails loudly instead of filling missing weights at random. Loading builds the stock class on the meta device, applies
-the structure and lets Hugging Face fill it; it needs neither a model family nor remote code.
+the structure and lets Hugging Face fill it; it needs no remote code. With ``apt_plan`` the layers run by an execution
+plan (``painting``); the rest of the config is then still that of the layers, one after the other.
 Not for checkpoints inside a run (``checkpoint``).
 """
 
@@ -25,10 +26,14 @@ from apt_trainer.errors import UserError
 from apt_trainer.models import FAMILIES, ModelFamily
 from apt_trainer.models.sizes import ConfigView, get_size, set_size
 from apt_trainer.models.stubs import STUB_KINDS, STUBS, put_stub
+from apt_trainer.painting.layers import put_plan
+from apt_trainer.painting.plan import Plan, plan_from_json
 from apt_trainer.pruning.plan import PruningPlan
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_WITHOUT_PLAN = 1  # what a model without an execution plan is saved as: older versions can read it
 PREFIX = "apt_"
+_DENSE = "apt_per_layer"  # in memory only: what the config of a model with an execution plan says about its layers
 _SIZES = ("in_features", "out_features", "embedding_dim", "normalized_shape", "nf", "nx")
 
 Structure = dict[str, dict[str, Any]]
@@ -89,23 +94,40 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         architecture = kwargs.pop("apt_base_architecture", None)
-        version = kwargs.pop("apt_format_version", FORMAT_VERSION)
-        structure = kwargs.pop("apt_structure", None)
+        version = kwargs.pop("apt_format_version", _WITHOUT_PLAN)
+        structure, plan = kwargs.pop("apt_structure", None), kwargs.pop("apt_plan", None)
         base.__init__(self, *args, **kwargs)
         if version > FORMAT_VERSION:
             raise UserError(
                 f"The checkpoint has format {version}, this version of apt_trainer reads up to {FORMAT_VERSION}."
             )
-        self.describe(architecture, structure, version)
+        self.describe(architecture, structure, plan)
 
-    def describe(self: Any, architecture: str | None, structure: Any, version: int = FORMAT_VERSION) -> None:
-        self.apt_base_model_type, self.apt_format_version = model_type, version
+    def describe(self: Any, architecture: str | None, structure: Any, plan: Any = None) -> None:
+        self.apt_base_model_type = model_type
+        self.apt_format_version = _WITHOUT_PLAN if plan is None else FORMAT_VERSION
         self.apt_base_architecture, self.apt_structure = architecture, structure
+        if plan is not None:
+            self.apt_plan = plan
         if architecture is not None:
             _announce(model_class(model_type, architecture), base)
 
-    namespace = {"model_type": PREFIX + model_type, "__init__": __init__, "describe": describe, "__module__": __name__}
-    return type("Apt" + base.__name__, (base,), namespace)
+    def to_dict(self: Any) -> dict[str, Any]:
+        values = base.to_dict(self)
+        return values | _under_own_names(self, values.pop(_DENSE, {}))
+
+    namespace = {"model_type": PREFIX + model_type, "__init__": __init__, "describe": describe, "to_dict": to_dict}
+    return type("Apt" + base.__name__, (base,), namespace | {"__module__": __name__})
+
+
+def _under_own_names(config: PreTrainedConfig, values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` of attributes as ``config`` stores them."""
+    return {config.attribute_map.get(name, name): value for name, value in values.items()}
+
+
+def put_saved_plan(model: PreTrainedModel, plan: Plan) -> None:
+    """Let ``model``, whose class is of this format, run by ``plan`` and say so when it is saved."""
+    setattr(model.config, _DENSE, put_plan(model, plan))
 
 
 @cache
@@ -122,12 +144,16 @@ def model_class(model_type: str, architecture: str) -> type[PreTrainedModel]:
             raise UserError(
                 f"The model was saved as {config.apt_base_architecture} and cannot load as {architecture}."
             )
+        for name, value in vars(config).pop(_DENSE, {}).items():
+            setattr(config, name, value)
         config.__class__ = stock_config  # a stock model may look up the class of its base by that of its config
         try:
             base.__init__(self, config, *args, **kwargs)  # type: ignore[misc]
         finally:
             config.__class__ = own_config
         apply_structure(self, config.apt_structure)
+        if getattr(config, "apt_plan", None) is not None:
+            put_saved_plan(self, plan_from_json(config.apt_plan, model_type, config.num_hidden_layers))
         self.tie_weights()
 
     own_config = config_class(model_type)
@@ -167,12 +193,17 @@ def as_pruned(model: PreTrainedModel, family: ModelFamily, plan: PruningPlan) ->
     with torch.device("meta"):
         dense = stock(copy.deepcopy(model.config))
     structure = describe_structure(model, dense, family, plan)
-    if not any(structure.values()):
-        return
+    if any(structure.values()):
+        become_own(model, structure)
+
+
+def become_own(model: PreTrainedModel, structure: Structure, plan: Mapping[str, Any] | None = None) -> None:
+    """Give the stock ``model``, in place, the class and config of this format."""
+    stock = type(model)
     shared, model_type = model.config, model.config.model_type
     config = copy.deepcopy(shared)  # not made anew: some configs read their own values differently the second time
     config.__class__ = config_class(model_type)
-    config.describe(stock.__name__, structure)
+    config.describe(stock.__name__, structure, plan)
     model.__class__ = model_class(model_type, stock.__name__)
     for module in model.modules():
         own = getattr(module, "config", None)

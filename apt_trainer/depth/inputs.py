@@ -128,17 +128,21 @@ def _read(data: str) -> str:
 
 def open_folder(output: str, resume: bool) -> Path:
     """The folder to write to; raises :class:`UserError` rather than lose an unfinished measurement."""
+    folder = check_folder(output, resume)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def check_folder(output: str, resume: bool, progress: str = PROGRESS_FILE) -> Path:
+    """As :func:`open_folder`, but makes nothing. ``progress``: the file that measurements are kept in one by one."""
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{output} is a file. Name a folder.")
-    unfinished = (folder / PROGRESS_FILE).exists()
-    if unfinished and not resume:
-        raise UserError(
-            f"{output} holds a measurement that was stopped. Go on with --resume, or remove {PROGRESS_FILE} there."
-        )
-    if resume and not unfinished:
+    begun = (folder / progress).exists()
+    if begun and not resume:
+        raise UserError(f"{output} holds an earlier measurement. Go on with --resume, or remove {progress} there.")
+    if resume and not begun:
         raise UserError(f"{output} holds no measurement to resume. Leave --resume out.")
-    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 

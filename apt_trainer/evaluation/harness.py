@@ -49,7 +49,8 @@ def run_tasks(
 
     Returns:
         For each task (and group) its number of ``examples`` and ``metrics``: name to ``value`` and, where the value is
-        the mean over examples, ``low`` and ``high`` of its 95 % confidence interval.
+        the mean over examples, ``low`` and ``high`` of its 95 % confidence interval. A task of choices also has
+        ``chance``, the accuracy of guessing.
 
     Raises:
         UserError: lm_eval is missing, a task is not known, its data cannot be read, or the model has no
@@ -84,6 +85,7 @@ def run_tasks(
             ) from error
     return {
         name: _summary(scores, found["samples"].get(name, []), seed)
+        | _chance(found["configs"].get(name, {}), found["samples"].get(name, []))
         for name, scores in sorted(found["results"].items())
     }
 
@@ -159,6 +161,12 @@ def _summary(scores: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], se
             low, high = mean_interval(rows, seed=seed)
             metrics[label] |= {"low": low, "high": high}
     return {"examples": len({sample["doc_id"] for sample in samples}), "metrics": metrics}
+
+
+def _chance(config: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    if config.get("output_type") != "multiple_choice" or not samples:
+        return {}
+    return {"chance": sum(1 / len(sample["resps"]) for sample in samples) / len(samples)}
 
 
 @contextmanager

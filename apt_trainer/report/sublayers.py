@@ -55,7 +55,7 @@ def plot_scores(found: Mapping[str, Any], path: str | Path) -> None:
                 row += 1
         for column, (stack, matrix) in enumerate(alike.items()):
             axes = figure.add_subplot(grid[row, column])
-            _draw_similarity(figure, axes, matrix, stack if len(alike) > 1 else "")
+            draw_similarity(figure, axes, matrix, stack if len(alike) > 1 else "")
         figure.suptitle(
             f"What {Path(found['model']).name} can do without", fontsize=14, fontweight="bold", x=0.01, ha="left"
         )
@@ -101,7 +101,7 @@ def _top(values: np.ndarray) -> float:
     return float(near.max() if near.size else values.max())
 
 
-def _draw_similarity(figure: Figure, axes: Axes, matrix: Sequence[Sequence[float]], title: str) -> None:
+def draw_similarity(figure: Figure, axes: Axes, matrix: Sequence[Sequence[float]], title: str) -> None:
     image = axes.imshow(np.asarray(matrix), cmap=_MAP, vmax=1.0)
     axes.set_anchor("W")
     axes.set_title(f"{title} mean cosine between inputs of layers".strip())

@@ -1,0 +1,88 @@
+"""``apt-trainer paint``: the layers of a frozen model in other orders, looped, or side by side."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from apt_trainer.cli.analyze import add_data_arguments, add_model_arguments, data_request, progress
+from apt_trainer.cli.benchmark import positive
+from apt_trainer.painting.named import METHODS
+
+HELP = (
+    "Run the layers of a frozen model by other plans (skipped, reversed, shuffled, side by side …), measure each, and "
+    "draw the results; or save a model that keeps one plan."
+)
+TAKES_SETTINGS = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of results, tables and figures")
+    parser.add_argument("--resume", action="store_true", help="go on with a sweep, also with more plans")
+    parser.add_argument("--keep", metavar="PLAN.json", help="no sweep: save the model with this plan to --output")
+    plans = parser.add_argument_group("plans")
+    plans.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="M", help=_methods_help())
+    plans.add_argument(
+        "--starts",
+        type=int,
+        nargs="+",
+        metavar="S",
+        help="layers 0 to S and the last S stay as they are (default: every S)",
+    )
+    plans.add_argument("--seeds", type=positive, default=3, metavar="N", help="random orders per start (default: 3)")
+    plans.add_argument(
+        "--loops",
+        type=positive,
+        nargs="+",
+        default=[3],
+        metavar="N",
+        help="how often the looped parallel middle runs (default: 3)",
+    )
+    plans.add_argument("--plans", nargs="+", default=[], metavar="PLAN.json", help="further plans, in files")
+    add_data_arguments(parser, required=False)
+    tasks = parser.add_argument_group("tasks of lm-evaluation-harness (pip install 'apt-trainer[lm_eval]')")
+    tasks.add_argument("--lm_eval", metavar="A,B", help="names of tasks, or paths of YAML files")
+    tasks.add_argument("--task_path", metavar="DIR", help="folder with YAML files (default: recipes/lm_eval)")
+    tasks.add_argument("--limit", type=positive, metavar="N", help="use only the first N examples of each task")
+    tasks.add_argument("--num_fewshot", type=int, metavar="N", help="examples before each question")
+
+
+def _methods_help() -> str:
+    return f"any of {', '.join(METHODS)} (default: all)"
+
+
+def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from apt_trainer.depth.paint import RESULTS_FILE, SUMMARY_FILE, TABLE_FILE, PaintRequest, keep_plan, paint_sweep
+    from apt_trainer.report.painting import paint_markdown
+    from apt_trainer.settings import ModelSettings
+
+    settings = ModelSettings(args.model, dtype=args.dtype)
+    data = None if args.data is None else data_request(args)
+    if args.keep is not None:
+        kept = keep_plan(settings, args.keep, args.output, data, args.device)
+        print(f"plan         {kept['plan']}")
+        if "loss_after" in kept:
+            print(f"{kept['loss_name']:<12} {kept['loss_before']:.4g} → {kept['loss_after']:.4g}")
+        print(f"wrote the model to {args.output}")
+        return 0
+    request = PaintRequest(
+        methods=args.methods,
+        starts=args.starts,
+        seeds=args.seeds,
+        loops=args.loops,
+        plans=args.plans,
+        tasks=[name for name in (args.lm_eval or "").split(",") if name],
+        task_path=args.task_path,
+        limit=args.limit,
+        num_fewshot=args.num_fewshot,
+        batch_size=args.batch_size,
+    )
+    found = paint_sweep(settings, request, args.output, data, args.device, args.resume, progress)
+    print(paint_markdown(found))
+    for warning in found["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    names = ", ".join([RESULTS_FILE, SUMMARY_FILE, TABLE_FILE, *found["figures"]])
+    print(f"wrote {names} to {args.output}")
+    return 0
