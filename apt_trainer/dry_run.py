@@ -111,7 +111,7 @@ def _space_table(pruner: AdaptivePruner) -> str:
                 if len(members) < 3
                 else f"{len(members)} × {members[0].size}",
                 "unit": f"{unit:,.0f}",
-                "pruned": "yes" if targets in pruner.limits.targets and pruner.settings.prunes else "no",
+                "pruned": _pruned(pruner, targets),
                 "step": pruner.limits.round_to[kind],
             }
         )
@@ -123,6 +123,12 @@ def _space_table(pruner: AdaptivePruner) -> str:
         ("step", "multiple of"),
     ]
     return markdown_table(rows, [(key, header, None) for key, header in columns])
+
+
+def _pruned(pruner: AdaptivePruner, kind: str) -> str:
+    if not pruner.settings.prunes or kind not in pruner.limits.kinds:
+        return "no"
+    return "yes" if kind in pruner.limits.targets else "as a whole"
 
 
 def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig) -> list[str]:

@@ -23,9 +23,10 @@ from apt_trainer.models import HIDDEN, ModelFamily, Space, Stack, family_of
 from apt_trainer.models.batch import Tokens
 from apt_trainer.pruning.cost import CostModel, flops_cost, memory_cost, parameter_cost
 from apt_trainer.pruning.latency_cost import latency_cost
+from apt_trainer.pruning.limits import limits_of, warn_of_depth
 from apt_trainer.pruning.masks import MaskStore
 from apt_trainer.pruning.plan import PruningPlan
-from apt_trainer.pruning.selection import Limits, select
+from apt_trainer.pruning.selection import select
 from apt_trainer.pruning.slicing import EditLog, Grow, Keep
 from apt_trainer.pruning.surgery import apply_plan
 from apt_trainer.schedule import Schedule
@@ -91,7 +92,7 @@ class AdaptivePruner:
         self.cost = COSTS[settings.sparsity_metric](
             model, self.family, self.spaces, settings.reference_batch_size, settings.reference_length
         )
-        self.limits = _limits(settings)
+        self.limits = limits_of(settings)
         self.check_budget()
         self.tune = settings.tune
         self._insert_adapters()
@@ -133,7 +134,7 @@ class AdaptivePruner:
         event = self.schedule.in_window(step)
         if event is not None:
             if not self.masks.is_open:
-                self.masks.open(self.plan.counts, self.limits.targets)
+                self.masks.open(self.plan.counts, self.limits.kinds)
             if step > self.schedule.start:
                 if self._fading is None or self._fading[0] != event:
                     self._fading = event, self._select(event)
@@ -182,6 +183,7 @@ class AdaptivePruner:
         if not self.settings.prunes_before:  # else scores have served their purpose
             followed = {name: index for name, index in survivors.items() if name in self._scored_names()}
             self.importance.follow(followed)
+        warn_of_depth(self.sublayers, self.plan, decision.plan)
         self.plan, self._fading = decision.plan, None
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         for path, layer in lora.adapters(self.model):
@@ -287,7 +289,7 @@ class AdaptivePruner:
             lora.insert_adapters(self.model, targets, s.lora_r, s.lora_alpha, s.lora_dropout, layers)
 
     def _scored(self) -> list[Space]:
-        return [space for space in self.spaces if space.kind in self.limits.targets]
+        return [space for space in self.spaces if space.kind in self.limits.kinds]
 
     def _scored_names(self) -> set[str]:
         return {space.name for space in self._scored()}
@@ -376,14 +378,6 @@ def give_shapes(
     if description["tune"] == "full":
         lora.merge_adapters(model)
     return plan
-
-
-def _limits(settings: MethodSettings) -> Limits:
-    return Limits(
-        targets=frozenset(settings.prune_targets),
-        round_to={"heads": 1, "neurons": settings.round_to, HIDDEN: settings.round_to},
-        minimum={"heads": settings.min_heads, "neurons": settings.min_neurons, HIDDEN: settings.min_hidden},
-    )
 
 
 def _units(spaces: list[Space], plan: PruningPlan) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from apt_trainer.importance.base import Importance, Reduce
+from apt_trainer.importance.cosine import Cosine
 from apt_trainer.importance.magnitude import Magnitude
 from apt_trainer.importance.random import Random
 from apt_trainer.importance.salience import Salience
@@ -16,6 +17,7 @@ IMPORTANCES: dict[str, Callable[[PruningSettings, int], Importance]] = {
     "magnitude": lambda s, seed: Magnitude(),
     "taylor": lambda s, seed: Taylor(s.salience_decay),
     "random": lambda s, seed: Random(seed),
+    "cosine": lambda s, seed: Cosine(s.salience_decay),
 }
 
 
@@ -24,4 +26,14 @@ def make_importance(settings: PruningSettings, seed: int) -> Importance:
     return IMPORTANCES[settings.importance](settings, seed)
 
 
-__all__ = ["IMPORTANCES", "Importance", "Magnitude", "Random", "Reduce", "Salience", "Taylor", "make_importance"]
+__all__ = [
+    "IMPORTANCES",
+    "Cosine",
+    "Importance",
+    "Magnitude",
+    "Random",
+    "Reduce",
+    "Salience",
+    "Taylor",
+    "make_importance",
+]

@@ -15,16 +15,8 @@ import torch
 from apt_trainer.errors import UserError
 from apt_trainer.models import Space
 from apt_trainer.pruning.cost import CostModel
+from apt_trainer.pruning.limits import Limits
 from apt_trainer.pruning.plan import PruningPlan
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Multiples and minimums per kind, and which kinds may lose units at all."""
-
-    targets: frozenset[str]
-    round_to: Mapping[str, int]
-    minimum: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -51,7 +43,7 @@ def select(
     counts; chunks after the longest prefix that still fit are added in order. Raises :class:`UserError` when even
     the minimums exceed the budget.
     """
-    counts = _floor(spaces, current, limits)
+    counts = {space.name: limits.floor(space, current.counts[space.name]) for space in spaces}
     least = cost.total(counts)
     if least > budget:
         raise UserError(
@@ -68,17 +60,6 @@ def select(
             order = torch.sort(scores[space.name].double().cpu(), descending=True, stable=True).indices
             positions[space.name] = order[: counts[space.name]].sort().values
     return current.narrowed(positions)
-
-
-def _floor(spaces: Sequence[Space], current: PruningPlan, limits: Limits) -> dict[str, int]:
-    """Units per space that stay in any case."""
-    floor = {}
-    for space in spaces:
-        left = current.counts[space.name]
-        minimum = min(left, max(limits.minimum[space.kind], space.minimum))
-        multiple = limits.round_to[space.kind]
-        floor[space.name] = min(left, -(-minimum // multiple) * multiple) if space.kind in limits.targets else left
-    return floor
 
 
 def _chunks(
@@ -98,12 +79,36 @@ def _chunks(
             continue
         if not bool(torch.isfinite(scores[space.name]).all()):
             raise UserError(f"Scores of {space.name} are not finite. Lower the learning rate, or look at the data.")
-        values = scores[space.name].double().cpu().sort(descending=True, stable=True).values[floor[space.name] :]
+        values = scores[space.name].double().cpu().sort(descending=True, stable=True).values
+        core = 0 if floor[space.name] else limits.core(space, left)
         unit_cost = 1.0 if scores_are_densities else cost.marginal(space.name, current.counts)
-        for group in values.split(limits.round_to[space.kind]):
+        rest = values[floor[space.name] or core :]
+        of_space = []
+        for group in rest.split(limits.round_to[space.kind]) if len(rest) else ():
             density = float(group.mean()) / unit_cost if unit_cost > 0 else math.inf  # what costs nothing stays
+            of_space.append((density, group))
+        if core:
+            group = values[:core]
+            density = _core_density(group, space, current, cost, of_space, scores_are_densities)
+            of_space.insert(0, (density, group))
+        for density, group in of_space:
             chunks.append(_Chunk(density, len(chunks), space.name, len(group), float(group.sum())))
     return sorted(chunks, key=lambda chunk: (-chunk.density, chunk.order))
+
+
+def _core_density(
+    core: torch.Tensor,
+    space: Space,
+    current: PruningPlan,
+    cost: CostModel,
+    others: Sequence[tuple[float, torch.Tensor]],
+    scores_are_densities: bool,
+) -> float:
+    """Score per cost of what goes last of a sublayer, fixed parts included; never below what has to go before it."""
+    counts = current.counts
+    saved = cost.total(counts | {space.name: len(core)}) - cost.total(counts | {space.name: 0})
+    own = float(core.mean()) if scores_are_densities else float(core.sum()) / saved
+    return max([own, *(density for density, _ in others)])
 
 
 def _within(chunks: Sequence[_Chunk], floor: Mapping[str, int], cost: CostModel, budget: float) -> Sequence[_Chunk]:

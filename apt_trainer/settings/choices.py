@@ -17,7 +17,7 @@ TASKS = (
     "summarization",
     "translation",
 )
-PRUNE_TARGETS = ("heads", "neurons", "hidden")
+PRUNE_TARGETS = ("heads", "neurons", "hidden", "sublayers")
 TUNE_MODES = ("adapters", "adapters_and_norms", "full")
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -25,7 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "sparsity_metric": ("params", "flops", "latency", "memory"),
     "pruning_time": ("before", "early", "late", "after"),
     "sparsity_schedule": ("cubic", "linear"),
-    "importance": ("salience", "magnitude", "taylor", "random"),
+    "importance": ("salience", "magnitude", "taylor", "random", "cosine"),
     "outlier_scaling": ("none", "mean"),
     "rank_growth": ("salience", "uniform", "none"),
     "rank_rule": ("fill_budget", "paper"),

@@ -19,7 +19,8 @@ class PruningSettings:
         "params", "What the budget counts: params or flops of the transformer blocks, measured latency, or memory."
     )
     prune_targets: list[str] = setting(
-        list(PRUNE_TARGETS), "Kinds of units that may be removed: heads, neurons, hidden."
+        ["heads", "neurons", "hidden"],
+        "Kinds of units that may be removed: heads, neurons, hidden; sublayers: whole attentions and feed-forwards.",
     )
     pruning_time: str = setting(
         "early",
@@ -48,7 +49,10 @@ class PruningSettings:
     mask_step: float = setting(
         0.01, "Least change of a mask per step; raised so that a mask can fade within half a window. 0.01 (official)."
     )
-    importance: str = setting("salience", "Scoring rule: salience (APT), magnitude, taylor or random.")
+    importance: str = setting(
+        "salience",
+        "Scoring rule: salience (APT), magnitude, taylor, random; cosine (LLM-Drop): for sublayers only.",
+    )
     salience_decay: float = setting(
         0.85, "Decay of the moving average of scores, per observation. 0.85 (APT, Sec. 4.2)."
     )
@@ -172,6 +176,11 @@ def _check_pruning(s: PruningSettings) -> None:
     for target in s.prune_targets:
         if target not in PRUNE_TARGETS:
             raise unknown_choice("prune_targets", target, PRUNE_TARGETS)
+    _require(
+        s.importance != "cosine" or s.target_sparsity is None or set(s.prune_targets) == {"sublayers"},
+        f"importance: cosine scores whole sublayers, but prune_targets={s.prune_targets}. "
+        "Set prune_targets: [sublayers], or another importance.",
+    )
     counts = ("num_pruning_events", "observe_every", "round_to", "min_hidden", "calibration_samples")
     for name in (*counts, "calibration_batch_size", "reference_batch_size", "reference_length"):
         value = getattr(s, name)

@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "prune_targets": ["hidden", "neurons"],
         "min_neurons": 20,
     },
+    "sublayers": {"prune_targets": ["sublayers"], "importance": "cosine", "target_sparsity": 0.4},
 }
 
 

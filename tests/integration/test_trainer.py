@@ -406,6 +406,48 @@ def test_every_importance_meets_the_target(tmp_path: Path, importance: str) -> N
     assert 0.5 <= trainer.pruner.sparsity() < 0.55
 
 
+@pytest.mark.parametrize("importance", ["salience", "cosine", "random"])
+@pytest.mark.parametrize("time", ["early", "before"])
+def test_sublayers_go_as_a_whole(tmp_path: Path, importance: str, time: str) -> None:
+    changes = {**SHORT, "prune_targets": ["sublayers"], "target_sparsity": 0.3, "importance": importance}
+    if time == "before":
+        changes |= {"pruning_time": "before", "pruning_start": None, "distillation": "none", "distillation_end": None}
+    trainer = make_trainer(tmp_path, **changes)
+    trainer.train()
+    dense = trainer.pruner.dense_plan.counts
+    gone = {name for name, count in trainer.pruner.plan.counts.items() if count == 0}
+    assert gone and {name: dense[name] for name in dense.keys() - gone} == {
+        name: count for name, count in trainer.pruner.plan.counts.items() if count
+    }
+    assert 0.3 <= trainer.pruner.sparsity() < 0.65
+    assert counted_block_parameters(trainer) == events_of(tmp_path, "prune")[-1]["block_params"]
+    trainer.save_model(str(tmp_path / "saved"))
+    batch = tiny_batch(trainer.model)
+    assert torch.equal(logits(load_pruned(tmp_path / "saved").eval(), batch), logits(trainer.model.eval(), batch))
+
+
+def test_sublayers_go_beside_heads_and_neurons(tmp_path: Path) -> None:
+    """One feed-forward is worth nothing, and goes although no other may fall below 12 neurons."""
+    own = Fixed({"layers.1.neurons": 0.0})
+    changes = {**SHORT, "prune_targets": ["heads", "neurons", "sublayers"], "min_heads": 1, "min_neurons": 12}
+    trainer = make_trainer(tmp_path, options={"importance": own}, **changes)
+    trainer.train()
+    counts = trainer.pruner.plan.counts
+    assert counts["layers.1.neurons"] == 0
+    assert all(count == 0 or count >= (1 if "heads" in name else 12) for name, count in counts.items())
+    assert len(set(counts.values()) - {0}) > 2  # and others lost single units
+    assert 0.5 <= trainer.pruner.sparsity() < 0.55
+
+
+def test_a_warning_when_much_depth_goes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    changes = {**SHORT, "prune_targets": ["sublayers"], "target_sparsity": 0.6, "distillation": "none"}
+    trainer = make_trainer(
+        tmp_path, distillation_end=None, **{k: v for k, v in changes.items() if k != "distillation_end"}
+    )
+    trainer.train()
+    assert sum("Models seldom recover" in message for message in caplog.messages) == 1
+
+
 def test_without_a_target_nothing_is_pruned_and_the_class_stays(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, target_sparsity=None, max_steps=12, distillation_end=None)
     trainer.train()

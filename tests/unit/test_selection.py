@@ -11,8 +11,9 @@ from tiny import LAYERS, parts, tiny_model
 from apt_trainer.errors import UserError
 from apt_trainer.models import HIDDEN, Space
 from apt_trainer.pruning.cost import CostModel, flops_cost, memory_cost, parameter_cost
+from apt_trainer.pruning.limits import Limits
 from apt_trainer.pruning.plan import PruningPlan
-from apt_trainer.pruning.selection import Limits, select
+from apt_trainer.pruning.selection import select
 
 KINDS = ("heads", "neurons", "hidden")
 

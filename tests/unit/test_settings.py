@@ -146,7 +146,12 @@ def test_a_choice_cannot_be_null_unless_that_is_its_default() -> None:
 def test_choices_are_checked_before_anything_else() -> None:
     with pytest.raises(UserError, match="importance='salince' is not known.*Did you mean 'salience'"):
         MethodSettings(importance="salince", target_sparsity=2.0).check()
-    assert set(TUNE_MODES) == set(CHOICES["tune"]) and set(PRUNE_TARGETS) == {"heads", "neurons", "hidden"}
+    assert set(TUNE_MODES) == set(CHOICES["tune"]) and set(PRUNE_TARGETS) == {
+        "heads",
+        "neurons",
+        "hidden",
+        "sublayers",
+    }
 
 
 def test_unknown_choice_without_a_near_one_makes_no_guess() -> None:
@@ -166,7 +171,7 @@ def test_every_setting_has_a_help_text() -> None:
 def test_lists_are_not_shared_between_instances() -> None:
     first, second = MethodSettings(), MethodSettings()
     first.prune_targets.remove("hidden")
-    assert second.prune_targets == list(PRUNE_TARGETS) == MethodSettings().prune_targets
+    assert second.prune_targets == ["heads", "neurons", "hidden"] == MethodSettings().prune_targets
 
 
 def test_derived_properties() -> None:
