@@ -13,4 +13,8 @@ ruff check .
 ruff format --check .
 lint-imports
 mypy
+if ! command -v chromium chromium-browser google-chrome >/dev/null; then
+    echo "No Chromium is installed: the tests that look at a page in a browser are left out."
+    set -- -m "not browser" "$@"
+fi
 pytest -n 2 "$@"

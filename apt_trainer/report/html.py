@@ -49,7 +49,7 @@ UNITS = {"bytes": (1e-6, " (MB)"), "seconds": (1.0, " (s)"), "ms": (1.0, " (ms)"
 def to_html(comparison: Comparison, records: Sequence[Record], title: str) -> str:
     """The page; a picture whose numbers were not measured gives way to a sentence."""
     body = [_table(comparison), f"<p>{escape(caption(comparison))}</p>"]
-    latencies = [key for key in comparison.labels if key.startswith("latency_ms.pruned.")]
+    latencies = [key for key in comparison.labels if key.startswith(("latency_ms.pruned.", "generation.pruned."))]
     for x, y in ((latencies[-1] if latencies else "latency", "task_metric"), ("train_seconds", "peak_memory_bytes")):
         known = {x, y} <= comparison.labels.keys()
         body.append(_scatter(comparison, x, y) if known else f"<p>Not measured: {escape(y)} against {escape(x)}.</p>")
