@@ -28,13 +28,14 @@ _FORMS: dict[str, tuple[str, Any]] = {
         "a mapping of names (letters, digits, '_', '-' and '.') to mappings of keys",
         lambda v: isinstance(v, dict) and v and all(_is_name(n) and isinstance(o, dict | None) for n, o in v.items()),
     ),
+    "common": ("a mapping of keys that all variants start from", lambda v: isinstance(v, dict)),
     "baseline": _TEXT,
     "metrics": (
         "a list of keys of metrics.json, such as latency_ms.pruned.1.median_ms",
         lambda v: isinstance(v, list) and v and all(isinstance(key, str) for key in v),
     ),
 }
-_OPTIONAL = ("baseline", "metrics")
+_OPTIONAL = ("common", "baseline", "metrics")
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +80,8 @@ def read_study(path: str, output_dir: str | None = None) -> Study:
     base, baseline = Path(path).parent / content["base"], content.get("baseline")
     if not base.is_file():
         raise UserError(f"{path}: base={content['base']!r} does not exist. Looked for {base}, beside the study.")
-    variants = {name: overrides or {} for name, overrides in content["variants"].items()}
+    common = content.get("common") or {}
+    variants = {name: common | (overrides or {}) for name, overrides in content["variants"].items()}
     if baseline is not None and baseline not in variants:
         raise unknown_choice(f"{path}: baseline", baseline, variants)
     recipes = {name: _recipe(path, base, name, overrides) for name, overrides in variants.items()}

@@ -109,6 +109,13 @@ def copy(finished, tmp_path):
     shutil.copytree(tmp_path / "kept", folder / "out")
 
 
+def test_common_keys_are_where_variants_start(tmp_path):
+    make_base(tmp_path)
+    variants = {"a": {}, "b": {"lora_r": 3}, "c": {"max_steps": 9}}
+    study = read_study(write_study(tmp_path, common={"lora_r": 5, "max_steps": 7}, variants=variants))
+    assert [(run.given["lora_r"], run.given["max_steps"]) for run in study.runs] == [(5, 7), (3, 7), (5, 9)]
+
+
 # ---- running ----
 
 
@@ -256,6 +263,8 @@ def test_shipped_studies_are_valid(path):
         ({"variants": {"a": 1}}, "variants={'a': 1} must be"),
         ({"variants": {"a": {"lora_R": 4}}}, "variant 'a': unknown key 'lora_R'. Did you mean 'lora_r'?"),
         ({"variants": {"a": {"lora_r": "x"}}}, "variant 'a': lora_r='x' has the wrong type: expected a whole number."),
+        ({"common": [1]}, "common=[1] must be a mapping of keys"),
+        ({"common": {"lora_R": 4}}, "variant 'lora': unknown key 'lora_R'. Did you mean 'lora_r'?"),
         ({"variants": {"a": {"seed": 1}}}, "variant 'a' sets seed, which the study sets for each run. Remove it."),
         ({"variants": {"a": {}, "b": {"lora_r": 8}}}, "variant 'b' equals 'a' in all settings. Remove one of them."),
         ({"baseline": "ap"}, "baseline='ap' is not known. Choose one of: lora, apt. Did you mean 'apt'?"),
