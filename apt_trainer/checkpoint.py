@@ -9,13 +9,14 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -133,15 +134,36 @@ def save_training_state(path: Path, model: nn.Module, state: TrainingState) -> N
 
 def read_training_state(path: Path) -> tuple[Mapping[str, Any], dict[str, torch.Tensor]]:
     """(JSON part, tensors) of a checkpoint; raises :class:`UserError` when it is none or is damaged."""
+    described = check_complete(path)
+    return described, load_file(path / TENSORS_FILE)
+
+
+def check_complete(path: Path) -> Mapping[str, Any]:
+    """JSON part of a checkpoint; raises :class:`UserError` when it is none, is incomplete, or has a truncated file."""
     _require(path, STATE_FILE, TENSORS_FILE, WEIGHTS_FILE, OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME)
-    try:
-        described = json.loads((path / STATE_FILE).read_text())
-        tensors = load_file(path / TENSORS_FILE)
-    except (json.JSONDecodeError, SafetensorError) as error:
-        raise UserError(f"The checkpoint in {path} is damaged ({error}). Resume from an older one.") from error
+    for file in sorted(path.iterdir()):
+        damage = _damage(file)
+        if damage is not None:
+            raise UserError(f"{file} is damaged ({damage}), so {path.name} cannot be used. Resume from an older one.")
+    described: Mapping[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     if described["teacher_shape"] is not None:
         _require(path, TEACHER_FILE)
-    return described, tensors
+    return described
+
+
+def _damage(file: Path) -> str | None:
+    """What is wrong with a file, as far as its size and its ends tell."""
+    try:
+        if file.suffix == ".json":
+            json.loads(file.read_text(encoding="utf-8"))
+        elif file.suffix == ".safetensors":
+            with safe_open(file, framework="pt"):
+                pass
+        elif file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file):
+            return "cut off"
+    except (ValueError, SafetensorError) as error:
+        return str(error).splitlines()[0]
+    return None
 
 
 def load_training_weights(file: Path, model: nn.Module) -> None:
@@ -151,7 +173,8 @@ def load_training_weights(file: Path, model: nn.Module) -> None:
     except SafetensorError as error:
         raise UserError(f"{file} is damaged ({error}). Resume from an older checkpoint.") from error
     except RuntimeError as error:
-        raise UserError(f"{file} does not fit the run it is resumed into: {error}") from error
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{file} does not fit the run it is resumed into: {reason}") from error
 
 
 def _require(path: Path, *names: str) -> None:

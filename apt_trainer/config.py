@@ -6,7 +6,7 @@ Validation of the method happens in ``settings``; this file only joins the two a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from transformers import Seq2SeqTrainingArguments
 
@@ -42,6 +42,7 @@ class APTConfig(MethodSettings, MeasureSettings, Seq2SeqTrainingArguments):
     def __post_init__(self) -> None:
         self.check()
         self.check_measuring()
+        self._check_numbers()
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # would only warn
@@ -54,6 +55,22 @@ class APTConfig(MethodSettings, MeasureSettings, Seq2SeqTrainingArguments):
                 "reference_metric needs evaluations during training, but eval_strategy is no. Set eval_strategy: "
                 "epoch, or steps with eval_steps."
             )
+
+    def _check_numbers(self) -> None:
+        """Raise :class:`UserError` for numbers of the loop that it would stumble over."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{each.name}={value} is not a finite number.")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("learning_rate", "full_learning_rate", "dense_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name}={value} must be above 0.")
+        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+            raise UserError(f"num_train_epochs={self.num_train_epochs} must be above 0.")
 
     def total_steps(self, num_rows: int) -> int:
         """Optimizer steps of a run over ``num_rows`` training rows, counted as the Trainer does."""

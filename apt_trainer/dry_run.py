@@ -16,6 +16,7 @@ from apt_trainer.adapters import lora
 from apt_trainer.config import APTConfig
 from apt_trainer.loading import build_model, load_inputs
 from apt_trainer.models import HIDDEN, family_of
+from apt_trainer.preflight import check_before_loading, checkpoint_to_resume
 from apt_trainer.pruner import AdaptivePruner
 from apt_trainer.pruning.cost import flops_cost
 from apt_trainer.pruning.plan import PruningPlan
@@ -31,9 +32,10 @@ _ADAM_BYTES = 8  # two fp32 moments per trained parameter
 def plan(recipe: Recipe) -> str:
     """Text of the dry run; raises :class:`UserError` for anything that would stop the run before training."""
     args = recipe.training
+    checkpoint_to_resume(recipe)
     _, config, data = load_inputs(recipe.model, recipe)
-    family_of(config)
     set_task_arguments(args, data, recipe.given)
+    check_before_loading(recipe, config, data)
     model = build_model(config, data, "cpu" if args.sparsity_metric == "latency" else "meta")
     pruner = AdaptivePruner(model, args, seed=args.seed)
     schedule = make_schedule(args, args.total_steps(len(data.train) - args.heldout_rows(len(data.train))))

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from apt_trainer.errors import UserError
+from apt_trainer.models import family_of
 from apt_trainer.pruned_model import dense_shape, load_pruned
 from apt_trainer.recipe import Recipe
 from apt_trainer.settings import CHOICES, ModelSettings, resolve_path
@@ -45,6 +47,8 @@ def find_source(path: str, gguf_file: str | None = None) -> Source:
     if gguf_file is not None and Path(local).is_dir() and not (Path(local) / gguf_file).is_file():
         found = ", ".join(sorted(file.name for file in Path(local).glob(f"*{GGUF}"))) or "none"
         raise UserError(f"{local} holds no file {gguf_file!r}. GGUF files there: {found}.")
+    if (Path(local).is_absolute() or local.startswith((".", "~"))) and not Path(local).is_dir():
+        raise UserError(f"{path}: there is no such folder.")
     return Source(local, gguf_file)
 
 
@@ -55,9 +59,14 @@ def _names_a_gguf_file(path: str) -> bool:
 
 
 def load_inputs(model: ModelSettings, recipe: Recipe) -> tuple[Any, Any, TaskData]:
-    """(tokenizer, config, data) of ``model`` on the data of ``recipe``; reads no weights."""
+    """(tokenizer, config, data) of ``model`` on the data of ``recipe``; reads no weights.
+
+    Raises :class:`UserError` for a model without a family before any data are read.
+    """
     args = recipe.training
-    tokenizer, config = load_tokenizer(model), load_config(model)
+    config = load_config(model)
+    family_of(config)
+    tokenizer = load_tokenizer(model)
     seed = args.seed if args.data_seed is None else args.data_seed
     data = load_task(
         recipe.data, tokenizer, seed, max_positions=max_positions(config), architecture=architecture_of(config)
@@ -200,6 +209,6 @@ def _from_hub(load: Any, source: Source, **options: Any) -> Any:
         return load(source.path, **options)
     except UserError:
         raise
-    except (OSError, ImportError, ValueError) as error:  # no such files, a missing package, unreadable content
+    except (OSError, ImportError, ValueError, SafetensorError) as error:  # no such files, unreadable content …
         name = source.path if source.gguf_file is None else str(Path(source.path) / source.gguf_file)
         raise UserError(f"{name} could not be loaded: {str(error).strip().splitlines()[0]}") from error

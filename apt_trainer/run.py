@@ -20,22 +20,18 @@ from typing import Any
 
 import torch
 from transformers import EvalPrediction, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from apt_trainer.benchmark.compare import measure_speed
-from apt_trainer.config import APTConfig
 from apt_trainer.errors import UserError
 from apt_trainer.evaluation.bootstrap import mean_interval
-from apt_trainer.evaluation.harness import check_tasks, not_a_language_model, run_tasks
-from apt_trainer.loading import build_model, load_inputs, load_model, load_saved
+from apt_trainer.evaluation.harness import run_tasks
+from apt_trainer.loading import load_inputs, load_model, load_saved
 from apt_trainer.measure import PeakMemory, count_parameters, return_freed_memory, size_on_disk
-from apt_trainer.models import family_of
+from apt_trainer.preflight import check_before_loading, checkpoint_to_resume
 from apt_trainer.pruned_model import dense_copy
-from apt_trainer.pruner import AdaptivePruner
 from apt_trainer.recipe import Recipe, load_recipe
 from apt_trainer.report.events import read_events, write_json
 from apt_trainer.report.plots import plot_run
-from apt_trainer.schedule import make_schedule
 from apt_trainer.settings import ModelSettings
 from apt_trainer.tasks import TaskData, keeps_sequences_apart
 from apt_trainer.tasks.base import first_output
@@ -72,17 +68,12 @@ def train(recipe: Recipe) -> dict[str, Any]:
     args = recipe.training
     output = Path(str(args.output_dir))
     return_freed_memory()
-    resume_from = _checkpoint_to_resume(output, args.resume_from_checkpoint)
+    resume_from = checkpoint_to_resume(recipe)
     memory = PeakMemory(args.device.type)
     set_seed(args.seed)
     tokenizer, config, data = load_inputs(recipe.model, recipe)
-    family_of(config)
     set_task_arguments(args, data, recipe.given)
-    check_before_loading(config, data, args)
-    if args.lm_eval_tasks:
-        if data.model_class not in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
-            raise not_a_language_model(f"A model for {recipe.data.task}")
-        check_tasks(args.lm_eval_tasks)
+    check_before_loading(recipe, config, data)
     dense = _train_dense(recipe, output) if args.dense_baseline and args.should_save else {}
     teacher = load_model(recipe.model, data, args.teacher_name_or_path) if args.teacher_name_or_path else None
     model = load_model(recipe.model, data)
@@ -219,18 +210,6 @@ def evaluate(model: str | ModelSettings, recipe: Recipe | None = None) -> dict[s
     return scores
 
 
-def check_before_loading(config: Any, data: TaskData, args: APTConfig) -> None:
-    """Raise :class:`UserError` for a schedule, budget or target that cannot work, on the meta device.
-
-    A latency budget is measured, so it is checked only once the model is there.
-    """
-    make_schedule(args, args.total_steps(len(data.train) - args.heldout_rows(len(data.train))))
-    settings = copy.copy(args)
-    if settings.sparsity_metric == "latency":
-        settings.sparsity_metric = "params"
-    AdaptivePruner(build_model(config, data, "meta"), settings)
-
-
 def recipe_of(path: Path) -> Recipe:
     """The recipe that a finished run was started with."""
     if not (path / RECIPE_FILE).is_file():
@@ -246,26 +225,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _checkpoint_to_resume(output: Path, asked: Any) -> str | None:
-    """Path of the checkpoint to go on from; refuses to write over an older run."""
-    if asked not in (None, False, "false", "False"):
-        if asked not in (True, "true", "True"):
-            return str(asked)
-        last = get_last_checkpoint(str(output)) if output.is_dir() else None
-        if last is None:
-            raise UserError(
-                f"resume_from_checkpoint is set, but {output} holds no checkpoint. Remove the setting to start anew."
-            )
-        return last
-    written = [name for name in (METRICS_FILE, EVENTS_FILE, "config.json", RECIPE_FILE) if (output / name).exists()]
-    if written or (output.is_dir() and get_last_checkpoint(str(output))):
-        raise UserError(
-            f"output_dir={str(output)!r} already holds a run ({', '.join(written) or 'checkpoints'}). "
-            "Choose another output_dir, remove it, or set resume_from_checkpoint: true."
-        )
-    return None
 
 
 def _write_records(output: Path, metrics: Mapping[str, Any], trainer: APTTrainer, data: TaskData) -> None:

@@ -195,12 +195,16 @@ def _check_pruning(s: PruningSettings) -> None:
         f"pruning_time: before cuts before the first step, so pruning_start={s.pruning_start} has no meaning. "
         "Remove it.",
     )
+    _require(s.outlier_weight >= 0, f"outlier_weight={s.outlier_weight} must not be negative.")
     _require(0 <= s.salience_decay < 1, f"salience_decay={s.salience_decay} must lie in [0, 1).")
     _require(0 < s.mask_step <= 1, f"mask_step={s.mask_step} must lie in (0, 1].")
     _require(s.mask_window >= 0, f"mask_window={s.mask_window} must not be negative; 0 cuts without fading.")
 
 
 def _check_adapters(s: AdapterSettings) -> None:
+    _require(s.lora_alpha > 0, f"lora_alpha={s.lora_alpha} must be above 0.")
+    _require(0 <= s.lora_dropout < 1, f"lora_dropout={s.lora_dropout} must lie in [0, 1).")
+    _require(s.lora_target_modules != [], "lora_target_modules is empty. Name linears, or leave it out.")
     _require(s.lora_r >= 1, f"lora_r={s.lora_r} must be at least 1; to train without adapters use tune: full.")
     _require(s.max_rank >= s.lora_r, f"max_rank={s.max_rank} is below lora_r={s.lora_r}. Raise max_rank.")
     _require(
@@ -222,6 +226,11 @@ def _check_distillation(s: DistillationSettings) -> None:
         "distillation: model and teacher_name_or_path belong together; "
         f"given distillation={s.distillation!r}, teacher_name_or_path={s.teacher_name_or_path!r}.",
     )
+    for name in ("prediction_weight", "layer_weight"):
+        _require(getattr(s, name) >= 0, f"{name}={getattr(s, name)} must not be negative; 0 leaves that loss out.")
+    for name in ("distillation_start", "distillation_end"):
+        value = getattr(s, name, None)
+        _require(value is None or value >= 0, f"{name}={value} must be a number of steps or a fraction of all steps.")
     _require(0 <= s.distillation_weight <= 1, f"distillation_weight={s.distillation_weight} must lie in [0, 1].")
     _require(
         s.distillation_temperature > 0, f"distillation_temperature={s.distillation_temperature} must be positive."

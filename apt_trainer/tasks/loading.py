@@ -80,6 +80,8 @@ def read_file(path: str, setting: str, task: str) -> Dataset:
             "or a folder whose sub-folders are the labels."
         )
     format_builder, options = FILE_FORMATS[found.suffix.lower()]
+    if found.stat().st_size == 0:
+        raise UserError(f"{setting}={path!r} has no rows. Give data with at least one row.")
     try:
         builder = format_builder(data_files=glob.escape(str(found)), **options)
         builder.download_and_prepare()
