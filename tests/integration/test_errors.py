@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from texts import TOKENS, word_tokenizer, words
 from tiny import tiny_config, tiny_model
 from transformers import AutoModelForSequenceClassification, ElectraConfig, ElectraForSequenceClassification
 
-from apt_trainer import APTConfig, APTTrainer, UserError
+from apt_trainer import APTConfig, APTTrainer, UserError, dry_run
+from apt_trainer.preflight import checkpoint_to_resume
 from apt_trainer.recipe import Recipe
 from apt_trainer.run import train
 from apt_trainer.settings import DataSettings, ModelSettings
@@ -150,7 +154,7 @@ def _recipe(folder: Path, **changes: Any) -> Recipe:
     return Recipe(nowhere, DataSettings(train_file="/nowhere.jsonl"), training, path=None, given={})
 
 
-@pytest.mark.parametrize("name", ["config.json", "metrics.json", "events.jsonl", "recipe.json", "checkpoint-5/x"])
+@pytest.mark.parametrize("name", ["config.json", "metrics.json", "events.jsonl", "checkpoint-5/x"])
 def test_an_output_folder_with_an_older_run_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("{}")
@@ -158,6 +162,19 @@ def test_an_output_folder_with_an_older_run_is_refused(tmp_path: Path, name: str
     with pytest.raises(UserError, match="already holds a run .*Choose another output_dir"):
         train(_recipe(tmp_path))
     assert _written(tmp_path) == before
+
+
+def test_the_recipe_of_a_start_that_came_to_nothing_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text("{}")
+    assert checkpoint_to_resume(_recipe(tmp_path)) is None
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "file/far/below"])
+def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="file is a file. Choose a folder"):
+        train(_recipe(tmp_path / place))
+    assert (tmp_path / "file").read_text() == "x"
 
 
 def test_resuming_without_any_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -191,7 +208,7 @@ def test_a_checkpoint_that_lacks_a_file_is_refused(checkpoint: Path, tmp_path: P
     assert _written(tmp_path / "resumed") == []
 
 
-@pytest.mark.parametrize("name", NEEDED)
+@pytest.mark.parametrize("name", [*NEEDED, "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth"])
 def test_a_truncated_checkpoint_is_refused(checkpoint: Path, tmp_path: Path, name: str) -> None:
     copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     content = (copy / name).read_bytes()
@@ -199,6 +216,34 @@ def test_a_truncated_checkpoint_is_refused(checkpoint: Path, tmp_path: Path, nam
     with pytest.raises(UserError, match="is damaged .*Resume from an older"):
         _resume(tmp_path / "resumed", copy)
     assert _written(tmp_path / "resumed") == []
+
+
+def test_the_last_checkpoint_that_is_whole_is_resumed(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One was killed while it was written, one is damaged; each is named."""
+    for step in (4, 8, 12):
+        shutil.copytree(checkpoint, tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-12" / "trainer_state.json").unlink()
+    weights = tmp_path / "checkpoint-8" / "apt_training.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    recipe = _recipe(tmp_path, resume_from_checkpoint="true")
+    assert checkpoint_to_resume(recipe) == str(tmp_path / "checkpoint-4")
+    assert ["checkpoint-12" in m or "checkpoint-8" in m for m in caplog.messages] == [True, True]
+    (tmp_path / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="No checkpoint in .* is whole"):
+        checkpoint_to_resume(recipe)
+
+
+def test_a_run_is_not_resumed_with_other_settings(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "checkpoint-4")
+    (tmp_path / "recipe.json").write_text(json.dumps({"target_sparsity": 0.5, "max_steps": 12, "logging_steps": 5}))
+    asked = _recipe(tmp_path, resume_from_checkpoint="true")
+    same = {"max_steps": 12, "target_sparsity": 0.5, "per_device_train_batch_size": 4, "output_dir": "elsewhere"}
+    assert checkpoint_to_resume(replace(asked, given=same)) == str(tmp_path / "checkpoint-4")
+    for key, value in (("target_sparsity", 0.3), ("max_steps", 20), ("importance", "taylor"), ("max_length", 64)):
+        with pytest.raises(UserError, match=f"other settings: {key} was .*, is {value!r}"):
+            checkpoint_to_resume(replace(asked, given=same | {key: value}))
 
 
 def test_folders_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
@@ -212,3 +257,104 @@ def test_a_checkpoint_of_another_model_is_refused(checkpoint: Path, tmp_path: Pa
     trainer = make_trainer(tmp_path, tiny_model("bert", layers=2), **SHORT)
     with pytest.raises(UserError, match="does not fit"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+# ---------------------------------------------------------------------------- before weights load
+
+
+@pytest.fixture
+def ready(tmp_path: Path) -> Recipe:
+    """A recipe that would run: a saved model with its tokenizer, and ten rows."""
+    settings = tiny_config("bert", num_labels=3)
+    settings.vocab_size = len(TOKENS)
+    AutoModelForSequenceClassification.from_config(settings).save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"text": words(5, i), "label": i % 3} for i in range(10)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    training = APTConfig(output_dir=str(tmp_path / "out"), **{**DEFAULTS, **SHORT, "measure_latency": False})
+    data = DataSettings(task="classification", train_file=str(tmp_path / "rows.jsonl"), max_length=16)
+    return Recipe(ModelSettings(str(tmp_path / "model")), data, training, path=None, given={})
+
+
+def _both_refuse(recipe: Recipe, message: str) -> None:
+    """The dry run and the run itself, before anything is written."""
+    for start in (dry_run.plan, train):
+        with pytest.raises(UserError, match=message):
+            start(recipe)
+    assert not Path(recipe.training.output_dir).exists()
+
+
+def test_the_recipe_is_fine_as_it_is(ready: Recipe) -> None:
+    assert "| heads" in dry_run.plan(ready)
+
+
+def test_speed_is_asked_for_at_a_length_the_model_has(ready: Recipe) -> None:
+    ready.training.measure_latency, ready.training.latency_length = True, 21
+    _both_refuse(ready, "latency_length=21 make 21 tokens, more than the 20 positions")
+    ready.training.measure_latency, ready.training.sparsity_metric = False, "flops"
+    ready.training.reference_length = 64
+    _both_refuse(ready, "reference_length=64 make 64 tokens, more than the 20 positions")
+
+
+def test_one_row_is_too_few_to_hold_any_out(ready: Recipe) -> None:
+    _both_refuse(replace(ready, data=replace(ready.data, max_train_samples=1)), "1 row, all of it held out")
+
+
+def test_an_empty_file_has_no_rows(ready: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("")
+    _both_refuse(ready, "has no rows")
+
+
+def test_a_family_without_a_table_is_refused_before_data_are_read(ready: Recipe, tmp_path: Path) -> None:
+    config = ElectraConfig(vocab_size=60, hidden_size=16, num_attention_heads=2, intermediate_size=16)
+    ElectraForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text("no rows at all")
+    _both_refuse(ready, "electra")
+
+
+def test_weights_that_are_cut_off_are_refused(ready: Recipe, tmp_path: Path) -> None:
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(UserError, match="model could not be loaded"):
+        train(ready)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_not_there_is_said_to_be_missing(ready: Recipe, tmp_path: Path) -> None:
+    gone = ModelSettings(str(tmp_path / "nothing"))
+    _both_refuse(replace(ready, model=gone), "nothing: there is no such folder")
+
+
+def test_the_dry_run_refuses_a_folder_with_an_older_run(ready: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/metrics.json").write_text("{}")
+    with pytest.raises(UserError, match="already holds a run"):
+        dry_run.plan(ready)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("per_device_train_batch_size", 0),
+        ("gradient_accumulation_steps", 0),
+        ("learning_rate", -1.0),
+        ("full_learning_rate", 0.0),
+        ("dense_learning_rate", -1.0),
+        ("learning_rate", float("nan")),
+        ("tuning_growth", float("inf")),
+        ("pruning_end", float("inf")),
+        ("distillation_end", float("nan")),
+        ("lora_alpha", float("nan")),
+        ("lora_alpha", 0.0),
+        ("lora_dropout", 1.5),
+        ("lora_target_modules", []),
+        ("outlier_weight", -3.0),
+        ("prediction_weight", -1.0),
+        ("layer_weight", -1.0),
+        ("distillation_start", -4.0),
+        ("distillation_temperature", float("inf")),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(tmp_path: Path, key: str, value: Any) -> None:
+    with pytest.raises(UserError, match=key):
+        config(tmp_path, **{key: value})

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from lm_eval.tasks import TaskManager
-from test_evaluation import local_task, tiny_llama, word_tokenizer, words
+from texts import local_task, tiny_llama, word_tokenizer, words
 from transformers import TrainerControl, TrainerState
 
 from apt_trainer import APTConfig

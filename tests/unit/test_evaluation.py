@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 import torch
 from lm_eval.tasks import TaskManager
+from texts import TOKENS, WORDS, llama_config, local_task, tiny_llama, word_tokenizer, words
 from tiny import gap, randomise, tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BertForSequenceClassification,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     T5Config,
@@ -30,7 +29,7 @@ from transformers import (
 from apt_trainer.errors import UserError
 from apt_trainer.evaluation import bootstrap, harness
 from apt_trainer.evaluation.bootstrap import mean_interval
-from apt_trainer.evaluation.harness import SHIPPED_TASKS, run_tasks
+from apt_trainer.evaluation.harness import run_tasks
 from apt_trainer.evaluation.perplexity import perplexity
 from apt_trainer.evaluation.saved import LanguageRequest, evaluate_language
 from apt_trainer.loading import (
@@ -46,34 +45,6 @@ from apt_trainer.pruned_model import PREFIX, config_class, model_class
 from apt_trainer.recipe import load_recipe
 from apt_trainer.run import evaluate
 from apt_trainer.settings import ModelSettings
-
-WORDS = [f"w{i}" for i in range(56)]
-TOKENS = ["<pad>", "<s>", "</s>", "<unk>", *WORDS]
-POSITIONS = 32
-
-
-def llama_config(**changes: object) -> LlamaConfig:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    values = {"vocab_size": len(TOKENS), "num_key_value_heads": 2, "max_position_embeddings": POSITIONS}
-    return LlamaConfig(**{**values, **sizes, **special, **changes})
-
-
-def tiny_llama(**changes: object) -> LlamaForCausalLM:
-    model = LlamaForCausalLM(llama_config(**changes))
-    randomise(model, seed=4)
-    return model.eval()
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(TOKENS)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
-
-
-def words(count: int, seed: int = 0) -> str:
-    return " ".join(np.random.default_rng(seed).choice(WORDS, size=count))
 
 
 @pytest.fixture(scope="module")
@@ -210,15 +181,6 @@ def test_perplexity_needs_a_decoder(tokenizer):
 
 
 # ---------------------------------------------------------------------------------------------- lm_eval
-
-
-def local_task(folder: Path, name: str, rows: list[dict[str, object]]) -> str:
-    """A YAML that points a shipped task to other data, as its comment says; returns its path."""
-    data, file = folder / f"{name}.jsonl", folder / f"my_{name}.yaml"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = [f"include: {SHIPPED_TASKS / name}_local.yaml", f"task: my_{name}"]
-    file.write_text("\n".join([*lines, f"dataset_kwargs: {{data_files: {{validation: {data}}}}}"]))
-    return str(file)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_evaluation import local_task, tiny_llama, word_tokenizer, words
+from texts import local_task, tiny_llama, word_tokenizer, words
 from tiny import LABELS, LANGUAGE_MODELS, VOCABULARY, gap, logits, randomise, tiny_batch, tiny_config, tiny_model
 from transformers import (
     AutoConfig,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_evaluation import tiny_llama, word_tokenizer, words
+from texts import tiny_llama, word_tokenizer, words
 from tiny import LANGUAGE_MODELS, gap, hooks, logits, tiny_batch, tiny_model
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
