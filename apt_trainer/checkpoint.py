@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 
+from apt_trainer.engines import optimizer_file
 from apt_trainer.errors import UserError
 from apt_trainer.measure.latency import example_inputs
 from apt_trainer.pruned_model import load_pruned
@@ -133,7 +134,8 @@ def save_training_state(path: Path, model: nn.Module, state: TrainingState) -> N
 
 def read_training_state(path: Path) -> tuple[Mapping[str, Any], dict[str, torch.Tensor]]:
     """(JSON part, tensors) of a checkpoint; raises :class:`UserError` when it is none or is damaged."""
-    _require(path, STATE_FILE, TENSORS_FILE, WEIGHTS_FILE, OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME)
+    _require(path, STATE_FILE, TENSORS_FILE, WEIGHTS_FILE, TRAINER_STATE_NAME)
+    _require(path, optimizer_file.TENSORS_FILE, optimizer_file.NUMBERS_FILE)
     try:
         described = json.loads((path / STATE_FILE).read_text())
         tensors = load_file(path / TENSORS_FILE)

@@ -179,10 +179,11 @@ def _resume(folder: Path, source: Path, **changes: Any) -> APTTrainer:
     return trainer
 
 
+OPTIMIZER = ("apt_optimizer.safetensors", "apt_optimizer.json")
 NEEDED = ("apt_state.json", "apt_state.safetensors", "apt_training.safetensors", "apt_teacher.safetensors")
 
 
-@pytest.mark.parametrize("name", [*NEEDED, "optimizer.pt", "scheduler.pt", "trainer_state.json"])
+@pytest.mark.parametrize("name", [*NEEDED, *OPTIMIZER, "trainer_state.json"])
 def test_a_checkpoint_that_lacks_a_file_is_refused(checkpoint: Path, tmp_path: Path, name: str) -> None:
     copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     (copy / name).unlink()
@@ -191,7 +192,7 @@ def test_a_checkpoint_that_lacks_a_file_is_refused(checkpoint: Path, tmp_path: P
     assert _written(tmp_path / "resumed") == []
 
 
-@pytest.mark.parametrize("name", NEEDED)
+@pytest.mark.parametrize("name", [*NEEDED, *OPTIMIZER])
 def test_a_truncated_checkpoint_is_refused(checkpoint: Path, tmp_path: Path, name: str) -> None:
     copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     content = (copy / name).read_bytes()
