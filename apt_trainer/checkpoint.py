@@ -114,10 +114,10 @@ def reload_difference(model: PreTrainedModel, path: Path) -> float:
     return difference
 
 
-def save_training_state(path: Path, model: nn.Module, state: TrainingState) -> None:
-    """Write a checkpoint of a run in progress to ``path`` (weights in training form, adapters unmerged)."""
+def save_training_state(path: Path, weights: dict[str, torch.Tensor], state: TrainingState) -> None:
+    """Write a checkpoint of a run in progress to ``path``; ``weights`` in training form, adapters unmerged."""
     path.mkdir(parents=True, exist_ok=True)
-    save_model(model, str(path / WEIGHTS_FILE))
+    save_file(weights, path / WEIGHTS_FILE, metadata={"format": "pt"})
     save_file(state.tensors, path / TENSORS_FILE)
     if state.teacher is not None:
         save_model(state.teacher, str(path / TEACHER_FILE))

@@ -31,7 +31,7 @@ from apt_trainer.engines.agreement import agree
 from apt_trainer.engines.base import restore_forward
 from apt_trainer.engines.groups import parameter_groups
 from apt_trainer.engines.optimizer_file import read_optimizer, save_optimizer
-from apt_trainer.engines.state import State, ages
+from apt_trainer.engines.state import State, add_masters, ages
 from apt_trainer.errors import UserError
 from apt_trainer.importance import Importance
 from apt_trainer.importance.calibration import Batch, shares
@@ -188,8 +188,9 @@ class APTTrainer(Seq2SeqTrainer):
         path = Path(output_dir or str(self.args.output_dir))
         self.check_finite()
         if _internal_call:
+            weights = {name: value for name, value in engine_of(self).weights() if self.args.should_save}
             if self.args.should_save:
-                checkpoint.save_training_state(path, self.model, self.training_state())
+                checkpoint.save_training_state(path, weights, self.training_state())
         elif self.args.should_save:
             checkpoint.save_pruned(self.model, path, self.pruner.plan, self.processing_class)
 
@@ -366,9 +367,12 @@ class APTTrainer(Seq2SeqTrainer):
                 self._load_from_checkpoint(resume_from_checkpoint)
             state, schedule = read_optimizer(Path(resume_from_checkpoint))
             self.optimizer_ages = ages(state) if engine_of(self).groups_by_age else {}
+            if self.is_deepspeed_enabled and self.args.bf16:
+                add_masters(state, self.model)
         _, self.live_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
             engine_of(self).give_whole(state)
+            self.distillation.teacher.cast(self.model.dtype)
             runtime.set_schedule(self, schedule)
             self._load_scaler(resume_from_checkpoint)
         return runtime.LiveModel(self), self.live_dataloader

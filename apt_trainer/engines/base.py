@@ -59,6 +59,21 @@ class Engine:
 
     # ------------------------------------------------------------------ checkpoints
 
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Whole parameters and buffers of a checkpoint, tied ones once, with memory of their own; collective."""
+        model = self.model
+        parameters = dict(model.named_parameters())
+        for name, parameter in parameters.items():
+            yield name, _own(self.whole(parameter))
+        tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        for name, buffer in model.state_dict().items():
+            if name not in tied:
+                yield name, _own(buffer)
+
+    def whole(self, parameter: nn.Parameter) -> torch.Tensor:
+        """The value of a parameter of the model, of which a process may hold only a part; collective."""
+        return parameter.detach()
+
     def states(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Whole state of one parameter after the other, on the CPU; all processes must go through it together."""
         optimizer = plain_optimizer(self.trainer)
@@ -123,6 +138,12 @@ def fresh_leaves(model: nn.Module, copy: bool = False) -> None:
                 module._parameters[name] = fresh[id(parameter)]
     for parameter in model.parameters():
         parameter.grad = None
+
+
+def _own(value: torch.Tensor) -> torch.Tensor:
+    """``value`` in memory that belongs to nothing else; itself where that is so already."""
+    shares = value.untyped_storage().nbytes() != value.nbytes or not value.is_contiguous()
+    return value.detach().clone(memory_format=torch.contiguous_format) if shares else value.detach()
 
 
 def _to_cpu(value: Any) -> Any:

@@ -75,6 +75,13 @@ def follow_master(value: torch.Tensor, edits: list[Keep | Grow], new: torch.Tens
     return torch.where(survives, value, new.to(value))
 
 
+def add_masters(state: State, model: nn.Module) -> None:
+    """Give ``state`` the float32 values of all that trains where it lacks them, before an engine rounds ``model``."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float32:
+            state.setdefault(name, {}).setdefault(MASTER, parameter.detach().cpu().clone())
+
+
 def ages(state: State) -> dict[str, int]:
     """Steps that each parameter has trained for."""
     return {name: int(of_parameter[STEP]) for name, of_parameter in state.items() if STEP in of_parameter}
