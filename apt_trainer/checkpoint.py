@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 
+from apt_trainer.engines import optimizer_file
 from apt_trainer.errors import UserError
 from apt_trainer.measure.latency import example_inputs
 from apt_trainer.pruned_model import load_pruned
@@ -114,10 +115,10 @@ def reload_difference(model: PreTrainedModel, path: Path) -> float:
     return difference
 
 
-def save_training_state(path: Path, model: nn.Module, state: TrainingState) -> None:
-    """Write a checkpoint of a run in progress to ``path`` (weights in training form, adapters unmerged)."""
+def save_training_state(path: Path, weights: dict[str, torch.Tensor], state: TrainingState) -> None:
+    """Write a checkpoint of a run in progress to ``path``; ``weights`` in training form, adapters unmerged."""
     path.mkdir(parents=True, exist_ok=True)
-    save_model(model, str(path / WEIGHTS_FILE))
+    save_file(weights, path / WEIGHTS_FILE, metadata={"format": "pt"})
     save_file(state.tensors, path / TENSORS_FILE)
     if state.teacher is not None:
         save_model(state.teacher, str(path / TEACHER_FILE))
@@ -140,7 +141,8 @@ def read_training_state(path: Path) -> tuple[Mapping[str, Any], dict[str, torch.
 
 def check_complete(path: Path) -> Mapping[str, Any]:
     """JSON part of a checkpoint; raises :class:`UserError` when it is none, is incomplete, or has a truncated file."""
-    _require(path, STATE_FILE, TENSORS_FILE, WEIGHTS_FILE, OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME)
+    _require(path, STATE_FILE, TENSORS_FILE, WEIGHTS_FILE, TRAINER_STATE_NAME)
+    _require(path, optimizer_file.TENSORS_FILE, optimizer_file.NUMBERS_FILE)
     for file in sorted(path.iterdir()):
         damage = _damage(file)
         if damage is not None:

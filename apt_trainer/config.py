@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 
 from transformers import Seq2SeqTrainingArguments
 
+from apt_trainer.engines.checks import before_processes_join, check_deepspeed
 from apt_trainer.errors import UserError
 from apt_trainer.settings import MeasureSettings, MethodSettings
 
@@ -43,7 +44,9 @@ class APTConfig(MethodSettings, MeasureSettings, Seq2SeqTrainingArguments):
         self.check()
         self.check_measuring()
         self._check_numbers()
+        before_processes_join(self)
         super().__post_init__()
+        check_deepspeed(self)
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # would only warn
         if self.logging_nan_inf_filter:

@@ -1,8 +1,8 @@
 """``APTTrainer``: a Hugging Face Trainer whose model changes its shape while it trains.
 
 Data, logging, saving and processes stay Hugging Face's; scoring and cutting are the pruner's; rebuilding the engine
-is ``runtime``'s. Only documented methods of the Trainer are overridden, plus ``_prepare_for_training`` and the three
-methods that read and write checkpoints.
+is ``runtime``'s. Only documented methods of the Trainer are overridden, plus ``_prepare_for_training`` and the two
+that read and write checkpoints.
 """
 
 from __future__ import annotations
@@ -18,14 +18,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Seq2SeqTrainer, TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_pt_utils import get_parameter_names
+from transformers import PreTrainedModel, Seq2SeqTrainer
 
 from apt_trainer import checkpoint, runtime
 from apt_trainer.adapters import lora
 from apt_trainer.adapters.allocation import mean_growth
+from apt_trainer.callback import MethodCallback
 from apt_trainer.config import APTConfig
 from apt_trainer.distillation.teacher import freeze
+from apt_trainer.engines import engine_of
+from apt_trainer.engines.agreement import agree
+from apt_trainer.engines.base import restore_forward
+from apt_trainer.engines.groups import parameter_groups
+from apt_trainer.engines.optimizer_file import read_optimizer, save_optimizer
+from apt_trainer.engines.state import State, add_masters, ages
 from apt_trainer.errors import UserError
 from apt_trainer.importance import Importance
 from apt_trainer.importance.calibration import Batch, shares
@@ -89,7 +95,7 @@ class APTTrainer(Seq2SeqTrainer):
             number = args.heldout_rows(len(train_dataset))
             train_dataset, heldout_dataset = split_heldout(train_dataset, number, args.seed)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
-        runtime.check_engine(self)
+        runtime.check_options(self)
         runtime.own_storage(model)
         # Losses are means over the batch: were they taken as sums to be divided by num_items_in_batch, accumulation
         # and several processes would multiply them.
@@ -105,12 +111,13 @@ class APTTrainer(Seq2SeqTrainer):
         self.heldout_dataset = heldout_dataset
         self.schedule = self._make_schedule()
         self.live_dataloader: Any = None
+        self.optimizer_ages: dict[str, int] = {}
         self._restored: tuple[dict[str, Any], dict[str, torch.Tensor]] | None = None
         self._finite = torch.ones((), dtype=torch.bool, device=self.args.device)
         self._metrics: dict[str, list[torch.Tensor]] = {}
         self._last_inputs: dict[str, Any] | None = None
         self._finished = False
-        self.add_callback(_MethodCallback(self))
+        self.add_callback(MethodCallback(self))
 
     # ------------------------------------------------------------------ overrides of documented methods
 
@@ -153,28 +160,17 @@ class APTTrainer(Seq2SeqTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Two learning rates: ``full_learning_rate`` for base weights, ``learning_rate`` for adapters and head."""
+        """Two learning rates: ``full_learning_rate`` for base weights, ``learning_rate`` for adapters and head.
+
+        Groups are parted by ``optimizer_ages`` too, where an engine keeps one step count per group.
+        """
         if self.optimizer is None:
             module = model or self.model
-            decayed = set(get_parameter_names(module, [nn.LayerNorm], ["bias", "norm", "layernorm", "LayerNorm"]))
-            base = base_weight_names(module, self.pruner.family)
-            groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-            for name, parameter in module.named_parameters():
-                if parameter.requires_grad:
-                    groups.setdefault((name in base, name in decayed), []).append(parameter)
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, module)
+            base = base_weight_names(module, self.pruner.family)
             rates = {True: self.args.full_learning_rate or self.args.learning_rate, False: self.args.learning_rate}
-            self.optimizer = cls(
-                [
-                    {
-                        "params": members,
-                        "lr": rates[is_base],
-                        "weight_decay": self.args.weight_decay if decays else 0.0,
-                    }
-                    for (is_base, decays), members in sorted(groups.items(), key=lambda item: item[0])
-                ],
-                **options,
-            )
+            groups = parameter_groups(module, base, self.optimizer_ages, rates, self.args.weight_decay)
+            self.optimizer = cls(groups, **options)
         return self.optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -192,8 +188,9 @@ class APTTrainer(Seq2SeqTrainer):
         path = Path(output_dir or str(self.args.output_dir))
         self.check_finite()
         if _internal_call:
+            weights = {name: value for name, value in engine_of(self).weights() if self.args.should_save}
             if self.args.should_save:
-                checkpoint.save_training_state(path, self.model, self.training_state())
+                checkpoint.save_training_state(path, weights, self.training_state())
         elif self.args.should_save:
             checkpoint.save_pruned(self.model, path, self.pruner.plan, self.processing_class)
 
@@ -221,7 +218,7 @@ class APTTrainer(Seq2SeqTrainer):
     def after_step(self) -> None:
         """After an optimizer step, before it is logged, evaluated and saved: shape changes, then snapshots."""
         step = self.state.global_step
-        decision = self.pruner.decide(step)
+        decision = self._decide(step)
         if decision is not None:
             self._change_shape(decision, step)
         if self.distillation.snapshot_due(self.schedule, step):
@@ -240,9 +237,15 @@ class APTTrainer(Seq2SeqTrainer):
             batches = self._calibration_batches()
             self._last_inputs = next(batches)
             self.pruner.calibrate(itertools.chain([self._last_inputs], batches), self._calibration_loss)
-        decision = self.pruner.decide(0)
+        decision = self._decide(0)
         assert decision is not None
         self._change_shape(decision, 0, started)
+
+    def _decide(self, step: int) -> Decision | None:
+        decision = self.pruner.decide(step)
+        if decision is not None or self.schedule.event_at(step) is not None:
+            agree("what to prune", step, None if decision is None else decision.digest())
+        return decision
 
     def _change_shape(self, decision: Decision, step: int, started: float | None = None) -> None:
         """``started``: when what led to the decision began, if that was before this call."""
@@ -274,7 +277,7 @@ class APTTrainer(Seq2SeqTrainer):
         self.pruner.detach()
         self.pruner.masks.close()
         self.distillation.end(self.model)
-        self.model = runtime.plain_model(self)
+        self.model = engine_of(self).leave()
         self.pruner.set_tune("full")
         self.model.requires_grad_(True)
         as_pruned(self.model, self.pruner.family, self.pruner.plan)
@@ -318,8 +321,9 @@ class APTTrainer(Seq2SeqTrainer):
 
     def _offer_snapshot(self, step: int) -> None:
         loss = self._heldout_loss()
+        agree("the loss on held-out data", step, loss)
         if self.distillation.offer(self.model, loss):
-            runtime.restore_forward(self.distillation.teacher.model)
+            restore_forward(self.distillation.teacher.model)
             self._teacher_shape = self.pruner.state()[0]
             self._write_record(self.pruner.describe(step, "teacher") | {"heldout_loss": loss})
 
@@ -353,12 +357,28 @@ class APTTrainer(Seq2SeqTrainer):
     # ------------------------------------------------------------------ engine and checkpoints
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        state: State = {}
         if resume_from_checkpoint is None:
             if self.pruner.settings.prunes_before:
                 self.prune_before_training(max_steps)
             self.distillation.keep_transform(self.model, self.schedule, 0)
-        _, self.live_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        else:
+            if self.is_deepspeed_enabled:  # else the loop has done so
+                self._load_from_checkpoint(resume_from_checkpoint)
+            state, schedule = read_optimizer(Path(resume_from_checkpoint))
+            self.optimizer_ages = ages(state) if engine_of(self).groups_by_age else {}
+            if self.is_deepspeed_enabled and self.args.bf16:
+                add_masters(state, self.model)
+        _, self.live_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            engine_of(self).give_whole(state)
+            self.distillation.teacher.cast(self.model.dtype)
+            runtime.set_schedule(self, schedule)
+            self._load_scaler(resume_from_checkpoint)
         return runtime.LiveModel(self), self.live_dataloader
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        save_optimizer(self, Path(output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint)
@@ -367,7 +387,7 @@ class APTTrainer(Seq2SeqTrainer):
         if self._teacher_shape is not None:
             teacher = copy.deepcopy(self.model)
             give_shapes(teacher, self.pruner.family, self.pruner.spaces, self.pruner.plan, self._teacher_shape)
-            checkpoint.load_training_weights(path / checkpoint.TEACHER_FILE, freeze(teacher))
+            checkpoint.load_training_weights(path / checkpoint.TEACHER_FILE, freeze(teacher).to(self.args.device))
         self.distillation.restore(described["distillation"], teacher)
         self.pruner.restore_shapes(described["pruner"])
         self.distillation.restore_transform(described["distillation"], self.model)
@@ -378,22 +398,3 @@ class APTTrainer(Seq2SeqTrainer):
 def plain_trainer(model: PreTrainedModel, args: APTConfig, **kwargs: Any) -> Seq2SeqTrainer:
     """A stock trainer, for evaluating a finished model."""
     return Seq2SeqTrainer(model, args, **kwargs)
-
-
-class _MethodCallback(TrainerCallback):
-    """Calls the trainer's own steps at the right moments of the loop; holds no logic."""
-
-    def __init__(self, trainer: APTTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.trainer.start()
-
-    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.trainer.before_step()
-
-    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.trainer.pruner.observe()
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.trainer.after_step()

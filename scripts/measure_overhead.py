@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from apt_trainer import AdaptivePruner, APTConfig
-from apt_trainer.runtime import carry, collect, restore
+from apt_trainer.engines.state import carry, collect, restore
 from apt_trainer.schedule import make_schedule
 from apt_trainer.settings import resolve_path
 

@@ -88,6 +88,7 @@ def launch_environment(config: Mapping[str, Any], processes: int) -> dict[str, s
     if config.get("use_cpu"):
         # accelerate's launcher for several processes does not hand use_cpu on; the Trainer reads this variable
         environment["ACCELERATE_USE_CPU"] = "true"
+        environment.setdefault("DS_ACCELERATOR", "cpu")
         environment.setdefault("OMP_NUM_THREADS", "1")
     return environment
 

@@ -128,6 +128,11 @@ class Teacher:
                     copies[id(shared)] = nn.Parameter(shared.detach().clone(), requires_grad=False)
                 module._parameters[name] = copies[id(shared)]
 
+    def cast(self, dtype: torch.dtype) -> None:
+        """Give a snapshot that was read from a file the ``dtype`` its student trains in."""
+        if self.model is not None and not self.is_external:
+            self.model.to(dtype)
+
     # no_grad and not inference_mode: its outputs take part in a loss that is differentiated.
     @torch.no_grad()
     def forward(self, inputs: Mapping[str, Any], output_hidden_states: bool = False) -> ModelOutput:

@@ -196,10 +196,11 @@ def _resume(folder: Path, source: Path, **changes: Any) -> APTTrainer:
     return trainer
 
 
+OPTIMIZER = ("apt_optimizer.safetensors", "apt_optimizer.json")
 NEEDED = ("apt_state.json", "apt_state.safetensors", "apt_training.safetensors", "apt_teacher.safetensors")
 
 
-@pytest.mark.parametrize("name", [*NEEDED, "optimizer.pt", "scheduler.pt", "trainer_state.json"])
+@pytest.mark.parametrize("name", [*NEEDED, *OPTIMIZER, "trainer_state.json"])
 def test_a_checkpoint_that_lacks_a_file_is_refused(checkpoint: Path, tmp_path: Path, name: str) -> None:
     copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     (copy / name).unlink()
@@ -208,7 +209,7 @@ def test_a_checkpoint_that_lacks_a_file_is_refused(checkpoint: Path, tmp_path: P
     assert _written(tmp_path / "resumed") == []
 
 
-@pytest.mark.parametrize("name", [*NEEDED, "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth"])
+@pytest.mark.parametrize("name", [*NEEDED, *OPTIMIZER, "trainer_state.json", "rng_state.pth"])
 def test_a_truncated_checkpoint_is_refused(checkpoint: Path, tmp_path: Path, name: str) -> None:
     copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     content = (copy / name).read_bytes()
@@ -230,7 +231,7 @@ def test_the_last_checkpoint_that_is_whole_is_resumed(
     recipe = _recipe(tmp_path, resume_from_checkpoint="true")
     assert checkpoint_to_resume(recipe) == str(tmp_path / "checkpoint-4")
     assert ["checkpoint-12" in m or "checkpoint-8" in m for m in caplog.messages] == [True, True]
-    (tmp_path / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
+    (tmp_path / "checkpoint-4" / OPTIMIZER[0]).write_bytes(b"")
     with pytest.raises(UserError, match="No checkpoint in .* is whole"):
         checkpoint_to_resume(recipe)
 

@@ -1,0 +1,26 @@
+"""What trains the model: one process, DDP or DeepSpeed ZeRO; one small class each for what a change of shape needs.
+
+To support another, subclass :class:`Engine` and name it in :func:`engine_of`. Not for deciding what changes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from apt_trainer.engines.base import Engine
+
+__all__ = ["Engine", "engine_of", "zero_stage"]
+
+
+def zero_stage(trainer: Any) -> int:
+    """Stage of ZeRO that ``trainer`` was started with; 0 without DeepSpeed."""
+    return int(trainer.accelerator.state.deepspeed_plugin.zero_stage) if trainer.is_deepspeed_enabled else 0
+
+
+def engine_of(trainer: Any) -> Engine:
+    """The engine that ``trainer`` has at this moment."""
+    if zero_stage(trainer) == 0:
+        return Engine(trainer)
+    from apt_trainer.engines.zero import ZeroEngine
+
+    return ZeroEngine(trainer)

@@ -1,0 +1,69 @@
+"""What can be told about an engine before a model loads: settings that cannot work under it, and its peculiarities.
+
+Not for the training loop.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+from apt_trainer.errors import UserError
+
+
+def wants_deepspeed(args: Any) -> bool:
+    """Whether training arguments, or the launcher, ask for DeepSpeed."""
+    return bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
+
+
+def before_processes_join(args: Any) -> None:
+    """Must come before ``TrainingArguments.__post_init__``, which joins the processes.
+
+    Raises:
+        UserError: where DeepSpeed is wanted but missing, or FSDP is wanted.
+    """
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+        raise UserError("Shapes cannot change under FSDP. Use DDP, or DeepSpeed: --accelerate_config zero2.")
+    if not wants_deepspeed(args):
+        return
+    if find_spec("deepspeed") is None:
+        raise UserError("DeepSpeed is asked for but not installed. Install it: pip install 'apt-trainer[deepspeed]'.")
+    if args.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1"):
+        _on_cpu()
+
+
+def check_deepspeed(args: Any) -> None:
+    """Refuse what does not work under DeepSpeed; ``args`` are complete.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    plugin = args.deepspeed_plugin
+    if plugin is None:
+        return
+    if plugin.zero_stage not in (1, 2):
+        raise UserError(
+            f"Shapes cannot change under DeepSpeed with ZeRO stage {plugin.zero_stage}. Use stage 1 or 2, or DDP."
+        )
+    for section in ("optimizer", "scheduler"):
+        if section in plugin.deepspeed_config:
+            raise UserError(
+                f"The DeepSpeed config has a section {section!r}, but adapters and base weights have learning rates "
+                "of their own. Remove the section and use optim and lr_scheduler_type."
+            )
+    if args.fp16:
+        raise UserError("fp16 under DeepSpeed would lose its loss scale at each change of shape. Use bf16: true.")
+    if args.uses_adapters and args.rank_score == "absolute":
+        raise UserError(
+            "rank_score: absolute reads gradients, which DeepSpeed has cleared by then. Use rank_score: signed."
+        )
+
+
+def _on_cpu() -> None:
+    if os.environ.setdefault("DS_ACCELERATOR", "cpu") != "cpu":
+        raise UserError(f"use_cpu is set, but DS_ACCELERATOR is {os.environ['DS_ACCELERATOR']!r}. Set it to cpu.")
+    import deepspeed.ops
+
+    # Would compile C++ for a minute at the first start; gloo alone does.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

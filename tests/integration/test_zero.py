@@ -1,0 +1,183 @@
+"""DeepSpeed ZeRO on two real processes gives the run of one process, and checkpoints move between engines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_model
+
+from apt_trainer import APTConfig, APTTrainer
+from apt_trainer.engines.agreement import outliers
+from apt_trainer.engines.state import follow_master
+from apt_trainer.errors import UserError
+from apt_trainer.pruning.slicing import Grow, Keep
+from integration.factories import DEFAULTS, Rows, SaveAt, events_of, losses_of, make_trainer, weights_of
+from integration.test_processes import CHANGES, GLOBAL_BATCH, two_processes
+
+SAVED = (6, 10)
+"""In the first mask window with a teacher; after the first event."""
+
+
+def deepspeed_config(stage: int) -> dict[str, Any]:
+    automatic = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    return {
+        **dict.fromkeys((*automatic, "gradient_clipping"), "auto"),
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 500_000},
+    }
+
+
+def trained(folder: Path, saved: tuple[int, ...] = (), resume: Path | None = None, **changes: Any) -> APTTrainer:
+    """Events, a transform that comes and goes, merged adapters and clipping; no padding, so that batches divide."""
+    options = {"heldout_dataset": Rows(16, padded=False), "callbacks": [SaveAt(saved)]}
+    model = tiny_model("bert")
+    trainer = make_trainer(folder, model, Rows(96, padded=False), options, **{**CHANGES, **changes})
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return trainer
+
+
+def logits_of(trainer: APTTrainer) -> torch.Tensor:
+    with torch.no_grad():
+        return trainer.model.eval()(input_ids=Rows(16, padded=False).ids).logits.float()  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, APTTrainer]:
+    folder = tmp_path_factory.mktemp("single")
+    trainer = trained(folder, SAVED, per_device_train_batch_size=GLOBAL_BATCH)
+    assert trainer.pruner.sparsity() >= 0.5
+    return folder, trainer
+
+
+WORKER = """
+import json, os, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from safetensors.torch import save_file
+from apt_trainer.engines.agreement import Disagreement
+from integration.factories import losses_of, weights_of
+from integration.test_zero import CASES, GLOBAL_BATCH, SAVED, deepspeed_config, logits_of, make_trainer, trained
+
+folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+for name, (stage, source) in CASES.items():
+    resume = None if source is None else folder / source
+    zero = {{"deepspeed": deepspeed_config(stage), "per_device_train_batch_size": GLOBAL_BATCH // 2}}
+    trainer = trained(folder / name, SAVED if resume is None else (), resume, **zero)
+    save_file({{"logits": logits_of(trainer), **weights_of(trainer.model)}}, folder / f"{{name}}.{{rank}}.safetensors")
+    result = {{
+        "world": trainer.args.world_size,
+        "plan": trainer.pruner.plan.to_json(),
+        "losses": losses_of(trainer),
+        "eval_loss": trainer.evaluate(trainer.heldout_dataset)["eval_loss"],
+    }}
+    trainer.save_model(str(folder / name / "model"))
+    (folder / f"{{name}}.{{rank}}.json").write_text(json.dumps(result))
+trainer = make_trainer(folder / "disagreeing", **zero)
+if rank == 1:
+    decide = trainer.pruner.decide
+    trainer.pruner.decide = lambda step: decide(step) if step != 14 else None
+try:
+    trainer.train()
+except Disagreement as error:
+    (folder / f"disagreement.{{rank}}.txt").write_text(str(error))
+torch.distributed.barrier()
+os._exit(0)
+"""
+
+CASES: dict[str, tuple[int, str | None]] = {
+    "zero2": (2, None),
+    "again": (2, "zero2/checkpoint-10"),
+    "from_single": (1, "single/checkpoint-6"),
+}
+"""Name of a run → stage, and the checkpoint that it goes on from."""
+
+
+def _result(folder: Path, name: str, rank: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    return json.loads((folder / f"{name}.{rank}.json").read_text()), load_file(folder / f"{name}.{rank}.safetensors")
+
+
+def _assert_equals_single(folder: Path, name: str, expected: APTTrainer) -> None:
+    (first, weights), (second, others) = (_result(folder, name, rank) for rank in (0, 1))
+    assert first["world"] == second["world"] == 2
+    assert first["plan"] == second["plan"] == expected.pruner.plan.to_json()
+    assert all(torch.equal(weight, others[key]) for key, weight in weights.items())
+    losses = losses_of(expected)
+    assert len(first["losses"]) == len(losses)
+    for step, values in losses.items():
+        assert first["losses"][str(step)][0] == pytest.approx(values[0], rel=1e-5)
+    assert torch.allclose(weights.pop("logits"), logits_of(expected), atol=1e-5)
+    assert weights.keys() == weights_of(expected.model).keys()
+    assert (folder / name / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.distributed
+def test_zero_equals_one_process_and_checkpoints_move_between_engines(
+    single: tuple[Path, APTTrainer], tmp_path: Path
+) -> None:
+    """One test, since starting two processes takes longer than the runs in them."""
+    (tmp_path / "single").symlink_to(single[0])
+    results = [f"{name}.{rank}.json" for name in CASES for rank in (0, 1)]
+    two_processes(tmp_path, WORKER, *results, "disagreement.0.txt", "disagreement.1.txt")
+    for name in CASES:
+        _assert_equals_single(tmp_path, name, single[1])
+    straight, resumed = (_result(tmp_path, name, 0) for name in ("zero2", "again"))
+    for step, values in straight[0]["losses"].items():
+        assert resumed[0]["losses"][step] == pytest.approx(values, rel=1e-6)
+    assert all(torch.allclose(value, resumed[1][key], rtol=1e-6, atol=0) for key, value in straight[1].items())
+    records = [(r["step"], r["kind"], r["block_params"], r["ranks"]) for r in events_of(tmp_path / "zero2")]
+    assert records == [(r["step"], r["kind"], r["block_params"], r["ranks"]) for r in events_of(single[0])]
+
+    for step in SAVED:  # and back to one process
+        source = tmp_path / "zero2" / f"checkpoint-{step}"
+        assert {file.suffix for file in source.iterdir() if not file.name.startswith("rng_state")} == {
+            ".json",
+            ".safetensors",
+        }
+        back = trained(tmp_path / f"back{step}", (), source, per_device_train_batch_size=GLOBAL_BATCH)
+        assert back.pruner.plan == single[1].pruner.plan
+        assert torch.allclose(logits_of(back), logits_of(single[1]), atol=1e-5)
+
+    for rank in (0, 1):
+        message = (tmp_path / f"disagreement.{rank}.txt").read_text()
+        assert message.startswith("step 14: processes disagree on what to prune; rank(s) 1 differ")
+
+
+@pytest.mark.parametrize(
+    ("digests", "expected"),
+    [(["a", "a"], []), (["a", "b"], [1]), (["b", "a", "a"], [0]), (["a", "c", "a", "b"], [1, 3])],
+)
+def test_who_disagrees(digests: list[str], expected: list[int]) -> None:
+    assert outliers(digests) == expected
+
+
+def test_values_in_float32_follow_a_cut_and_take_new_entries_from_the_parameter() -> None:
+    master = torch.arange(6.0).view(3, 2) + 0.1
+    new = torch.full((2, 3), 9.0)
+    followed = follow_master(master, [Keep(0, torch.tensor([0, 2])), Grow(1, 1)], new)
+    assert torch.equal(followed, torch.tensor([[0.1, 1.1, 9.0], [4.1, 5.1, 9.0]]))
+    assert torch.equal(
+        follow_master(master, [Grow(0, 1), Keep(0, torch.tensor([1, 3]))], new[:, :2]),
+        torch.tensor([[2.1, 3.1], [9.0, 9.0]]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"deepspeed": deepspeed_config(3)}, "ZeRO stage 3.*Use stage 1 or 2"),
+        ({"deepspeed": deepspeed_config(2) | {"optimizer": {"type": "AdamW"}}}, "section 'optimizer'"),
+        ({"deepspeed": deepspeed_config(2), "rank_score": "absolute"}, "rank_score: signed"),
+        ({"fsdp": True}, "cannot change under FSDP"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        APTConfig(output_dir=str(tmp_path / "run"), **{**DEFAULTS, **changes})
+    assert not (tmp_path / "run").exists()
