@@ -69,10 +69,9 @@ def _check_lengths(config: Any, data: TaskData, args: APTConfig) -> None:
         asked["reference_length"] = args.reference_length
     for name, length in asked.items():
         if length > longest:
-            more = f" and latency_new_tokens={args.latency_new_tokens}" if length > getattr(args, name) else ""
+            new = f" with latency_new_tokens={args.latency_new_tokens}" if length > getattr(args, name) else ""
             raise UserError(
-                f"{name}={getattr(args, name)}{more} make {length} tokens, more than the {longest} positions of the "
-                f"model. Lower {name}."
+                f"{name}={getattr(args, name)}{new} is more than the {longest} positions of the model. Lower {name}."
             )
 
 

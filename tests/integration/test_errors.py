@@ -291,10 +291,10 @@ def test_the_recipe_is_fine_as_it_is(ready: Recipe) -> None:
 
 def test_speed_is_asked_for_at_a_length_the_model_has(ready: Recipe) -> None:
     ready.training.measure_latency, ready.training.latency_length = True, 21
-    _both_refuse(ready, "latency_length=21 make 21 tokens, more than the 20 positions")
+    _both_refuse(ready, "latency_length=21 is more than the 20 positions")
     ready.training.measure_latency, ready.training.sparsity_metric = False, "flops"
     ready.training.reference_length = 64
-    _both_refuse(ready, "reference_length=64 make 64 tokens, more than the 20 positions")
+    _both_refuse(ready, "reference_length=64 is more than the 20 positions")
 
 
 def test_one_row_is_too_few_to_hold_any_out(ready: Recipe) -> None:
