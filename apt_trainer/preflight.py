@@ -63,8 +63,8 @@ def _check_lengths(config: Any, data: TaskData, args: APTConfig) -> None:
         return
     asked = {}
     if args.measure_latency:
-        new = args.latency_new_tokens if data.model_class == "AutoModelForCausalLM" else 0
-        asked["latency_length"] = args.latency_length + new
+        generated = args.latency_new_tokens if data.model_class == "AutoModelForCausalLM" else 0
+        asked["latency_length"] = args.latency_length + generated
     if args.prunes and args.sparsity_metric != "params":
         asked["reference_length"] = args.reference_length
     for name, length in asked.items():

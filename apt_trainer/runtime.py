@@ -51,6 +51,10 @@ def check_options(trainer: Trainer) -> None:
             "load_best_model_at_end would choose among models of different sizes. Remove it; the teacher is "
             "chosen on held-out data already."
         )
+    if trainer.args.enable_jit_checkpoint:
+        raise UserError(
+            "enable_jit_checkpoint saves in the middle of a step. Remove it: SIGTERM saves after a step anyway."
+        )
     if trainer.args.auto_find_batch_size:
         raise UserError("auto_find_batch_size restarts training on a model that may be cut already. Switch it off.")
 

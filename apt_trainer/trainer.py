@@ -43,6 +43,7 @@ from apt_trainer.pruning.slicing import Grow, Keep
 from apt_trainer.report.events import append_event, truncate_after
 from apt_trainer.schedule import Schedule, make_schedule
 from apt_trainer.self_distillation import SelfDistillation, split_heldout
+from apt_trainer.termination import StopOnSignal, Terminated
 from apt_trainer.tuning import base_weight_names
 
 logger = logging.getLogger(__name__)
@@ -116,16 +117,22 @@ class APTTrainer(Seq2SeqTrainer):
         self._finite = torch.ones((), dtype=torch.bool, device=self.args.device)
         self._metrics: dict[str, list[torch.Tensor]] = {}
         self._last_inputs: dict[str, Any] | None = None
-        self._finished = False
+        self._finished, self._stop = False, StopOnSignal()
         self.add_callback(MethodCallback(self))
+        self.add_callback(self._stop)
 
     # ------------------------------------------------------------------ overrides of documented methods
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``Trainer.train``; afterwards the adapters are merged and ``model`` is the cut model."""
+        """As ``Trainer.train``; afterwards the adapters are merged and ``model`` is the cut model.
+
+        Raises :class:`~apt_trainer.termination.Terminated` after a SIGTERM, once a checkpoint is written.
+        """
         if self._finished:
             raise UserError("This trainer has finished its run. Make a new one with a dense model to train again.")
         result = super().train(*args, **kwargs)
+        if self._stop.stopped_at is not None:
+            raise Terminated(self._stop.stopped_at)
         self.finish()
         return result
 
