@@ -13,7 +13,7 @@ import torch
 from tiny import logits, randomise, tiny_config, tiny_model
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from apt_trainer import APTTrainer, UserError, dry_run, load_pruned
+from apt_trainer import APTTrainer, UserError, dry_run, load_pruned, preflight
 from apt_trainer.importance import Importance
 from apt_trainer.importance.calibration import shares
 from apt_trainer.models import HIDDEN
@@ -393,8 +393,9 @@ def test_the_plan_shows_the_cut_before_the_growth(tmp_path: Path, monkeypatch: p
     model, data = tiny_model("bert"), SimpleNamespace(train=Rows(), validation=Rows(4), test=Rows(4), test_name="test")
     monkeypatch.setattr(dry_run, "load_inputs", lambda model_settings, recipe: (None, model.config, data))
     monkeypatch.setattr(dry_run, "build_model", lambda *args: model)
+    monkeypatch.setattr(preflight, "build_model", lambda *args: tiny_model("bert"))
     monkeypatch.setattr(dry_run, "set_task_arguments", lambda *args: None)
-    args = config(tmp_path, **BEFORE, tune_after_pruning="full")
+    args = config(tmp_path, **BEFORE, tune_after_pruning="full", measure_latency=False)
     text = dry_run.plan(Recipe(ModelSettings("m"), DataSettings(), args, {}, None))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "50.0%" in line]
     assert [row[0] for row in rows] == ["0, cut", "4", "8"] and len({row[2] for row in rows}) == 1
