@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_model
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from apt_trainer import APTConfig, APTTrainer
 from apt_trainer.engines.agreement import outliers
@@ -178,10 +179,13 @@ def test_values_in_float32_follow_a_cut_and_take_new_entries_from_the_parameter(
         ({"deepspeed": deepspeed_config(3)}, "ZeRO stage 3.*Use stage 1 or 2"),
         ({"deepspeed": deepspeed_config(2) | {"optimizer": {"type": "AdamW"}}}, "section 'optimizer'"),
         ({"deepspeed": deepspeed_config(2), "rank_score": "absolute"}, "rank_score: signed"),
+        ({"deepspeed": deepspeed_config(2), "fp16": True}, "Use bf16"),
+        ({"deepspeed": deepspeed_config(2)}, "needs a launcher"),
         ({"fsdp": True}, "cannot change under FSDP"),
     ],
 )
 def test_what_an_engine_cannot_do_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         APTConfig(output_dir=str(tmp_path / "run"), **{**DEFAULTS, **changes})
+    unset_hf_deepspeed_config()  # or models of later tests would be made under ZeRO-3
     assert not (tmp_path / "run").exists()
