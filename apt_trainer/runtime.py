@@ -21,7 +21,7 @@ from transformers import Trainer
 from apt_trainer.engines import engine_of
 from apt_trainer.engines.agreement import agree
 from apt_trainer.engines.base import plain_optimizer
-from apt_trainer.engines.state import Edits, ages
+from apt_trainer.engines.state import Edits, State, add_masters, ages
 from apt_trainer.errors import UserError
 
 
@@ -91,6 +91,13 @@ def reshape(trainer: Any, change: Callable[[], Edits]) -> None:
     trainer.model_wrapped.train()
     release_memory(collect=trainer.args.world_size > 1)
     torch.random.set_rng_state(cpu_rng)
+
+
+def expect_state(trainer: Any, state: State) -> None:
+    """Before an engine is made that will be given the ``state`` of a checkpoint."""
+    trainer.optimizer_ages = ages(state) if engine_of(trainer).groups_by_age else {}
+    if trainer.is_deepspeed_enabled and trainer.args.bf16:
+        add_masters(state, trainer.model)
 
 
 def reshape_first(trainer: Any, change: Callable[[], Edits]) -> None:

@@ -31,7 +31,7 @@ from apt_trainer.engines.agreement import agree
 from apt_trainer.engines.base import restore_forward
 from apt_trainer.engines.groups import parameter_groups
 from apt_trainer.engines.optimizer_file import read_optimizer, save_optimizer
-from apt_trainer.engines.state import State, add_masters, ages
+from apt_trainer.engines.state import State
 from apt_trainer.errors import UserError
 from apt_trainer.importance import Importance
 from apt_trainer.importance.calibration import Batch, shares
@@ -373,10 +373,9 @@ class APTTrainer(Seq2SeqTrainer):
             if self.is_deepspeed_enabled:  # else the loop has done so
                 self._load_from_checkpoint(resume_from_checkpoint)
             state, schedule = read_optimizer(Path(resume_from_checkpoint))
-            self.optimizer_ages = ages(state) if engine_of(self).groups_by_age else {}
-            if self.is_deepspeed_enabled and self.args.bf16:
-                add_masters(state, self.model)
+            runtime.expect_state(self, state)
         _, self.live_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
+        engine_of(self).check()
         if resume_from_checkpoint is not None:
             engine_of(self).give_whole(state)
             self.distillation.teacher.cast(self.model.dtype)

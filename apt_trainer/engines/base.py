@@ -36,6 +36,9 @@ class Engine:
         restore_forward(model)
         return model
 
+    def check(self) -> None:
+        """Once, when training begins: raise :class:`UserError` where a change of shape would fail later."""
+
     def loosen(self) -> Any:
         """Take the model out of the engine: ordinary parameters, none of which an old hook can reach."""
         model, optimizer = self.model, plain_optimizer(self.trainer)

@@ -58,6 +58,11 @@ def check_deepspeed(args: Any) -> None:
         raise UserError(
             "rank_score: absolute reads gradients, which DeepSpeed has cleared by then. Use rank_score: signed."
         )
+    if "RANK" not in os.environ:
+        raise UserError(
+            "DeepSpeed needs a launcher, also for one process: apt-trainer train --accelerate_config zero2, "
+            "accelerate launch, or torchrun."
+        )
 
 
 def _on_cpu() -> None:

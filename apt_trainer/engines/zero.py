@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from apt_trainer.engines.base import Engine, fresh_leaves
 from apt_trainer.engines.state import MASTER, STEP, Edits, State, follow, follow_master
+from apt_trainer.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,16 @@ class Shard:
         return torch.cat(parts)[: self.shape.numel()].view(self.shape)
 
 
+OF_ENGINE = ("module_forward_pre_hook", "module_forward_post_hook", "basic_optimizer", "client_optimizer")
+OF_OPTIMIZER = (
+    "bit16_groups",
+    "single_partition_of_fp32_groups",
+    "_hp_optimizer_states_linked",
+    "_lazy_init_hp_params_optimizer_state",
+)
+"""Undocumented attributes of DeepSpeed that are used here."""
+
+
 class ZeroEngine(Engine):
     """ZeRO-1 and ZeRO-2."""
 
@@ -58,6 +70,15 @@ class ZeroEngine(Engine):
     @property
     def _zero(self) -> Any:
         return self._engine.optimizer
+
+    def check(self) -> None:
+        used = [(self._engine, name) for name in OF_ENGINE] + [(self._zero, name) for name in OF_OPTIMIZER]
+        missing = [f"{type(owner).__name__}.{name}" for owner, name in used if not hasattr(owner, name)]
+        if missing:
+            raise UserError(
+                f"deepspeed {version('deepspeed')} has no {', '.join(missing)}, which changing shapes needs. "
+                "Install deepspeed 0.19.8, or use DDP."
+            )
 
     def loosen(self) -> Any:
         model = self.model
@@ -113,7 +134,9 @@ class ZeroEngine(Engine):
                 state[MASTER] = self._read(parameter, None)
             if keys:
                 state |= {key: self._read(parameter, key) for key in keys}
-                state[STEP] = int(self._inner_state(groups[id(parameter)])[STEP])
+                inner = self._inner_state(groups[id(parameter)])
+                if STEP in inner:
+                    state[STEP] = int(inner[STEP])
             yield name, state
 
     def give_whole(self, state: State) -> None:
@@ -176,15 +199,17 @@ class ZeroEngine(Engine):
 
     def _begin(self, state: State, moments: list[str], names: dict[int, str]) -> None:
         """Make the state of every group, which DeepSpeed would only do at its first step."""
-        for number, (flat, members) in enumerate(zip(self._flats(), self._groups(), strict=True)):
+        counts = any(STEP in of_parameter for of_parameter in state.values())
+        for flat, members in zip(self._flats(), self._groups(), strict=True):
             steps = {int(state.get(names[id(p)], {}).get(STEP, 0)) for p in members}
             assert len(steps) == 1, f"parameters of {len(steps)} ages share a group"
             inner = self._zero.optimizer.state[flat]
             inner |= {key: torch.zeros_like(flat.data) for key in moments}
-            inner[STEP] = self._step_value(number, steps.pop())
+            if counts:
+                inner[STEP] = self._step_value(steps.pop())
         self._link()
 
-    def _step_value(self, group: int, steps: int) -> Any:
+    def _step_value(self, steps: int) -> Any:
         # DeepSpeed's own Adam for the CPU counts in an int, torch's in a tensor
         is_torch = type(self._zero.optimizer).__module__.startswith("torch.")
         return torch.tensor(float(steps)) if is_torch else steps

@@ -158,7 +158,7 @@ def two_processes(folder: Path, code: str, *results: str) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=280,
     )
     assert all((folder / name).exists() for name in results), result.stderr[-4000:]
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_model
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from apt_trainer import APTConfig, APTTrainer
 from apt_trainer.engines.agreement import outliers
@@ -55,7 +56,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, APTTrainer]:
 
 
 WORKER = """
-import json, os, sys
+import gc, json, os, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
 import torch
@@ -66,16 +67,19 @@ from integration.factories import losses_of, weights_of
 from integration.test_zero import CASES, GLOBAL_BATCH, SAVED, deepspeed_config, logits_of, make_trainer, trained
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
-for name, (stage, source) in CASES.items():
+for name, (stage, source, steps) in CASES.items():
     resume = None if source is None else folder / source
-    zero = {{"deepspeed": deepspeed_config(stage), "per_device_train_batch_size": GLOBAL_BATCH // 2}}
+    zero = {{"deepspeed": deepspeed_config(stage), "gradient_accumulation_steps": steps}}
+    zero["per_device_train_batch_size"] = GLOBAL_BATCH // 2 // steps
     trainer = trained(folder / name, SAVED if resume is None else (), resume, **zero)
+    gc.collect()
     save_file({{"logits": logits_of(trainer), **weights_of(trainer.model)}}, folder / f"{{name}}.{{rank}}.safetensors")
     result = {{
         "world": trainer.args.world_size,
         "plan": trainer.pruner.plan.to_json(),
         "losses": losses_of(trainer),
         "eval_loss": trainer.evaluate(trainer.heldout_dataset)["eval_loss"],
+        "live_engines": sum(type(thing).__name__ == "DeepSpeedEngine" for thing in gc.get_objects()),
     }}
     trainer.save_model(str(folder / name / "model"))
     (folder / f"{{name}}.{{rank}}.json").write_text(json.dumps(result))
@@ -91,12 +95,12 @@ torch.distributed.barrier()
 os._exit(0)
 """
 
-CASES: dict[str, tuple[int, str | None]] = {
-    "zero2": (2, None),
-    "again": (2, "zero2/checkpoint-10"),
-    "from_single": (1, "single/checkpoint-6"),
+CASES: dict[str, tuple[int, str | None, int]] = {
+    "zero2": (2, None, 1),
+    "again": (2, "zero2/checkpoint-10", 1),
+    "from_single": (1, "single/checkpoint-6", 2),
 }
-"""Name of a run → stage, and the checkpoint that it goes on from."""
+"""Name of a run → stage, the checkpoint that it goes on from, and batches accumulated."""
 
 
 def _result(folder: Path, name: str, rank: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -106,6 +110,7 @@ def _result(folder: Path, name: str, rank: int) -> tuple[dict[str, Any], dict[st
 def _assert_equals_single(folder: Path, name: str, expected: APTTrainer) -> None:
     (first, weights), (second, others) = (_result(folder, name, rank) for rank in (0, 1))
     assert first["world"] == second["world"] == 2
+    assert first["live_engines"] == second["live_engines"] == 0
     assert first["plan"] == second["plan"] == expected.pruner.plan.to_json()
     assert all(torch.equal(weight, others[key]) for key, weight in weights.items())
     losses = losses_of(expected)
@@ -174,10 +179,13 @@ def test_values_in_float32_follow_a_cut_and_take_new_entries_from_the_parameter(
         ({"deepspeed": deepspeed_config(3)}, "ZeRO stage 3.*Use stage 1 or 2"),
         ({"deepspeed": deepspeed_config(2) | {"optimizer": {"type": "AdamW"}}}, "section 'optimizer'"),
         ({"deepspeed": deepspeed_config(2), "rank_score": "absolute"}, "rank_score: signed"),
+        ({"deepspeed": deepspeed_config(2), "fp16": True}, "Use bf16"),
+        ({"deepspeed": deepspeed_config(2)}, "needs a launcher"),
         ({"fsdp": True}, "cannot change under FSDP"),
     ],
 )
 def test_what_an_engine_cannot_do_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         APTConfig(output_dir=str(tmp_path / "run"), **{**DEFAULTS, **changes})
+    unset_hf_deepspeed_config()  # or models of later tests would be made under ZeRO-3
     assert not (tmp_path / "run").exists()
