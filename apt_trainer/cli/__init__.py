@@ -32,7 +32,6 @@ VERBS = {
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # what shells report for SIGINT
-EXIT_TERMINATED = 143  # and for SIGTERM
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,10 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return verb.run(args, overrides)
     except UserError as error:
         return _fail(str(error), EXIT_USER_ERROR)
-    except SystemExit as ended:
-        if ended.code == EXIT_TERMINATED:
-            return _fail("terminated after a checkpoint; go on with resume_from_checkpoint: true", EXIT_TERMINATED)
-        raise
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
     except _saving_errors() as error:

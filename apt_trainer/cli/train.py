@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shutil
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
@@ -52,10 +53,16 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     from apt_trainer import run as runs
     from apt_trainer.recipe import load_recipe
+    from apt_trainer.termination import EXIT_TERMINATED, Terminated
 
     recipe = load_recipe(args.config, overrides)
     check_world_size(recipe.training.world_size)
-    metrics = runs.train(recipe)
+    try:
+        metrics = runs.train(recipe)
+    except Terminated as ended:
+        go_on = "go on with resume_from_checkpoint: true"
+        print(f"error: terminated after a checkpoint at step {ended.step}; {go_on}", file=sys.stderr)
+        return EXIT_TERMINATED
     if os.environ.get("RANK", "0") == "0":
         print(result_text(metrics, str(recipe.training.output_dir)))
     return 0

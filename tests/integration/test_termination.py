@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,12 +57,15 @@ def test_a_run_that_is_terminated_goes_on_bit_equal(tmp_path: Path, step: int) -
 
 
 def test_the_command_line_ends_with_143(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def run(args: Any, overrides: Any) -> int:
+    def train(recipe: Any) -> Any:
         raise Terminated(7)
 
-    monkeypatch.setattr("apt_trainer.cli.train.run", run)
+    recipe = SimpleNamespace(training=SimpleNamespace(world_size=1))
+    monkeypatch.setattr("apt_trainer.recipe.load_recipe", lambda *words: recipe)
+    monkeypatch.setattr("apt_trainer.run.train", train)
     assert cli.main(["train"]) == 143
-    assert capsys.readouterr().err == "error: terminated after a checkpoint; go on with resume_from_checkpoint: true\n"
+    message = "error: terminated after a checkpoint at step 7; go on with resume_from_checkpoint: true"
+    assert capsys.readouterr().err.strip() == message
 
 
 def test_the_way_of_transformers_is_refused(tmp_path: Path) -> None:

@@ -409,7 +409,7 @@ def test_benchmark_of_an_encoder_times_forward_passes(tmp_path, no_processes, mo
     no_processes.clear()
     for given, message in (
         ({"device": "warp"}, "device='warp' cannot be used"),
-        ({"baseline": str(tmp_path / "none")}, "none could not be loaded"),
+        ({"baseline": str(tmp_path / "none")}, "none: there is no such folder"),
     ):
         with pytest.raises(UserError, match=message):
             benchmark(str(tmp_path / "a"), **given)
