@@ -39,6 +39,7 @@ from apt_trainer.models import HIDDEN
 from apt_trainer.models.batch import real_tokens
 from apt_trainer.pruned_model import as_pruned
 from apt_trainer.pruner import AdaptivePruner, Decision, give_shapes
+from apt_trainer.pruning.limits import warn_of_collapse
 from apt_trainer.pruning.slicing import Grow, Keep
 from apt_trainer.report.events import append_event, truncate_after
 from apt_trainer.schedule import Schedule, make_schedule
@@ -49,8 +50,6 @@ from apt_trainer.tuning import base_weight_names
 logger = logging.getLogger(__name__)
 
 EVENTS_FILE = "events.jsonl"
-COLLAPSE_MARGIN = 0.1
-"""Loss above twice the one before a cut by which the user is warned."""
 
 
 class APTTrainer(Seq2SeqTrainer):
@@ -269,13 +268,7 @@ class APTTrainer(Seq2SeqTrainer):
         reshape(self, change)
         seconds = time.perf_counter() - started
         losses = {"loss_before": loss_before, "loss_after": self._probe_loss()}
-        if None not in losses.values() and losses["loss_after"] > 2 * losses["loss_before"] + COLLAPSE_MARGIN:
-            slower = "use pruning_time: early" if step == 0 else "raise num_pruning_events or mask_window"
-            logger.warning(
-                f"step {step}: the cut raised the loss of a batch from {losses['loss_before']:.3f} to "
-                f"{losses['loss_after']:.3f}. If it does not recover, {slower}, or keep a floor with min_heads and "
-                "min_neurons."
-            )
+        warn_of_collapse(step, **losses)
         self._write_record(self.pruner.describe(step, decision.kind) | {"seconds": seconds, **losses})
 
     def finish(self) -> None:

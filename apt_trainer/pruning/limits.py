@@ -1,4 +1,4 @@
-"""Which units may go: kinds, multiples and minimums; and a word when too much depth goes.
+"""Which units may go: kinds, multiples and minimums; and warnings when too much has gone.
 
 Not for choosing among them (``selection``).
 """
@@ -15,6 +15,9 @@ from apt_trainer.settings import PruningSettings
 
 SAFE_DEPTH = 0.3
 """Share of sublayers; ours: beyond it models are seldom good again."""
+
+COLLAPSE_MARGIN = 0.1
+"""Loss above twice the one before a cut from which on the user is warned."""
 
 _log = logging.getLogger(__name__)
 
@@ -70,3 +73,14 @@ def warn_of_depth(sublayers: Sequence[Sublayer], before: PruningPlan, after: Pru
             100 * gone[1],
             100 * SAFE_DEPTH,
         )
+
+
+def warn_of_collapse(step: int, loss_before: float | None, loss_after: float | None) -> None:
+    """Log a warning when a cut more than doubled the loss of a batch; None: not measured."""
+    if loss_before is None or loss_after is None or loss_after <= 2 * loss_before + COLLAPSE_MARGIN:
+        return
+    slower = "use pruning_time: early" if step == 0 else "raise num_pruning_events or mask_window"
+    _log.warning(
+        f"step {step}: the cut raised the loss of a batch from {loss_before:.3f} to {loss_after:.3f}. If it does not "
+        f"recover, {slower}, or keep a floor with min_heads and min_neurons."
+    )
