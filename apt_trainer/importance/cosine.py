@@ -16,20 +16,19 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from apt_trainer.importance.base import Importance, Reduce
-from apt_trainer.importance.taps import TapContext
+from apt_trainer.importance.base import Reduce
+from apt_trainer.importance.observing import Observing
 from apt_trainer.models import ModelFamily, Space, Stack, Sublayer, family_of
-from apt_trainer.models.batch import Tokens
 
 
-class Cosine(Importance):
+class Cosine(Observing):
     """``decay``: of the moving average, per observed step."""
 
     def __init__(self, decay: float = 0.85) -> None:
+        super().__init__()
         self.decay = decay
         self._average: dict[str, torch.Tensor] = {}
         self._handles: list[RemovableHandle] = []
-        self._context = TapContext()
         self._family: ModelFamily | None = None
         self._stream: dict[Stack, torch.Tensor] = {}
 
@@ -50,12 +49,6 @@ class Cosine(Importance):
         for sublayer in sublayers:
             output = model.get_submodule(sublayer.output)
             self._handles.append(output.register_forward_hook(partial(self._pass, sublayer)))
-
-    def set_tokens(self, mask: Tokens) -> None:
-        self._context.set_tokens(mask)
-
-    def rest(self, resting: bool) -> None:
-        self._context.resting = resting
 
     @torch.no_grad()
     def update(self, reduce: Reduce, processes: int) -> None:

@@ -15,17 +15,17 @@ from typing import Literal
 import torch
 from torch import nn
 
-from apt_trainer.importance.base import Importance, Reduce
+from apt_trainer.importance.base import Reduce
 from apt_trainer.importance.kurtosis import contributions, root_kurtosis
-from apt_trainer.importance.taps import Tap, TapContext
+from apt_trainer.importance.observing import Observing
+from apt_trainer.importance.taps import Tap
 from apt_trainer.models import HIDDEN, Space
-from apt_trainer.models.batch import Tokens
 
 OUTLIER_EVERY = 25
 """Optimizer steps for which an outlier term is used again."""
 
 
-class Salience(Importance):
+class Salience(Observing):
     """``decay``: of the moving average, per optimizer step. ``outlier_scaling``: "none" as in the paper, or "mean"."""
 
     def __init__(
@@ -35,10 +35,10 @@ class Salience(Importance):
         outlier_scaling: str = "mean",
         outlier_weight: float = 0.1,
     ) -> None:
+        super().__init__()
         self.decay, self.outlier_term = decay, outlier_term
         self.outlier_scaling, self.outlier_weight = outlier_scaling, outlier_weight
         self._taps: list[Tap] = []
-        self._context = TapContext()
         self._average: dict[str, torch.Tensor] = {}
         self._inputs: dict[str, torch.Tensor] = {}
         self._outlier: dict[str, torch.Tensor] = {}
@@ -61,12 +61,6 @@ class Salience(Importance):
         for name, sums in self._groups:
             if name != HIDDEN:
                 self._inputs.setdefault(name, torch.zeros(sums.shape[1], device=device))
-
-    def set_tokens(self, mask: Tokens) -> None:
-        self._context.set_tokens(mask)
-
-    def rest(self, resting: bool) -> None:
-        self._context.resting = resting
 
     @torch.no_grad()
     def update(self, reduce: Reduce, processes: int) -> None:

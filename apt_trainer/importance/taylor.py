@@ -11,19 +11,19 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from apt_trainer.importance.base import Importance, Reduce
-from apt_trainer.importance.taps import Tap, TapContext
+from apt_trainer.importance.base import Reduce
+from apt_trainer.importance.observing import Observing
+from apt_trainer.importance.taps import Tap
 from apt_trainer.models import Space
-from apt_trainer.models.batch import Tokens
 
 
-class Taylor(Importance):
+class Taylor(Observing):
     """``decay``: of the moving average, per optimizer step."""
 
     def __init__(self, decay: float = 0.85) -> None:
+        super().__init__()
         self.decay = decay
         self._taps: list[Tap] = []
-        self._context = TapContext()
         self._average: dict[str, torch.Tensor] = {}
 
     def attach(self, model: nn.Module, spaces: Sequence[Space], counts: Mapping[str, int]) -> None:
@@ -44,12 +44,6 @@ class Taylor(Importance):
                     stack = space.stack_of(path)  # type: ignore[arg-type]
                     self._taps.append(Tap(module, side, "per_sequence", sums, self._context, stack))  # type: ignore[arg-type]
             self._average.setdefault(space.name, torch.zeros(counts[space.name], device=device))
-
-    def set_tokens(self, mask: Tokens) -> None:
-        self._context.set_tokens(mask)
-
-    def rest(self, resting: bool) -> None:
-        self._context.resting = resting
 
     @torch.no_grad()
     def update(self, reduce: Reduce, processes: int) -> None:
