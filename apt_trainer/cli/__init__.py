@@ -23,6 +23,7 @@ VERBS = {
     "benchmark": "apt_trainer.cli.benchmark",
     "analyze": "apt_trainer.cli.analyze",
     "drop": "apt_trainer.cli.drop",
+    "curve": "apt_trainer.cli.curve",
     "paint": "apt_trainer.cli.paint",
     "ablate": "apt_trainer.cli.ablate",
     "report": "apt_trainer.cli.report",

@@ -56,6 +56,21 @@ class Loaded:
         place = choose_device(device)
         self.model = load_saved(self.settings).to(place).eval()
 
+    def read(self, data: DataRequest, content: str | None = None) -> Calibration:
+        """Data as batches of this model, which may be without weights; ``content``: what the file holds, if known."""
+        content = _read(data.data) if content is None else content
+        limit = getattr(self.model.config, "max_position_embeddings", None) or LONGEST_WINDOW
+        length = data.length or min(LONGEST_WINDOW, limit)
+        if data.data.endswith(".jsonl"):
+            rows = content.splitlines()
+            return from_rows(rows, self.tokenizer, self.model, data.samples, min(length, limit), data.batch_size)
+        place = (self.tokenizer, self.model, self.units)
+        try:
+            return from_text(content, *place, data.samples, length, data.batch_size, data.seed)
+        except UserError as error:
+            hint = "" if content is not data.data else " (There is no such file, so data was taken as the text.)"
+            raise UserError(f"{error}{hint}") from error
+
     @property
     def shape(self) -> Shape:
         """Where seconds and cached bytes are counted: the windows of the calibration, else 1 × 128 tokens or fewer."""
@@ -92,23 +107,10 @@ def prepare(settings: ModelSettings, data: DataRequest | None) -> Loaded:
     with torch.device("meta"):
         model = load_dense_shape(settings)
     units = find_units(model)
-    calibration = None
+    at = Loaded(settings, tokenizer, model, units, None)
     if data is not None and content is not None:
-        limit = getattr(config, "max_position_embeddings", None) or LONGEST_WINDOW
-        length = data.length or min(LONGEST_WINDOW, limit)
-        if data.data.endswith(".jsonl"):
-            calibration = from_rows(
-                content.splitlines(), tokenizer, model, data.samples, min(length, limit), data.batch_size
-            )
-        else:
-            try:
-                calibration = from_text(
-                    content, tokenizer, model, units, data.samples, length, data.batch_size, data.seed
-                )
-            except UserError as error:
-                hint = "" if content is not data.data else " (There is no such file, so data was taken as the text.)"
-                raise UserError(f"{error}{hint}") from error
-    return Loaded(settings, tokenizer, model, units, calibration)
+        at.calibration = at.read(data, content)
+    return at
 
 
 def _read(data: str) -> str:

@@ -8,3 +8,4 @@ COSTS = ("params", "latency", "memory", "none")
 BASELINES = ("current", "dense")
 STRATEGIES = ("one_shot", "iterative")
 FRACTIONS = ("params", "latency")
+CURVE_KINDS = KINDS[:4]  # a run of neighbouring layers is no prefix of a longer one

@@ -1,0 +1,107 @@
+"""Curves of drops as tables and as a figure: harm over the number of units, one line per ranking.
+
+Reads the content of ``curve.json``, never a model. Missing numbers stay empty.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+
+from apt_trainer.report.plots import BLUE, GREEN, INK, ORANGE, PURPLE, STYLE
+from apt_trainer.report.tables import markdown_table
+
+PLOT_FILE = "curve.png"
+_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, INK, "#B8860B", "#56B4E9", "#888888")
+_MARKS = "osDv^x+*"
+_WORST = 30.0  # times the loss of the full model that is still drawn; what is worse stands at the edge
+Found = Mapping[str, Any]
+Row = Mapping[str, Any]
+
+
+def curve_markdown(found: Found) -> str:
+    """One table of losses per kind of unit, and one per task: rows are numbers of units, columns rankings."""
+    full = found["full"]
+    parts = [f"{Path(found['model']).name}, full model: {_of_full(found)}"]
+    for kind in _distinct(found, "kind"):
+        rows = [row for row in found["rows"] if row["kind"] == kind]
+        measures = [(found["loss_name"], "perplexity", "{:.4g}".format)]
+        measures += [(task, task, "{:.3f}".format) for task in full["tasks"]]
+        for title, key, form in measures:
+            lines = _pivot(rows, key)
+            if len(lines) > 0:
+                columns = [("count", "units", None), ("share", "of block parameters", "{:.1%}".format)]
+                columns += [(name, name, form) for name in _distinct(found, "ranking")]
+                parts += [f"{title} without units of kind {kind}", markdown_table(lines, columns)]
+    return "\n\n".join(parts)
+
+
+def plot_curve(found: Found, folder: str | Path) -> list[str]:
+    """Draw the losses into a PNG file in ``folder``; returns its name."""
+    kinds = _distinct(found, "kind")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(3.6 * len(kinds) + 1.2, 4.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+        for axes, kind in zip(panels, kinds, strict=True):
+            _draw(axes, found, kind)
+        panels[0].set_ylabel(found["loss_name"])
+        panels[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        figure.savefig(Path(folder) / PLOT_FILE, format="png", dpi=120)
+    return [PLOT_FILE]
+
+
+def _draw(axes: Axes, found: Found, kind: str) -> None:
+    whole = found["full"]["perplexity"]
+    top = whole * _WORST
+    for i, ranking in enumerate(_distinct(found, "ranking")):
+        rows = [row for row in found["rows"] if (row["kind"], row["ranking"]) == (kind, ranking)]
+        counts = [0, *(row["count"] for row in rows)]
+        means = [whole, *(_clipped(row["loss"], top) for row in rows)]
+        colour, mark = _COLOURS[i % len(_COLOURS)], _MARKS[i % len(_MARKS)]
+        axes.plot(counts, means, color=colour, marker=mark, markersize=4, linewidth=1.4, label=ranking)
+        if any(row["seeds"] > 1 for row in rows):
+            ends = [[_clipped(loss, top) for loss in row["losses"]] for row in rows]
+            low, high = [whole, *map(min, ends)], [whole, *map(max, ends)]
+            axes.fill_between(counts, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set_yscale("log")
+    axes.set_ylim(whole * 0.9, top * 1.05)
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(kind)
+    axes.set_xlabel("units dropped")
+
+
+def _clipped(loss: float | None, top: float) -> float:
+    return top if loss is None else min(top, math.exp(loss))
+
+
+def _of_full(found: Found) -> str:
+    full = found["full"]
+    return ", ".join(
+        [f"{found['loss_name']} {full['perplexity']:.4g}", *(f"{t} {v:.3f}" for t, v in full["tasks"].items())]
+    )
+
+
+def _distinct(found: Found, key: str) -> list[str]:
+    return list(dict.fromkeys(row[key] for row in found["rows"]))
+
+
+def _pivot(rows: Sequence[Row], key: str) -> list[dict[str, Any]]:
+    """One line per count that has a number; ``share`` is that of the first ranking."""
+    lines: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        value = row["perplexity"] if key == "perplexity" else row.get("tasks", {}).get(key)
+        if value is not None:
+            line = lines.setdefault(row["count"], {"count": row["count"], "share": row["parameter_share"]})
+            line[row["ranking"]] = value
+    return [lines[count] for count in sorted(lines)]
