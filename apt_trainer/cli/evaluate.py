@@ -10,7 +10,9 @@ from typing import Any
 
 from apt_trainer.cli.benchmark import positive, write_result
 from apt_trainer.cli.train import settings_help
+from apt_trainer.errors import UserError
 from apt_trainer.settings import DataSettings, ModelSettings
+from apt_trainer.settings.choices import QUANTIZE
 
 HELP = (
     "Evaluate a saved model and print its scores. On the data of a recipe (default: the one it was trained with) or "
@@ -38,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tasks.add_argument("--num_fewshot", type=int, metavar="N", help="examples before each question")
     both = parser.add_argument_group("text and tasks")
     both.add_argument("--batch_size", type=positive, default=1, metavar="N", help="sequences at a time (default: 1)")
+    both.add_argument("--quantize", choices=QUANTIZE, help="weights of linear layers, by torchao (default: as saved)")
     both.add_argument("--device", metavar="NAME", help="cpu, cuda … (default: the accelerator if there is one)")
     parser.epilog = settings_help((ModelSettings, DataSettings))
 
@@ -50,6 +53,8 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     of_model = {name: given[name] for name in given if name in {f.name for f in fields(ModelSettings)}}
     settings = ModelSettings(**of_model | {"model_name_or_path": args.path})
     language = bool(args.perplexity or args.lm_eval)
+    if args.quantize and not language:
+        raise UserError("quantize goes with perplexity and lm_eval. Give one of them.")
     found: dict[str, Any] = {"model": args.path}
     if args.config or len(given) > len(of_model) or not language:
         # a bare path loads in the type that the recipe says
@@ -85,5 +90,6 @@ def _language(args: argparse.Namespace, settings: ModelSettings) -> dict[str, An
         num_fewshot=args.num_fewshot,
         batch_size=args.batch_size,
         device=args.device,
+        quantize=args.quantize,
     )
     return evaluate_language(settings, request)

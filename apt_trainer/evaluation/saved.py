@@ -16,6 +16,7 @@ from apt_trainer.evaluation.harness import run_tasks
 from apt_trainer.evaluation.perplexity import perplexity
 from apt_trainer.loading import choose_device, load_saved, load_tokenizer
 from apt_trainer.measure import count_parameters
+from apt_trainer.quantization import quantize
 from apt_trainer.settings import ModelSettings, resolve_path
 
 
@@ -25,7 +26,7 @@ class LanguageRequest:
 
     ``text`` to ``start_token`` are those of :func:`~apt_trainer.evaluation.perplexity.perplexity`, ``tasks`` to
     ``num_fewshot`` those of :func:`~apt_trainer.evaluation.harness.run_tasks`. ``device``: default is the accelerator
-    if there is one.
+    if there is one. ``quantize``: a form of :mod:`apt_trainer.quantization`.
     """
 
     text: str | None = None
@@ -39,6 +40,7 @@ class LanguageRequest:
     num_fewshot: int | None = None
     batch_size: int = 1
     device: str | None = None
+    quantize: str | None = None
     seed: int = 0
 
 
@@ -46,8 +48,8 @@ def evaluate_language(settings: ModelSettings, request: LanguageRequest) -> dict
     """Load a model and evaluate it.
 
     Returns:
-        ``model``, ``parameters``, ``dtype``, ``device``, ``seconds``; ``perplexity`` and ``lm_eval`` as far as asked
-        for, with 95 % confidence intervals.
+        ``model``, ``parameters``, ``dtype``, ``device``, ``seconds``; ``quantised``, ``perplexity`` and
+        ``lm_eval`` as far as asked for, with 95 % confidence intervals.
 
     Raises:
         UserError: anything that cannot work; a missing text file before the weights load.
@@ -63,6 +65,8 @@ def evaluate_language(settings: ModelSettings, request: LanguageRequest) -> dict
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(device),
     }
+    if request.quantize is not None:
+        found["quantised"] = quantize(model, request.quantize)._asdict()
     if text is not None:
         result = perplexity(
             model,

@@ -1,0 +1,86 @@
+"""Weight-only quantisation: values within a step of the grid, what is left alone, on pruned models, from the shell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from texts import tiny_llama, word_tokenizer, words
+from tiny import LANGUAGE_MODELS, tiny_model
+
+from apt_trainer import cli
+from apt_trainer.errors import UserError
+from apt_trainer.quantization import GROUP_SIZE, quantize
+from apt_trainer.sublayers.drop import drop
+from apt_trainer.sublayers.units import Unit, find_units
+
+
+def wide() -> torch.nn.Module:
+    return tiny_llama(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+
+
+@pytest.mark.parametrize(("form", "levels"), [("int8", 127), ("int4", 7)])
+def test_weights_move_by_less_than_a_step(form: str, levels: int) -> None:
+    dense, model = wide(), wide()
+    found = quantize(model, form)
+    assert found.layers == 7 * len(model.model.layers) and found.left == 0
+    assert found.weight_bytes < found.weight_bytes_before
+    for name, module in dense.named_modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        weight, other = module.weight, model.get_submodule(name).weight
+        if name == "lm_head":
+            assert torch.equal(weight, other)
+            continue
+        grouped = weight.view(len(weight), -1, GROUP_SIZE if form == "int4" else weight.shape[1])
+        step = grouped.abs().amax(-1, keepdim=True) / levels
+        change = (other.dequantize().view_as(grouped) - grouped).abs()
+        assert (change <= step * 0.51 + 1e-7).all() and change.max() > 0
+    assert torch.equal(dense.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+def test_layers_that_do_not_divide_into_groups_stay() -> None:
+    model = tiny_llama(hidden_size=64, intermediate_size=40, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    found = quantize(model, "int4")
+    assert found.left == len(model.model.layers) and type(model.model.layers[0].mlp.down_proj.weight) is (
+        torch.nn.Parameter
+    )
+
+
+def test_a_model_without_some_layers_still_runs() -> None:
+    model = wide()
+    drop(model, find_units(model), [Unit("attention", 0), Unit("mlp", 1)])
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        before = model.eval()(ids).logits
+        quantize(model, "int8")
+        after = model(ids).logits
+    assert 0 < (after - before).norm() < 0.05 * before.norm()
+
+
+def test_what_cannot_be_quantised_is_told() -> None:
+    with pytest.raises(UserError, match="int8, int4"):
+        quantize(wide(), "int2")
+    with pytest.raises(UserError, match="no linear layer in its blocks that can become int8"):
+        quantize(tiny_model("gpt2", LANGUAGE_MODELS["gpt2"]), "int8")
+
+
+def test_evaluate_quantised(tmp_path: Path, capsys) -> None:
+    wide().save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(words(100))
+    command = ["evaluate", str(tmp_path / "model"), "--perplexity", str(tmp_path / "text.txt"), "--window", "16"]
+    values = {}
+    for form in (None, "int8", "int4"):
+        out = tmp_path / f"{form}.json"
+        more = ["--quantize", form] if form else []
+        assert cli.main([*command, "--device", "cpu", "--output", str(out), *more]) == 0
+        found = json.loads(out.read_text())
+        values[form] = found["perplexity"]["value"]
+        assert found.get("quantised", {}).get("form") == form
+    assert 0 < abs(values["int8"] / values[None] - 1) < abs(values["int4"] / values[None] - 1) < 0.2
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(tmp_path / "model"), "--quantize", "int8"]) == 2
+    assert "goes with perplexity" in capsys.readouterr().err
