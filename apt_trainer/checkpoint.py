@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 
 from apt_trainer.engines import optimizer_file
+from apt_trainer.engines.agreement import processes
 from apt_trainer.errors import UserError
 from apt_trainer.measure.latency import example_inputs
 from apt_trainer.pruned_model import load_pruned
@@ -116,7 +117,16 @@ def reload_difference(model: PreTrainedModel, path: Path) -> float:
 
 
 def save_training_state(path: Path, weights: dict[str, torch.Tensor], state: TrainingState) -> None:
-    """Write a checkpoint of a run in progress to ``path``; ``weights`` in training form, adapters unmerged."""
+    """Write a checkpoint of a run in progress to ``path``; ``weights`` in training form, adapters unmerged.
+
+    Raises :class:`UserError` before anything is written if a weight is not a number: no run could go on from it.
+    """
+    spoiled = next((name for name, value in weights.items() if bool(value.isnan().any())), None)
+    if spoiled is not None:
+        raise UserError(
+            f"{spoiled} is not finite, so {path.name} was not written. Lower learning_rate or full_learning_rate, or "
+            "look at the data; resume_from_checkpoint: true goes on from the checkpoint before."
+        )
     path.mkdir(parents=True, exist_ok=True)
     save_file(weights, path / WEIGHTS_FILE, metadata={"format": "pt"})
     save_file(state.tensors, path / TENSORS_FILE)
@@ -126,6 +136,7 @@ def save_training_state(path: Path, weights: dict[str, torch.Tensor], state: Tra
         path / STATE_FILE,
         {
             "format_version": 1,
+            "processes": processes(),
             "pruner": state.pruner,
             "distillation": state.distillation,
             "teacher_shape": state.teacher_shape,
@@ -150,6 +161,9 @@ def check_complete(path: Path) -> Mapping[str, Any]:
     described: Mapping[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     if described["teacher_shape"] is not None:
         _require(path, TEACHER_FILE)
+    # The first process can have ended its part while another has not written its random state yet.
+    number = described.get("processes", 0)
+    _require(path, *(["rng_state.pth"] if number == 1 else [f"rng_state_{rank}.pth" for rank in range(number)]))
     return described
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ class StopOnSignal(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if processes() > 1 and self._group is None:
-            self._group = dist.new_group(backend="gloo")  # flags stay on the CPU
+            timeout = timedelta(seconds=args.ddp_timeout)  # else a process that failed waits for a hanging one at exit
+            self._group = dist.new_group(backend="gloo", timeout=timeout)  # flags stay on the CPU
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, self._ask)
 

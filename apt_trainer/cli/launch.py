@@ -123,9 +123,14 @@ def _read_profile(path: Path) -> dict[str, Any]:
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:
-    """Wait for the launcher, handing signals on to it and its workers, which have a session of their own."""
+    """Wait for the launcher, handing signals on to it and its workers, which have a session of their own.
+
+    Told to end, torch's launcher ends with 1 whatever its workers ended with; that becomes what a shell expects.
+    """
+    told: list[int] = []
 
     def forward(number: int, _frame: object = None) -> None:
+        told.append(number)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
 
@@ -139,4 +144,6 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if code == 1 and told:
+        return 128 + told[0]
     return code if code >= 0 else 128 - code  # ended by a signal

@@ -1,0 +1,68 @@
+"""What a fault may leave behind, and what a run does about it; ``scripts/fault_test.py`` tries it with processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model
+
+import apt_trainer
+from apt_trainer import UserError
+from apt_trainer.checkpoint import STATE_FILE, check_complete, save_training_state
+from apt_trainer.cli import launch
+from integration.factories import SHORT, SaveAt, make_trainer
+
+ROOT = Path(apt_trainer.__file__).parents[1]
+
+
+def test_a_checkpoint_without_the_random_state_of_a_process_is_none(tmp_path: Path) -> None:
+    """The first process may have written all of its own before another one was killed."""
+    trainer = make_trainer(tmp_path, tiny_model("bert"), options={"callbacks": [SaveAt([4])]}, **SHORT)
+    trainer.train()
+    path = tmp_path / "checkpoint-4"
+    check_complete(path)
+    (path / "rng_state.pth").rename(path / "rng_state_0.pth")
+    with pytest.raises(UserError, match="rng_state.pth is missing"):
+        check_complete(path)
+    described = json.loads((path / STATE_FILE).read_text())
+    (path / STATE_FILE).write_text(json.dumps(described | {"processes": 2}))
+    with pytest.raises(UserError, match="rng_state_1.pth is missing"):
+        check_complete(path)
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
+    """A gradient that spoils the step before a save shows in no loss yet."""
+    trainer = make_trainer(tmp_path, tiny_model("bert"), **SHORT)
+    weights = {"fine": torch.ones(2), "spoiled": torch.tensor([0.0, float("nan")])}
+    with pytest.raises(UserError, match="spoiled is not finite, so checkpoint-4 was not written"):
+        save_training_state(tmp_path / "checkpoint-4", weights, trainer.training_state())
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
+def test_a_terminated_launcher_gives_143() -> None:
+    program = (
+        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(1)); print(1, flush=True); time.sleep(60)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, start_new_session=True)
+    assert child.stdout is not None
+    child.stdout.readline()
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert launch._wait(child) == 143
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_killed_runs_end_equal() -> None:
+    script = [sys.executable, str(ROOT / "scripts/fault_test.py"), "--kills", "2", "--seed", "2", "--processes", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=280)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "2 faults: 2 equal to the undisturbed run, 2 without any remark." in ended.stdout
