@@ -35,6 +35,7 @@ STATE_FILE = "apt_state.json"
 TENSORS_FILE = "apt_state.safetensors"
 WEIGHTS_FILE = "apt_training.safetensors"
 TEACHER_FILE = "apt_teacher.safetensors"
+STAGING, REPLACED = ".saving-", ".replaced-"
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,13 @@ def save_pruned(model: PreTrainedModel, path: Path, plan: PruningPlan, tokenizer
     """Write the finished model, plan and tokenizer to ``path`` and check that it reloads.
 
     Written to a temporary folder beside it first and checked there, then moved; if anything fails, an older model in
-    ``path`` stays whole. Returns the largest difference of logits between ``model`` and the reloaded one on a random
-    batch; raises RuntimeError when it is above 1e-5 of the largest logit.
+    ``path`` stays whole. What a save that was killed left there is removed. Returns the largest difference of logits
+    between ``model`` and the reloaded one on a random batch; raises RuntimeError when it is above 1e-5 of the largest
+    logit.
     """
     path.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=path))
+    _remove_leftovers(path)
+    staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=path))
     try:
         model.save_pretrained(staging)
         if tokenizer is not None:
@@ -70,13 +73,21 @@ def save_pruned(model: PreTrainedModel, path: Path, plan: PruningPlan, tokenizer
     return difference
 
 
+def _remove_leftovers(path: Path) -> None:
+    for pattern in (f"{STAGING}*", f"{REPLACED}*"):
+        for folder in path.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
+    for file in path.glob(".*.tmp"):  # of report.events
+        file.unlink(missing_ok=True)
+
+
 def _move_in(staging: Path, path: Path) -> None:
     """Put the files of ``staging`` in the place of those in ``path``; the old ones come back if that fails.
 
     The config goes first and comes last: in between nothing loads, rather than a mixture of two models.
     """
     names = sorted((file.name for file in staging.iterdir()), key=lambda name: name == "config.json")
-    old = Path(tempfile.mkdtemp(prefix=".replaced-", dir=path))
+    old = Path(tempfile.mkdtemp(prefix=REPLACED, dir=path))
     complete = False
     try:
         for name in reversed(names):

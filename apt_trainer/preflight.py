@@ -90,15 +90,25 @@ def checkpoint_to_resume(recipe: Recipe) -> str | None:
     """Path of the checkpoint to go on from; None for a new run.
 
     With ``resume_from_checkpoint: true`` it is the last one that is whole: those that are not are named in the log and
-    passed over. Raises :class:`UserError` rather than write over an older run, or go on with other settings.
+    passed over. ``auto`` is that too, and a new run where there is none, so that one command can be started again and
+    again. Raises :class:`UserError` rather than write over an older run, or go on with other settings.
     """
     output, asked = Path(str(recipe.training.output_dir)), recipe.training.resume_from_checkpoint
     check_output(output)
     if asked in (None, False, "false", "False"):
         _refuse_an_older_run(output)
         return None
-    found = _last_whole(output) if asked in (True, "true", "True") else Path(str(asked))
-    check_complete(found)
+    if asked == "auto":
+        if (output / METRICS_FILE).exists():
+            raise UserError(f"{output} holds a finished run. Choose another output_dir, or remove it.")
+        whole = _whole(output)
+        if whole is None:
+            _check_same_run(output / RECIPE_FILE, recipe)
+            return None
+        found = whole
+    else:
+        found = _last_whole(output) if asked in (True, "true", "True") else Path(str(asked))
+        check_complete(found)
     _check_same_run(found.parent / RECIPE_FILE, recipe)
     return str(found)
 
@@ -114,15 +124,22 @@ def _step(path: Path) -> int | None:
     return int(number) if number.isdigit() else None
 
 
-def _last_whole(output: Path) -> Path:
-    found = _checkpoints(output)
-    for path in found:
+def _whole(output: Path) -> Path | None:
+    """The last checkpoint that is whole; others are named in the log."""
+    for path in _checkpoints(output):
         try:
             check_complete(path)
             return path
         except UserError as error:
             _log.warning("%s It is passed over.", error)
-    if found:
+    return None
+
+
+def _last_whole(output: Path) -> Path:
+    found = _whole(output)
+    if found is not None:
+        return found
+    if _checkpoints(output):
         raise UserError(
             f"No checkpoint in {output} is whole. Remove resume_from_checkpoint and {output} to start anew."
         )

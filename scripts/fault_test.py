@@ -277,15 +277,10 @@ def _import_what_it_did(names: Path) -> None:
 
 
 def go_on(setup: Setup, output: Path, row: Row) -> None:
-    """Restart the command until the run ends; a folder without a whole checkpoint is removed, as the error says."""
+    """Restart the command until the run ends."""
     for _ in range(3):
-        run = start(setup, output, "--resume_from_checkpoint", "true")
+        run = start(setup, output, "--resume_from_checkpoint", "auto")
         code = run.end()
-        if code == 2 and any("start anew" in line for line in run.said()):
-            for path in list(output.iterdir()) if output.is_dir() else []:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            run = start(setup, output)
-            code = run.end()
         row.resumed.append(STEPS - run.steps)
         if code == 0:
             return

@@ -16,8 +16,12 @@ from tiny import tiny_model
 
 import apt_trainer
 from apt_trainer import UserError
-from apt_trainer.checkpoint import STATE_FILE, check_complete, save_training_state
+from apt_trainer.checkpoint import STATE_FILE, check_complete, save_pruned, save_training_state
 from apt_trainer.cli import launch
+from apt_trainer.models import family_of
+from apt_trainer.preflight import checkpoint_to_resume
+from apt_trainer.pruning.plan import PruningPlan
+from apt_trainer.recipe import load_recipe
 from integration.factories import SHORT, SaveAt, make_trainer
 
 ROOT = Path(apt_trainer.__file__).parents[1]
@@ -56,6 +60,40 @@ def test_a_terminated_launcher_gives_143() -> None:
     child.stdout.readline()
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
     assert launch._wait(child) == 143
+
+
+def test_what_a_killed_save_left_goes_with_the_next(tmp_path: Path) -> None:
+    model = tiny_model("bert")
+    for name in (".saving-x", ".replaced-y"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text("half")
+    (tmp_path / ".metrics.json.77.tmp").write_text("{")
+    (tmp_path / ".gitignore").write_text("")
+    save_pruned(model, tmp_path, PruningPlan.dense(family_of(model.config).spaces(model)))
+    assert sorted(path.name for path in tmp_path.glob(".*")) == [".gitignore"]
+
+
+def test_auto_starts_goes_on_and_stops_at_a_finished_run(tmp_path: Path) -> None:
+    words = ["--output_dir", str(tmp_path / "out"), "--resume_from_checkpoint", "auto"]
+
+    def asked(*more: str) -> str | None:
+        model = ["--model_name_or_path", "m", "--dataset_name", "d"]
+        return checkpoint_to_resume(load_recipe(None, [*words, *model, *more]))
+
+    assert asked() is None
+    trainer = make_trainer(tmp_path / "out", tiny_model("bert"), options={"callbacks": [SaveAt([4, 6])]}, **SHORT)
+    trainer.train()
+    assert asked() == str(tmp_path / "out/checkpoint-6")
+    (tmp_path / "out/checkpoint-6" / STATE_FILE).unlink()
+    assert asked() == str(tmp_path / "out/checkpoint-4")
+    (tmp_path / "out/checkpoint-4" / STATE_FILE).unlink()
+    assert asked() is None  # events are there, but nothing to go on from
+    (tmp_path / "out/recipe.json").write_text(json.dumps({"model_name_or_path": "m", "dataset_name": "other"}))
+    with pytest.raises(UserError, match="dataset_name was 'other', is 'd'"):
+        asked()
+    (tmp_path / "out/metrics.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a finished run"):
+        asked()
 
 
 @pytest.mark.distributed
