@@ -32,12 +32,13 @@ from apt_trainer.pruned_model import dense_copy
 from apt_trainer.recipe import Recipe, load_recipe
 from apt_trainer.report.events import read_events, write_json
 from apt_trainer.report.plots import plot_run
+from apt_trainer.runtime import plain_trainer
 from apt_trainer.settings import ModelSettings
 from apt_trainer.tasks import TaskData, keeps_sequences_apart
 from apt_trainer.tasks.base import first_output
 from apt_trainer.tasks.trainer_options import data_options, set_task_arguments
 from apt_trainer.time_to_accuracy import TimeToAccuracy
-from apt_trainer.trainer import EVENTS_FILE, APTTrainer, plain_trainer
+from apt_trainer.trainer import EVENTS_FILE, APTTrainer
 
 METRICS_FILE = "metrics.json"
 RECIPE_FILE = "recipe.json"

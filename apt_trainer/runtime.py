@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainingArguments
 
 from apt_trainer.engines import engine_of
 from apt_trainer.engines.agreement import agree
@@ -105,6 +105,11 @@ def reshape_first(trainer: Any, change: Callable[[], Edits]) -> None:
     change()
     _agree_on_shape(trainer)
     release_memory()
+
+
+def plain_trainer(model: PreTrainedModel, args: TrainingArguments, **kwargs: Any) -> Seq2SeqTrainer:
+    """A stock trainer, for evaluating a finished model."""
+    return Seq2SeqTrainer(model, args, **kwargs)
 
 
 def release_memory(collect: bool = True) -> None:

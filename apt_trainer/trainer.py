@@ -376,6 +376,12 @@ class APTTrainer(Seq2SeqTrainer):
             self._load_scaler(resume_from_checkpoint)
         return runtime.LiveModel(self), self.live_dataloader
 
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
+        else:  # resumed at its end, where the loop of transformers would take one more step
+            self.control.should_training_stop = True
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save_optimizer(self, Path(output_dir))
 
@@ -392,8 +398,3 @@ class APTTrainer(Seq2SeqTrainer):
         self.distillation.restore_transform(described["distillation"], self.model)
         checkpoint.load_training_weights(path / checkpoint.WEIGHTS_FILE, self.model)
         self._restored = described["pruner"], tensors
-
-
-def plain_trainer(model: PreTrainedModel, args: APTConfig, **kwargs: Any) -> Seq2SeqTrainer:
-    """A stock trainer, for evaluating a finished model."""
-    return Seq2SeqTrainer(model, args, **kwargs)

@@ -166,6 +166,17 @@ def test_resuming_in_the_same_folder_drops_the_records_of_later_steps(tmp_path: 
     assert [record["step"] for record in events_of(tmp_path, "prune")] == [5, 8]
 
 
+def test_a_run_that_was_at_its_end_takes_no_further_step(tmp_path: Path) -> None:
+    """Killed after its last checkpoint, with a learning rate that another step would use."""
+    options = {**SHORT, "lr_scheduler_type": "constant"}
+    first = make_trainer(tmp_path, options={"callbacks": [SaveAt([SHORT["max_steps"]])]}, **options)
+    first.train()
+    again = make_trainer(tmp_path, **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == SHORT["max_steps"] and losses_of(again) == losses_of(first)
+    assert all(torch.equal(value, weights_of(again.model)[name]) for name, value in weights_of(first.model).items())
+
+
 def test_a_checkpoint_holds_safe_formats_and_what_a_run_needs(tmp_path: Path) -> None:
     make_trainer(tmp_path, options={"callbacks": [SaveAt([6])]}, data=Rows(60), **SHORT).train()
     folder = tmp_path / "checkpoint-6"

@@ -19,11 +19,11 @@ from apt_trainer import APTConfig
 from apt_trainer.errors import UserError
 from apt_trainer.recipe import load_recipe
 from apt_trainer.run import evaluate
+from apt_trainer.runtime import plain_trainer
 from apt_trainer.settings import DataSettings
 from apt_trainer.tasks import load_task
 from apt_trainer.tasks.generation_scores import rouge_scores, translation_scores
 from apt_trainer.tasks.trainer_options import data_options, set_task_arguments
-from apt_trainer.trainer import plain_trainer
 
 TEXT = "the old city lies by river and sea in france summarize: one two three four"
 VOCABULARY = {piece: i for i, piece in enumerate(["<pad>", "</s>", "<unk>", *TEXT.split()])}
