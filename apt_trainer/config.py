@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 
 from transformers import Seq2SeqTrainingArguments
 
-from apt_trainer.engines.checks import before_processes_join, check_deepspeed
+from apt_trainer.engines.checks import before_processes_join, check_deepspeed, join_processes
 from apt_trainer.errors import UserError
 from apt_trainer.settings import MeasureSettings, MethodSettings
 
@@ -45,6 +45,7 @@ class APTConfig(MethodSettings, MeasureSettings, Seq2SeqTrainingArguments):
         self.check_measuring()
         self._check_numbers()
         before_processes_join(self)
+        join_processes(self)
         super().__post_init__()
         check_deepspeed(self)
         if self.device.type == "cpu":

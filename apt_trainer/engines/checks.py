@@ -6,8 +6,11 @@ Not for the training loop.
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
+
+from accelerate import PartialState
 
 from apt_trainer.errors import UserError
 
@@ -15,6 +18,10 @@ from apt_trainer.errors import UserError
 def wants_deepspeed(args: Any) -> bool:
     """Whether training arguments, or the launcher, ask for DeepSpeed."""
     return bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
+
+
+def _uses_cpu(args: Any) -> bool:
+    return bool(args.use_cpu) or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
 
 
 def before_processes_join(args: Any) -> None:
@@ -29,8 +36,15 @@ def before_processes_join(args: Any) -> None:
         return
     if find_spec("deepspeed") is None:
         raise UserError("DeepSpeed is asked for but not installed. Install it: pip install 'apt-trainer[deepspeed]'.")
-    if args.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1"):
+    if _uses_cpu(args):
         _on_cpu()
+
+
+def join_processes(args: Any) -> None:
+    """Join processes on CPUs here, for transformers leaves ``ddp_timeout`` out there: a process that hangs would be
+    waited for half an hour whatever it says."""
+    if _uses_cpu(args) and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not wants_deepspeed(args):
+        PartialState(cpu=True, backend=args.ddp_backend, timeout=timedelta(seconds=args.ddp_timeout))
 
 
 def check_deepspeed(args: Any) -> None:
