@@ -139,6 +139,7 @@ def save_training_state(path: Path, weights: dict[str, torch.Tensor], state: Tra
             "look at the data; resume_from_checkpoint: true goes on from the checkpoint before."
         )
     path.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
     save_file(weights, path / WEIGHTS_FILE, metadata={"format": "pt"})
     save_file(state.tensors, path / TENSORS_FILE)
     if state.teacher is not None:

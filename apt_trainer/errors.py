@@ -1,4 +1,4 @@
-"""The one exception a user is meant to see. Not for internal invariants: those are plain ``assert``."""
+"""The exceptions a user is meant to see. Not for internal invariants: those are plain ``assert``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on although its settings are right; the command line prints it and exits with status 1."""
 
 
 def unknown_choice(setting: str, given: object, allowed: Iterable[str]) -> UserError:

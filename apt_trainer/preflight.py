@@ -113,6 +113,17 @@ def checkpoint_to_resume(recipe: Recipe) -> str | None:
     return str(found)
 
 
+def finished_run(recipe: Recipe) -> dict[str, Any] | None:
+    """The metrics of this very run where it has finished and ``resume_from_checkpoint`` is ``auto``, so that nothing is
+    left to do. Raises :class:`UserError` where the finished run had other settings."""
+    output = Path(str(recipe.training.output_dir))
+    if recipe.training.resume_from_checkpoint != "auto" or not (output / METRICS_FILE).is_file():
+        return None
+    _check_same_run(output / RECIPE_FILE, recipe)
+    metrics: dict[str, Any] = json.loads((output / METRICS_FILE).read_text(encoding="utf-8"))
+    return metrics
+
+
 def _checkpoints(output: Path) -> list[Path]:
     """Checkpoints in ``output``, the latest first."""
     found = [path for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and _step(path) is not None]

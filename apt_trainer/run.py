@@ -27,7 +27,7 @@ from apt_trainer.evaluation.bootstrap import mean_interval
 from apt_trainer.evaluation.harness import run_tasks
 from apt_trainer.loading import load_inputs, load_model, load_saved
 from apt_trainer.measure import PeakMemory, count_parameters, return_freed_memory, size_on_disk
-from apt_trainer.preflight import check_before_loading, checkpoint_to_resume
+from apt_trainer.preflight import check_before_loading, checkpoint_to_resume, finished_run
 from apt_trainer.pruned_model import dense_copy
 from apt_trainer.recipe import Recipe, load_recipe
 from apt_trainer.report.events import read_events, write_json
@@ -64,10 +64,15 @@ _VERSIONS = ("apt_trainer", "torch", "transformers", "peft", "accelerate", "deep
 def train(recipe: Recipe) -> dict[str, Any]:
     """Train, prune, evaluate, save and measure; returns what ``metrics.json`` holds.
 
+    With ``resume_from_checkpoint: auto`` a run that has finished is not run again.
+
     Raises :class:`UserError` before weights load or anything is written when the recipe cannot work.
     """
     args = recipe.training
     output = Path(str(args.output_dir))
+    finished = finished_run(recipe)
+    if finished is not None:
+        return finished
     return_freed_memory()
     resume_from = checkpoint_to_resume(recipe)
     memory = PeakMemory(args.device.type)
@@ -229,8 +234,8 @@ def versions() -> dict[str, str]:
 
 
 def _write_records(output: Path, metrics: Mapping[str, Any], trainer: APTTrainer, data: TaskData) -> None:
-    write_json(output / METRICS_FILE, dict(metrics))
     trainer.state.save_to_json(str(output / "trainer_state.json"))
     events = read_events(output / EVENTS_FILE) if (output / EVENTS_FILE).exists() else []
     title = f"{data.metric_name} {metrics['task_metric']:.3f}, {metrics['sparsity']:.0%} removed"
     plot_run(events, trainer.state.log_history, output / PLOT_FILE, title, metric=f"eval_{data.metric_name}")
+    write_json(output / METRICS_FILE, dict(metrics))  # the last of all: a run with metrics has finished

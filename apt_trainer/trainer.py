@@ -31,6 +31,7 @@ from apt_trainer.engines.agreement import agree
 from apt_trainer.engines.base import restore_forward
 from apt_trainer.engines.groups import parameter_groups
 from apt_trainer.engines.optimizer_file import read_optimizer, save_optimizer
+from apt_trainer.engines.silence import naming_the_silent
 from apt_trainer.engines.state import State
 from apt_trainer.errors import UserError
 from apt_trainer.importance import Importance
@@ -129,7 +130,8 @@ class APTTrainer(Seq2SeqTrainer):
         """
         if self._finished:
             raise UserError("This trainer has finished its run. Make a new one with a dense model to train again.")
-        result = super().train(*args, **kwargs)
+        with naming_the_silent(self.args.ddp_timeout):
+            result = super().train(*args, **kwargs)
         if self._stop.stopped_at is not None:
             raise Terminated(self._stop.stopped_at)
         self.finish()

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from apt_trainer.errors import UserError
+from apt_trainer.errors import RunError, UserError
 
 VERBS = {
     "train": "apt_trainer.cli.train",
@@ -36,7 +36,8 @@ EXIT_INTERRUPTED = 130  # what shells report for SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code: 0, 1 for a full disk, 2 for a user's mistake, 130 or 143 on signals."""
+    """Run one verb and return the exit code: 0, 1 for a run that cannot go on, 2 for a user's mistake, 130 or 143 on
+    signals."""
     verbs = {name: importlib.import_module(path) for name, path in VERBS.items()}
     parser = _parser(verbs)
     args, overrides = parser.parse_known_args(argv)
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return verb.run(args, overrides)
     except UserError as error:
         return _fail(str(error), EXIT_USER_ERROR)
+    except RunError as error:
+        return _fail(str(error), EXIT_FAILED)
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
     except _saving_errors() as error:

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from apt_trainer.errors import RunError
 
-class Disagreement(RuntimeError):
+
+class Disagreement(RunError):
     """Processes that should be equal are not."""
 
 

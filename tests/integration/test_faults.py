@@ -18,10 +18,14 @@ import apt_trainer
 from apt_trainer import UserError
 from apt_trainer.checkpoint import STATE_FILE, check_complete, save_pruned, save_training_state
 from apt_trainer.cli import launch
+from apt_trainer.engines import silence
+from apt_trainer.engines.silence import naming_the_silent
+from apt_trainer.errors import RunError
 from apt_trainer.models import family_of
-from apt_trainer.preflight import checkpoint_to_resume
+from apt_trainer.preflight import checkpoint_to_resume, finished_run
 from apt_trainer.pruning.plan import PruningPlan
 from apt_trainer.recipe import load_recipe
+from apt_trainer.run import train
 from integration.factories import SHORT, SaveAt, make_trainer
 
 ROOT = Path(apt_trainer.__file__).parents[1]
@@ -94,6 +98,34 @@ def test_auto_starts_goes_on_and_stops_at_a_finished_run(tmp_path: Path) -> None
     (tmp_path / "out/metrics.json").write_text("{}")
     with pytest.raises(UserError, match="holds a finished run"):
         asked()
+    with pytest.raises(UserError, match="dataset_name was 'other', is 'd'"):
+        finished_run(load_recipe(None, [*words, "--model_name_or_path", "m", "--dataset_name", "d"]))
+    same = load_recipe(None, [*words, "--model_name_or_path", "m", "--dataset_name", "other"])
+    (tmp_path / "out/metrics.json").write_text('{"task_metric": 0.5}')
+    assert train(same) == {"task_metric": 0.5}  # nothing is loaded, nothing left to do
+
+
+def test_a_checkpoint_that_was_cut_off_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4/.apt_state.json.77.tmp").write_text("{")
+    trainer = make_trainer(tmp_path, tiny_model("bert"), options={"callbacks": [SaveAt([4])]}, **SHORT)
+    trainer.train()
+    check_complete(tmp_path / "checkpoint-4")
+    assert not list(tmp_path.rglob(".*.tmp"))
+
+
+def test_the_rank_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As seen by rank 0 of three; what the store says comes from a real one."""
+    store = torch.distributed.HashStore()
+    store.set("apt_trainer/answers/2", "1")
+    monkeypatch.setattr(silence, "PATIENCE", 0.3)
+    monkeypatch.setattr(silence, "processes", lambda: 3)
+    monkeypatch.setattr(silence.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(silence.dist.distributed_c10d, "_get_default_store", lambda: store)
+    with pytest.raises(RunError, match=r"rank\(s\) 1 did not answer for 10 s \(ddp_timeout\)"), naming_the_silent(10):
+        raise RuntimeError("Timed out waiting 10000ms for send operation to complete")
+    with pytest.raises(RuntimeError, match="something else"), naming_the_silent(10):
+        raise RuntimeError("something else")
 
 
 @pytest.mark.distributed
