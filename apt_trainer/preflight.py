@@ -114,7 +114,7 @@ def checkpoint_to_resume(recipe: Recipe) -> str | None:
 
 
 def finished_run(recipe: Recipe) -> dict[str, Any] | None:
-    """The metrics of this very run where it has finished and ``resume_from_checkpoint`` is ``auto``, so that nothing is
+    """The metrics of this very run where it has finished and ``resume_from_checkpoint`` is ``auto``: nothing is
     left to do. Raises :class:`UserError` where the finished run had other settings."""
     output = Path(str(recipe.training.output_dir))
     if recipe.training.resume_from_checkpoint != "auto" or not (output / METRICS_FILE).is_file():
