@@ -77,8 +77,9 @@ def _remove_leftovers(path: Path) -> None:
     for pattern in (f"{STAGING}*", f"{REPLACED}*"):
         for folder in path.glob(pattern):
             shutil.rmtree(folder, ignore_errors=True)
-    for file in path.glob(".*.tmp"):  # of report.events
-        file.unlink(missing_ok=True)
+    for pattern in (".*.tmp", ".tmp*"):  # of report.events, of safetensors
+        for file in path.glob(pattern):
+            file.unlink(missing_ok=True)
 
 
 def _move_in(staging: Path, path: Path) -> None:

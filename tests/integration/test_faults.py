@@ -107,11 +107,12 @@ def test_auto_starts_goes_on_and_stops_at_a_finished_run(tmp_path: Path) -> None
 
 def test_a_checkpoint_that_was_cut_off_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-4").mkdir()
-    (tmp_path / "checkpoint-4/.apt_state.json.77.tmp").write_text("{")
+    for name in (".apt_state.json.77.tmp", ".tmpAB7sXH"):
+        (tmp_path / "checkpoint-4" / name).write_text("{")
     trainer = make_trainer(tmp_path, tiny_model("bert"), options={"callbacks": [SaveAt([4])]}, **SHORT)
     trainer.train()
     check_complete(tmp_path / "checkpoint-4")
-    assert not list(tmp_path.rglob(".*.tmp"))
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_the_rank_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
