@@ -41,9 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     test = parser.add_argument_group("what each drop is measured on")
     test.add_argument("--test", required=True, metavar="TEXT_OR_FILE", help="held-out data, of the forms of --data")
     test.add_argument("--test_samples", type=positive, metavar="N", help="windows or rows (default: as --samples)")
+    test.add_argument("--speed", action="store_true", help="speed of each smaller model beside the full one, and SDR")
     test.add_argument("--lm_eval", metavar="A,B", help="tasks of lm-evaluation-harness, or paths of YAML files")
     test.add_argument(
-        "--task_counts", type=positive, nargs="+", metavar="N", help="where tasks run (default: --counts)"
+        "--task_counts",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        help="where tasks run and speed is timed (default: --counts)",
     )
     test.add_argument("--task_path", metavar="DIR", help="folder with YAML files (default: recipes/lm_eval)")
     test.add_argument("--limit", type=positive, metavar="N", help="use only the first N examples of each task")
@@ -62,6 +67,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         counts=args.counts,
         seeds=args.seeds,
         protect=args.protect,
+        speed=args.speed,
         tasks=[name for name in (args.lm_eval or "").split(",") if name],
         task_counts=args.task_counts,
         task_path=args.task_path,

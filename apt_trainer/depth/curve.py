@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from apt_trainer.depth.inputs import DataRequest, Loaded, check_folder, prepare, stored_losses
+from apt_trainer.depth.speed import composition, speedups
 from apt_trainer.errors import UserError, unknown_choice
 from apt_trainer.evaluation.harness import run_tasks
 from apt_trainer.painting.scores import measured
@@ -27,6 +28,7 @@ from apt_trainer.sublayers.costs import Shape, shares, unit_costs
 from apt_trainer.sublayers.gates import switched_off
 from apt_trainer.sublayers.impact import Losses
 from apt_trainer.sublayers.loss import exp_loss, loss_name
+from apt_trainer.sublayers.metrics import sdr, sdr_relative
 from apt_trainer.sublayers.select import (
     Budget,
     CosineRanker,
@@ -78,9 +80,9 @@ class Ranking(NamedTuple):
 class CurveRequest:
     """What to drop and what to measure.
 
-    ``rankings``: texts of :class:`Ranking`; ``seeds``: how many random orders; ``tasks`` to ``num_fewshot``: those of
-    :func:`~apt_trainer.evaluation.harness.run_tasks`, run with ``task_counts`` units dropped (None: all ``counts``)
-    and on the full model.
+    ``rankings``: texts of :class:`Ranking`; ``seeds``: how many random orders; ``speed``: time the smaller models;
+    ``tasks`` to ``num_fewshot``: those of :func:`~apt_trainer.evaluation.harness.run_tasks`, also for the full model.
+    Speed and tasks are measured with ``task_counts`` units dropped (None: all ``counts``).
     """
 
     kinds: Sequence[str] = CURVE_KINDS
@@ -88,6 +90,7 @@ class CurveRequest:
     counts: Sequence[int] = (1, 2, 4, 8)
     seeds: int = 3
     protect: Sequence[int] = ()
+    speed: bool = False
     tasks: Sequence[str] = ()
     task_counts: Sequence[int] | None = None
     task_path: str | None = None
@@ -162,8 +165,9 @@ def measure_curves(
     points = list(_points(at, request, rankings, results, _Rankers(at, folder, watch)))
     for point in watch(points, "drops"):
         results.loss(point.units)
-        if _with_tasks(request, point.count):
+        if _in_full(request, point.count):
             results.tasks(point.units)
+            results.speed(point.units)
     found = _summary(at, request, points, results)
     write_json(folder / SUMMARY_FILE, found)
     (folder / TABLE_FILE).write_text(curve_markdown(found) + "\n", encoding="utf-8")
@@ -269,6 +273,14 @@ class _Results:
 
         return self._of("tasks", units, measure) if of.tasks else {}
 
+    def speed(self, units: Sequence[Unit]) -> dict[str, float]:
+        """As :func:`~apt_trainer.depth.speed.speedups`; what has as many sublayers of each kind is as fast."""
+        at = self._at
+        line = {"what": "speed", "of": composition(at.units, units)}
+        if self._request.speed and _key(line) not in self._known:
+            self._keep(line | {"value": speedups(at.model, at.units, units, at.shape.length)})
+        return self._known[_key(line)] if self._request.speed else {}
+
     def _of(self, what: str, units: Sequence[Unit], measure: Callable[[], Any]) -> Any:
         line = {"what": what, "of": sorted(self._at.units.label(unit) for unit in units)}
         if _key(line) not in self._known:
@@ -285,8 +297,8 @@ def _key(line: dict[str, Any]) -> tuple[Any, ...]:
     return (line["what"], *line["of"])
 
 
-def _with_tasks(request: CurveRequest, count: int) -> bool:
-    return bool(request.tasks) and (request.task_counts is None or count in request.task_counts)
+def _in_full(request: CurveRequest, count: int) -> bool:
+    return request.task_counts is None or count in request.task_counts
 
 
 def _summary(at: Loaded, request: CurveRequest, points: Sequence[Point], results: _Results) -> dict[str, Any]:
@@ -294,6 +306,7 @@ def _summary(at: Loaded, request: CurveRequest, points: Sequence[Point], results
     curves: dict[tuple[str, str, int], list[Point]] = {}
     for point in points:
         curves.setdefault((point.kind, str(point.ranking), point.count), []).append(point)
+    tasks = _mean_tasks([results.tasks(())])
     rows = []
     for (kind, ranking, count), members in curves.items():
         losses = [results.loss(point.units) for point in members]
@@ -311,17 +324,37 @@ def _summary(at: Loaded, request: CurveRequest, points: Sequence[Point], results
             "units": [at.units.label(unit) for unit in members[0].units] if len(members) == 1 else None,
         }
         row["perplexity"] = None if row["loss"] is None else math.exp(row["loss"])
-        if _with_tasks(request, count):
+        if _in_full(request, count):
             row["tasks"] = _mean_tasks([results.tasks(point.units) for point in members])
+            row["speedup"] = _mean([results.speed(point.units) for point in members])
+            row |= _degradation(tasks, row["tasks"], row["speedup"].get("whole"))
         rows.append(row)
     whole = results.loss(())
     assert whole is not None
     return at.described() | {
         "loss_name": loss_name(at.model, at.units),
-        "full": {"loss": whole, "perplexity": math.exp(whole), "tasks": _mean_tasks([results.tasks(())])},
+        "full": {"loss": whole, "perplexity": math.exp(whole), "tasks": tasks},
         "rows": rows,
     }
 
 
 def _mean_tasks(found: Sequence[dict[str, Any]]) -> dict[str, float]:
-    return {task: statistics.fmean(one[task]["value"] for one in found) for task in found[0]}
+    return _mean([{task: one["value"] for task, one in of_seed.items()} for of_seed in found])
+
+
+def _mean(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: statistics.fmean(one[name] for one in found) for name in found[0]}
+
+
+def _degradation(full: Mapping[str, float], new: Mapping[str, float], speedup: float | None) -> dict[str, Any]:
+    """Mean over tasks, and SDR: points lost per percent of speed gained in a whole generation."""
+    if not full:
+        return {}
+    base, mean = statistics.fmean(full.values()), statistics.fmean(new.values())
+    if speedup is None:
+        return {"mean": mean}
+    return {
+        "mean": mean,
+        "sdr": sdr(100 * base, 100 * mean, speedup),
+        "sdr_relative": sdr_relative(base, mean, speedup),
+    }

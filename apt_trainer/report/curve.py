@@ -6,7 +6,8 @@ Reads the content of ``curve.json``, never a model. Missing numbers stay empty.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
 from apt_trainer.report.plots import BLUE, GREEN, INK, ORANGE, PURPLE, STYLE
-from apt_trainer.report.tables import markdown_table
+from apt_trainer.report.tables import Column, markdown_table
 
 PLOT_FILE = "curve.png"
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, INK, "#B8860B", "#56B4E9", "#888888")
 _MARKS = "osDv^x+*"
 _WORST = 30.0  # times the loss of the full model that is still drawn; what is worse stands at the edge
+_SPEEDS = ("prefill", "decode", "whole")
 Found = Mapping[str, Any]
 Row = Mapping[str, Any]
 
@@ -31,14 +33,16 @@ def curve_markdown(found: Found) -> str:
     """One table of losses per kind of unit, and one per task: rows are numbers of units, columns rankings."""
     full = found["full"]
     parts = [f"{Path(found['model']).name}, full model: {_of_full(found)}"]
+    measures = [(found["loss_name"], lambda row: row["perplexity"], "{:.4g}".format)]
+    measures += [(task, partial(_at, "tasks", task), "{:.3f}".format) for task in full["tasks"]]
+    measures += [(f"speed-up ({name})", partial(_at, "speedup", name), "{:.2f}".format) for name in _SPEEDS]
+    measures += [("SDR", lambda row: row.get("sdr"), "{:.3f}".format)]
     for kind in _distinct(found, "kind"):
         rows = [row for row in found["rows"] if row["kind"] == kind]
-        measures = [(found["loss_name"], "perplexity", "{:.4g}".format)]
-        measures += [(task, task, "{:.3f}".format) for task in full["tasks"]]
-        for title, key, form in measures:
-            lines = _pivot(rows, key)
-            if len(lines) > 0:
-                columns = [("count", "units", None), ("share", "of block parameters", "{:.1%}".format)]
+        for title, value, form in measures:
+            lines = _pivot(rows, value)
+            if lines:
+                columns: list[Column] = [("count", "units", None), ("share", "of block parameters", "{:.1%}".format)]
                 columns += [(name, name, form) for name in _distinct(found, "ranking")]
                 parts += [f"{title} without units of kind {kind}", markdown_table(lines, columns)]
     return "\n\n".join(parts)
@@ -96,11 +100,16 @@ def _distinct(found: Found, key: str) -> list[str]:
     return list(dict.fromkeys(row[key] for row in found["rows"]))
 
 
-def _pivot(rows: Sequence[Row], key: str) -> list[dict[str, Any]]:
+def _at(group: str, name: str, row: Row) -> float | None:
+    value: float | None = row.get(group, {}).get(name)
+    return value
+
+
+def _pivot(rows: Sequence[Row], value_of: Callable[[Row], float | None]) -> list[dict[str, Any]]:
     """One line per count that has a number; ``share`` is that of the first ranking."""
     lines: dict[int, dict[str, Any]] = {}
     for row in rows:
-        value = row["perplexity"] if key == "perplexity" else row.get("tasks", {}).get(key)
+        value = value_of(row)
         if value is not None:
             line = lines.setdefault(row["count"], {"count": row["count"], "share": row["parameter_share"]})
             line[row["ranking"]] = value

@@ -117,10 +117,18 @@ def test_tasks_run_where_they_are_asked_for(saved: Path, tmp_path: Path) -> None
     ]
     task = local_task(tmp_path, "piqa", piqa)
     words_ = ["--kinds", "mlp", "--rankings", "reverse", "--counts", "1", "2", "--lm_eval", task, "--task_counts", "2"]
-    assert cli.main(command(saved, tmp_path / "out", *words_)) == 0
+    assert cli.main(command(saved, tmp_path / "out", *words_, "--speed")) == 0
     found = found_in(tmp_path / "out")
     assert set(found["full"]["tasks"]) == {"my_piqa"} and [("tasks" in row) for row in found["rows"]] == [False, True]
-    assert 0 <= found["rows"][1]["tasks"]["my_piqa"] <= 1
+    row, full = found["rows"][1], found["full"]["tasks"]["my_piqa"]
+    assert 0 <= row["mean"] == row["tasks"]["my_piqa"] <= 1
+    speed = row["speedup"]
+    assert set(speed) == {"prefill", "decode", "whole", "cache"} and min(speed.values()) > 0 and speed["cache"] == 1.0
+    if row["sdr"] is not None:
+        assert row["sdr"] == pytest.approx(100 * (full - row["mean"]) / (speed["whole"] - 1) / 100)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [line["of"] for line in lines[1:] if line["what"] == "speed"] == [["2 mlp"]]
+    assert "speed-up (decode) without units of kind mlp" in (tmp_path / "out" / "curve.md").read_text()
     assert "my_piqa without units of kind mlp" in (tmp_path / "out" / "curve.md").read_text()
 
 
