@@ -163,6 +163,13 @@ def read_training_state(path: Path) -> tuple[Mapping[str, Any], dict[str, torch.
     return described, load_file(path / TENSORS_FILE)
 
 
+def read_description(path: Path) -> Mapping[str, Any]:
+    """JSON part of a checkpoint of which only the weights are wanted; raises :class:`UserError` when it is none."""
+    _require(path, STATE_FILE, WEIGHTS_FILE)
+    described: Mapping[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    return described
+
+
 def check_complete(path: Path) -> Mapping[str, Any]:
     """JSON part of a checkpoint; raises :class:`UserError` when it is none, is incomplete, or has a truncated file."""
     _require(path, STATE_FILE, TENSORS_FILE, WEIGHTS_FILE, TRAINER_STATE_NAME)
@@ -195,10 +202,16 @@ def _damage(file: Path) -> str | None:
     return None
 
 
-def load_training_weights(file: Path, model: nn.Module) -> None:
-    """Fill ``model``, whose shapes are those of the checkpoint, from ``file``; every tensor must be there."""
+def load_training_weights(file: Path, model: nn.Module, leave_out: str | None = None) -> None:
+    """Fill ``model``, whose shapes are those of the checkpoint, from ``file``; every tensor must be there.
+
+    ``leave_out``: a module in ``file`` that ``model`` has no more. Raises :class:`UserError` where they do not fit.
+    """
     try:
-        load_model(model, str(file), strict=True)
+        missing, unexpected = load_model(model, str(file), strict=False)
+        spare = [name for name in unexpected if leave_out is None or not name.startswith(f"{leave_out}.")]
+        if missing or spare:
+            raise RuntimeError(f"missing: {sorted(missing)}, unexpected: {sorted(spare)}")
     except SafetensorError as error:
         raise UserError(f"{file} is damaged ({error}). Resume from an older checkpoint.") from error
     except RuntimeError as error:

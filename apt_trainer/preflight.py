@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from apt_trainer.best_model import check_candidates
 from apt_trainer.checkpoint import check_complete
 from apt_trainer.config import APTConfig
 from apt_trainer.errors import UserError
@@ -44,7 +45,8 @@ def check_before_loading(recipe: Recipe, config: Any, data: TaskData) -> None:
             f"The training data have {len(data.train)} row, all of it held out to choose the teacher on. Give more "
             "rows, or set distillation: none."
         )
-    make_schedule(args, args.total_steps(len(data.train) - args.heldout_rows(len(data.train))))
+    steps = args.total_steps(len(data.train) - args.heldout_rows(len(data.train)))
+    check_candidates(args, make_schedule(args, steps))
     _check_lengths(config, data, args)
     if args.lm_eval_tasks:
         if data.model_class not in _LANGUAGE_MODELS:

@@ -371,10 +371,7 @@ def give_shapes(
     """Cut a dense ``model`` with fresh adapters to what :meth:`AdaptivePruner.state` said; load values after it."""
     plan = PruningPlan.from_json(description["plan"])
     apply_plan(model, family, spaces, dense, plan)
-    generator = torch.Generator().manual_seed(0)
-    for path, layer in lora.adapters(model):
-        if description["ranks"].get(path, 0) > layer.r[lora.ADAPTER]:
-            lora.grow_rank(path, layer, description["ranks"][path], generator, EditLog())
+    lora.grow_to(model, description["ranks"])
     if description["tune"] == "full":
         lora.merge_adapters(model)
     return plan

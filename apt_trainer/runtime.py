@@ -46,11 +46,6 @@ def check_options(trainer: Trainer) -> None:
             f"lr_scheduler_type={str(trainer.args.lr_scheduler_type.value)!r} follows a metric, which a change of "
             "shape interrupts. Use one that follows the step, for example linear or cosine."
         )
-    if trainer.args.load_best_model_at_end:
-        raise UserError(
-            "load_best_model_at_end would choose among models of different sizes. Remove it; the teacher is "
-            "chosen on held-out data already."
-        )
     if trainer.args.enable_jit_checkpoint:
         raise UserError(
             "enable_jit_checkpoint saves in the middle of a step. Remove it: SIGTERM saves after a step anyway."

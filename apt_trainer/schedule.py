@@ -41,6 +41,10 @@ class Schedule:
         """Step of the last event, when target sparsity and ranks are reached; 0 when nothing is pruned."""
         return self.events[-1] if self.events else 0
 
+    def meets_budget(self, step: int) -> bool:
+        """Whether after ``step`` completed steps nothing is left to remove, and so nothing is masked."""
+        return self.before or step >= self.end
+
     def sparsity(self, event: int) -> float:
         """Target after event number ``event`` (0-based): s_T·(1 − (1 − j/n)³) (APT, App. C)."""
         if self.before:

@@ -1,15 +1,14 @@
 """``APTTrainer``: a Hugging Face Trainer whose model changes its shape while it trains.
 
 Data, logging, saving and processes stay Hugging Face's; scoring and cutting are the pruner's; rebuilding the engine
-is ``runtime``'s. Only documented methods of the Trainer are overridden, plus ``_prepare_for_training`` and the two
-that read and write checkpoints.
+is ``runtime``'s, the best checkpoint ``best_model``'s. Only documented methods of the Trainer are overridden, plus
+``_prepare_for_training`` and the two that read and write checkpoints.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel, Seq2SeqTrainer
 from apt_trainer import checkpoint, runtime
 from apt_trainer.adapters import lora
 from apt_trainer.adapters.allocation import mean_growth
+from apt_trainer.best_model import BestWithinBudget, check_candidates
 from apt_trainer.callback import MethodCallback
 from apt_trainer.config import APTConfig
 from apt_trainer.distillation.teacher import freeze
@@ -48,12 +48,10 @@ from apt_trainer.self_distillation import SelfDistillation, split_heldout
 from apt_trainer.termination import StopOnSignal, Terminated
 from apt_trainer.tuning import base_weight_names
 
-logger = logging.getLogger(__name__)
-
 EVENTS_FILE = "events.jsonl"
 
 
-class APTTrainer(Seq2SeqTrainer):
+class APTTrainer(BestWithinBudget):
     """Fine-tunes, prunes, grows adapters and distils in one run.
 
     Args:
@@ -281,6 +279,7 @@ class APTTrainer(Seq2SeqTrainer):
         self.distillation.end(self.model)
         self.model = engine_of(self).leave()
         self.pruner.set_tune("full")
+        self.load_best()
         self.model.requires_grad_(True)
         as_pruned(self.model, self.pruner.family, self.pruner.plan)
         self.model_wrapped = self.model
@@ -292,7 +291,9 @@ class APTTrainer(Seq2SeqTrainer):
         """For the errors it raises; the loop's own number of steps replaces it in :meth:`start`."""
         if self.train_dataset is None:
             raise UserError("train_dataset is missing.")
-        return make_schedule(self.args, self.args.total_steps(len(self.train_dataset)))
+        schedule = make_schedule(self.args, self.args.total_steps(len(self.train_dataset)))
+        check_candidates(self.args, schedule)
+        return schedule
 
     def start(self) -> None:
         """When the loop begins, all else being restored."""

@@ -7,7 +7,7 @@ constant while ranks change. Not for deciding ranks (``adapters.allocation``).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -46,6 +46,20 @@ def insert_adapters(
                 f"Names there: {', '.join(leaves)}."
             )
         chosen += found
+    _inject(model, chosen, rank, alpha, dropout)
+
+
+def insert_of_ranks(model: nn.Module, ranks: Mapping[str, int], rank: int, alpha: float) -> None:
+    """Put adapters of ``ranks`` back round the plain linears they name, with the scaling of a first ``rank``.
+
+    Their values are fresh: load them after it.
+    """
+    model.__dict__.pop("peft_config", None)  # of the adapters that were merged
+    _inject(model, list(ranks), rank, alpha, dropout=0.0)
+    grow_to(model, ranks)
+
+
+def _inject(model: nn.Module, chosen: list[str], rank: int, alpha: float, dropout: float) -> None:
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -75,6 +89,14 @@ def adapter_parameters(model: nn.Module) -> int:
     return sum(
         p.numel() for _, layer in adapters(model) for part in (layer.lora_A, layer.lora_B) for p in part.parameters()
     )
+
+
+def grow_to(model: nn.Module, ranks: Mapping[str, int]) -> None:
+    """Give adapters the ``ranks`` of a checkpoint, before its values are loaded."""
+    generator = torch.Generator().manual_seed(0)
+    for path, layer in adapters(model):
+        if ranks.get(path, 0) > layer.r[ADAPTER]:
+            grow_rank(path, layer, ranks[path], generator, EditLog())
 
 
 @torch.no_grad()

@@ -82,7 +82,6 @@ def test_hiding_such_losses_is_refused(tmp_path: Path) -> None:
         ({"importance": "saliency"}, "Did you mean 'salience'"),
         ({"tune": "full", "tune_after_pruning": "adapters"}, "full → adapters"),
         ({"distillation": "model"}, "teacher_name_or_path"),
-        ({"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}, "load_best_model"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}, "'reduce_lr_on_plateau' follows"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
     ],
