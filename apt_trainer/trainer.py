@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Seq2SeqTrainer
+from transformers import PreTrainedModel
 
 from apt_trainer import checkpoint, runtime
 from apt_trainer.adapters import lora
