@@ -133,6 +133,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
         "versions": versions(),
     }
     metrics |= {f"{name}_dense": dense[name] for name in _COMPARED if name in dense}
+    if args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+        metrics["best_checkpoint"] = Path(trainer.state.best_model_checkpoint).name
     if watch is not None:
         metrics["time_to_accuracy"] = watch.record()
     if args.lm_eval_tasks and trainer.is_world_process_zero():
