@@ -119,7 +119,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         "sparsity": trainer.pruner.sparsity(),
         "total_params_dense": dense_parameters,
         "total_params": count_parameters(trainer.model),
-        "disk_bytes_dense": sum(p.numel() * p.element_size() for p in dense_copy(trainer.model).parameters()),
+        "disk_bytes_dense": sum(p.numel() * p.element_size() for p in dense_copy(trainer.model, "meta").parameters()),
         "disk_bytes": size_on_disk(output),
         "train_seconds": seconds,
         "train_cpu_seconds": cpu_seconds,
