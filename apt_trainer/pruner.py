@@ -19,6 +19,7 @@ from apt_trainer.adapters import allocation, lora
 from apt_trainer.adapters.rank_score import RankScore
 from apt_trainer.importance import Importance, Reduce, make_importance
 from apt_trainer.importance.calibration import Batch, calibrate
+from apt_trainer.measure import trainable_parameters
 from apt_trainer.models import HIDDEN, ModelFamily, Space, Stack, family_of
 from apt_trainer.models.batch import Tokens
 from apt_trainer.pruning.cost import CostModel, flops_cost, memory_cost, parameter_cost
@@ -235,7 +236,7 @@ class AdaptivePruner:
             "kind": kind,
             "sparsity": self.sparsity(),
             "block_params": int(self.block_cost.total(self.plan.counts)),
-            "trainable_params": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            "trainable_params": trainable_parameters(self.model),
             **_units(self.spaces, self.plan),
             "dense": _units(self.spaces, self.dense_plan),
             "ranks": lora.ranks(self.model),

@@ -155,10 +155,12 @@ class APTTrainer(BestWithinBudget):
                 self._metrics.setdefault("loss/task", []).append(loss.detach())
             return (loss, outputs) if return_outputs else loss
         inputs = self._prepare_inputs(inputs)
+        engine_of(self).settle()
+        taught = self.distillation.teach(inputs)
         asked = {**inputs, "output_hidden_states": True} if self.distillation.uses_layers else inputs
         task, outputs = super().compute_loss(model, asked, return_outputs=True)
         distance = self.distillation.loss(
-            inputs, outputs, self.model, self.pruner.family, self.pruner.alive_layers(), step
+            inputs, outputs, taught, self.model, self.pruner.family, self.pruner.alive_layers(), step
         )
         loss = mu * distance + (1 - mu) * task
         self._metrics.setdefault("loss/task", []).append(task.detach())
@@ -194,20 +196,24 @@ class APTTrainer(BestWithinBudget):
         path = Path(output_dir or str(self.args.output_dir))
         self.check_finite()
         if _internal_call:
-            weights = {name: value for name, value in engine_of(self).weights() if self.args.should_save}
+            weights, state = self._kept_weights(), self.training_state()
             if self.args.should_save:
-                checkpoint.save_training_state(path, weights, self.training_state())
+                checkpoint.save_training_state(path, weights, state)
         elif self.args.should_save:
             checkpoint.save_pruned(self.model, path, self.pruner.plan, self.processing_class)
 
     # ------------------------------------------------------------------ the method's own steps
 
     def training_state(self) -> checkpoint.TrainingState:
-        """Everything beyond the student's weights, optimizer and random state that a resumed run needs."""
+        """Everything beyond the student's weights, optimizer and random state that a resumed run needs; collective."""
         description, tensors = self.pruner.state()
         teacher = None if self.distillation.teacher.is_external else self.distillation.teacher.model
-        shape = None if teacher is None else self._teacher_shape
-        return checkpoint.TrainingState(description, tensors, self.distillation.state(self.model), teacher, shape)
+        weights, shape = (None, None) if teacher is None else (self._kept_weights(teacher), self._teacher_shape)
+        return checkpoint.TrainingState(description, tensors, self.distillation.state(self.model), weights, shape)
+
+    def _kept_weights(self, model: Any = None) -> dict[str, torch.Tensor]:
+        """Whole weights of the student or of ``model`` on the process that writes checkpoints, none elsewhere."""
+        return {name: value for name, value in engine_of(self).weights(model) if self.args.should_save}
 
     def check_finite(self) -> None:
         """Raise :class:`UserError` if any loss so far was not finite; waits for the device."""
@@ -219,11 +225,13 @@ class APTTrainer(BestWithinBudget):
 
     def before_step(self) -> None:
         """Before the first forward pass of an optimizer step."""
+        engine_of(self).settle()
         self.pruner.begin(self.state.global_step)
 
     def after_step(self) -> None:
         """After an optimizer step, before it is logged, evaluated and saved: shape changes, then snapshots."""
         step = self.state.global_step
+        engine_of(self).settle()
         decision = self._decide(step)
         if decision is not None:
             self._change_shape(decision, step)
@@ -325,6 +333,7 @@ class APTTrainer(BestWithinBudget):
     def _offer_snapshot(self, step: int) -> None:
         loss = self._heldout_loss()
         agree("the loss on held-out data", step, loss)
+        engine_of(self).settle()
         if self.distillation.offer(self.model, loss):
             restore_forward(self.distillation.teacher.model)
             self._teacher_shape = self.pruner.state()[0]
@@ -372,9 +381,9 @@ class APTTrainer(BestWithinBudget):
             runtime.expect_state(self, state)
         _, self.live_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
         engine_of(self).check()
+        self.distillation.teacher.join(self.model)
         if resume_from_checkpoint is not None:
             engine_of(self).give_whole(state)
-            self.distillation.teacher.cast(self.model.dtype)
             runtime.set_schedule(self, schedule)
             self._load_scaler(resume_from_checkpoint)
         return runtime.LiveModel(self), self.live_dataloader

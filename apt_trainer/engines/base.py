@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from apt_trainer.engines.state import MASTER, Edits, State, carry, collect, restore
+from apt_trainer.partition import copy_of
 
 
 class Engine:
@@ -39,6 +40,9 @@ class Engine:
     def check(self) -> None:
         """Once, when training begins: raise :class:`UserError` where a change of shape would fail later."""
 
+    def settle(self) -> None:
+        """Wait for what the engine has begun on its own, before parameters are read outside a forward pass."""
+
     def loosen(self) -> Any:
         """Take the model out of the engine: ordinary parameters, none of which an old hook can reach."""
         model, optimizer = self.model, plain_optimizer(self.trainer)
@@ -62,9 +66,12 @@ class Engine:
 
     # ------------------------------------------------------------------ checkpoints
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Whole parameters and buffers of a checkpoint, tied ones once, with memory of their own; collective."""
-        model = self.model
+    def weights(self, model: Any = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Whole parameters and buffers of a checkpoint, tied ones once, with memory of their own; collective.
+
+        ``model``: by default the one that trains; else its teacher.
+        """
+        model = self.model if model is None else model
         parameters = dict(model.named_parameters())
         for name, parameter in parameters.items():
             yield name, _own(self.whole(parameter))
@@ -136,8 +143,7 @@ def fresh_leaves(model: nn.Module, copy: bool = False) -> None:
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad:
                 if id(parameter) not in fresh:
-                    data = parameter.data.clone() if copy else parameter.data
-                    fresh[id(parameter)] = nn.Parameter(data)
+                    fresh[id(parameter)] = copy_of(parameter, True) if copy else nn.Parameter(parameter.data)
                 module._parameters[name] = fresh[id(parameter)]
     for parameter in model.parameters():
         parameter.grad = None
