@@ -112,7 +112,9 @@ class _Gathering:
 _ON_MODULES = (
     "_original_parameters",
     "_external_params",
+    "all_parameters",
     "applied_pre_backward_ref_cnt",
+    "ds_external_parameters",
     "ds_grads_remaining",
     "ds_id",
     "ds_inflight_param_registry",

@@ -57,6 +57,7 @@ class Zero3Engine(ZeroEngine):
         # Cycles through hooks in C++, which the garbage collector does not see.
         for parameter in dead:
             parameter.__dict__.clear()
+        _forget_modules(offload.param_coordinator)
         offload.param_coordinator.__dict__.clear()
         offload.__dict__.clear()
 
@@ -118,6 +119,14 @@ class Zero3Engine(ZeroEngine):
             safe_set_local_fp32_param(parameter, part)
         else:
             safe_set_local_optimizer_state(parameter, part, key)
+
+
+def _forget_modules(coordinator: Any) -> None:
+    """Clear a cache that belongs to the class and would keep every module of every engine for good."""
+    cached = getattr(type(coordinator), "_PartitionedParameterCoordinator__params_to_release", None)
+    for cell in getattr(cached, "__closure__", None) or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
 
 
 def _make_whole(model: nn.Module) -> None:
