@@ -77,9 +77,14 @@ def partition_all(model: nn.Module, example: nn.Parameter) -> None:
     same device; collective."""
     plain = [parameter for parameter in model.parameters() if not is_partitioned(parameter)]
     example.convert_to_zero_parameters(plain)  # type: ignore[attr-defined]
+    move_buffers(model, example.device)
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Put all buffers on ``device``; they are never partitioned."""
     for module in model.modules():
         for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.to(example.device)
+            module._buffers[name] = None if buffer is None else buffer.to(device)
 
 
 def gather_while_it_runs(model: nn.Module) -> None:

@@ -103,7 +103,7 @@ class APTTrainer(BestWithinBudget):
             args,
             self.pruner.dense_plan.counts[HIDDEN],
             args.seed,
-            None if teacher is None else teacher.to(self.args.device),
+            None if teacher is None else engine_of(self).place(teacher),
             self.accelerator.autocast,
         )
         self._teacher_shape: dict[str, Any] | None = None
@@ -379,6 +379,7 @@ class APTTrainer(BestWithinBudget):
                 self._load_from_checkpoint(resume_from_checkpoint)
             state, schedule = read_optimizer(Path(resume_from_checkpoint))
             runtime.expect_state(self, state)
+        engine_of(self).split()
         _, self.live_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
         engine_of(self).check()
         self.distillation.teacher.join(self.model)
@@ -404,7 +405,7 @@ class APTTrainer(BestWithinBudget):
         if self._teacher_shape is not None:
             teacher = copy.deepcopy(self.model)
             give_shapes(teacher, self.pruner.family, self.pruner.spaces, self.pruner.plan, self._teacher_shape)
-            checkpoint.load_training_weights(path / checkpoint.TEACHER_FILE, freeze(teacher).to(self.args.device))
+            checkpoint.load_training_weights(path / checkpoint.TEACHER_FILE, freeze(engine_of(self).place(teacher)))
         self.distillation.restore(described["distillation"], teacher)
         self.pruner.restore_shapes(described["pruner"])
         self.distillation.restore_transform(described["distillation"], self.model)

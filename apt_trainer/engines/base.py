@@ -37,6 +37,13 @@ class Engine:
         restore_forward(model)
         return model
 
+    def split(self) -> None:
+        """Before the first engine is made: what has to be done with the whole model of each process; collective."""
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """A teacher that was made before there is an engine, where it waits for one."""
+        return model.to(self.trainer.args.device)
+
     def check(self) -> None:
         """Once, when training begins: raise :class:`UserError` where a change of shape would fail later."""
 

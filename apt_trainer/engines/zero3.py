@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO-3: each process holds a part of every parameter, and of its optimizer state.
 
-What is whole, and when. At start each process has the whole model in host memory, as it was loaded; from the moment an
-engine exists, no process holds more than parts. In a step, DeepSpeed makes the parameters of one module whole at a time
+What is whole, and when. At start each process has the whole model (and an external teacher) in host memory, as it
+was loaded, and a cut before training is made there; from the first engine on, no process holds more than parts. In a step, DeepSpeed makes the parameters of one module whole at a time
 (and what it fetches ahead); vectors (norms, biases) stay whole. At a change of shape the engine is left with all
 parameters partitioned, and each that changes is whole on every process while it is cut, grown or merged (an adapter
 together with the weight it is merged into). The teacher shares the partitions of frozen weights and has partitions of
@@ -17,19 +17,43 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from apt_trainer import partition
 from apt_trainer.engines.zero import ZeroEngine
-from apt_trainer.partition import numel_of, shape_of, whole
+from apt_trainer.partition import move_buffers, numel_of, shape_of, whole
 
 
 class Zero3Engine(ZeroEngine):
     """ZeRO-3."""
 
     of_optimizer = ("fp16_groups", "fp32_partitioned_groups_flat", "parameter_offload", "persistent_parameters")
+
+    def split(self) -> None:
+        """Partition the model parameter by parameter, in the type it trains in; DeepSpeed would put the whole of it on
+        the device first."""
+        import deepspeed
+
+        model, plugin = self.trainer.model, self.trainer.args.deepspeed_plugin
+        dtype = torch.bfloat16 if self.trainer.args.bf16 else torch.float32
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        zero = plugin.deepspeed_config["zero_optimization"]
+        settings = {
+            "train_batch_size": dist.get_world_size(),  # asked for, not used
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "zero_optimization": {name: value for name, value in zero.items() if value != "auto"},
+        }
+        deepspeed.init_distributed(dist.get_backend())
+        deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=dtype)
+        move_buffers(model, next(model.parameters()).device)
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """In host memory, until the student is partitioned and it can be too."""
+        return model
 
     def check(self) -> None:
         super().check()
