@@ -73,8 +73,8 @@ def copy_of(parameter: nn.Parameter, requires_grad: bool) -> nn.Parameter:
 
 
 def partition_all(model: nn.Module, example: nn.Parameter) -> None:
-    """Partition what is whole in ``model`` as ``example`` is, one parameter after the other, and put its buffers on the
-    same device; collective."""
+    """Partition what is whole in ``model`` as ``example`` is, one parameter after the other, and put its buffers on
+    the same device; collective."""
     plain = [parameter for parameter in model.parameters() if not is_partitioned(parameter)]
     example.convert_to_zero_parameters(plain)  # type: ignore[attr-defined]
     move_buffers(model, example.device)

@@ -155,4 +155,6 @@ def set_schedule(trainer: Any, schedule: Mapping[str, Any]) -> None:
 
 def _agree_on_shape(trainer: Any) -> None:
     named = trainer.model.named_parameters()
-    agree("the pruned structure", trainer.state.global_step, [(n, tuple(shape_of(p)), p.requires_grad) for n, p in named])
+    agree(
+        "the pruned structure", trainer.state.global_step, [(n, tuple(shape_of(p)), p.requires_grad) for n, p in named]
+    )

@@ -83,7 +83,8 @@ class SelfDistillation:
     ) -> torch.Tensor:
         """Weighted sum of prediction and layer loss for one batch; scalar float32.
 
-        ``outputs`` are the student's, ``teacher`` is what :meth:`teach` gave. The layer loss is the mean over the stacks of ``alive``, each with pairs of its own.
+        ``outputs`` are the student's, ``teacher`` is what :meth:`teach` gave. The layer loss is the mean over the
+        stacks of ``alive``, each with pairs of its own.
         """
         s, tokens = self.settings, real_tokens(inputs, family)
         predicted = predicted_tokens(inputs, family, student)

@@ -87,6 +87,10 @@ class Engine:
             if name not in tied:
                 yield name, _own(buffer)
 
+    def weights_to_save(self, model: Any = None) -> dict[str, torch.Tensor]:
+        """All of :meth:`weights` on the process that writes checkpoints, none on the others; collective."""
+        return {name: value for name, value in self.weights(model) if self.trainer.args.should_save}
+
     def whole(self, parameter: nn.Parameter) -> torch.Tensor:
         """The value of a parameter of the model, of which a process may hold only a part; collective."""
         return parameter.detach()

@@ -1,12 +1,14 @@
 """DeepSpeed ZeRO-3: each process holds a part of every parameter, and of its optimizer state.
 
-What is whole, and when. At start each process has the whole model (and an external teacher) in host memory, as it
-was loaded, and a cut before training is made there; from the first engine on, no process holds more than parts. In a step, DeepSpeed makes the parameters of one module whole at a time
-(and what it fetches ahead); vectors (norms, biases) stay whole. At a change of shape the engine is left with all
-parameters partitioned, and each that changes is whole on every process while it is cut, grown or merged (an adapter
-together with the weight it is merged into). The teacher shares the partitions of frozen weights and has partitions of
-its own of the rest. In a checkpoint the process that writes it collects all weights in host memory. After training the
-finished model is whole on every process and on its device.
+What is whole, and when. At start each process has the whole model (and an external teacher) in host memory, as it was
+loaded, and a cut before training is made there; from the first engine on, no process holds more than parts. In a step,
+DeepSpeed makes the parameters of one module whole at a time (and what it fetches ahead); vectors (norms, biases) stay
+whole. At a change of shape the engine is left with all parameters partitioned, and each that changes is whole on every
+process while it is cut, grown or merged (an adapter together with the weight it is merged into). The teacher shares
+the partitions of frozen weights and has partitions of its own of the rest; the parameters of each of its modules are
+whole while that runs. In a checkpoint the process that writes it collects all weights, the teacher's too, in host
+memory, and a resumed run begins with both whole on each process there. After training the finished model is whole on
+every process and on its device.
 
 Uses names of DeepSpeed that are not documented; checked with deepspeed 0.19.8.
 """
@@ -137,7 +139,10 @@ class Zero3Engine(ZeroEngine):
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-        world, rank = self._zero._get_param_partition_world_size(parameter), self._zero._get_param_partition_rank(parameter)
+        world, rank = (
+            self._zero._get_param_partition_world_size(parameter),
+            self._zero._get_param_partition_rank(parameter),
+        )
         part = F.pad(value.flatten(), (0, size * world - numel_of(parameter))).narrow(0, size * rank, size)
         if key is None:
             safe_set_local_fp32_param(parameter, part)

@@ -13,8 +13,8 @@ from transformers import AutoModelForSequenceClassification
 
 from apt_trainer import APTTrainer
 from integration.factories import SHORT, Rows, losses_of, make_trainer
+from integration.test_processes import GLOBAL_BATCH, two_processes
 from integration.test_pruned_before import BEFORE
-from integration.test_zero import GLOBAL_BATCH, deepspeed_config, two_processes
 
 CASES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -50,7 +50,8 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from integration.factories import losses_of
-from integration.test_zero3 import CASES, GLOBAL_BATCH, deepspeed_config, trained
+from integration.test_zero import deepspeed_config
+from integration.test_zero3 import CASES, GLOBAL_BATCH, trained
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 for name in CASES:
@@ -77,6 +78,5 @@ def test_other_models_and_settings_equal_one_process(tmp_path: Path) -> None:
         assert len(losses) == 12
         result = json.loads((tmp_path / f"{name}.0.json").read_text())
         worst = max(abs(result["losses"][str(step)][0] / values[0] - 1) for step, values in losses.items())
-        print(name, worst)
         assert worst < 1e-5, name
         assert torch.isfinite(torch.tensor([values[0] for values in losses.values()])).all()
