@@ -34,7 +34,7 @@ def before_processes_join(args: Any) -> None:
         UserError: where DeepSpeed is wanted but missing, or FSDP is wanted.
     """
     if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
-        raise UserError("Shapes cannot change under FSDP. Use DDP, or DeepSpeed: --accelerate_config zero2.")
+        raise UserError("Shapes cannot change under FSDP. Use DDP, or DeepSpeed: --accelerate_config zero2 or zero3.")
     if not wants_deepspeed(args):
         return
     if find_spec("deepspeed") is None:
