@@ -88,8 +88,8 @@ class AdaptivePruner:
         settings.check()
         if any(is_partitioned(parameter) for parameter in model.parameters()):
             raise UserError(
-                "The model is partitioned already (deepspeed.zero.Init), but adapters are put into a whole one. Load it "
-                "as an ordinary model; under ZeRO-3 it is partitioned when training begins."
+                "The model is partitioned already (deepspeed.zero.Init), but adapters are put into a whole one. Load "
+                "it as an ordinary model; under ZeRO-3 it is partitioned when training begins."
             )
         self.model, self.settings, self.seed = model, settings, seed
         self.family = family_of(model.config)
