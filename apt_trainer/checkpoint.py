@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import load_file, load_model, save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
@@ -46,7 +46,7 @@ class TrainingState:
     pruner: dict[str, Any]
     tensors: dict[str, torch.Tensor]
     distillation: dict[str, Any]
-    teacher: nn.Module | None
+    teacher: Mapping[str, torch.Tensor] | None
     teacher_shape: dict[str, Any] | None
 
 
@@ -144,7 +144,7 @@ def save_training_state(path: Path, weights: dict[str, torch.Tensor], state: Tra
     save_file(weights, path / WEIGHTS_FILE, metadata={"format": "pt"})
     save_file(state.tensors, path / TENSORS_FILE)
     if state.teacher is not None:
-        save_model(state.teacher, str(path / TEACHER_FILE))
+        save_file(dict(state.teacher), path / TEACHER_FILE, metadata={"format": "pt"})
     write_json(
         path / STATE_FILE,
         {

@@ -17,10 +17,13 @@ from torch import nn
 
 from apt_trainer.adapters import allocation, lora
 from apt_trainer.adapters.rank_score import RankScore
+from apt_trainer.errors import UserError
 from apt_trainer.importance import Importance, Reduce, make_importance
 from apt_trainer.importance.calibration import Batch, calibrate
+from apt_trainer.measure import trainable_parameters
 from apt_trainer.models import HIDDEN, ModelFamily, Space, Stack, family_of
 from apt_trainer.models.batch import Tokens
+from apt_trainer.partition import is_partitioned
 from apt_trainer.pruning.cost import CostModel, flops_cost, memory_cost, parameter_cost
 from apt_trainer.pruning.latency_cost import latency_cost
 from apt_trainer.pruning.limits import limits_of, warn_of_depth
@@ -83,6 +86,11 @@ class AdaptivePruner:
         seed: int = 0,
     ) -> None:
         settings.check()
+        if any(is_partitioned(parameter) for parameter in model.parameters()):
+            raise UserError(
+                "The model is partitioned already (deepspeed.zero.Init), but adapters are put into a whole one. Load "
+                "it as an ordinary model; under ZeRO-3 it is partitioned when training begins."
+            )
         self.model, self.settings, self.seed = model, settings, seed
         self.family = family_of(model.config)
         self.spaces = self.family.spaces(model)
@@ -235,7 +243,7 @@ class AdaptivePruner:
             "kind": kind,
             "sparsity": self.sparsity(),
             "block_params": int(self.block_cost.total(self.plan.counts)),
-            "trainable_params": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            "trainable_params": trainable_parameters(self.model),
             **_units(self.spaces, self.plan),
             "dense": _units(self.spaces, self.dense_plan),
             "ranks": lora.ranks(self.model),

@@ -23,6 +23,7 @@ from apt_trainer.engines.agreement import agree
 from apt_trainer.engines.base import plain_optimizer
 from apt_trainer.engines.state import Edits, State, add_masters, ages
 from apt_trainer.errors import UserError
+from apt_trainer.partition import shape_of
 
 
 class LiveModel:
@@ -73,6 +74,7 @@ def reshape(trainer: Any, change: Callable[[], Edits]) -> None:
     """
     cpu_rng = torch.random.get_rng_state()
     engine = engine_of(trainer)
+    engine.settle()
     schedule = trainer.lr_scheduler.state_dict()
     model = engine.loosen()
     state = engine.carried(change())
@@ -153,4 +155,6 @@ def set_schedule(trainer: Any, schedule: Mapping[str, Any]) -> None:
 
 def _agree_on_shape(trainer: Any) -> None:
     named = trainer.model.named_parameters()
-    agree("the pruned structure", trainer.state.global_step, [(n, tuple(p.shape), p.requires_grad) for n, p in named])
+    agree(
+        "the pruned structure", trainer.state.global_step, [(n, tuple(shape_of(p)), p.requires_grad) for n, p in named]
+    )

@@ -19,6 +19,7 @@ from apt_trainer.distillation.teacher import Teacher
 from apt_trainer.distillation.transform import HiddenTransform
 from apt_trainer.models import HIDDEN, ModelFamily, Stack
 from apt_trainer.models.batch import of_stack, predicted_tokens, real_tokens
+from apt_trainer.partition import is_partitioned
 from apt_trainer.pruning.slicing import Grow, Keep
 from apt_trainer.schedule import Schedule
 from apt_trainer.settings import MethodSettings
@@ -64,10 +65,17 @@ class SelfDistillation:
             delattr(self.teacher.model, TRANSFORM)  # the student's own map to its teacher is no part of a teacher
         return taken
 
+    def teach(self, inputs: Mapping[str, Any]) -> Any:
+        """Outputs of the teacher for a batch. Before the student's forward pass: while that runs, a parameter that the
+        two share can be on its way to the device (ZeRO-3)."""
+        with self.autocast():
+            return self.teacher.forward(inputs, output_hidden_states=self.uses_layers)
+
     def loss(
         self,
         inputs: Mapping[str, Any],
         outputs: Any,
+        teacher: Any,
         student: nn.Module,
         family: ModelFamily,
         alive: Mapping[Stack, list[bool]],
@@ -75,18 +83,18 @@ class SelfDistillation:
     ) -> torch.Tensor:
         """Weighted sum of prediction and layer loss for one batch; scalar float32.
 
-        The layer loss is the mean over the stacks of ``alive``, each with pairs of its own.
+        ``outputs`` are the student's, ``teacher`` is what :meth:`teach` gave. The layer loss is the mean over the
+        stacks of ``alive``, each with pairs of its own.
         """
         s, tokens = self.settings, real_tokens(inputs, family)
-        with self.autocast():
-            teacher = self.teacher.forward(inputs, output_hidden_states=self.uses_layers)
         predicted = predicted_tokens(inputs, family, student)
         loss = s.prediction_weight * prediction_loss(outputs, teacher, s.distillation_temperature, predicted)
         if not self.uses_layers:
             return loss
         transform, normalise = getattr(student, TRANSFORM), not family.post_norm
-        # every parameter takes part in every step, which DDP relies on
-        distance = 0.0 * torch.stack([p.sum() for p in (*transform.parameters(), loss.new_zeros(()))]).sum()
+        # every parameter takes part in every step, which DDP relies on; through its forward, as ZeRO-3 needs it
+        nothing = loss.new_zeros(1, 1, self.num_student, requires_grad=True)
+        distance = 0.0 * transform(nothing).sum()
         for stack, left in alive.items():
             ours, theirs = layer_outputs(outputs, stack), layer_outputs(teacher, stack)
             mask = of_stack(tokens, stack)
@@ -181,7 +189,10 @@ class SelfDistillation:
         transform = HiddenTransform(
             self.num_student, self.teacher.num_hidden, rank, hidden_index=index, generator=generator
         )
-        student.add_module(TRANSFORM, transform.to(next(student.parameters()).device))
+        example = next(student.parameters())
+        if is_partitioned(example):  # else an engine that is to come gives the type
+            transform.to(example.dtype)
+        student.add_module(TRANSFORM, transform.to(example.device))
 
     def _is_stale(self, student: nn.Module) -> bool:
         """Whether the teacher was replaced by a narrower snapshot since the transform was made."""

@@ -7,10 +7,9 @@ is ``runtime``'s, the best checkpoint ``best_model``'s. Only documented methods 
 
 from __future__ import annotations
 
-import copy
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from apt_trainer.adapters.allocation import mean_growth
 from apt_trainer.best_model import BestWithinBudget, check_candidates
 from apt_trainer.callback import MethodCallback
 from apt_trainer.config import APTConfig
-from apt_trainer.distillation.teacher import freeze
 from apt_trainer.engines import engine_of
 from apt_trainer.engines.agreement import agree
 from apt_trainer.engines.base import restore_forward
@@ -39,10 +37,11 @@ from apt_trainer.importance.calibration import Batch, shares
 from apt_trainer.models import HIDDEN
 from apt_trainer.models.batch import real_tokens
 from apt_trainer.pruned_model import as_pruned
-from apt_trainer.pruner import AdaptivePruner, Decision, give_shapes
+from apt_trainer.pruner import AdaptivePruner, Decision
 from apt_trainer.pruning.limits import warn_of_collapse
 from apt_trainer.pruning.slicing import Grow, Keep
 from apt_trainer.report.events import append_event, truncate_after
+from apt_trainer.resume import load_run
 from apt_trainer.schedule import Schedule, make_schedule
 from apt_trainer.self_distillation import SelfDistillation, split_heldout
 from apt_trainer.termination import StopOnSignal
@@ -103,7 +102,7 @@ class APTTrainer(BestWithinBudget):
             args,
             self.pruner.dense_plan.counts[HIDDEN],
             args.seed,
-            None if teacher is None else teacher.to(self.args.device),
+            None if teacher is None else engine_of(self).place(teacher),
             self.accelerator.autocast,
         )
         self._teacher_shape: dict[str, Any] | None = None
@@ -111,7 +110,7 @@ class APTTrainer(BestWithinBudget):
         self.schedule = self._make_schedule()
         self.live_dataloader: Any = None
         self.optimizer_ages: dict[str, int] = {}
-        self._restored: tuple[dict[str, Any], dict[str, torch.Tensor]] | None = None
+        self._restored: tuple[Mapping[str, Any], dict[str, torch.Tensor]] | None = None
         self._finite = torch.ones((), dtype=torch.bool, device=self.args.device)
         self._metrics: dict[str, list[torch.Tensor]] = {}
         self._last_inputs: dict[str, Any] | None = None
@@ -154,10 +153,12 @@ class APTTrainer(BestWithinBudget):
                 self._metrics.setdefault("loss/task", []).append(loss.detach())
             return (loss, outputs) if return_outputs else loss
         inputs = self._prepare_inputs(inputs)
+        engine_of(self).settle()
+        taught = self.distillation.teach(inputs)
         asked = {**inputs, "output_hidden_states": True} if self.distillation.uses_layers else inputs
         task, outputs = super().compute_loss(model, asked, return_outputs=True)
         distance = self.distillation.loss(
-            inputs, outputs, self.model, self.pruner.family, self.pruner.alive_layers(), step
+            inputs, outputs, taught, self.model, self.pruner.family, self.pruner.alive_layers(), step
         )
         loss = mu * distance + (1 - mu) * task
         self._metrics.setdefault("loss/task", []).append(task.detach())
@@ -193,20 +194,21 @@ class APTTrainer(BestWithinBudget):
         path = Path(output_dir or str(self.args.output_dir))
         self.check_finite()
         if _internal_call:
-            weights = {name: value for name, value in engine_of(self).weights() if self.args.should_save}
+            weights, state = engine_of(self).weights_to_save(), self.training_state()
             if self.args.should_save:
-                checkpoint.save_training_state(path, weights, self.training_state())
+                checkpoint.save_training_state(path, weights, state)
         elif self.args.should_save:
             checkpoint.save_pruned(self.model, path, self.pruner.plan, self.processing_class)
 
     # ------------------------------------------------------------------ the method's own steps
 
     def training_state(self) -> checkpoint.TrainingState:
-        """Everything beyond the student's weights, optimizer and random state that a resumed run needs."""
+        """Everything beyond the student's weights, optimizer and random state that a resumed run needs; collective."""
         description, tensors = self.pruner.state()
         teacher = None if self.distillation.teacher.is_external else self.distillation.teacher.model
+        weights = None if teacher is None else engine_of(self).weights_to_save(teacher)
         shape = None if teacher is None else self._teacher_shape
-        return checkpoint.TrainingState(description, tensors, self.distillation.state(self.model), teacher, shape)
+        return checkpoint.TrainingState(description, tensors, self.distillation.state(self.model), weights, shape)
 
     def check_finite(self) -> None:
         """Raise :class:`UserError` if any loss so far was not finite; waits for the device."""
@@ -218,11 +220,13 @@ class APTTrainer(BestWithinBudget):
 
     def before_step(self) -> None:
         """Before the first forward pass of an optimizer step."""
+        engine_of(self).settle()
         self.pruner.begin(self.state.global_step)
 
     def after_step(self) -> None:
         """After an optimizer step, before it is logged, evaluated and saved: shape changes, then snapshots."""
         step = self.state.global_step
+        engine_of(self).settle()
         decision = self._decide(step)
         if decision is not None:
             self._change_shape(decision, step)
@@ -322,6 +326,7 @@ class APTTrainer(BestWithinBudget):
     def _offer_snapshot(self, step: int) -> None:
         loss = self._heldout_loss()
         agree("the loss on held-out data", step, loss)
+        engine_of(self).settle()
         if self.distillation.offer(self.model, loss):
             restore_forward(self.distillation.teacher.model)
             self._teacher_shape = self.pruner.state()[0]
@@ -367,11 +372,12 @@ class APTTrainer(BestWithinBudget):
                 self._load_from_checkpoint(resume_from_checkpoint)
             state, schedule = read_optimizer(Path(resume_from_checkpoint))
             runtime.expect_state(self, state)
+        engine_of(self).split()
         _, self.live_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
         engine_of(self).check()
+        self.distillation.teacher.join(self.model)
         if resume_from_checkpoint is not None:
             engine_of(self).give_whole(state)
-            self.distillation.teacher.cast(self.model.dtype)
             runtime.set_schedule(self, schedule)
             self._load_scaler(resume_from_checkpoint)
         return runtime.LiveModel(self), self.live_dataloader
@@ -386,15 +392,5 @@ class APTTrainer(BestWithinBudget):
         save_optimizer(self, Path(output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        path = Path(resume_from_checkpoint)
-        described, tensors = checkpoint.read_training_state(path)
-        teacher, self._teacher_shape = None, described["teacher_shape"]
-        if self._teacher_shape is not None:
-            teacher = copy.deepcopy(self.model)
-            give_shapes(teacher, self.pruner.family, self.pruner.spaces, self.pruner.plan, self._teacher_shape)
-            checkpoint.load_training_weights(path / checkpoint.TEACHER_FILE, freeze(teacher).to(self.args.device))
-        self.distillation.restore(described["distillation"], teacher)
-        self.pruner.restore_shapes(described["pruner"])
-        self.distillation.restore_transform(described["distillation"], self.model)
-        checkpoint.load_training_weights(path / checkpoint.WEIGHTS_FILE, self.model)
-        self._restored = described["pruner"], tensors
+        description, tensors, self._teacher_shape = load_run(self, Path(resume_from_checkpoint))
+        self._restored = description, tensors

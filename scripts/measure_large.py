@@ -3,9 +3,9 @@
     python scripts/measure_large.py [--shape llama-2-7b] [--batch_size 4] [--length 512] [--steps 24] [--output FILE]
 
 Each side trains in a process of its own, in bfloat16, on random tokens: time and memory do not depend on what is
-learnt. Prints JSON: seconds per step (median of the second half of the steps, when ranks have grown), seconds of scoring
-and cutting, peak memory of training and of scoring, memory and speed of generation. Needs an accelerator for any shape
-but "tiny". Not for accuracy.
+learnt. Prints JSON: seconds per step (median of the second half of the steps, when ranks have grown), seconds of
+scoring and cutting, peak memory of training and of scoring, memory and speed of generation. Needs an accelerator for
+any shape but "tiny". Not for accuracy.
 """
 
 from __future__ import annotations
@@ -213,7 +213,10 @@ def _inference(model: Any, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _short(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: event[key] for key in ("step", "kind", "seconds", "block_params", "trainable_params")} for event in events]
+    return [
+        {key: event[key] for key in ("step", "kind", "seconds", "block_params", "trainable_params")}
+        for event in events
+    ]
 
 
 SIDES = {"lora": train_lora, "pruned": train_pruned}

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from apt_trainer.errors import UserError
+from apt_trainer.partition import numel_of, parameter_like, shape_of, whole
 from apt_trainer.pruning.slicing import EditLog
 
 ADAPTER = "default"
@@ -100,7 +101,7 @@ def ranks(model: nn.Module) -> dict[str, int]:
 def adapter_parameters(model: nn.Module) -> int:
     """Number of parameters in all A and B."""
     return sum(
-        p.numel() for _, layer in adapters(model) for part in (layer.lora_A, layer.lora_B) for p in part.parameters()
+        numel_of(p) for _, layer in adapters(model) for part in (layer.lora_A, layer.lora_B) for p in part.parameters()
     )
 
 
@@ -119,13 +120,15 @@ def grow_rank(path: str, layer: LoraLayer, rank: int, generator: torch.Generator
     New rows of A are drawn from U(±1/√in) on the CPU with ``generator``, so every process draws the same.
     """
     a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-    extra = rank - a.weight.shape[0]
-    assert extra > 0, f"{path}: rank {a.weight.shape[0]} cannot grow to {rank}"
-    bound = 1.0 / math.sqrt(a.weight.shape[1])
-    rows = (torch.rand(extra, a.weight.shape[1], generator=generator) * 2 - 1) * bound
-    columns = b.weight.new_zeros(b.weight.shape[0], extra)
-    a.weight = nn.Parameter(torch.cat([a.weight, rows.to(a.weight)]), requires_grad=a.weight.requires_grad)
-    b.weight = nn.Parameter(torch.cat([b.weight, columns], dim=1), requires_grad=b.weight.requires_grad)
+    (old_rank, inputs), outputs = shape_of(a.weight), shape_of(b.weight)[0]
+    extra = rank - old_rank
+    assert extra > 0, f"{path}: rank {old_rank} cannot grow to {rank}"
+    bound = 1.0 / math.sqrt(inputs)
+    rows = (torch.rand(extra, inputs, generator=generator) * 2 - 1) * bound
+    with whole(a.weight, b.weight):
+        taller = torch.cat([a.weight, rows.to(a.weight)])
+        wider = torch.cat([b.weight, b.weight.new_zeros(outputs, extra)], dim=1)
+    a.weight, b.weight = parameter_like(a.weight, taller), parameter_like(b.weight, wider)
     log.grow(f"{path}.lora_A.{ADAPTER}.weight", 0, extra)
     log.grow(f"{path}.lora_B.{ADAPTER}.weight", 1, extra)
     a.out_features = b.in_features = rank
@@ -141,7 +144,8 @@ def merge_adapters(model: nn.Module) -> None:
     """
     for path, layer in list(adapters(model)):
         plain = layer.get_base_layer()
-        delta = layer.get_delta_weight(ADAPTER)
-        merged = plain.weight + delta.to(plain.weight)
-        plain.weight = nn.Parameter(merged, requires_grad=plain.weight.requires_grad)
+        with whole(*layer.parameters()):
+            delta = layer.get_delta_weight(ADAPTER)
+            merged = plain.weight + delta.to(plain.weight)
+        plain.weight = parameter_like(plain.weight, merged)
         model.set_submodule(path, plain)

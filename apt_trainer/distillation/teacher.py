@@ -7,7 +7,9 @@ so no mask reaches it and no activation of it is recorded; its eval mode does no
 it does not touch what trains in the student. When the student is cut, its parameters are replaced by smaller ones and
 the teacher keeps the old ones, which then occupy memory until the next snapshot. Two rules follow. Adapters must not
 be merged in either of the two while they share weights. And before a base weight begins to train (or is written to in
-any way), :meth:`Teacher.own` must be called for it. Not for deciding when a snapshot is due. Source: APT, Sec. 4.4.
+any way), :meth:`Teacher.own` must be called for it. Where the student's parameters are partitioned (ZeRO-3), so are
+the copies, and what is shared is one partition; each module's parameters are whole for its own forward pass alone. Not
+for deciding when a snapshot is due. Source: APT, Sec. 4.4.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.utils import ModelOutput, find_labels
+
+from apt_trainer.partition import copy_of, gather_while_it_runs, is_partitioned, partition_all, strip_modules
 
 _HOOKS = (
     "_forward_hooks",
@@ -37,9 +41,10 @@ def snapshot(model: nn.Module) -> nn.Module:
     """Frozen copy of ``model`` in eval mode, without hooks, that shares its frozen parameters and integer buffers.
 
     Floating-point buffers are copied, since running statistics are written in place. ``model`` is left as it was;
-    give the plain module, not a distributed or compiled wrapper round it. Adapters stay unmerged.
+    give the plain module, not a distributed or compiled wrapper round it. Adapters stay unmerged. Collective where
+    parameters are partitioned.
     """
-    memo: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+    memo: dict[int, Any] = {id(p): copy_of(p, False) if p.requires_grad else p for p in model.parameters()}
     memo |= {id(b): b for b in model.buffers() if not b.is_floating_point()}
     # Kept out of the copy rather than cleared after it: a hook that is a bound method would drag its owner along.
     memo |= {id(hooks): OrderedDict() for module in model.modules() for hooks in _hooks_of(module)}
@@ -48,6 +53,8 @@ def snapshot(model: nn.Module) -> nn.Module:
         module._is_full_backward_hook = None
         # transformers installs its hidden-state hooks once and marks that it did so; the copy needs its own.
         module.__dict__.pop("_output_capturing_hooks_installed", None)
+    strip_modules(duplicate)
+    gather_while_it_runs(duplicate)
     return freeze(duplicate)
 
 
@@ -125,13 +132,20 @@ class Teacher:
                 if shared is None or id(shared) not in wanted:
                     continue
                 if id(shared) not in copies:
-                    copies[id(shared)] = nn.Parameter(shared.detach().clone(), requires_grad=False)
+                    copies[id(shared)] = copy_of(shared, requires_grad=False)
                 module._parameters[name] = copies[id(shared)]
 
-    def cast(self, dtype: torch.dtype) -> None:
-        """Give a snapshot that was read from a file the ``dtype`` its student trains in."""
-        if self.model is not None and not self.is_external:
-            self.model.to(dtype)
+    def join(self, student: Any) -> None:
+        """Once an engine holds ``student``: give a snapshot that was read from a file the type its student trains in,
+        and partition any teacher if the student is; collective."""
+        if self.model is None:
+            return
+        example = next(student.parameters())
+        if not self.is_external:
+            self.model.to(student.dtype)
+        if is_partitioned(example):
+            partition_all(self.model, example)
+            gather_while_it_runs(self.model)
 
     # no_grad and not inference_mode: its outputs take part in a loss that is differentiated.
     @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from apt_trainer.errors import UserError
+from apt_trainer.partition import parameter_like, shape_of, whole
 
 
 class HiddenTransform(nn.Module):
@@ -63,7 +64,7 @@ class HiddenTransform(nn.Module):
 
     @property
     def rank(self) -> int:
-        return 0 if self.lora_A is None else self.lora_A.shape[0]
+        return 0 if self.lora_A is None else int(shape_of(self.lora_A)[0])
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[B, S, d_s] → [B, S, d_t]."""
@@ -93,7 +94,7 @@ class HiddenTransform(nn.Module):
         self.num_student = len(index)
         if self.lora_A is None:
             return []
-        self.lora_A = _like(self.lora_A, self.lora_A.index_select(1, index.to(self.lora_A.device)))
+        self.lora_A = _kept(self.lora_A, 1, index)
         return [("lora_A", 1, index)]
 
     @torch.no_grad()
@@ -107,7 +108,7 @@ class HiddenTransform(nn.Module):
         self.num_teacher = self.num_student
         if self.lora_B is None:
             return []
-        self.lora_B = _like(self.lora_B, self.lora_B.index_select(0, index.to(self.lora_B.device)))
+        self.lora_B = _kept(self.lora_B, 0, index)
         return [("lora_B", 0, index)]
 
     @torch.no_grad()
@@ -123,10 +124,18 @@ class HiddenTransform(nn.Module):
             device = None if self.hidden_index is None else self.hidden_index.device
             self.lora_A, self.lora_B = nn.Parameter(rows.to(device)), nn.Parameter(columns.to(device))
         else:
-            self.lora_A = _like(self.lora_A, torch.cat([self.lora_A, rows.to(self.lora_A)]))
-            self.lora_B = _like(self.lora_B, torch.cat([self.lora_B, columns.to(self.lora_B)], dim=1))
+            self.lora_A = _extended(self.lora_A, 0, rows)
+            self.lora_B = _extended(self.lora_B, 1, columns)
         return [("lora_A", 0, extra), ("lora_B", 1, extra)]
 
 
-def _like(old: nn.Parameter, value: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(value, requires_grad=old.requires_grad)
+def _kept(old: nn.Parameter, dim: int, index: torch.Tensor) -> nn.Parameter:
+    with whole(old):
+        value = old.index_select(dim, index.to(old.device))
+    return parameter_like(old, value)
+
+
+def _extended(old: nn.Parameter, dim: int, new: torch.Tensor) -> nn.Parameter:
+    with whole(old):
+        value = torch.cat([old, new.to(old)], dim)
+    return parameter_like(old, value)

@@ -19,8 +19,13 @@ def zero_stage(trainer: Any) -> int:
 
 def engine_of(trainer: Any) -> Engine:
     """The engine that ``trainer`` has at this moment."""
-    if zero_stage(trainer) == 0:
+    stage = zero_stage(trainer)
+    if stage == 0:
         return Engine(trainer)
+    if stage == 3:
+        from apt_trainer.engines.zero3 import Zero3Engine
+
+        return Zero3Engine(trainer)
     from apt_trainer.engines.zero import ZeroEngine
 
     return ZeroEngine(trainer)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from apt_trainer.engines.state import MASTER, Edits, State, carry, collect, restore
+from apt_trainer.partition import copy_of
 
 
 class Engine:
@@ -36,8 +37,18 @@ class Engine:
         restore_forward(model)
         return model
 
+    def split(self) -> None:
+        """Before the first engine is made: what has to be done with the whole model of each process; collective."""
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """A teacher that was made before there is an engine, where it waits for one."""
+        return model.to(self.trainer.args.device)
+
     def check(self) -> None:
         """Once, when training begins: raise :class:`UserError` where a change of shape would fail later."""
+
+    def settle(self) -> None:
+        """Wait for what the engine has begun on its own, before parameters are read outside a forward pass."""
 
     def loosen(self) -> Any:
         """Take the model out of the engine: ordinary parameters, none of which an old hook can reach."""
@@ -62,9 +73,12 @@ class Engine:
 
     # ------------------------------------------------------------------ checkpoints
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Whole parameters and buffers of a checkpoint, tied ones once, with memory of their own; collective."""
-        model = self.model
+    def weights(self, model: Any = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Whole parameters and buffers of a checkpoint, tied ones once, with memory of their own; collective.
+
+        ``model``: by default the one that trains; else its teacher.
+        """
+        model = self.model if model is None else model
         parameters = dict(model.named_parameters())
         for name, parameter in parameters.items():
             yield name, _own(self.whole(parameter))
@@ -72,6 +86,10 @@ class Engine:
         for name, buffer in model.state_dict().items():
             if name not in tied:
                 yield name, _own(buffer)
+
+    def weights_to_save(self, model: Any = None) -> dict[str, torch.Tensor]:
+        """All of :meth:`weights` on the process that writes checkpoints, none on the others; collective."""
+        return {name: value for name, value in self.weights(model) if self.trainer.args.should_save}
 
     def whole(self, parameter: nn.Parameter) -> torch.Tensor:
         """The value of a parameter of the model, of which a process may hold only a part; collective."""
@@ -136,8 +154,7 @@ def fresh_leaves(model: nn.Module, copy: bool = False) -> None:
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad:
                 if id(parameter) not in fresh:
-                    data = parameter.data.clone() if copy else parameter.data
-                    fresh[id(parameter)] = nn.Parameter(data)
+                    fresh[id(parameter)] = copy_of(parameter, True) if copy else nn.Parameter(parameter.data)
                 module._parameters[name] = fresh[id(parameter)]
     for parameter in model.parameters():
         parameter.grad = None

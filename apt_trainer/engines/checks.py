@@ -11,8 +11,11 @@ from importlib.util import find_spec
 from typing import Any
 
 from accelerate import PartialState
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from apt_trainer.errors import UserError
+
+_NOT_IN_STAGE_3 = ("zero_hpz_partition_size", "mics_shard_size", "zero_quantized_weights", "zero_quantized_gradients")
 
 
 def wants_deepspeed(args: Any) -> bool:
@@ -31,7 +34,7 @@ def before_processes_join(args: Any) -> None:
         UserError: where DeepSpeed is wanted but missing, or FSDP is wanted.
     """
     if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
-        raise UserError("Shapes cannot change under FSDP. Use DDP, or DeepSpeed: --accelerate_config zero2.")
+        raise UserError("Shapes cannot change under FSDP. Use DDP, or DeepSpeed: --accelerate_config zero2 or zero3.")
     if not wants_deepspeed(args):
         return
     if find_spec("deepspeed") is None:
@@ -56,10 +59,12 @@ def check_deepspeed(args: Any) -> None:
     plugin = args.deepspeed_plugin
     if plugin is None:
         return
-    if plugin.zero_stage not in (1, 2):
+    if plugin.zero_stage not in (1, 2, 3):
         raise UserError(
-            f"Shapes cannot change under DeepSpeed with ZeRO stage {plugin.zero_stage}. Use stage 1 or 2, or DDP."
+            f"Shapes cannot change under DeepSpeed with ZeRO stage {plugin.zero_stage}. Use stage 1, 2 or 3, or DDP."
         )
+    if plugin.zero_stage == 3:
+        _check_stage_3(plugin.deepspeed_config["zero_optimization"])
     for section in ("optimizer", "scheduler"):
         if section in plugin.deepspeed_config:
             raise UserError(
@@ -72,11 +77,31 @@ def check_deepspeed(args: Any) -> None:
         raise UserError(
             "rank_score: absolute reads gradients, which DeepSpeed has cleared by then. Use rank_score: signed."
         )
+    if args.save_only_model and args.load_best_model_at_end:
+        raise UserError(
+            "transformers does not combine save_only_model with load_best_model_at_end under DeepSpeed. "
+            "Remove save_only_model, or train under DDP."
+        )
     if "RANK" not in os.environ:
         raise UserError(
             "DeepSpeed needs a launcher, also for one process: apt-trainer train --accelerate_config zero2, "
             "accelerate launch, or torchrun."
         )
+
+
+def _check_stage_3(settings: dict[str, Any]) -> None:
+    used = [name for name in _NOT_IN_STAGE_3 if settings.get(name, 1) not in (1, -1, False)]
+    used += [name for name in ("offload_param", "offload_optimizer") if _device(settings.get(name)) == "nvme"]
+    if used:
+        raise UserError(
+            f"Shapes cannot change under ZeRO-3 with {', '.join(used)}. Remove it; offload to the CPU is possible."
+        )
+    # Or models that are loaded from now on would be partitioned, where they are to be taken apart as a whole first.
+    unset_hf_deepspeed_config()
+
+
+def _device(offload: Any) -> Any:
+    return offload.get("device") if isinstance(offload, dict) else None
 
 
 def _on_cpu() -> None:

@@ -1,7 +1,8 @@
 """DeepSpeed ZeRO-1 and ZeRO-2: whole parameters on every process, optimizer state in flat parts, one per process.
 
 A group of the optimizer is one flat tensor with one step count, so parameters of different age train in different
-groups. Uses names of DeepSpeed that are not documented; checked with deepspeed 0.19.8. Not for ZeRO-3.
+groups. Uses names of DeepSpeed that are not documented; checked with deepspeed 0.19.8. What differs in ZeRO-3 is in
+``engines.zero3``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from apt_trainer.engines.base import Engine, fresh_leaves
 from apt_trainer.engines.state import MASTER, STEP, Edits, State, follow, follow_master
 from apt_trainer.errors import UserError
+from apt_trainer.partition import whole
 
 
 @dataclass(frozen=True)
@@ -44,19 +46,20 @@ class Shard:
 
 
 OF_ENGINE = ("module_forward_pre_hook", "module_forward_post_hook", "basic_optimizer", "client_optimizer")
-OF_OPTIMIZER = (
-    "bit16_groups",
-    "single_partition_of_fp32_groups",
-    "_hp_optimizer_states_linked",
-    "_lazy_init_hp_params_optimizer_state",
-)
-"""Undocumented attributes of DeepSpeed that are used here."""
+"""Undocumented attributes of DeepSpeed's engine that are used here."""
 
 
 class ZeroEngine(Engine):
     """ZeRO-1 and ZeRO-2."""
 
     groups_by_age = True
+    of_optimizer: tuple[str, ...] = (
+        "bit16_groups",
+        "single_partition_of_fp32_groups",
+        "_hp_optimizer_states_linked",
+        "_lazy_init_hp_params_optimizer_state",
+    )
+    """Undocumented attributes of DeepSpeed's optimizer that are used here."""
 
     def __init__(self, trainer: Any) -> None:
         super().__init__(trainer)
@@ -72,7 +75,7 @@ class ZeroEngine(Engine):
         return self._engine.optimizer
 
     def check(self) -> None:
-        used = [(self._engine, name) for name in OF_ENGINE] + [(self._zero, name) for name in OF_OPTIMIZER]
+        used = [(self._engine, name) for name in OF_ENGINE] + [(self._zero, name) for name in self.of_optimizer]
         missing = [f"{type(owner).__name__}.{name}" for owner, name in used if not hasattr(owner, name)]
         if missing:
             raise UserError(
@@ -100,7 +103,10 @@ class ZeroEngine(Engine):
     def _kept(self, value: Any, key: str, edits: list[Any], new: nn.Parameter) -> Any:
         if not torch.is_tensor(value):
             return value
-        return Shard.of(follow_master(value, edits, new.detach()) if key == MASTER else follow(value, key, edits))
+        if key != MASTER:
+            return Shard.of(follow(value, key, edits))
+        with whole(new):
+            return Shard.of(follow_master(value, edits, new.detach()))
 
     def release(self) -> None:
         zero, inner = self._zero, self._engine.basic_optimizer

@@ -10,6 +10,7 @@ from torch import nn
 from apt_trainer.importance.base import Importance
 from apt_trainer.models import Space
 from apt_trainer.models.base import base_layer
+from apt_trainer.partition import whole
 
 
 class Magnitude(Importance):
@@ -30,7 +31,9 @@ class Magnitude(Importance):
             for part in space.slices:
                 if part.module not in present or _weight(model.get_submodule(part.module)) is None:
                     continue
-                squares = _squares(model.get_submodule(part.module), part.side)
+                module = model.get_submodule(part.module)
+                with whole(*module.parameters()):
+                    squares = _squares(module, part.side)
                 total += _sum_parts(squares, part.parts, size)
             scores[space.name] = total.sqrt()
         return scores

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from apt_trainer.errors import UserError
+from apt_trainer.partition import numel_of
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -17,12 +18,12 @@ def count_parameters(module: nn.Module) -> int:
 
     Under DeepSpeed ZeRO-3 the whole parameter is counted, not the part that this process holds.
     """
-    return sum(_numel(p) for p in module.parameters())
+    return sum(numel_of(p) for p in module.parameters())
 
 
 def trainable_parameters(module: nn.Module) -> int:
     """Count as :func:`count_parameters`, only what requires a gradient."""
-    return sum(_numel(p) for p in module.parameters() if p.requires_grad)
+    return sum(numel_of(p) for p in module.parameters() if p.requires_grad)
 
 
 def size_on_disk(path: str | Path) -> int:
@@ -37,8 +38,3 @@ def size_on_disk(path: str | Path) -> int:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder. Give the folder of a saved model (*.safetensors).")
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    # DeepSpeed ZeRO-3 leaves an empty tensor behind and keeps the true size in ds_numel.
-    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from apt_trainer.models.base import Side
+from apt_trainer.partition import parameter_like, shape_of, whole
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ class EditLog:
         self.edits[f"{path}.{name}"].append(Keep(dim, index))
         done = self._done.get((id(old), dim))
         if done is None:
-            selected = old.detach().index_select(dim, index.to(old.device))
-            new = nn.Parameter(selected, requires_grad=old.requires_grad)
+            with whole(old):
+                selected = old.detach().index_select(dim, index.to(old.device))
+            new = parameter_like(old, selected)
             self._done[id(old), dim] = (old, new)  # the reference to old keeps its id from being reused
         else:
             new = done[1]
@@ -64,7 +66,7 @@ def slice_module(module: nn.Module, side: Side, index: torch.Tensor, path: str, 
     """Keep ``index`` of one side of ``module``. The default serves norms: one weight (and bias) of one dimension, or
     none at all."""
     weight = module._parameters.get("weight")
-    is_norm = isinstance(module, nn.LayerNorm) if weight is None else weight.dim() == 1
+    is_norm = isinstance(module, nn.LayerNorm) if weight is None else len(shape_of(weight)) == 1
     assert is_norm, f"{path}: {type(module).__name__} cannot be sliced"
     log.keep(module, path, "weight", 0, index)
     log.keep(module, path, "bias", 0, index)

@@ -113,10 +113,11 @@ def test_the_distillation_loss_by_hand(name: str, tmp_path: Path) -> None:
     batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(6)]))
     distillation.offer(student, 1.0)
     distillation.keep_transform(student, trainer.schedule, 4)
+    alive = trainer.pruner.alive_layers()
 
     def loss() -> float:
         outputs = student(**batch, output_hidden_states=True)
-        return distillation.loss(batch, outputs, student, family, trainer.pruner.alive_layers(), 4).item()
+        return distillation.loss(batch, outputs, distillation.teach(batch), student, family, alive, 4).item()
 
     assert loss() == pytest.approx(0.0, abs=1e-6)
     with torch.no_grad():

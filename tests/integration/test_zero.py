@@ -25,12 +25,22 @@ SAVED = (6, 10)
 
 
 def deepspeed_config(stage: int) -> dict[str, Any]:
+    """Of stage 3 with everything partitioned, however small, as in large models."""
     automatic = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
     return {
         **dict.fromkeys((*automatic, "gradient_clipping"), "auto"),
         "bf16": {"enabled": "auto"},
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": 500_000},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 500_000, "stage3_param_persistence_threshold": 0},
     }
+
+
+def with_zero(**settings: Any) -> dict[str, Any]:
+    config = deepspeed_config(3)
+    return config | {"zero_optimization": config["zero_optimization"] | settings}
+
+
+ONLY_WEIGHTS: dict[str, Any] = {"load_best_model_at_end": True, "save_only_model": True}
+ONLY_WEIGHTS |= {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": 10, "eval_steps": 10}
 
 
 def trained(folder: Path, saved: tuple[int, ...] = (), resume: Path | None = None, **changes: Any) -> APTTrainer:
@@ -67,7 +77,7 @@ from integration.factories import losses_of, weights_of
 from integration.test_zero import CASES, GLOBAL_BATCH, SAVED, deepspeed_config, logits_of, make_trainer, trained
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
-for name, (stage, source, steps) in CASES.items():
+for name, (stage, source, steps) in CASES["KIND"].items():
     resume = None if source is None else folder / source
     zero = {{"deepspeed": deepspeed_config(stage), "gradient_accumulation_steps": steps}}
     zero["per_device_train_batch_size"] = GLOBAL_BATCH // 2 // steps
@@ -80,6 +90,7 @@ for name, (stage, source, steps) in CASES.items():
         "losses": losses_of(trainer),
         "eval_loss": trainer.evaluate(trainer.heldout_dataset)["eval_loss"],
         "live_engines": sum(type(thing).__name__ == "DeepSpeedEngine" for thing in gc.get_objects()),
+        "parts": sum(isinstance(thing, torch.nn.Parameter) and hasattr(thing, "ds_id") for thing in gc.get_objects()),
     }}
     trainer.save_model(str(folder / name / "model"))
     (folder / f"{{name}}.{{rank}}.json").write_text(json.dumps(result))
@@ -95,10 +106,18 @@ torch.distributed.barrier()
 os._exit(0)
 """
 
-CASES: dict[str, tuple[int, str | None, int]] = {
-    "zero2": (2, None, 1),
-    "again": (2, "zero2/checkpoint-10", 1),
-    "from_single": (1, "single/checkpoint-6", 2),
+CASES: dict[str, dict[str, tuple[int, str | None, int]]] = {
+    "zero2": {
+        "straight": (2, None, 1),
+        "again": (2, "straight/checkpoint-10", 1),
+        "from_single": (1, "single/checkpoint-6", 2),
+    },
+    "zero3": {
+        "straight": (3, None, 1),
+        "again": (3, "straight/checkpoint-10", 1),
+        "to_zero2": (2, "straight/checkpoint-6", 1),
+        "from_single": (3, "single/checkpoint-6", 2),
+    },
 }
 """Name of a run → stage, the checkpoint that it goes on from, and batches accumulated."""
 
@@ -110,7 +129,7 @@ def _result(folder: Path, name: str, rank: int) -> tuple[dict[str, Any], dict[st
 def _assert_equals_single(folder: Path, name: str, expected: APTTrainer) -> None:
     (first, weights), (second, others) = (_result(folder, name, rank) for rank in (0, 1))
     assert first["world"] == second["world"] == 2
-    assert first["live_engines"] == second["live_engines"] == 0
+    assert first["live_engines"] == second["live_engines"] == first["parts"] == second["parts"] == 0
     assert first["plan"] == second["plan"] == expected.pruner.plan.to_json()
     assert all(torch.equal(weight, others[key]) for key, weight in weights.items())
     losses = losses_of(expected)
@@ -123,24 +142,25 @@ def _assert_equals_single(folder: Path, name: str, expected: APTTrainer) -> None
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("kind", CASES)
 def test_zero_equals_one_process_and_checkpoints_move_between_engines(
-    single: tuple[Path, APTTrainer], tmp_path: Path
+    kind: str, single: tuple[Path, APTTrainer], tmp_path: Path
 ) -> None:
     """One test, since starting two processes takes longer than the runs in them."""
     (tmp_path / "single").symlink_to(single[0])
-    results = [f"{name}.{rank}.json" for name in CASES for rank in (0, 1)]
-    two_processes(tmp_path, WORKER, *results, "disagreement.0.txt", "disagreement.1.txt")
-    for name in CASES:
+    results = [f"{name}.{rank}.json" for name in CASES[kind] for rank in (0, 1)]
+    two_processes(tmp_path, WORKER.replace("KIND", kind), *results, "disagreement.0.txt", "disagreement.1.txt")
+    for name in CASES[kind]:
         _assert_equals_single(tmp_path, name, single[1])
-    straight, resumed = (_result(tmp_path, name, 0) for name in ("zero2", "again"))
+    straight, resumed = (_result(tmp_path, name, 0) for name in ("straight", "again"))
     for step, values in straight[0]["losses"].items():
         assert resumed[0]["losses"][step] == pytest.approx(values, rel=1e-6)
     assert all(torch.allclose(value, resumed[1][key], rtol=1e-6, atol=0) for key, value in straight[1].items())
-    records = [(r["step"], r["kind"], r["block_params"], r["ranks"]) for r in events_of(tmp_path / "zero2")]
+    records = [(r["step"], r["kind"], r["block_params"], r["ranks"]) for r in events_of(tmp_path / "straight")]
     assert records == [(r["step"], r["kind"], r["block_params"], r["ranks"]) for r in events_of(single[0])]
 
     for step in SAVED:  # and back to one process
-        source = tmp_path / "zero2" / f"checkpoint-{step}"
+        source = tmp_path / "straight" / f"checkpoint-{step}"
         assert {file.suffix for file in source.iterdir() if not file.name.startswith("rng_state")} == {
             ".json",
             ".safetensors",
@@ -176,10 +196,13 @@ def test_values_in_float32_follow_a_cut_and_take_new_entries_from_the_parameter(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"deepspeed": deepspeed_config(3)}, "ZeRO stage 3.*Use stage 1 or 2"),
+        ({"deepspeed": deepspeed_config(0)}, "ZeRO stage 0.*Use stage 1, 2 or 3"),
+        ({"deepspeed": with_zero(zero_hpz_partition_size=2)}, "ZeRO-3 with zero_hpz_partition_size"),
+        ({"deepspeed": with_zero(offload_optimizer={"device": "nvme", "nvme_path": "x"})}, "with offload_optimizer"),
         ({"deepspeed": deepspeed_config(2) | {"optimizer": {"type": "AdamW"}}}, "section 'optimizer'"),
         ({"deepspeed": deepspeed_config(2), "rank_score": "absolute"}, "rank_score: signed"),
         ({"deepspeed": deepspeed_config(2), "fp16": True}, "Use bf16"),
+        ({"deepspeed": deepspeed_config(3), **ONLY_WEIGHTS}, "save_only_model.*load_best_model_at_end"),
         ({"deepspeed": deepspeed_config(2)}, "needs a launcher"),
         ({"fsdp": True}, "cannot change under FSDP"),
     ],

@@ -99,7 +99,7 @@ def test_a_target_that_is_no_linear_of_a_layer_is_a_user_error(target: str) -> N
 
 
 def test_under_autocast_adapters_keep_no_copy_of_their_input() -> None:
-    """Same numbers as PEFT's way, and nothing of the size of the input is saved for the backward pass but the input."""
+    """Same numbers as PEFT's way, and nothing of the size of the input is kept for the backward pass but the input."""
     layer = nn.Module()
     layer.block = nn.Module()
     layer.block.linear = nn.Linear(64, 8, bias=False, dtype=torch.bfloat16)

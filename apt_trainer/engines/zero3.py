@@ -1,0 +1,170 @@
+"""DeepSpeed ZeRO-3: each process holds a part of every parameter, and of its optimizer state.
+
+What is whole, and when. At start each process has the whole model (and an external teacher) in host memory, as it was
+loaded, and a cut before training is made there; from the first engine on, no process holds more than parts. In a step,
+DeepSpeed makes the parameters of one module whole at a time (and what it fetches ahead); vectors (norms, biases) stay
+whole. At a change of shape the engine is left with all parameters partitioned, and each that changes is whole on every
+process while it is cut, grown or merged (an adapter together with the weight it is merged into). The teacher shares
+the partitions of frozen weights and has partitions of its own of the rest; the parameters of each of its modules are
+whole while that runs. In a checkpoint the process that writes it collects all weights, the teacher's too, in host
+memory, and a resumed run begins with both whole on each process there. After training the finished model is whole on
+every process and on its device.
+
+Uses names of DeepSpeed that are not documented; checked with deepspeed 0.19.8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+from apt_trainer import partition
+from apt_trainer.engines.zero import ZeroEngine
+from apt_trainer.partition import move_buffers, numel_of, shape_of, whole
+
+
+class Zero3Engine(ZeroEngine):
+    """ZeRO-3."""
+
+    of_optimizer = ("fp16_groups", "fp32_partitioned_groups_flat", "parameter_offload", "persistent_parameters")
+
+    def split(self) -> None:
+        """Partition the model parameter by parameter, in the type it trains in; DeepSpeed would put the whole of it on
+        the device first."""
+        import deepspeed
+
+        model, plugin = self.trainer.model, self.trainer.args.deepspeed_plugin
+        dtype = torch.bfloat16 if self.trainer.args.bf16 else torch.float32
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        zero = plugin.deepspeed_config["zero_optimization"]
+        settings = {
+            "train_batch_size": dist.get_world_size(),  # asked for, not used
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "zero_optimization": {name: value for name, value in zero.items() if value != "auto"},
+        }
+        deepspeed.init_distributed(dist.get_backend())
+        deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=dtype)
+        move_buffers(model, next(model.parameters()).device)
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """In host memory, until the student is partitioned and it can be too."""
+        return model
+
+    def check(self) -> None:
+        super().check()
+        # Generation in an evaluation asks this for whether all processes must go on until the last one is done.
+        set_hf_deepspeed_config(self.trainer.args.deepspeed_plugin.hf_ds_config)
+        self._keep_vectors()
+
+    def settle(self) -> None:
+        """Wait for parameters that were fetched ahead, and let go of them again."""
+        self._coordinator()._clean_inflight_param_registry()
+
+    def loosen(self) -> Any:
+        """The model with all parameters partitioned and no hook of the engine on it."""
+        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+        self._coordinator().release_and_reset_all(self.model)
+        self._zero.parameter_offload.destroy()
+        partition.strip_modules(self.model)
+        FWD_MODULE_STACK.clear()
+        return super().loosen()
+
+    def release(self) -> None:
+        dead, offload = list(self._trained.values()), self._zero.parameter_offload
+        super().release()
+        # Cycles through hooks in C++, which the garbage collector does not see.
+        for parameter in dead:
+            parameter.__dict__.clear()
+        _forget_modules(offload.param_coordinator)
+        offload.param_coordinator.__dict__.clear()
+        offload.__dict__.clear()
+
+    def give(self, state: Any) -> None:
+        super().give(state)
+        self._keep_vectors()
+
+    def leave(self) -> Any:
+        """The plain model, whole on every process."""
+        from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Patches
+
+        model = super().leave()
+        _make_whole(model)
+        F.linear = getattr(Patches, "linear_bk", F.linear)  # which DeepSpeed has replaced by its own
+        unset_hf_deepspeed_config()  # or models that are loaded from now on would be partitioned
+        return model
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def weights(self, model: Any = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """As in other engines; whole parameters in host memory, one at a time."""
+        self.settle()
+        yield from super().weights(model)
+
+    def whole(self, parameter: nn.Parameter) -> torch.Tensor:
+        with whole(parameter):
+            return parameter.detach().to("cpu", copy=True)
+
+    # ------------------------------------------------------------------ inside
+
+    def _coordinator(self) -> Any:
+        return self._zero.parameter_offload.get_param_coordinator()
+
+    def _keep_vectors(self) -> None:
+        """Let vectors stay whole between uses: a mask of hidden dimensions reads the weights of a norm after its
+        forward pass, when they would be partitioned again."""
+        for parameter in self.model.parameters():
+            if len(shape_of(parameter)) <= 1 and not parameter.ds_persist:
+                parameter.ds_persist = True
+                self._zero.persistent_parameters.append(parameter)
+
+    def _groups(self) -> list[list[nn.Parameter]]:
+        return self._zero.fp16_groups  # type: ignore[no-any-return]
+
+    def _flats(self) -> list[torch.Tensor]:
+        return self._zero.fp32_partitioned_groups_flat  # type: ignore[no-any-return]
+
+    def _link(self) -> None:
+        """Nothing to link: parameters are found by their number."""
+
+    def _write(self, parameter: nn.Parameter, value: torch.Tensor, key: str | None) -> None:
+        # DeepSpeed's setters of whole values leave out the padding of sizes that processes do not divide.
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        world, rank = (
+            self._zero._get_param_partition_world_size(parameter),
+            self._zero._get_param_partition_rank(parameter),
+        )
+        part = F.pad(value.flatten(), (0, size * world - numel_of(parameter))).narrow(0, size * rank, size)
+        if key is None:
+            safe_set_local_fp32_param(parameter, part)
+        else:
+            safe_set_local_optimizer_state(parameter, part, key)
+
+
+def _forget_modules(coordinator: Any) -> None:
+    """Clear a cache that belongs to the class and would keep every module of every engine for good."""
+    cached = getattr(type(coordinator), "_PartitionedParameterCoordinator__params_to_release", None)
+    for cell in getattr(cached, "__closure__", None) or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
+
+
+def _make_whole(model: nn.Module) -> None:
+    done: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in done:
+                with whole(parameter):
+                    done[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            module._parameters[name] = done[id(parameter)]

@@ -1,0 +1,147 @@
+"""Parameters of which each process holds a part (DeepSpeed ZeRO-3), and the same calls for ordinary ones.
+
+The method asks here for values and sizes instead of reading ``parameter.shape`` or ``parameter.data``, which are those
+of an empty tensor while a parameter is partitioned. All calls but the questions of size are collective: every process
+must make them in the same order. Knows names of DeepSpeed that are not documented (checked with 0.19.8) but does not
+import it. Not for moments of the optimizer (``engines``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether this process holds a part of ``parameter``; also true while it is gathered for a moment."""
+    return hasattr(parameter, "ds_id")
+
+
+def shape_of(parameter: nn.Parameter) -> torch.Size:
+    """Shape of the whole parameter."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def numel_of(parameter: nn.Parameter) -> int:
+    """Number of entries of the whole parameter."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+@contextmanager
+def whole(*parameters: nn.Parameter | None) -> Iterator[None]:
+    """Within it, all of ``parameters`` hold their whole values, to be read and not written to; collective.
+
+    Does nothing for ordinary parameters and for what is whole already. Not for values that a backward pass needs.
+    """
+    wanted: dict[int, Any] = {}
+    for parameter in parameters:
+        if parameter is not None and _status(parameter) == "NOT_AVAILABLE":
+            wanted[id(parameter)] = parameter
+    gathered = list(wanted.values())
+    if gathered:
+        gathered[0].all_gather(param_list=gathered)
+    try:
+        yield
+    finally:
+        if gathered:
+            gathered[0].partition(param_list=gathered, has_been_updated=False)
+
+
+def parameter_like(old: nn.Parameter, value: torch.Tensor, requires_grad: bool | None = None) -> nn.Parameter:
+    """New parameter with ``value``, partitioned where ``old`` is, and then at once; collective.
+
+    ``value``: whole, and equal on all processes; its memory is not used where the result is partitioned.
+    """
+    new = nn.Parameter(value.detach(), old.requires_grad if requires_grad is None else requires_grad)
+    if is_partitioned(old):
+        new = nn.Parameter(new.detach().clone(memory_format=torch.contiguous_format), new.requires_grad)
+        old.convert_to_zero_parameters([new])  # type: ignore[attr-defined]
+    return new
+
+
+def copy_of(parameter: nn.Parameter, requires_grad: bool) -> nn.Parameter:
+    """Copy with memory of its own, partitioned where ``parameter`` is; it is whole for a moment. Collective."""
+    with whole(parameter):
+        value = parameter.detach()
+        if is_partitioned(parameter):
+            return parameter_like(parameter, value, requires_grad)
+        return nn.Parameter(value.clone(), requires_grad)
+
+
+def partition_all(model: nn.Module, example: nn.Parameter) -> None:
+    """Partition what is whole in ``model`` as ``example`` is, one parameter after the other, and put its buffers on
+    the same device; collective."""
+    plain = [parameter for parameter in model.parameters() if not is_partitioned(parameter)]
+    example.convert_to_zero_parameters(plain)  # type: ignore[attr-defined]
+    move_buffers(model, example.device)
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Put all buffers on ``device``; they are never partitioned."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+
+
+def gather_while_it_runs(model: nn.Module) -> None:
+    """Hooks that make the parameters of each module whole for its forward pass alone, for a model that no engine
+    holds and that never has a backward pass; put on once."""
+    for module in model.modules():
+        if any(parameter is not None and is_partitioned(parameter) for parameter in module._parameters.values()):
+            _Gathering(module)
+
+
+class _Gathering:
+    """The hooks of one module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._open: list[Any] = []
+        module.register_forward_pre_hook(self._gather)
+        module.register_forward_hook(self._release)
+
+    def _gather(self, module: nn.Module, args: Any) -> None:
+        context = whole(*module._parameters.values())
+        context.__enter__()
+        self._open.append(context)
+
+    def _release(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._open.pop().__exit__(None, None, None)
+
+
+# ------------------------------------------------------------------ what DeepSpeed leaves on modules
+
+_ON_MODULES = (
+    "_original_parameters",
+    "_external_params",
+    "all_parameters",
+    "applied_pre_backward_ref_cnt",
+    "ds_external_parameters",
+    "ds_grads_remaining",
+    "ds_id",
+    "ds_inflight_param_registry",
+    "ds_model_granularity",
+    "ds_recompute_parameters",
+    "post_bwd_fn",
+    "pre_bwd_fn",
+)
+
+
+def strip_modules(model: nn.Module) -> None:
+    """Take off what an engine of ZeRO-3 left on modules besides its hooks; parameters stay partitioned.
+
+    A new engine would go on with the functions of the old one, and a copy with those of its original.
+    """
+    for module in model.modules():
+        if type(module._parameters).__name__ == "ZeROOrderedDict":
+            module._parameters = dict(module._parameters.items())
+        for name in _ON_MODULES:
+            module.__dict__.pop(name, None)
+
+
+def _status(parameter: nn.Parameter) -> str:
+    status = getattr(parameter, "ds_status", None)
+    return "AVAILABLE" if status is None else str(status.name)

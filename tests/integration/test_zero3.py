@@ -1,0 +1,113 @@
+"""ZeRO-3 on two real processes with other models and settings than ``test_zero``, each as one process runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import LANGUAGE_MODELS, tiny_config, tiny_model
+from transformers import AutoModelForSequenceClassification, TrainerCallback
+
+from apt_trainer import APTTrainer
+from apt_trainer.partition import shape_of
+from integration.factories import SHORT, Rows, losses_of, make_trainer
+from integration.test_processes import GLOBAL_BATCH, two_processes
+from integration.test_pruned_before import BEFORE
+
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gpt2": {},
+    "t5": {},
+    "before": {**BEFORE, "importance": "magnitude"},
+    "teacher": {"distillation": "model", "teacher_name_or_path": "given"},
+    "norms": {"tune": "adapters_and_norms", "activation_checkpointing": True, "importance": "taylor"},
+    "full": {"tune": "full", "tune_embeddings": True, "rank_growth": "none", "distillation_transform": "identity"},
+}
+"""What differs from ``SHORT``; the first three name models."""
+HALVES = {"models": list(CASES)[:3], "settings": list(CASES)[3:]}
+
+
+def trained(folder: Path, name: str, held: Held | None = None, **changes: Any) -> APTTrainer:
+    """Rows without padding, so that the batches of two processes weigh the same."""
+    options: dict[str, Any] = {"heldout_dataset": Rows(16, padded=False)}
+    model, data = tiny_model("bert"), Rows(96, padded=False)
+    if name in LANGUAGE_MODELS:
+        model, data = tiny_model(name, LANGUAGE_MODELS[name]), Rows(96, "text", padded=False)
+        options = {"heldout_dataset": Rows(16, "text", padded=False)}
+    if name == "teacher":
+        teacher = AutoModelForSequenceClassification.from_config(tiny_config("bert", 2, num_labels=3))
+        options = {"teacher": teacher}
+    if held is not None:
+        options["callbacks"] = [held]
+    trainer = make_trainer(folder, model, data, options, **{**SHORT, "max_grad_norm": 1.0, **CASES[name], **changes})
+    if held is not None:
+        held.trainer = trainer
+    trainer.train()
+    return trainer
+
+
+class Held(TrainerCallback):
+    """Which matrices were whole between steps, of the student or its teacher, and how many the two shared."""
+
+    def __init__(self) -> None:
+        self.whole, self.shared = set[str](), 0
+        self.trainer: APTTrainer | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer is not None
+        models = self.trainer.model, self.trainer.distillation.teacher.model
+        for model in models:
+            if model is not None:
+                named = model.named_parameters()
+                self.whole |= {name for name, p in named if p.numel() > 0 and len(shape_of(p)) > 1}
+        if models[1] is not None:
+            self.shared = max(
+                self.shared, len({id(p) for p in models[0].parameters()} & {id(p) for p in models[1].parameters()})
+            )
+
+
+WORKER = """
+import json, os, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from integration.factories import losses_of
+from integration.test_zero import deepspeed_config
+from integration.test_zero3 import GLOBAL_BATCH, HALVES, Held, trained
+
+folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+for name in HALVES["@"]:
+    zero = {{"deepspeed": deepspeed_config(3), "per_device_train_batch_size": GLOBAL_BATCH // 2}}
+    held = Held()
+    trainer = trained(folder / name, name, held, **zero)
+    trainer.save_model(str(folder / name / "model"))
+    result = {{"plan": trainer.pruner.plan.to_json(), "losses": losses_of(trainer)}}
+    result |= {{"whole": sorted(held.whole), "shared": held.shared}}
+    (folder / f"{{name}}.{{rank}}.json").write_text(json.dumps(result))
+torch.distributed.barrier()
+os._exit(0)
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("half", HALVES)
+def test_other_models_and_settings_equal_one_process(half: str, tmp_path: Path) -> None:
+    """Several runs in a test, since starting two processes takes longer than a run in them."""
+    results = [f"{name}.{rank}.json" for name in HALVES[half] for rank in (0, 1)]
+    two_processes(tmp_path, WORKER.replace("@", half), *results)
+    for name in HALVES[half]:
+        expected = trained(tmp_path / "single" / name, name, per_device_train_batch_size=GLOBAL_BATCH)
+        losses = losses_of(expected)
+        for rank in (0, 1):
+            result = json.loads((tmp_path / f"{name}.{rank}.json").read_text())
+            assert result["plan"] == expected.pruner.plan.to_json(), name
+            assert result["whole"] == [], name
+            assert (result["shared"] > 10) == (name in ("llama", "gpt2", "t5", "norms")), (name, result["shared"])
+            assert len(losses) == 12
+            for step, values in losses.items():
+                # rounding of the gradients of norms, which Adam scales up
+                tolerance = 1e-5 if name == "norms" else 1e-6
+                assert result["losses"][str(step)][0] == pytest.approx(values[0], rel=tolerance), (name, step)
