@@ -1,13 +1,13 @@
 """One recipe under several engines, beside the run of one process: are they equal, and what do events cost?
 
-    python scripts/measure_engines.py --model minilm                    # DDP, ZeRO-1, -2 and -3, two processes on a CPU
+    python scripts/measure_engines.py --model minilm                # DDP, ZeRO-1, -2, -3, two processes on a CPU
     python scripts/measure_engines.py --model smollm2
-    python scripts/measure_engines.py --model smollm2 --profiles zero2 zero3 --processes 1        # on an accelerator
+    python scripts/measure_engines.py --profiles zero2 zero3 --processes 1 --bf16        # on an accelerator
 
-Every run sees the same rows in the same order, prunes early and distils from itself. Prints a table: the largest relative
-difference of the loss curve and of the logits of the finished model, whether the same units were kept, seconds of a
-step, of a pruning event, of a checkpoint, and the share of the steps that reductions of scores take. Data as the
-recipes. Not for speed: on one machine the processes share its cores.
+Every run sees the same rows in the same order, prunes early and distils from itself. Prints a table: the largest
+relative difference of the loss curve and of the logits of the finished model, whether the same units were kept,
+seconds of a step, of a pruning event, of a checkpoint, and the share of the steps that reductions of scores take. Data
+as the recipes. Not for speed: on one machine the processes share its cores.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from apt_trainer.recipe import load_recipe, read_values
 from apt_trainer.settings import ModelSettings, resolve_path
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS, ROWS_PER_STEP = 48, 8
+ROWS_PER_STEP = 8
 COMMON: dict[str, Any] = {
-    "max_steps": STEPS,
+    "max_steps": 48,
     "train_sampling_strategy": "random",
     "logging_steps": 1,
     "save_strategy": "steps",
-    "save_steps": STEPS // 3,
+    "save_steps": 16,
     "measure_latency": False,
     "pruning_time": "early",
     "pruning_start": 8,
@@ -65,7 +65,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "template": None,
             "train_file": "../shared/data/wikitext2/valid.txt",
             "test_file": "../shared/data/wikitext2/test.txt",
-            "max_length": 64,
+            "max_length": 32,
+            "max_steps": 24,
+            "save_steps": 8,
+            "pruning_start": 4,
+            "pruning_end": 16,
+            "max_test_samples": 8,
             "dtype": "float32",
             "learning_rate": 1e-4,
             "lr_scheduler_type": "linear",
@@ -77,7 +82,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class TimedTrainer(APTTrainer):
-    """Notes seconds by what they were spent on; processes wait for each other before, so that waiting is not counted."""
+    """Notes seconds by what they were spent on, from a moment on when all processes have arrived there."""
 
     seconds: dict[str, list[float]] = {}
 
@@ -146,9 +151,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         alone = profile == "one process"
         file = place / "recipe.json"
         size = ROWS_PER_STEP // (1 if alone else args.processes)
-        file.write_text(
-            json.dumps(recipe | {"output_dir": str(place / "run"), "per_device_train_batch_size": size})
-        )
+        file.write_text(json.dumps(recipe | {"output_dir": str(place / "run"), "per_device_train_batch_size": size}))
         command = [sys.executable, __file__, "--worker", str(file)]
         environment = dict(os.environ)
         if not alone:
