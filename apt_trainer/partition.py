@@ -1,7 +1,7 @@
 """Parameters of which each process holds a part (DeepSpeed ZeRO-3, FSDP2), and the same calls for ordinary ones.
 
-The method asks here for values and sizes instead of reading ``parameter.shape`` or ``parameter.data``, which are those
-of an empty tensor while ZeRO-3 partitions a parameter, and cannot be computed with beside ordinary tensors under FSDP2.
+The method asks here for values and sizes instead of reading ``parameter.shape`` or ``parameter.data``: of a parameter
+that ZeRO-3 partitions they are those of an empty tensor, and one that FSDP2 splits cannot meet ordinary ones.
 All calls but the questions of size are collective: every process must make them in the same order. Knows names of
 DeepSpeed that are not documented (checked with 0.19.8) but does not import it; what torch makes of FSDP2 is in
 ``fully_sharded``. Not for moments of the optimizer (``engines``).

@@ -1,4 +1,4 @@
-"""What trains the model: one process, DDP, DeepSpeed ZeRO or FSDP2; one small class each for what a change of shape needs.
+"""What trains the model: one process, DDP, DeepSpeed ZeRO or FSDP2; a class each for what a change of shape needs.
 
 To support another, subclass :class:`Engine` and name it in :func:`engine_of`. Not for deciding what changes.
 """

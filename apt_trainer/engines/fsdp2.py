@@ -49,7 +49,7 @@ class Fsdp2Engine(Engine):
     def split(self) -> None:
         model = self.trainer.model
         if not all(parameter.is_floating_point() for parameter in model.parameters()):
-            raise UserError("FSDP2 cannot split quantised weights here. Load the model without quantising, or use DDP.")
+            raise UserError("FSDP2 cannot split quantised weights. Load the model without quantising, or use DDP.")
         self.enclose(model)
 
     def enclose(self, model: nn.Module) -> None:

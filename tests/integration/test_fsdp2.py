@@ -5,6 +5,7 @@ On CPUs, where accelerate does not switch it on: the workers call ``fsdp_on_cpu.
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,25 @@ SAVED = (6, 10)
 
 
 class Held(TrainerCallback):
-    """Which parameters were whole when gradients were there, of the student or its teacher; and by step, how many parts
-    the two shared."""
+    """Which parameters were whole when gradients were there, of the student or its teacher; by step, how many parts
+    the two shared; and what was whole whenever FSDP2 was put on a unit again: in that unit, and in the model."""
 
     def __init__(self) -> None:
-        self.whole, self.shared = set[str](), dict[int, int]()
+        self.whole, self.shared, self.units = set[str](), dict[int, int](), list[tuple[int, int]]()
         self.trainer: APTTrainer | None = None
+        self._put_on = torch.distributed.fsdp.fully_shard
+
+    def watch_units(self) -> None:
+        @functools.wraps(self._put_on)
+        def watched(unit: Any, **kwargs: Any) -> Any:
+            if self.trainer is not None and self.trainer.live_dataloader is not None:
+                self.units.append((_whole_numel(unit), _whole_numel(self.trainer.model)))
+            return self._put_on(unit, **kwargs)
+
+        torch.distributed.fsdp.fully_shard = watched
+
+    def unwatch_units(self) -> None:
+        torch.distributed.fsdp.fully_shard = self._put_on
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trainer is not None
@@ -43,6 +57,10 @@ class Held(TrainerCallback):
         self.whole |= {name for named in parts for name, parameter in named if not is_dtensor(parameter)}
         ours, theirs = ({id(parameter) for _, parameter in named} for named in parts)
         self.shared[state.global_step + 1] = len(ours & theirs)
+
+
+def _whole_numel(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if not is_dtensor(parameter))
 
 
 def trained(
@@ -97,8 +115,10 @@ for name, (source, steps) in module.CASES.items():
     options = {{"gradient_accumulation_steps": steps}}
     options["per_device_train_batch_size"] = module.GLOBAL_BATCH // 2 // steps
     held = module.Held()
+    held.watch_units()
     saved = module.SAVED if resume is None else ()
     trainer = module.trained(folder / name, saved, resume, held, **module.FSDP, **options)
+    held.unwatch_units()
     gc.collect()
     weights = weights_of(trainer.model)
     save_file({{"logits": module.logits_of(trainer), **weights}}, folder / f"{{name}}.{{rank}}.safetensors")
@@ -110,6 +130,7 @@ for name, (source, steps) in module.CASES.items():
         "eval_loss": trainer.evaluate()["eval_loss"],
         "whole": sorted(held.whole),
         "shared": [held.shared[step] for step in sorted(held.shared)],
+        "units": held.units,
         "states": sum(type(thing).__name__ == "FSDPState" for thing in gc.get_objects()),
     }}
     trainer.save_model(str(folder / name / "model"))
@@ -156,9 +177,13 @@ def test_fsdp2_equals_one_process_and_checkpoints_move_between_them(
     for name in CASES:
         _assert_equals_single(tmp_path, name, single[1])
     straight, resumed = (_result(tmp_path, name, 0) for name in ("straight", "again"))
-    # a cut leaves to the teacher alone what the student had of another shape; a teacher read from a file shares nothing
+    # a cut leaves what has another shape afterwards to the teacher alone; a teacher read from a file shares nothing
     assert straight[0]["shared"] == [0, 0, *[53] * 6, *[43] * 6, *[33] * 3, 0, 0, 0]
     assert resumed[0]["shared"] == [0] * 10
+    units = straight[0]["units"]  # three layers and the rest, at each of five changes of shape
+    assert len(units) == 4 * 5 and all(in_unit >= 512 for in_unit, _ in units)
+    new = [in_model - in_unit for in_unit, in_model in units]
+    assert new == [64, 64, 64, *[0] * 17]  # the transform is made before FSDP2 has seen it
     for step, values in straight[0]["losses"].items():
         assert resumed[0]["losses"][step] == pytest.approx(values, rel=1e-6)
     assert all(torch.allclose(value, resumed[1][key], rtol=1e-6, atol=0) for key, value in straight[1].items())
