@@ -2,8 +2,7 @@
 
 Parameters that it holds are DTensors split along their first dimension; they stay so when it is taken off. Knows
 torch only: not the method, an engine or the moments of an optimizer. All calls that read or make whole values are
-collective. Uses names of torch that are not documented (:func:`missing_names`); checked with torch 2.13, and by
-reading with 2.11.
+collective. Uses names of torch that are not documented (:func:`missing_names`); checked with torch 2.11 and 2.13.
 """
 
 from __future__ import annotations

@@ -81,6 +81,10 @@ def _check_training(args: Any) -> None:
         raise UserError("fp16 under FSDP is not supported. Use bf16: true.")
     if args.torch_compile:
         raise UserError("torch_compile under FSDP is not supported. Remove it.")
+    if args.dense_baseline:
+        raise UserError(
+            "dense_baseline starts a process of its own, which would join those of FSDP. Train the dense model alone."
+        )
     optimizer = str(getattr(args.optim, "value", args.optim))
     if optimizer not in _OPTIMIZERS:
         raise UserError(f"optim: {optimizer} is not supported under FSDP. Use one of {', '.join(_OPTIMIZERS)}.")

@@ -284,6 +284,7 @@ def test_other_models_and_settings_equal_one_process(half: str, tmp_path: Path) 
         ({"fsdp_config": {"cpu_ram_efficient_loading": True}}, "cpu_ram_efficient_loading"),
         ({"fp16": True}, "Use bf16"),
         ({"torch_compile": True}, "torch_compile"),
+        ({"dense_baseline": True}, "dense_baseline starts a process of its own"),
         ({"optim": "adafactor"}, "optim: adafactor"),
         ({"rank_score": "absolute"}, "rank_score: signed"),
     ],
