@@ -32,10 +32,8 @@ class Engine:
 
     @property
     def model(self) -> Any:
-        """The model under all wrappers, with its own forward."""
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
-        restore_forward(model)
-        return model
+        """The model under all wrappers; its forward has accelerate's mixed precision."""
+        return self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
 
     def split(self) -> None:
         """Before the first engine is made: what has to be done with the whole model of each process; collective."""
@@ -62,6 +60,7 @@ class Engine:
     def loosen(self) -> Any:
         """Take the model out of the engine: ordinary parameters, none of which an old hook can reach."""
         model, optimizer = self.model, plain_optimizer(self.trainer)
+        restore_forward(model)
         self._state = collect(model, optimizer)
         optimizer.state.clear()
         fresh_leaves(model)
@@ -130,7 +129,9 @@ class Engine:
 
     def leave(self) -> Any:
         """The plain model after training, on every process."""
-        return self.model
+        model = self.model
+        restore_forward(model)
+        return model
 
 
 def plain_optimizer(trainer: Any) -> torch.optim.Optimizer:
