@@ -20,7 +20,7 @@ def enable() -> None:
 
     def initialise(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
         original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None and self.distributed_type in (DistributedType.MULTI_CPU, DistributedType.NO):
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
             # each later state is filled from the partial one
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             if self._mixed_precision != "no":

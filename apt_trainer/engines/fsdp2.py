@@ -10,8 +10,8 @@ parameters of each of its modules are whole while that runs. In a checkpoint the
 weights, the teacher's too, in host memory, and a resumed run begins with both whole on each process there. After
 training the finished model is whole on every process and on its device.
 
-With bf16, parameters are kept and gradients summed in float32 and blocks compute in bfloat16 throughout; under DDP
-torch's autocast decides that by operation.
+With bf16, parameters are kept and gradients summed in float32; what becomes whole for a step is bfloat16, and torch's
+autocast decides by operation what computes in it, as under DDP, which leaves norms and embeddings in float32.
 
 The Trainer and accelerate prepare the rest of it. accelerate leaves a model alone that FSDP2 holds already, but finds
 the parameters of the optimizer by the addresses of their parts, which are all 0 for parts without entries; hence
@@ -21,10 +21,13 @@ the parameters of the optimizer by the addresses of their parts, which are all 0
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import MethodType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import convert_outputs_to_fp32
+from accelerate.utils.modeling import get_mixed_precision_context_manager
 from torch import nn
 
 from apt_trainer import fully_sharded
@@ -61,6 +64,8 @@ class Fsdp2Engine(Engine):
         mesh, policy = self._mesh(model), self._policy()
         replaced = fully_sharded.shard(model, blocks, mesh, policy, bool(plugin.reshard_after_forward))
         trainer.distillation.teacher.replace(replaced)
+        if policy.param_dtype is not None:
+            _autocast(model, trainer.accelerator)
 
     def adopt(self) -> None:
         """Give the optimizer the parameters that the model has."""
@@ -133,7 +138,15 @@ class Fsdp2Engine(Engine):
 
         if self.trainer.accelerator.mixed_precision != "bf16":
             return MixedPrecisionPolicy()
-        return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+
+
+def _autocast(model: nn.Module, accelerator: Any) -> None:
+    """What accelerate does to a model that it prepares itself; ``restore_forward`` takes it off."""
+    context = get_mixed_precision_context_manager(native_amp=True, autocast_kwargs=accelerator.autocast_handler)
+    model._original_forward = model.forward
+    function = convert_outputs_to_fp32(context(model.forward.__func__))  # type: ignore[attr-defined]
+    model.forward = MethodType(function, model)
 
 
 def _followed(value: Any, key: str, edits: list[Any]) -> Any:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,11 @@ from tiny import LANGUAGE_MODELS, tiny_config, tiny_model
 from transformers import AutoModelForSequenceClassification, TrainerCallback, set_seed
 
 from apt_trainer import APTConfig, APTTrainer, load_pruned
+from apt_trainer.cli.launch import PROFILES
 from apt_trainer.errors import UserError
 from apt_trainer.fully_sharded import is_dtensor
 from integration.factories import DEFAULTS, SHORT, Rows, SaveAt, events_of, losses_of, make_trainer, weights_of
-from integration.test_processes import CHANGES, GLOBAL_BATCH, two_processes
+from integration.test_processes import CHANGES, GLOBAL_BATCH, ROOT, two_processes
 from integration.test_pruned_before import BEFORE
 from integration.test_zero import logits_of
 
@@ -202,6 +206,47 @@ def test_fsdp2_equals_one_process_and_checkpoints_move_between_them(
         back = trained(tmp_path / f"back{step}", (), source, per_device_train_batch_size=GLOBAL_BATCH)
         assert back.pruner.plan == single[1].pruner.plan
         assert torch.allclose(logits_of(back), logits_of(single[1]), atol=1e-5)
+
+
+ALONE = """
+for name, source, changes in (
+    ("alone", None, {{}}),
+    ("bf16", None, {{"bf16": True}}),
+    ("bf16 again", "bf16/checkpoint-10", {{"bf16": True}}),
+):
+    held = module.Held()
+    resume = None if source is None else folder / source
+    saved = module.SAVED if resume is None else ()
+    trainer = module.trained(folder / name, saved, resume, held, per_device_train_batch_size=8, **changes)
+    result = {{"plan": trainer.pruner.plan.to_json(), "losses": losses_of(trainer), "whole": sorted(held.whole)}}
+    save_file({{"logits": module.logits_of(trainer)}}, folder / f"{{name}}.safetensors")
+    (folder / f"{{name}}.json").write_text(json.dumps(result))
+"""
+
+
+@pytest.mark.distributed
+def test_the_profile_trains_one_process_too(single: tuple[Path, APTTrainer], tmp_path: Path) -> None:
+    """FSDP is asked for by the profile alone; bf16 goes on from a checkpoint as if it had not stopped."""
+    worker = tmp_path / "worker.py"
+    worker.write_text((START + ALONE).format(root=str(ROOT), tests=str(Path(__file__).parents[1])))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    subprocess.run(
+        [*launcher, "--config_file", str(PROFILES / "fsdp2.yaml"), str(worker), str(tmp_path)],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=280,
+    )
+    results = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("alone", "bf16", "bf16 again")}
+    assert all(result["whole"] == [] for result in results.values())
+    assert results["alone"]["plan"] == single[1].pruner.plan.to_json()
+    for step, values in losses_of(single[1]).items():
+        assert results["alone"]["losses"][str(step)] == pytest.approx(values, rel=1e-5)
+        assert results["bf16"]["losses"][str(step)][0] == pytest.approx(values[0], rel=0.03)
+    assert torch.allclose(load_file(tmp_path / "alone.safetensors")["logits"], logits_of(single[1]), atol=1e-5)
+    straight, again = (results[name]["losses"] for name in ("bf16", "bf16 again"))
+    assert list(straight) == list(again) and straight == again
+    logits = [load_file(tmp_path / f"{name}.safetensors")["logits"] for name in ("bf16", "bf16 again")]
+    assert torch.equal(*logits)
 
 
 # ------------------------------------------------------------------ other models and settings
