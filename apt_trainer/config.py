@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from transformers import Seq2SeqTrainingArguments
 
 from apt_trainer.engines.checks import before_processes_join, check_deepspeed, join_processes
+from apt_trainer.engines.fsdp_checks import check_fsdp
 from apt_trainer.errors import UserError
 from apt_trainer.settings import MeasureSettings, MethodSettings
 
@@ -48,6 +49,7 @@ class APTConfig(MethodSettings, MeasureSettings, Seq2SeqTrainingArguments):
         join_processes(self)
         super().__post_init__()
         check_deepspeed(self)
+        check_fsdp(self)
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # would only warn
         if self.logging_nan_inf_filter:

@@ -1,24 +1,27 @@
-"""Parameters of which each process holds a part (DeepSpeed ZeRO-3), and the same calls for ordinary ones.
+"""Parameters of which each process holds a part (DeepSpeed ZeRO-3, FSDP2), and the same calls for ordinary ones.
 
-The method asks here for values and sizes instead of reading ``parameter.shape`` or ``parameter.data``, which are those
-of an empty tensor while a parameter is partitioned. All calls but the questions of size are collective: every process
-must make them in the same order. Knows names of DeepSpeed that are not documented (checked with 0.19.8) but does not
-import it. Not for moments of the optimizer (``engines``).
+The method asks here for values and sizes instead of reading ``parameter.shape`` or ``parameter.data``: of a parameter
+that ZeRO-3 partitions they are those of an empty tensor, and one that FSDP2 splits cannot meet ordinary ones.
+All calls but the questions of size are collective: every process must make them in the same order. Knows names of
+DeepSpeed that are not documented (checked with 0.19.8) but does not import it; what torch makes of FSDP2 is in
+``fully_sharded``. Not for moments of the optimizer (``engines``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from apt_trainer.fully_sharded import is_dtensor, part_of, whole_of
+
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
     """Whether this process holds a part of ``parameter``; also true while it is gathered for a moment."""
-    return hasattr(parameter, "ds_id")
+    return hasattr(parameter, "ds_id") or is_dtensor(parameter)
 
 
 def shape_of(parameter: nn.Parameter) -> torch.Size:
@@ -32,15 +35,44 @@ def numel_of(parameter: nn.Parameter) -> int:
 
 
 @contextmanager
-def whole(*parameters: nn.Parameter | None) -> Iterator[None]:
-    """Within it, all of ``parameters`` hold their whole values, to be read and not written to; collective.
+def whole(*parameters: nn.Parameter) -> Iterator[list[torch.Tensor]]:
+    """Gives the whole values of ``parameters``, to be read within it and not written to; collective.
 
-    Does nothing for ordinary parameters and for what is whole already. Not for values that a backward pass needs.
+    Not for values that a backward pass needs.
     """
-    wanted: dict[int, Any] = {}
-    for parameter in parameters:
-        if parameter is not None and _status(parameter) == "NOT_AVAILABLE":
-            wanted[id(parameter)] = parameter
+    with _gathered(parameters):
+        yield [whole_value(parameter) for parameter in parameters]
+
+
+@contextmanager
+def whole_modules(*modules: nn.Module) -> Iterator[None]:
+    """Within it, all parameters that ``modules`` have themselves hold their whole values; as :func:`whole`."""
+    places = [(m, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
+    dtensors = [place for place in places if is_dtensor(place[2])]
+    for module, name, parameter in dtensors:
+        module._parameters[name] = nn.Parameter(whole_of(parameter), requires_grad=False)
+    try:
+        with _gathered([parameter for _, _, parameter in places]):
+            yield
+    finally:
+        for module, name, parameter in dtensors:
+            module._parameters[name] = parameter
+
+
+def whole_value(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that FSDP2 has split; itself, without gradient, where it is an ordinary one."""
+    return whole_of(tensor) if is_dtensor(tensor) else tensor.detach()
+
+
+def split_as(value: torch.Tensor, example: torch.Tensor) -> torch.Tensor:
+    """``value``, equal on all processes, split where FSDP2 has split ``example``; else itself."""
+    return part_of(value, example) if is_dtensor(example) else value
+
+
+@contextmanager
+def _gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within it, what ZeRO-3 partitions is whole in its place; what is whole already stays so."""
+    wanted: dict[int, Any] = {id(p): p for p in parameters if _status(p) == "NOT_AVAILABLE"}
     gathered = list(wanted.values())
     if gathered:
         gathered[0].all_gather(param_list=gathered)
@@ -56,8 +88,8 @@ def parameter_like(old: nn.Parameter, value: torch.Tensor, requires_grad: bool |
 
     ``value``: whole, and equal on all processes; its memory is not used where the result is partitioned.
     """
-    new = nn.Parameter(value.detach(), old.requires_grad if requires_grad is None else requires_grad)
-    if is_partitioned(old):
+    new = nn.Parameter(split_as(value.detach(), old), old.requires_grad if requires_grad is None else requires_grad)
+    if hasattr(old, "ds_id"):
         new = nn.Parameter(new.detach().clone(memory_format=torch.contiguous_format), new.requires_grad)
         old.convert_to_zero_parameters([new])  # type: ignore[attr-defined]
     return new
@@ -65,19 +97,43 @@ def parameter_like(old: nn.Parameter, value: torch.Tensor, requires_grad: bool |
 
 def copy_of(parameter: nn.Parameter, requires_grad: bool) -> nn.Parameter:
     """Copy with memory of its own, partitioned where ``parameter`` is; it is whole for a moment. Collective."""
-    with whole(parameter):
-        value = parameter.detach()
-        if is_partitioned(parameter):
-            return parameter_like(parameter, value, requires_grad)
-        return nn.Parameter(value.clone(), requires_grad)
+    if not hasattr(parameter, "ds_id"):
+        return nn.Parameter(parameter.detach().clone(), requires_grad)
+    with whole(parameter) as (value,):
+        return parameter_like(parameter, value, requires_grad)
 
 
 def partition_all(model: nn.Module, example: nn.Parameter) -> None:
     """Partition what is whole in ``model`` as ``example`` is, one parameter after the other, and put its buffers on
     the same device; collective."""
-    plain = [parameter for parameter in model.parameters() if not is_partitioned(parameter)]
-    example.convert_to_zero_parameters(plain)  # type: ignore[attr-defined]
+    if is_dtensor(example):
+        _replace(model, lambda p: p if is_dtensor(p) else parameter_like(example, p.detach(), p.requires_grad))
+    else:
+        plain = [parameter for parameter in model.parameters() if not is_partitioned(parameter)]
+        example.convert_to_zero_parameters(plain)  # type: ignore[attr-defined]
     move_buffers(model, example.device)
+
+
+@torch.no_grad()
+def make_whole(model: nn.Module) -> None:
+    """Give ``model`` ordinary parameters again, one after the other; collective."""
+
+    def ordinary(parameter: nn.Parameter) -> nn.Parameter:
+        with whole(parameter) as (value,):
+            return nn.Parameter(value.clone(), parameter.requires_grad)
+
+    _replace(model, ordinary)
+
+
+def _replace(model: nn.Module, new: Callable[[nn.Parameter], nn.Parameter]) -> None:
+    """Put ``new`` of each parameter in its place; what is tied stays tied."""
+    done: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the old one keeps its id from being reused
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in done:
+                    done[id(parameter)] = parameter, new(parameter)
+                module._parameters[name] = done[id(parameter)][1]
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:
@@ -104,7 +160,7 @@ class _Gathering:
         module.register_forward_hook(self._release)
 
     def _gather(self, module: nn.Module, args: Any) -> None:
-        context = whole(*module._parameters.values())
+        context = whole_modules(module)
         context.__enter__()
         self._open.append(context)
 

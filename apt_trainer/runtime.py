@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainingArgum
 from apt_trainer.engines import engine_of
 from apt_trainer.engines.agreement import agree
 from apt_trainer.engines.base import plain_optimizer
+from apt_trainer.engines.fsdp_checks import wants_fsdp
 from apt_trainer.engines.state import Edits, State, add_masters, ages
 from apt_trainer.errors import UserError
 from apt_trainer.partition import shape_of
@@ -50,6 +51,11 @@ def check_options(trainer: Trainer) -> None:
     if trainer.args.enable_jit_checkpoint:
         raise UserError(
             "enable_jit_checkpoint saves in the middle of a step. Remove it: SIGTERM saves after a step anyway."
+        )
+    if wants_fsdp(trainer.args) and not trainer.is_fsdp_enabled:
+        raise UserError(
+            "FSDP is asked for, but accelerate has not switched it on for these processes. Start them with "
+            "apt-trainer train --accelerate_config fsdp2, or accelerate launch with that profile."
         )
     if trainer.args.auto_find_batch_size:
         raise UserError("auto_find_batch_size restarts training on a model that may be cut already. Switch it off.")
@@ -86,7 +92,7 @@ def reshape(trainer: Any, change: Callable[[], Edits]) -> None:
     for attribute in ("model", "optimizer", "lr_scheduler"):
         setattr(trainer.callback_handler, attribute, getattr(trainer, attribute))
     trainer.model_wrapped.train()
-    release_memory(collect=trainer.args.world_size > 1)
+    release_memory(collect=trainer.args.world_size > 1 or trainer.is_fsdp_enabled)
     torch.random.set_rng_state(cpu_rng)
 
 
@@ -131,7 +137,9 @@ def _rebuild(trainer: Any, model: nn.Module, schedule: dict[str, Any]) -> None:
     trainer.model = trainer.model_wrapped = model
     trainer.optimizer = trainer.lr_scheduler = None
     trainer._mixed_mesh_grads = None
+    engine_of(trainer).enclose(model)
     Trainer._prepare_for_training(trainer, trainer.state.max_steps, trainer.live_dataloader, None)
+    engine_of(trainer).adopt()
     set_schedule(trainer, schedule)
 
 

@@ -240,6 +240,7 @@ class APTTrainer(BestWithinBudget):
         started, events = time.perf_counter(), Path(str(self.args.output_dir)) / EVENTS_FILE
         if self.is_world_process_zero():
             truncate_after(events, -1)
+        engine_of(self).bring(self.model)
         self.schedule = make_schedule(self.args, max_steps)
         self.pruner.start(self.schedule, 0, self._sum_over_processes, self.args.world_size)
         with torch.random.fork_rng(devices=[]):  # the run that follows does not depend on calibration_samples
@@ -368,7 +369,7 @@ class APTTrainer(BestWithinBudget):
                 self.prune_before_training(max_steps)
             self.distillation.keep_transform(self.model, self.schedule, 0)
         else:
-            if self.is_deepspeed_enabled:  # else the loop has done so
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # else the loop has done so
                 self._load_from_checkpoint(resume_from_checkpoint)
             state, schedule = read_optimizer(Path(resume_from_checkpoint))
             runtime.expect_state(self, state)

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from apt_trainer.errors import UserError
-from apt_trainer.partition import numel_of, parameter_like, shape_of, whole
+from apt_trainer.partition import numel_of, parameter_like, shape_of, whole, whole_modules
 from apt_trainer.pruning.slicing import EditLog
 
 ADAPTER = "default"
@@ -125,9 +125,9 @@ def grow_rank(path: str, layer: LoraLayer, rank: int, generator: torch.Generator
     assert extra > 0, f"{path}: rank {old_rank} cannot grow to {rank}"
     bound = 1.0 / math.sqrt(inputs)
     rows = (torch.rand(extra, inputs, generator=generator) * 2 - 1) * bound
-    with whole(a.weight, b.weight):
-        taller = torch.cat([a.weight, rows.to(a.weight)])
-        wider = torch.cat([b.weight, b.weight.new_zeros(outputs, extra)], dim=1)
+    with whole(a.weight, b.weight) as (of_a, of_b):
+        taller = torch.cat([of_a, rows.to(of_a)])
+        wider = torch.cat([of_b, of_b.new_zeros(outputs, extra)], dim=1)
     a.weight, b.weight = parameter_like(a.weight, taller), parameter_like(b.weight, wider)
     log.grow(f"{path}.lora_A.{ADAPTER}.weight", 0, extra)
     log.grow(f"{path}.lora_B.{ADAPTER}.weight", 1, extra)
@@ -144,7 +144,7 @@ def merge_adapters(model: nn.Module) -> None:
     """
     for path, layer in list(adapters(model)):
         plain = layer.get_base_layer()
-        with whole(*layer.parameters()):
+        with whole_modules(*layer.modules()):
             delta = layer.get_delta_weight(ADAPTER)
             merged = plain.weight + delta.to(plain.weight)
         plain.weight = parameter_like(plain.weight, merged)

@@ -7,9 +7,9 @@ so no mask reaches it and no activation of it is recorded; its eval mode does no
 it does not touch what trains in the student. When the student is cut, its parameters are replaced by smaller ones and
 the teacher keeps the old ones, which then occupy memory until the next snapshot. Two rules follow. Adapters must not
 be merged in either of the two while they share weights. And before a base weight begins to train (or is written to in
-any way), :meth:`Teacher.own` must be called for it. Where the student's parameters are partitioned (ZeRO-3), so are
-the copies, and what is shared is one partition; each module's parameters are whole for its own forward pass alone. Not
-for deciding when a snapshot is due. Source: APT, Sec. 4.4.
+any way), :meth:`Teacher.own` must be called for it. Where the student's parameters are partitioned (ZeRO-3, FSDP2), so
+are the copies, and what is shared is one partition; each module's parameters are whole for its own forward pass alone.
+Not for deciding when a snapshot is due. Source: APT, Sec. 4.4.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput, find_labels
 
+from apt_trainer.fully_sharded import plain_modules
 from apt_trainer.partition import copy_of, gather_while_it_runs, is_partitioned, partition_all, strip_modules
 
 _HOOKS = (
@@ -34,6 +35,9 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs",
     "_backward_hooks",
     "_backward_pre_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
 )
 
 
@@ -48,7 +52,8 @@ def snapshot(model: nn.Module) -> nn.Module:
     memo |= {id(b): b for b in model.buffers() if not b.is_floating_point()}
     # Kept out of the copy rather than cleared after it: a hook that is a bound method would drag its owner along.
     memo |= {id(hooks): OrderedDict() for module in model.modules() for hooks in _hooks_of(module)}
-    duplicate = copy.deepcopy(model, memo)
+    with plain_modules(model):
+        duplicate = copy.deepcopy(model, memo)
     for module in duplicate.modules():
         module._is_full_backward_hook = None
         # transformers installs its hidden-state hooks once and marks that it did so; the copy needs its own.
@@ -134,6 +139,13 @@ class Teacher:
                 if id(shared) not in copies:
                     copies[id(shared)] = copy_of(shared, requires_grad=False)
                 module._parameters[name] = copies[id(shared)]
+
+    def replace(self, replaced: Mapping[int, nn.Parameter]) -> None:
+        """Go on sharing what the student has in new tensors; ``replaced`` has them by the id of the old ones."""
+        for module in () if self.model is None else self.model.modules():
+            for name, shared in module._parameters.items():
+                if shared is not None and id(shared) in replaced:
+                    module._parameters[name] = replaced[id(shared)]
 
     def join(self, student: Any) -> None:
         """Once an engine holds ``student``: give a snapshot that was read from a file the type its student trains in,

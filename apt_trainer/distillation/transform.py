@@ -130,12 +130,12 @@ class HiddenTransform(nn.Module):
 
 
 def _kept(old: nn.Parameter, dim: int, index: torch.Tensor) -> nn.Parameter:
-    with whole(old):
-        value = old.index_select(dim, index.to(old.device))
-    return parameter_like(old, value)
+    with whole(old) as (value,):
+        kept = value.index_select(dim, index.to(old.device))
+    return parameter_like(old, kept)
 
 
 def _extended(old: nn.Parameter, dim: int, new: torch.Tensor) -> nn.Parameter:
-    with whole(old):
-        value = torch.cat([old, new.to(old)], dim)
-    return parameter_like(old, value)
+    with whole(old) as (value,):
+        extended = torch.cat([value, new.to(value)], dim)
+    return parameter_like(old, extended)

@@ -1,4 +1,4 @@
-"""What trains the model: one process, DDP or DeepSpeed ZeRO; one small class each for what a change of shape needs.
+"""What trains the model: one process, DDP, DeepSpeed ZeRO or FSDP2; a class each for what a change of shape needs.
 
 To support another, subclass :class:`Engine` and name it in :func:`engine_of`. Not for deciding what changes.
 """
@@ -20,6 +20,10 @@ def zero_stage(trainer: Any) -> int:
 def engine_of(trainer: Any) -> Engine:
     """The engine that ``trainer`` has at this moment."""
     stage = zero_stage(trainer)
+    if stage == 0 and trainer.is_fsdp_enabled:
+        from apt_trainer.engines.fsdp2 import Fsdp2Engine
+
+        return Fsdp2Engine(trainer)
     if stage == 0:
         return Engine(trainer)
     if stage == 3:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from apt_trainer.engines.state import MASTER, Edits, State, carry, collect, restore
-from apt_trainer.partition import copy_of
+from apt_trainer.partition import copy_of, split_as, whole_value
 
 
 class Engine:
@@ -32,17 +32,24 @@ class Engine:
 
     @property
     def model(self) -> Any:
-        """The model under all wrappers, with its own forward."""
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
-        restore_forward(model)
-        return model
+        """The model under all wrappers; its forward has accelerate's mixed precision."""
+        return self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
 
     def split(self) -> None:
         """Before the first engine is made: what has to be done with the whole model of each process; collective."""
 
+    def enclose(self, model: nn.Module) -> None:
+        """Before another engine is made round a ``model`` that was taken out of one; collective."""
+
+    def adopt(self) -> None:
+        """Once an engine is made: put right what the Trainer has left wrong."""
+
     def place(self, model: nn.Module) -> nn.Module:
         """A teacher that was made before there is an engine, where it waits for one."""
         return model.to(self.trainer.args.device)
+
+    def bring(self, model: nn.Module) -> None:
+        """Put the student where it can be scored before there is an engine."""
 
     def check(self) -> None:
         """Once, when training begins: raise :class:`UserError` where a change of shape would fail later."""
@@ -53,6 +60,7 @@ class Engine:
     def loosen(self) -> Any:
         """Take the model out of the engine: ordinary parameters, none of which an old hook can reach."""
         model, optimizer = self.model, plain_optimizer(self.trainer)
+        restore_forward(model)
         self._state = collect(model, optimizer)
         optimizer.state.clear()
         fresh_leaves(model)
@@ -112,16 +120,18 @@ class Engine:
         for number, parameter in enumerate(members):
             of_parameter = dict(state.get(names[id(parameter)], {}))
             if MASTER in of_parameter:
-                parameter.data.copy_(of_parameter.pop(MASTER))
+                parameter.data.copy_(split_as(of_parameter.pop(MASTER), parameter))
             if of_parameter:
-                described["state"][number] = of_parameter
+                described["state"][number] = {key: _split(value, parameter) for key, value in of_parameter.items()}
         optimizer.load_state_dict(described)
 
     # ------------------------------------------------------------------ end
 
     def leave(self) -> Any:
         """The plain model after training, on every process."""
-        return self.model
+        model = self.model
+        restore_forward(model)
+        return model
 
 
 def plain_optimizer(trainer: Any) -> torch.optim.Optimizer:
@@ -167,4 +177,9 @@ def _own(value: torch.Tensor) -> torch.Tensor:
 
 
 def _to_cpu(value: Any) -> Any:
-    return value.detach().cpu() if torch.is_tensor(value) else value
+    return whole_value(value).cpu() if torch.is_tensor(value) else value
+
+
+def _split(value: Any, parameter: nn.Parameter) -> Any:
+    """A state tensor as its parameter is split; numbers, and tensors of other shapes, as they are."""
+    return split_as(value, parameter) if torch.is_tensor(value) and value.shape == parameter.shape else value

@@ -13,6 +13,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from apt_trainer.engines.fsdp_checks import check_fsdp_launch, uses_cpu, wants_fsdp
 from apt_trainer.errors import UserError
 
 _NOT_IN_STAGE_3 = ("zero_hpz_partition_size", "mics_shard_size", "zero_quantized_weights", "zero_quantized_gradients")
@@ -23,30 +24,26 @@ def wants_deepspeed(args: Any) -> bool:
     return bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
 
 
-def _uses_cpu(args: Any) -> bool:
-    return bool(args.use_cpu) or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
-
-
 def before_processes_join(args: Any) -> None:
     """Must come before ``TrainingArguments.__post_init__``, which joins the processes.
 
     Raises:
-        UserError: where DeepSpeed is wanted but missing, or FSDP is wanted.
+        UserError: where DeepSpeed is wanted but missing, or FSDP is wanted and cannot be had.
     """
-    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
-        raise UserError("Shapes cannot change under FSDP. Use DDP, or DeepSpeed: --accelerate_config zero2 or zero3.")
+    if wants_fsdp(args):
+        check_fsdp_launch(args)
     if not wants_deepspeed(args):
         return
     if find_spec("deepspeed") is None:
         raise UserError("DeepSpeed is asked for but not installed. Install it: pip install 'apt-trainer[deepspeed]'.")
-    if _uses_cpu(args):
+    if uses_cpu(args):
         _on_cpu()
 
 
 def join_processes(args: Any) -> None:
     """Join processes on CPUs here, for transformers leaves ``ddp_timeout`` out there: a process that hangs would be
     waited for half an hour whatever it says."""
-    if _uses_cpu(args) and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not wants_deepspeed(args):
+    if uses_cpu(args) and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not wants_deepspeed(args):
         PartialState(cpu=True, backend=args.ddp_backend, timeout=timedelta(seconds=args.ddp_timeout))
 
 

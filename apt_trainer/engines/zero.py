@@ -105,8 +105,8 @@ class ZeroEngine(Engine):
             return value
         if key != MASTER:
             return Shard.of(follow(value, key, edits))
-        with whole(new):
-            return Shard.of(follow_master(value, edits, new.detach()))
+        with whole(new) as (current,):
+            return Shard.of(follow_master(value, edits, current))
 
     def release(self) -> None:
         zero, inner = self._zero, self._engine.basic_optimizer

@@ -26,7 +26,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from apt_trainer import partition
 from apt_trainer.engines.zero import ZeroEngine
-from apt_trainer.partition import move_buffers, numel_of, shape_of, whole
+from apt_trainer.partition import make_whole, move_buffers, numel_of, shape_of, whole
 
 
 class Zero3Engine(ZeroEngine):
@@ -96,7 +96,7 @@ class Zero3Engine(ZeroEngine):
         from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Patches
 
         model = super().leave()
-        _make_whole(model)
+        make_whole(model)
         F.linear = getattr(Patches, "linear_bk", F.linear)  # which DeepSpeed has replaced by its own
         unset_hf_deepspeed_config()  # or models that are loaded from now on would be partitioned
         return model
@@ -109,8 +109,8 @@ class Zero3Engine(ZeroEngine):
         yield from super().weights(model)
 
     def whole(self, parameter: nn.Parameter) -> torch.Tensor:
-        with whole(parameter):
-            return parameter.detach().to("cpu", copy=True)
+        with whole(parameter) as (value,):
+            return value.to("cpu", copy=True)
 
     # ------------------------------------------------------------------ inside
 
@@ -156,15 +156,3 @@ def _forget_modules(coordinator: Any) -> None:
     for cell in getattr(cached, "__closure__", None) or ():
         if hasattr(cell.cell_contents, "cache_clear"):
             cell.cell_contents.cache_clear()
-
-
-def _make_whole(model: nn.Module) -> None:
-    done: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if id(parameter) not in done:
-                with whole(parameter):
-                    done[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-            module._parameters[name] = done[id(parameter)]

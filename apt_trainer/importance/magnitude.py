@@ -10,7 +10,7 @@ from torch import nn
 from apt_trainer.importance.base import Importance
 from apt_trainer.models import Space
 from apt_trainer.models.base import base_layer
-from apt_trainer.partition import whole
+from apt_trainer.partition import whole_modules
 
 
 class Magnitude(Importance):
@@ -32,7 +32,7 @@ class Magnitude(Importance):
                 if part.module not in present or _weight(model.get_submodule(part.module)) is None:
                     continue
                 module = model.get_submodule(part.module)
-                with whole(*module.parameters()):
+                with whole_modules(*module.modules()):
                     squares = _squares(module, part.side)
                 total += _sum_parts(squares, part.parts, size)
             scores[space.name] = total.sqrt()

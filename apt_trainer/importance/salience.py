@@ -20,7 +20,7 @@ from apt_trainer.importance.kurtosis import contributions, root_kurtosis
 from apt_trainer.importance.observing import Observing
 from apt_trainer.importance.taps import Tap
 from apt_trainer.models import HIDDEN, Space
-from apt_trainer.partition import whole
+from apt_trainer.partition import whole_modules
 
 OUTLIER_EVERY = 25
 """Optimizer steps for which an outlier term is used again."""
@@ -107,7 +107,7 @@ class Salience(Observing):
             space = self._spaces[name]
             assert space.gate is not None
             gate = model.get_submodule(space.gate)
-            with whole(*gate.parameters()):
+            with whole_modules(*gate.modules()):
                 table = contributions(gate, mean_input)
             units = table.shape[1] // space.channels
             per_unit = table.view(table.shape[0], units, space.channels).transpose(0, 1).reshape(units, -1)

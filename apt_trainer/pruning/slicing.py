@@ -49,8 +49,8 @@ class EditLog:
         self.edits[f"{path}.{name}"].append(Keep(dim, index))
         done = self._done.get((id(old), dim))
         if done is None:
-            with whole(old):
-                selected = old.detach().index_select(dim, index.to(old.device))
+            with whole(old) as (value,):
+                selected = value.index_select(dim, index.to(old.device))
             new = parameter_like(old, selected)
             self._done[id(old), dim] = (old, new)  # the reference to old keeps its id from being reused
         else:

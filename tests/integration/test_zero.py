@@ -204,7 +204,6 @@ def test_values_in_float32_follow_a_cut_and_take_new_entries_from_the_parameter(
         ({"deepspeed": deepspeed_config(2), "fp16": True}, "Use bf16"),
         ({"deepspeed": deepspeed_config(3), **ONLY_WEIGHTS}, "save_only_model.*load_best_model_at_end"),
         ({"deepspeed": deepspeed_config(2)}, "needs a launcher"),
-        ({"fsdp": True}, "cannot change under FSDP"),
     ],
 )
 def test_what_an_engine_cannot_do_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

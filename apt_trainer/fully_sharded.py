@@ -1,0 +1,162 @@
+"""What torch's FSDP2 (``fully_shard``) makes of a model, and how it comes off again, for which torch has no call.
+
+Parameters that it holds are DTensors split along their first dimension; they stay so when it is taken off. Knows
+torch only: not the method, an engine or the moments of an optimizer. All calls that read or make whole values are
+collective. Uses names of torch that are not documented (:func:`missing_names`); checked with torch 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+_OF_STATE = ("_pre_forward_hook_handle", "_post_forward_hook_handle")
+_OF_GROUP = (
+    "fsdp_params",
+    "_module_to_pre_save_state_dict_hook_handle",
+    "_module_to_pre_load_state_dict_hook_handle",
+)
+_ON_MODULES = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")
+_METHODS = ("generate",)
+"""Methods that the Trainer registers as forward methods, which leaves a wrapper on the instance."""
+
+
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    """Whether each process has a part of ``tensor``; ``torch.distributed.tensor`` takes a second to import."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole_of(tensor: Any) -> torch.Tensor:
+    """The whole of a DTensor, without gradient; it can share memory with it where there is one process."""
+    return tensor.detach().full_tensor()  # type: ignore[no-any-return]
+
+
+def part_of(value: torch.Tensor, like: Any) -> torch.Tensor:
+    """``value``, equal on all processes, split as the DTensor ``like`` is; its memory is not used."""
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.detach().to(like.device).contiguous()
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def is_held(model: nn.Module) -> bool:
+    """Whether FSDP2 holds ``model``."""
+    return hasattr(model, _ON_MODULES[0])
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of whatever FSDP2 has made whole; an evaluation leaves the root so."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def shard(
+    model: nn.Module, blocks: Sequence[nn.Module], mesh: Any, policy: Any, reshard_after_forward: bool
+) -> dict[int, nn.Parameter]:
+    """Put FSDP2 on ``model``: each of ``blocks`` is whole for its own passes, all else for the whole step.
+
+    Parameters may be ordinary ones, equal on all processes, or DTensors; of these one unit at a time is whole.
+    Returns the new parameter by the id of the old one.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    replaced: dict[int, nn.Parameter] = {}
+    done: set[int] = set()
+    for unit in (*blocks, model):
+        modules = [module for module in unit.modules() if id(module) not in done]
+        done.update(map(id, modules))
+        places = [(m, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
+        _make_plain(places, policy.param_dtype is not None)
+        after_forward = {} if unit is model else {"reshard_after_forward": reshard_after_forward}
+        fully_shard(unit, mesh=mesh, mp_policy=policy, **after_forward)
+        replaced |= {id(old): module._parameters[name] for module, name, old in places}  # type: ignore[misc]
+    return replaced
+
+
+def _make_plain(places: list[tuple[nn.Module, str, nn.Parameter]], in_float32: bool) -> None:
+    """Put whole parameters in ``places``; with ``in_float32`` what trains has that type."""
+    plain: dict[int, nn.Parameter] = {}
+    for module, name, old in places:
+        if id(old) not in plain:
+            value = whole_of(old) if is_dtensor(old) else old.detach()
+            value = value.float() if in_float32 and old.requires_grad else value
+            plain[id(old)] = nn.Parameter(value.contiguous(), old.requires_grad)
+        module._parameters[name] = plain[id(old)]
+
+
+def strip(model: nn.Module) -> None:
+    """Take FSDP2 off ``model``, whose parameters stay the DTensors that they are; :func:`reshard` comes first."""
+    from torch.distributed._composable_state import _module_state_mapping
+
+    for state in _states(model):
+        for name in _OF_STATE:
+            getattr(state, name).remove()
+        for group in _groups(state):
+            for handles in (getattr(group, name) for name in _OF_GROUP[1:]):
+                for handle in handles.values():
+                    handle.remove()
+            for parameter in group.fsdp_params:
+                parameter._post_load_hook_handle.remove()
+    for module in model.modules():
+        _take_off(module)
+        _module_state_mapping.pop(module, None)
+
+
+@contextmanager
+def plain_modules(model: nn.Module) -> Iterator[None]:
+    """Within it, the modules of ``model`` are of their own classes and bear no sign of FSDP2, so that they can be
+    copied; its hooks are still there."""
+    taken = [(module, type(module), _take_off(module)) for module in model.modules()] if is_held(model) else []
+    try:
+        yield
+    finally:
+        for module, own_class, attributes in taken:
+            module.__class__ = own_class
+            module.__dict__.update(attributes)
+
+
+def missing_names(model: nn.Module) -> list[str]:
+    """Undocumented names used here that this version of torch does not have."""
+    missing: list[str] = []
+    for state in _states(model):
+        missing += [f"FSDPState.{name}" for name in _OF_STATE if not hasattr(state, name)]
+        for group in _groups(state):
+            missing += [f"FSDPParamGroup.{name}" for name in _OF_GROUP if not hasattr(group, name)]
+            for parameter in getattr(group, _OF_GROUP[0], ()):
+                missing += [] if hasattr(parameter, "_post_load_hook_handle") else ["FSDPParam._post_load_hook_handle"]
+    if not is_held(model) or not any(_groups(state) for state in _states(model)):
+        missing.append("FSDPState._fsdp_param_group")
+    return sorted(set(missing))
+
+
+def _states(model: nn.Module) -> list[Any]:
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    return [fully_shard.state(module) for module in model.modules() if isinstance(module, FSDPModule)]  # type: ignore[attr-defined]
+
+
+def _groups(state: Any) -> list[Any]:
+    """Of its parameters; none where a unit has none. Torch before 2.12 has one group per state."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    one = None if groups is not None else getattr(state, "_fsdp_param_group", None)
+    return list(groups or ()) if one is None else [one]
+
+
+def _take_off(module: nn.Module) -> dict[str, Any]:
+    """Give ``module`` its own class; returns the attributes that FSDP2 and the Trainer had put on it."""
+    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+    from torch.distributed.fsdp import FSDPModule
+
+    names: tuple[str, ...] = _ON_MODULES
+    if isinstance(module, FSDPModule):
+        classes = type(module).__mro__
+        module.__class__ = classes[classes.index(FSDPModule) + 1]
+        names = (*names, STATE_KEY, REGISTRY_KEY, *_METHODS)
+    return {name: module.__dict__.pop(name) for name in names if name in module.__dict__}

@@ -1,0 +1,377 @@
+"""FSDP2 on two real processes gives the run of one process, and checkpoints move between the two.
+
+On CPUs, where accelerate does not switch it on: the workers call ``fsdp_on_cpu.enable``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import LANGUAGE_MODELS, tiny_config, tiny_model
+from transformers import AutoModelForSequenceClassification, TrainerCallback, set_seed
+
+from apt_trainer import APTConfig, APTTrainer, load_pruned
+from apt_trainer.cli.launch import PROFILES
+from apt_trainer.errors import UserError
+from apt_trainer.fully_sharded import is_dtensor
+from integration.factories import DEFAULTS, SHORT, Rows, SaveAt, events_of, losses_of, make_trainer, weights_of
+from integration.test_processes import CHANGES, GLOBAL_BATCH, ROOT, two_processes
+from integration.test_pruned_before import BEFORE
+from integration.test_zero import logits_of
+
+FSDP: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}}
+SAVED = (6, 10)
+"""In the first mask window with a teacher; after the first event."""
+
+
+class Held(TrainerCallback):
+    """Which parameters were whole when gradients were there, of the student or its teacher; by step, how many parts
+    the two shared; and what was whole whenever FSDP2 was put on a unit again: in that unit, and in the model."""
+
+    def __init__(self) -> None:
+        self.whole, self.shared, self.units = set[str](), dict[int, int](), list[tuple[int, int]]()
+        self.trainer: APTTrainer | None = None
+        self._put_on = torch.distributed.fsdp.fully_shard
+
+    def watch_units(self) -> None:
+        @functools.wraps(self._put_on)
+        def watched(unit: Any, **kwargs: Any) -> Any:
+            if self.trainer is not None and self.trainer.live_dataloader is not None:
+                self.units.append((_whole_numel(unit), _whole_numel(self.trainer.model)))
+            return self._put_on(unit, **kwargs)
+
+        torch.distributed.fsdp.fully_shard = watched
+
+    def unwatch_units(self) -> None:
+        torch.distributed.fsdp.fully_shard = self._put_on
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer is not None
+        student, teacher = self.trainer.model, self.trainer.distillation.teacher.model
+        parts = [[] if model is None else list(model.named_parameters()) for model in (student, teacher)]
+        self.whole |= {name for named in parts for name, parameter in named if not is_dtensor(parameter)}
+        ours, theirs = ({id(parameter) for _, parameter in named} for named in parts)
+        self.shared[state.global_step + 1] = len(ours & theirs)
+
+
+def _whole_numel(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if not is_dtensor(parameter))
+
+
+def trained(
+    folder: Path, saved: tuple[int, ...] = (), resume: Path | None = None, held: Held | None = None, **changes: Any
+) -> APTTrainer:
+    """Events, a transform that comes and goes, merged adapters, clipping and evaluations; no padding, so that batches
+    divide."""
+    callbacks = [SaveAt(saved), *([] if held is None else [held])]
+    data = {"heldout_dataset": Rows(16, padded=False), "eval_dataset": Rows(32, padded=False)}
+    settings = {**CHANGES, "eval_strategy": "steps", "eval_steps": 7, **changes}
+    model = tiny_model("bert")
+    trainer = make_trainer(folder, model, Rows(96, padded=False), {**data, "callbacks": callbacks}, **settings)
+    if held is not None:
+        held.trainer = trainer
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return trainer
+
+
+def evaluations_of(trainer: APTTrainer) -> dict[int, float]:
+    return {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, APTTrainer]:
+    folder = tmp_path_factory.mktemp("single")
+    trainer = trained(folder, SAVED, per_device_train_batch_size=GLOBAL_BATCH)
+    assert trainer.pruner.sparsity() >= 0.5
+    return folder, trainer
+
+
+START = """
+import gc, json, os, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from safetensors.torch import save_file
+import fsdp_on_cpu
+from integration import test_fsdp2 as module
+from integration.factories import losses_of, weights_of
+
+fsdp_on_cpu.enable()
+folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+"""
+END = """
+torch.distributed.barrier()
+os._exit(0)
+"""
+RUNS = """
+for name, (source, steps) in module.CASES.items():
+    resume = None if source is None else folder / source
+    options = {{"gradient_accumulation_steps": steps}}
+    options["per_device_train_batch_size"] = module.GLOBAL_BATCH // 2 // steps
+    held = module.Held()
+    held.watch_units()
+    saved = module.SAVED if resume is None else ()
+    trainer = module.trained(folder / name, saved, resume, held, **module.FSDP, **options)
+    held.unwatch_units()
+    gc.collect()
+    weights = weights_of(trainer.model)
+    save_file({{"logits": module.logits_of(trainer), **weights}}, folder / f"{{name}}.{{rank}}.safetensors")
+    result = {{
+        "world": trainer.args.world_size,
+        "plan": trainer.pruner.plan.to_json(),
+        "losses": losses_of(trainer),
+        "evaluations": module.evaluations_of(trainer),
+        "eval_loss": trainer.evaluate()["eval_loss"],
+        "whole": sorted(held.whole),
+        "shared": [held.shared[step] for step in sorted(held.shared)],
+        "units": held.units,
+        "states": sum(type(thing).__name__ == "FSDPState" for thing in gc.get_objects()),
+    }}
+    trainer.save_model(str(folder / name / "model"))
+    (folder / f"{{name}}.{{rank}}.json").write_text(json.dumps(result))
+"""
+CASES: dict[str, tuple[str | None, int]] = {
+    "straight": (None, 1),
+    "again": ("straight/checkpoint-10", 1),
+    "from_single": ("single/checkpoint-6", 2),
+}
+"""Name of a run → the checkpoint that it goes on from, and batches accumulated."""
+
+
+def _result(folder: Path, name: str, rank: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    return json.loads((folder / f"{name}.{rank}.json").read_text()), load_file(folder / f"{name}.{rank}.safetensors")
+
+
+def _assert_equals_single(folder: Path, name: str, expected: APTTrainer) -> None:
+    (first, weights), (second, others) = (_result(folder, name, rank) for rank in (0, 1))
+    assert first["world"] == second["world"] == 2
+    assert first["plan"] == second["plan"] == expected.pruner.plan.to_json()
+    assert first["whole"] == second["whole"] == []
+    assert first["states"] == second["states"] == 0
+    assert all(torch.equal(weight, others[key]) for key, weight in weights.items())
+    losses, evaluations = losses_of(expected), evaluations_of(expected)
+    assert len(first["losses"]) == len(losses) == 20
+    for step, values in losses.items():
+        assert first["losses"][str(step)][0] == pytest.approx(values[0], rel=1e-5)
+    assert list(evaluations) == [7, 14, 20]
+    for step, value in evaluations.items():
+        assert first["evaluations"][str(step)] == pytest.approx(value, rel=1e-5)
+    assert torch.allclose(weights.pop("logits"), logits_of(expected), atol=1e-5)
+    assert weights.keys() == weights_of(expected.model).keys()
+
+
+@pytest.mark.distributed
+def test_fsdp2_equals_one_process_and_checkpoints_move_between_them(
+    single: tuple[Path, APTTrainer], tmp_path: Path
+) -> None:
+    """One test, since starting two processes takes longer than the runs in them."""
+    (tmp_path / "single").symlink_to(single[0])
+    results = [f"{name}.{rank}.json" for name in CASES for rank in (0, 1)]
+    two_processes(tmp_path, START + RUNS + END, *results)
+    for name in CASES:
+        _assert_equals_single(tmp_path, name, single[1])
+    straight, resumed = (_result(tmp_path, name, 0) for name in ("straight", "again"))
+    # a cut leaves what has another shape afterwards to the teacher alone; a teacher read from a file shares nothing
+    assert straight[0]["shared"] == [0, 0, *[53] * 6, *[43] * 6, *[33] * 3, 0, 0, 0]
+    assert resumed[0]["shared"] == [0] * 10
+    units = straight[0]["units"]  # three layers and the rest, at each of five changes of shape
+    assert len(units) == 4 * 5 and all(in_unit >= 512 for in_unit, _ in units)
+    new = [in_model - in_unit for in_unit, in_model in units]
+    assert new == [64, 64, 64, *[0] * 17]  # the transform is made before FSDP2 has seen it
+    for step, values in straight[0]["losses"].items():
+        assert resumed[0]["losses"][step] == pytest.approx(values, rel=1e-6)
+    assert all(torch.allclose(value, resumed[1][key], rtol=1e-6, atol=0) for key, value in straight[1].items())
+    records = [(r["step"], r["kind"], r["block_params"], r["ranks"]) for r in events_of(tmp_path / "straight")]
+    assert records == [(r["step"], r["kind"], r["block_params"], r["ranks"]) for r in events_of(single[0])]
+
+    again = load_pruned(tmp_path / "straight" / "model").eval()
+    with torch.no_grad():
+        logits = again(input_ids=Rows(16, padded=False).ids).logits
+    assert torch.allclose(logits, straight[1]["logits"], atol=1e-6)
+
+    for step in SAVED:  # and back to one process
+        source = tmp_path / "straight" / f"checkpoint-{step}"
+        kinds = {file.suffix for file in source.iterdir() if not file.name.startswith("rng_state")}
+        assert kinds == {".json", ".safetensors"}
+        back = trained(tmp_path / f"back{step}", (), source, per_device_train_batch_size=GLOBAL_BATCH)
+        assert back.pruner.plan == single[1].pruner.plan
+        assert torch.allclose(logits_of(back), logits_of(single[1]), atol=1e-5)
+
+
+ALONE = """
+for name, source, changes in (
+    ("alone", None, {{}}),
+    ("bf16", None, {{"bf16": True}}),
+    ("bf16 again", "bf16/checkpoint-10", {{"bf16": True}}),
+):
+    held = module.Held()
+    resume = None if source is None else folder / source
+    saved = module.SAVED if resume is None else ()
+    trainer = module.trained(folder / name, saved, resume, held, per_device_train_batch_size=8, **changes)
+    result = {{"plan": trainer.pruner.plan.to_json(), "losses": losses_of(trainer), "whole": sorted(held.whole)}}
+    save_file({{"logits": module.logits_of(trainer)}}, folder / f"{{name}}.safetensors")
+    (folder / f"{{name}}.json").write_text(json.dumps(result))
+"""
+
+
+@pytest.mark.distributed
+def test_the_profile_trains_one_process_too(single: tuple[Path, APTTrainer], tmp_path: Path) -> None:
+    """FSDP is asked for by the profile alone; bf16 goes on from a checkpoint as if it had not stopped."""
+    worker = tmp_path / "worker.py"
+    worker.write_text((START + ALONE).format(root=str(ROOT), tests=str(Path(__file__).parents[1])))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    subprocess.run(
+        [*launcher, "--config_file", str(PROFILES / "fsdp2.yaml"), str(worker), str(tmp_path)],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=280,
+    )
+    results = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("alone", "bf16", "bf16 again")}
+    assert all(result["whole"] == [] for result in results.values())
+    assert results["alone"]["plan"] == single[1].pruner.plan.to_json()
+    for step, values in losses_of(single[1]).items():
+        assert results["alone"]["losses"][str(step)] == pytest.approx(values, rel=1e-5)
+        assert results["bf16"]["losses"][str(step)][0] == pytest.approx(values[0], rel=0.03)
+    assert torch.allclose(load_file(tmp_path / "alone.safetensors")["logits"], logits_of(single[1]), atol=1e-5)
+    straight, again = (results[name]["losses"] for name in ("bf16", "bf16 again"))
+    assert list(straight) == list(again) and straight == again
+    logits = [load_file(tmp_path / f"{name}.safetensors")["logits"] for name in ("bf16", "bf16 again")]
+    assert torch.equal(*logits)
+
+
+# ------------------------------------------------------------------ other models and settings
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "t5": {},
+    "before": {**BEFORE, "importance": "magnitude"},
+    "bf16": {"bf16": True},
+    "teacher": {"distillation": "model", "teacher_name_or_path": "given"},
+    "norms": {"tune": "adapters_and_norms", "activation_checkpointing": True, "importance": "taylor"},
+    "full": {"tune": "full", "tune_embeddings": True, "rank_growth": "none", "distillation_transform": "identity"},
+}
+"""What differs from ``SHORT``; the first two name models."""
+HALVES = {"one": list(OTHERS)[:4], "other": list(OTHERS)[4:]}
+MORE = """
+for name in module.HALVES["@"]:
+    held = module.Held()
+    options = {{**module.FSDP, "per_device_train_batch_size": module.GLOBAL_BATCH // 2}}
+    trainer = module.other(folder / name, name, held, **options)
+    trainer.save_model(str(folder / name / "model"))
+    result = {{"plan": trainer.pruner.plan.to_json(), "losses": losses_of(trainer)}}
+    result |= {{"whole": sorted(held.whole), "shared": max(held.shared.values())}}
+    result["types"] = sorted({{str(parameter.dtype) for parameter in trainer.model.parameters()}})
+    (folder / f"{{name}}.{{rank}}.json").write_text(json.dumps(result))
+"""
+
+
+def other(folder: Path, name: str, held: Held | None = None, **changes: Any) -> APTTrainer:
+    """A run of ``OTHERS``."""
+    options: dict[str, Any] = {"heldout_dataset": Rows(16, padded=False)}
+    model, data = tiny_model("bert"), Rows(96, padded=False)
+    if name in LANGUAGE_MODELS:
+        model, data = tiny_model(name, LANGUAGE_MODELS[name]), Rows(96, "text", padded=False)
+        options = {"heldout_dataset": Rows(16, "text", padded=False)}
+    if name == "teacher":
+        set_seed(5)
+        config = tiny_config("bert", 2, num_labels=3)
+        options = {"teacher": AutoModelForSequenceClassification.from_config(config)}
+    if held is not None:
+        options["callbacks"] = [held]
+    trainer = make_trainer(folder, model, data, options, **{**SHORT, "max_grad_norm": 1.0, **OTHERS[name], **changes})
+    if held is not None:
+        held.trainer = trainer
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("half", HALVES)
+def test_other_models_and_settings_equal_one_process(half: str, tmp_path: Path) -> None:
+    """Several runs in a test, since starting two processes takes longer than a run in them."""
+    results = [f"{name}.{rank}.json" for name in HALVES[half] for rank in (0, 1)]
+    two_processes(tmp_path, START + MORE.replace("@", half) + END, *results)
+    for name in HALVES[half]:
+        expected = other(tmp_path / "single" / name, name, per_device_train_batch_size=GLOBAL_BATCH)
+        losses = losses_of(expected)
+        assert len(losses) == 12
+        for rank in (0, 1):
+            result = json.loads((tmp_path / f"{name}.{rank}.json").read_text())
+            assert result["whole"] == [], name
+            assert result["types"] == ["torch.float32"], name
+            assert (result["shared"] > 10) == (name in ("llama", "t5", "bf16", "norms")), (name, result["shared"])
+            # bf16: rounded where autocast does not; norms: rounding of their gradients, which Adam scales up
+            tolerance = {"bf16": 2e-2, "norms": 1e-5}.get(name, 1e-6)
+            assert name == "bf16" or result["plan"] == expected.pruner.plan.to_json(), name
+            for step, values in losses.items():
+                assert result["losses"][str(step)][0] == pytest.approx(values[0], rel=tolerance), (name, step)
+
+
+# ------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fsdp_config": {"version": 1}}, "FSDP1"),
+        ({"fsdp_config": {"cpu_offload": True}}, "cpu_offload.*zero3_offload"),
+        ({"fsdp_config": {"activation_checkpointing": True}}, "activation_checkpointing in the recipe"),
+        ({"fsdp_config": {"cpu_ram_efficient_loading": True}}, "cpu_ram_efficient_loading"),
+        ({"fp16": True}, "Use bf16"),
+        ({"torch_compile": True}, "torch_compile"),
+        ({"dense_baseline": True}, "dense_baseline starts a process of its own"),
+        ({"optim": "adafactor"}, "optim: adafactor"),
+        ({"rank_score": "absolute"}, "rank_score: signed"),
+    ],
+)
+def test_settings_that_do_not_work_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr("apt_trainer.engines.fsdp_checks.has_accelerators", lambda args: True)
+    for variable, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=message):
+        APTConfig(output_dir=str(tmp_path / "run"), **{**DEFAULTS, **FSDP, **changes})
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_of_a_launcher_are_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apt_trainer.engines.fsdp_checks.has_accelerators", lambda args: True)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for values, message in (
+        ({}, "FSDP1"),
+        ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "cpu_offload"),
+        ({"FSDP_OFFLOAD_PARAMS": "false", "FSDP_IGNORED_MODULES": "a"}, "ignored_modules"),
+        ({"FSDP_IGNORED_MODULES": "", "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "parallelism_config"),
+    ):
+        for variable, value in values.items():
+            monkeypatch.setenv(variable, value)
+        with pytest.raises(UserError, match=message):
+            APTConfig(output_dir=str(tmp_path), **DEFAULTS)
+
+
+def test_fsdp_on_cpus_and_without_a_launcher_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="silently train under DDP"):
+        APTConfig(output_dir=str(tmp_path), **{**DEFAULTS, **FSDP})
+    monkeypatch.setattr("apt_trainer.engines.fsdp_checks.has_accelerators", lambda args: True)
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError, match="needs a launcher, also for one process"):
+        APTConfig(output_dir=str(tmp_path), **{**DEFAULTS, **FSDP})
+
+
+def test_a_run_in_which_accelerate_left_fsdp_off_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``check_fsdp_launch`` cannot foresee."""
+    monkeypatch.setattr("apt_trainer.runtime.wants_fsdp", lambda args: True)
+    with pytest.raises(UserError, match="accelerate has not switched it on"):
+        make_trainer(tmp_path, tiny_model("bert"))
