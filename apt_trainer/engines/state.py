@@ -82,6 +82,13 @@ def add_masters(state: State, model: nn.Module) -> None:
             state.setdefault(name, {}).setdefault(MASTER, parameter.detach().cpu().clone())
 
 
+def step_tensor(steps: int, group: Mapping[str, Any], device: torch.device) -> torch.Tensor:
+    """Count of ``steps`` where torch's optimizers want it: on the parameters' ``device`` if the kernels of ``group``
+    read it there, else on the CPU."""
+    on_device = bool(group.get("fused") or group.get("capturable"))
+    return torch.tensor(float(steps), device=device if on_device else "cpu")
+
+
 def ages(state: State) -> dict[str, int]:
     """Steps that each parameter has trained for."""
     return {name: int(of_parameter[STEP]) for name, of_parameter in state.items() if STEP in of_parameter}

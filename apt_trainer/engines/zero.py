@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from apt_trainer.engines.base import Engine, fresh_leaves
-from apt_trainer.engines.state import MASTER, STEP, Edits, State, follow, follow_master
+from apt_trainer.engines.state import MASTER, STEP, Edits, State, follow, follow_master, step_tensor
 from apt_trainer.errors import UserError
 from apt_trainer.partition import whole
 
@@ -212,13 +212,14 @@ class ZeroEngine(Engine):
             inner = self._zero.optimizer.state[flat]
             inner |= {key: torch.zeros_like(flat.data) for key in moments}
             if counts:
-                inner[STEP] = self._step_value(steps.pop())
+                inner[STEP] = self._step_value(steps.pop(), flat.device)
         self._link()
 
-    def _step_value(self, steps: int) -> Any:
+    def _step_value(self, steps: int, device: torch.device) -> Any:
         # DeepSpeed's own Adam for the CPU counts in an int, torch's in a tensor
-        is_torch = type(self._zero.optimizer).__module__.startswith("torch.")
-        return torch.tensor(float(steps)) if is_torch else steps
+        optimizer = self._zero.optimizer
+        is_torch = type(optimizer).__module__.startswith("torch.")
+        return step_tensor(steps, optimizer.param_groups[0], device) if is_torch else steps
 
     def _read(self, parameter: nn.Parameter, key: str | None) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state

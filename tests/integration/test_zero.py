@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from apt_trainer import APTConfig, APTTrainer
 from apt_trainer.engines.agreement import outliers
-from apt_trainer.engines.state import follow_master
+from apt_trainer.engines.state import follow_master, step_tensor
 from apt_trainer.errors import UserError
 from apt_trainer.pruning.slicing import Grow, Keep
 from integration.factories import DEFAULTS, Rows, SaveAt, events_of, losses_of, make_trainer, weights_of
@@ -191,6 +191,15 @@ def test_values_in_float32_follow_a_cut_and_take_new_entries_from_the_parameter(
         follow_master(master, [Grow(0, 1), Keep(0, torch.tensor([1, 3]))], new[:, :2]),
         torch.tensor([[2.1, 3.1], [9.0, 9.0]]),
     )
+
+
+@pytest.mark.parametrize(
+    ("group", "place"), [({"fused": True}, "meta"), ({"fused": None, "capturable": False}, "cpu")]
+)
+def test_the_count_of_steps_is_where_the_kernels_of_torch_read_it(group: dict[str, Any], place: str) -> None:
+    """Fused ones, the default of transformers, on the device of the parameters; a count on the CPU stops a GPU run."""
+    counted = step_tensor(3, group, torch.device("meta"))
+    assert (counted.device.type, counted.dtype) == (place, torch.float32)
 
 
 @pytest.mark.parametrize(
