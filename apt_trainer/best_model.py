@@ -29,11 +29,11 @@ from apt_trainer.tuning import TRANSFORM
 logger = logging.getLogger(__name__)
 
 
-def check_candidates(args: APTConfig, schedule: Schedule) -> None:
-    """Raise :class:`UserError` before anything is trained where there will be nothing to choose among."""
+def check_candidates(args: APTConfig, schedule: Schedule) -> Schedule:
+    """``schedule``; raises :class:`UserError` where it leaves nothing to choose among, before anything is trained."""
     chooses = args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST
     if not chooses:
-        return
+        return schedule
     setting = "load_best_model_at_end" if args.load_best_model_at_end else "save_strategy: best"
     if args.metric_for_best_model is None:
         raise UserError(f"{setting} needs metric_for_best_model, for example loss.")
@@ -47,6 +47,7 @@ def check_candidates(args: APTConfig, schedule: Schedule) -> None:
             f"{setting} needs evaluations, but eval_delay={args.eval_delay} is more than the {schedule.total} steps. "
             "Lower eval_delay."
         )
+    return schedule
 
 
 def check_metric(args: APTConfig, metrics: Mapping[str, Any]) -> None:

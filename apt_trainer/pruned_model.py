@@ -226,10 +226,14 @@ def dense_shape(config: PreTrainedConfig) -> tuple[type[PreTrainedModel] | None,
     return cls, stock
 
 
-def dense_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the stock class and size that ``model`` was cut from, with random weights: for sizes and speed."""
+def dense_copy(model: PreTrainedModel, device: torch.device | str | None = None) -> PreTrainedModel:
+    """A model of the stock class and size that ``model`` was cut from, with random weights: for sizes and speed.
+
+    It is made on ``device`` at once, by default that of ``model``; "meta" is enough to count.
+    """
     cls, config = dense_shape(model.config)
-    return (cls or type(model))(config).to(model.dtype)
+    with torch.device(device or model.device):
+        return (cls or type(model))._from_config(config, dtype=model.dtype)
 
 
 def load_pruned(path: str | Path, **kwargs: Any) -> PreTrainedModel:

@@ -106,7 +106,11 @@ def read_values(path: str | None, overrides: Sequence[str] = ()) -> dict[str, An
             values[key] = _pick(path, key, [value], hints[key])
     for key, words in _split_overrides(overrides).items():
         _check_key(COMMAND_LINE, key, hints)
-        values[key] = _pick(COMMAND_LINE, key, _readings(words, hints[key]), hints[key])
+        hint = hints[key]
+        if [_scalar(word) for word in words] == [None] and _takes_list(hint) and not _fits(None, hint):
+            values.pop(key, None)  # else a list that holds the text "null"
+        else:
+            values[key] = _pick(COMMAND_LINE, key, _readings(words, hint), hint)
     return values
 
 

@@ -119,7 +119,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         "sparsity": trainer.pruner.sparsity(),
         "total_params_dense": dense_parameters,
         "total_params": count_parameters(trainer.model),
-        "disk_bytes_dense": sum(p.numel() * p.element_size() for p in dense_copy(trainer.model).parameters()),
+        "disk_bytes_dense": sum(p.numel() * p.element_size() for p in dense_copy(trainer.model, "meta").parameters()),
         "disk_bytes": size_on_disk(output),
         "train_seconds": seconds,
         "train_cpu_seconds": cpu_seconds,
@@ -133,6 +133,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
         "versions": versions(),
     }
     metrics |= {f"{name}_dense": dense[name] for name in _COMPARED if name in dense}
+    if args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+        metrics["best_checkpoint"] = Path(trainer.state.best_model_checkpoint).name
     if watch is not None:
         metrics["time_to_accuracy"] = watch.record()
     if args.lm_eval_tasks and trainer.is_world_process_zero():

@@ -65,5 +65,10 @@ class StopOnSignal(TrainerCallback):
             signal.signal(signal.SIGTERM, self._previous)
             self._previous = None
 
+    def leave(self) -> None:
+        """Raise :class:`Terminated` if the loop was asked to end."""
+        if self.stopped_at is not None:
+            raise Terminated(self.stopped_at)
+
     def _ask(self, number: int, frame: Any) -> None:
         self._asked = True

@@ -44,7 +44,7 @@ from apt_trainer.report.events import append_event, truncate_after
 from apt_trainer.resume import load_run
 from apt_trainer.schedule import Schedule, make_schedule
 from apt_trainer.self_distillation import SelfDistillation, split_heldout
-from apt_trainer.termination import StopOnSignal, Terminated
+from apt_trainer.termination import StopOnSignal
 from apt_trainer.tuning import base_weight_names
 
 EVENTS_FILE = "events.jsonl"
@@ -129,8 +129,7 @@ class APTTrainer(BestWithinBudget):
             raise UserError("This trainer has finished its run. Make a new one with a dense model to train again.")
         with naming_the_silent(self.args.ddp_timeout):
             result = super().train(*args, **kwargs)
-        if self._stop.stopped_at is not None:
-            raise Terminated(self._stop.stopped_at)
+        self._stop.leave()
         self.finish()
         return result
 
@@ -296,9 +295,7 @@ class APTTrainer(BestWithinBudget):
         """For the errors it raises; the loop's own number of steps replaces it in :meth:`start`."""
         if self.train_dataset is None:
             raise UserError("train_dataset is missing.")
-        schedule = make_schedule(self.args, self.args.total_steps(len(self.train_dataset)))
-        check_candidates(self.args, schedule)
-        return schedule
+        return check_candidates(self.args, make_schedule(self.args, self.args.total_steps(len(self.train_dataset))))
 
     def start(self) -> None:
         """When the loop begins, all else being restored."""

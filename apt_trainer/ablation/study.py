@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from apt_trainer.config import APTConfig
 from apt_trainer.errors import UserError, unknown_choice
-from apt_trainer.recipe import COMMAND_LINE, _read_file, check_recipe
+from apt_trainer.recipe import COMMAND_LINE, _read_file, check_recipe, read_values
 from apt_trainer.settings import DataSettings, ModelSettings
 
 SET_BY_STUDY = ("seed", "output_dir", "resume_from_checkpoint")
@@ -61,8 +61,16 @@ class Study:
     metrics: list[str] | None
 
 
-def read_study(path: str, output_dir: str | None = None) -> Study:
-    """Read a study file; ``output_dir`` overrides the file's.
+def read_study(
+    path: str, output_dir: str | None = None, seeds: Sequence[int] | None = None, overrides: Sequence[str] = ()
+) -> Study:
+    """Read a study file.
+
+    Args:
+        path: The YAML file.
+        output_dir: Instead of the file's.
+        seeds: Instead of the file's.
+        overrides: Keys of a recipe as ``--key value``, which go before those of the file in every variant.
 
     Raises:
         UserError: for an unreadable file, an unknown or missing key, a wrong type, a base recipe that is missing, a
@@ -71,6 +79,7 @@ def read_study(path: str, output_dir: str | None = None) -> Study:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file. Give a study with --study.")
     content = _read_file(path) | ({"output_dir": output_dir} if output_dir else {})
+    content |= {"seeds": list(seeds)} if seeds is not None else {}
     for key in content:
         if key not in _FORMS:
             raise unknown_choice(f"{path}: key", key, _FORMS)
@@ -80,8 +89,8 @@ def read_study(path: str, output_dir: str | None = None) -> Study:
     base, baseline = Path(path).parent / content["base"], content.get("baseline")
     if not base.is_file():
         raise UserError(f"{path}: base={content['base']!r} does not exist. Looked for {base}, beside the study.")
-    common = content.get("common") or {}
-    variants = {name: common | (overrides or {}) for name, overrides in content["variants"].items()}
+    common, last = content.get("common") or {}, read_values(None, overrides)
+    variants = {name: common | (changed or {}) | last for name, changed in content["variants"].items()}
     if baseline is not None and baseline not in variants:
         raise unknown_choice(f"{path}: baseline", baseline, variants)
     recipes = {name: _recipe(path, base, name, overrides) for name, overrides in variants.items()}

@@ -103,7 +103,7 @@ def measure_speed(
 
     Models that generate are timed reading prompts and decoding ``new_tokens``, others in a forward pass.
     """
-    models = {"dense": (dense or dense_copy(model)).to(model.device), "pruned": model}
+    models = {"dense": dense or dense_copy(model), "pruned": model}
     if all(each.can_generate() for each in models.values()):
         return _flops(models, length) | _generation(models, batch_sizes, length, new_tokens)
     timed = compare_latency(models, list(batch_sizes), length, min_runs=MIN_RUNS, max_seconds=MAX_SECONDS)

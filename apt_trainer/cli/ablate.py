@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 HELP = "Run a study: variants of a recipe times seeds, side by side; continues where it was stopped. Prints a table."
-TAKES_SETTINGS = False
+TAKES_SETTINGS = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1); more distort each other's times"
     )
     parser.add_argument("--output_dir", metavar="DIR", help="overrides that of the study")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="override those of the study")
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -26,7 +27,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from apt_trainer.ablation.study import read_study
     from apt_trainer.report.comparison import RESULTS_FILE, compare, read_results, to_markdown
 
-    study = read_study(args.study, args.output_dir)
+    study = read_study(args.study, args.output_dir, args.seeds, overrides)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))  # through the clean-up, as for SIGINT
     failures = run_study(study, args.jobs, lambda line: print(line, file=sys.stderr, flush=True))

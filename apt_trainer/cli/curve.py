@@ -14,9 +14,9 @@ from apt_trainer.cli.analyze import (
     progress,
 )
 from apt_trainer.cli.benchmark import positive
-from apt_trainer.sublayers.choices import COSTS, CURVE_KINDS, METHODS
+from apt_trainer.sublayers.choices import COSTS, CURVE_KINDS, DEFAULT_CURVE_KINDS, METHODS
 
-HELP = "Drop more and more attentions, feed-forwards or layers by several rankings, measure each drop, and draw it."
+HELP = "Drop more and more attentions, heads, feed-forwards or layers by several rankings, measure and draw each drop."
 TAKES_SETTINGS = False
 DEFAULT = ("cosine", "nri:params", "reverse", "random")
 
@@ -25,15 +25,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_data_arguments(parser, required=True)
     drops = parser.add_argument_group("drops")
-    drops.add_argument("--kinds", nargs="+", choices=CURVE_KINDS, default=CURVE_KINDS, help="default: all")
+    drops.add_argument(
+        "--kinds", nargs="+", choices=CURVE_KINDS, default=DEFAULT_CURVE_KINDS, help="default: all but heads"
+    )
     drops.add_argument(
         "--rankings",
         nargs="+",
         default=DEFAULT,
         metavar="METHOD[:COST][:iterative]",
-        help=f"any of {', '.join(METHODS)}; costs of nri: {', '.join(COSTS)} (default: {' '.join(DEFAULT)})",
+        help=f"any of {', '.join(METHODS)}; costs of nri: {', '.join(COSTS)}; cosine ranks no heads "
+        f"(default: {' '.join(DEFAULT)})",
     )
     drops.add_argument("--counts", type=positive, nargs="+", default=[1, 2, 4, 8], metavar="N", help="units to drop")
+    drops.add_argument(
+        "--head_counts", type=positive, nargs="+", metavar="N", help="heads to drop, of kind heads (default: --counts)"
+    )
     drops.add_argument("--seeds", type=positive, default=3, metavar="N", help="random orders (default: 3)")
     drops.add_argument(
         "--protect", type=int, nargs="+", default=[], metavar="LAYER", help="layers that stay; -1 is the last"
@@ -48,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         nargs="+",
         metavar="N",
-        help="where tasks run and speed is timed (default: --counts)",
+        help="where tasks run and speed is timed (default: all counts)",
     )
     test.add_argument("--task_path", metavar="DIR", help="folder with YAML files (default: recipes/lm_eval)")
     test.add_argument("--limit", type=positive, metavar="N", help="use only the first N examples of each task")
@@ -65,6 +71,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         kinds=args.kinds,
         rankings=args.rankings,
         counts=args.counts,
+        head_counts=args.head_counts,
         seeds=args.seeds,
         protect=args.protect,
         speed=args.speed,

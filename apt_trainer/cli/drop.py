@@ -1,4 +1,4 @@
-"""``apt-trainer drop``: a model without some of its attentions, feed-forwards or layers."""
+"""``apt-trainer drop``: a model without some of its attentions, heads, feed-forwards or layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from apt_trainer.cli.benchmark import positive
 from apt_trainer.sublayers.choices import BASELINES, COSTS, FRACTIONS, KINDS, METHODS, STRATEGIES
 
 HELP = (
-    "Drop attentions, feed-forwards or layers of a model and save the smaller one; prints the loss before and after."
+    "Drop attentions, heads, feed-forwards or layers of a model and save the smaller one; prints the loss before and "
+    "after."
 )
 TAKES_SETTINGS = False
 
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fraction_of", choices=FRACTIONS, default="params", help="what --fraction is a share of (default: params)"
     )
-    parser.add_argument("--method", choices=METHODS, default="cosine", help="score (default: cosine)")
+    parser.add_argument("--method", choices=METHODS, default="cosine", help="score (default: cosine; not for heads)")
     parser.add_argument(
         "--cost", choices=COSTS, default="params", help="what nri divides relative impact by (default: params)"
     )

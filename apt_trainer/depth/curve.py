@@ -22,7 +22,7 @@ from apt_trainer.painting.scores import measured
 from apt_trainer.report.curve import curve_markdown, plot_curve
 from apt_trainer.report.events import append_event, read_events, write_json
 from apt_trainer.settings import ModelSettings
-from apt_trainer.sublayers.choices import COSTS, CURVE_KINDS, METHODS, STRATEGIES
+from apt_trainer.sublayers.choices import COSTS, CURVE_KINDS, DEFAULT_CURVE_KINDS, METHODS, NO_COSINE, STRATEGIES
 from apt_trainer.sublayers.cosine import Watch, unwatched
 from apt_trainer.sublayers.costs import Shape, shares, unit_costs
 from apt_trainer.sublayers.gates import switched_off
@@ -82,12 +82,14 @@ class CurveRequest:
 
     ``rankings``: texts of :class:`Ranking`; ``seeds``: how many random orders; ``speed``: time the smaller models;
     ``tasks`` to ``num_fewshot``: those of :func:`~apt_trainer.evaluation.harness.run_tasks`, also for the full model.
-    Speed and tasks are measured with ``task_counts`` units dropped (None: all ``counts``).
+    Speed and tasks are measured with ``task_counts`` units dropped (None: all counts). ``head_counts``: counts of kind
+    heads (None: ``counts``).
     """
 
-    kinds: Sequence[str] = CURVE_KINDS
+    kinds: Sequence[str] = DEFAULT_CURVE_KINDS
     rankings: Sequence[str] = ("cosine", "nri:params", "reverse", "random")
     counts: Sequence[int] = (1, 2, 4, 8)
+    head_counts: Sequence[int] | None = None
     seeds: int = 3
     protect: Sequence[int] = ()
     speed: bool = False
@@ -103,12 +105,28 @@ class CurveRequest:
         for kind in self.kinds:
             if kind not in CURVE_KINDS:
                 raise unknown_choice("kind", kind, CURVE_KINDS)
-        if not self.counts or min(self.counts) < 1:
-            raise UserError(f"counts={list(self.counts)} must be numbers of units, 1 or more.")
+        of_kinds = [self.counts_of(kind) for kind in self.kinds]
+        if not of_kinds or any(not counts or counts[0] < 1 for counts in of_kinds):
+            raise UserError(f"counts={list(self.counts)} must be numbers of units, 1 or more; so must head_counts.")
+        counts = sorted(set().union(*of_kinds))
+        if self.head_counts is not None and "heads" not in self.kinds:
+            raise UserError("head_counts is for kind heads, which is not among kinds.")
         for count in self.task_counts or ():
-            if count not in self.counts:
-                raise unknown_choice("task_counts", str(count), [str(one) for one in self.counts])
-        return list(dict.fromkeys(Ranking.read(text) for text in self.rankings))
+            if count not in counts:
+                raise unknown_choice("task_counts", str(count), [str(one) for one in counts])
+        rankings = list(dict.fromkeys(Ranking.read(text) for text in self.rankings))
+        if any(not rankings_of(kind, rankings) for kind in self.kinds):
+            raise UserError(NO_COSINE)
+        return rankings
+
+    def counts_of(self, kind: str) -> list[int]:
+        """How many units of ``kind`` to drop, in rising order."""
+        return sorted(set(self.counts if kind != "heads" or self.head_counts is None else self.head_counts))
+
+
+def rankings_of(kind: str, rankings: Sequence[Ranking]) -> list[Ranking]:
+    """Those of ``rankings`` that order units of ``kind``: cosine does not order heads."""
+    return [ranking for ranking in rankings if kind != "heads" or ranking.method != "cosine"]
 
 
 @dataclass(frozen=True)
@@ -151,7 +169,7 @@ def measure_curves(
             f"{type(at.model).__name__} has no loss on plain text. Give rows with labels (.jsonl with text and label)."
         )
     for kind in request.kinds:
-        Budget(max(request.counts)).check(candidates_of(at.units, kind, request.protect), kind)
+        _budget(at, request, kind).check(candidates_of(at.units, kind, request.protect), kind)
     folder = check_folder(output, resume, RESULTS_FILE)
     at.load(device)
     results = _Results(at, request, held_out, folder / RESULTS_FILE)
@@ -175,40 +193,44 @@ def measure_curves(
     return found
 
 
+def _budget(at: Loaded, request: CurveRequest, kind: str) -> Budget:
+    return Budget(request.counts_of(kind)[-1], units=at.units)
+
+
 class _Rankers:
     """Rankers of one model; losses and costs are measured when first asked for."""
 
     def __init__(self, at: Loaded, folder: Path, watch: Watch) -> None:
         self._at, self._folder, self._watch = at, folder, watch
         self._losses: Losses | None = None
-        self._shares: dict[str, dict[Unit, float]] = {}
+        self._shares: dict[tuple[str, bool], dict[Unit, float]] = {}
 
-    def of(self, ranking: Ranking, seed: int) -> Ranker:
+    def of(self, kind: str, ranking: Ranking, seed: int) -> Ranker:
         at = self._at
         if ranking.method == "cosine":
             assert at.calibration is not None
             return CosineRanker(at.model, at.units, at.calibration.batches)
         if ranking.method == "nri":
-            cost = ranking.cost or "params"
-            if cost not in self._shares:
-                self._shares[cost] = shares(unit_costs(at.model, at.units, cost, at.shape), at.units)
+            cost, heads = ranking.cost or "params", kind == "heads"
+            if (cost, heads) not in self._shares:
+                self._shares[cost, heads] = shares(unit_costs(at.model, at.units, cost, at.shape, heads), at.units)
             self._losses = self._losses or stored_losses(at, self._folder)
-            return ImpactRanker(self._losses, self._shares[cost], watch=self._watch)
+            return ImpactRanker(self._losses, self._shares[cost, heads], watch=self._watch)
         return ReverseRanker(at.units) if ranking.method == "reverse" else RandomRanker(seed)
 
 
 def _points(
     at: Loaded, request: CurveRequest, rankings: Sequence[Ranking], results: _Results, rankers: _Rankers
 ) -> Iterator[Point]:
-    budget = Budget(max(request.counts))
     for kind in request.kinds:
+        budget = _budget(at, request, kind)
         candidates = candidates_of(at.units, kind, request.protect)
-        for ranking in rankings:
+        for ranking in rankings_of(kind, rankings):
             for seed in range(request.seeds) if ranking.method == "random" else (0,):
-                ranker = partial(rankers.of, ranking, seed)  # asked for only if the order is not stored
+                ranker = partial(rankers.of, kind, ranking, seed)  # asked for only if the order is not stored
                 ordered = partial(_ordered, candidates, kind, budget, ranker, ranking.strategy)
                 order = results.order((kind, str(ranking), seed), ordered)
-                for count in sorted(set(request.counts)):
+                for count in request.counts_of(kind):
                     yield Point(kind, ranking, seed, count, order[:count])
 
 
@@ -236,7 +258,7 @@ class _Results:
         if events and events[0] != same:
             raise UserError(f"{file} is of another model, data or tasks. Remove it, or give what it was started with.")
         self._lines = [] if events else [same]
-        self._labels = {at.units.label(unit): unit for unit in at.units.members}
+        self._labels = {at.units.label(unit): unit for unit in at.units.every}
         self._known: dict[Any, Any] = {_key(event): event["value"] for event in events[1:]}
         self._record: Callable[[dict[str, Any]], None] = self._lines.append
 
@@ -249,7 +271,7 @@ class _Results:
     def order(self, of: tuple[str, str, int], ordered: Callable[[], tuple[Unit, ...]]) -> tuple[Unit, ...]:
         """Units in the order ``of`` a curve; a stored one that is long enough is taken."""
         kept = self._known.get(("order", *of), [])
-        if len(kept) < max(self._request.counts):
+        if len(kept) < self._request.counts_of(of[0])[-1]:
             kept = [self._at.units.label(unit) for unit in ordered()]
             self._keep({"what": "order", "of": list(of), "value": kept})
         return tuple(self._labels[label] for label in kept)
@@ -302,7 +324,7 @@ def _in_full(request: CurveRequest, count: int) -> bool:
 
 
 def _summary(at: Loaded, request: CurveRequest, points: Sequence[Point], results: _Results) -> dict[str, Any]:
-    share = shares(unit_costs(at.model, at.units, "params", Shape()), at.units)
+    share = shares(unit_costs(at.model, at.units, "params", Shape(), heads=True), at.units)
     curves: dict[tuple[str, str, int], list[Point]] = {}
     for point in points:
         curves.setdefault((point.kind, str(point.ranking), point.count), []).append(point)

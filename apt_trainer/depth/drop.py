@@ -15,10 +15,10 @@ from apt_trainer.measure import count_parameters
 from apt_trainer.report.events import write_json
 from apt_trainer.settings import ModelSettings
 from apt_trainer.sublayers import lists
-from apt_trainer.sublayers.choices import BASELINES, COSTS, FRACTIONS, METHODS
+from apt_trainer.sublayers.choices import BASELINES, COSTS, FRACTIONS, METHODS, NO_COSINE
 from apt_trainer.sublayers.cosine import Watch, cosine_scores, unwatched
 from apt_trainer.sublayers.costs import Shape, cache_bytes, shares, unit_costs
-from apt_trainer.sublayers.drop import collapse_warning, depth_share, depth_warning, drop
+from apt_trainer.sublayers.drop import collapse_warning, depth_share, depth_warning, drop, head_share
 from apt_trainer.sublayers.gates import switched_off
 from apt_trainer.sublayers.loss import exp_loss, loss_name
 from apt_trainer.sublayers.select import (
@@ -73,6 +73,8 @@ class DropRequest:
             raise UserError(f"kind consecutive is chosen by cosine or reverse, not by {self.method!r}.")
         if self.kind == "consecutive" and self.strategy == "iterative":
             raise UserError("kind consecutive takes one run of layers at once: strategy one_shot.")
+        if self.kind == "heads" and self.method == "cosine":
+            raise UserError(NO_COSINE)
         if self.method in ("cosine", "nri") and not has_data:
             raise UserError(
                 f"method {self.method} needs data: give a text or a file. Methods without: reverse, random."
@@ -109,8 +111,8 @@ def drop_units(
         choice = Choice(listed, ())
     else:
         if request.fraction is not None and request.fraction_of == "latency":
-            costs = unit_costs(at.model, at.units, "latency", at.shape)
-            budget = Budget(None, request.fraction, shares(costs, at.units))
+            costs = unit_costs(at.model, at.units, "latency", at.shape, heads=request.kind == "heads")
+            budget = Budget(None, request.fraction, shares(costs, at.units), at.units)
         choice = _choose(at, request, candidates, budget, folder, watch)
     dropped = choice.units
     warnings = [depth_warning(at.units, dropped)]
@@ -141,8 +143,8 @@ def _asked(at: Loaded, request: DropRequest) -> tuple[tuple[Unit, ...] | None, t
     """(units of a list, candidates, budget); raises :class:`UserError` for what this model cannot give."""
     if request.drop_list is not None:
         return lists.read(request.drop_list, at.units, at.model_type), (), Budget(count=1)
-    share = shares(unit_costs(at.model, at.units, "params", at.shape), at.units)
-    budget = Budget(request.count, request.fraction, share)
+    share = shares(unit_costs(at.model, at.units, "params", at.shape, heads=True), at.units)
+    budget = Budget(request.count, request.fraction, share, at.units)
     candidates = candidates_of(at.units, request.kind, request.protect)
     if request.fraction is None or request.fraction_of == "params":
         budget.check(candidates, request.kind)
@@ -162,7 +164,8 @@ def _choose(
     if request.method == "cosine":
         ranker = CosineRanker(at.model, at.units, batches, watch)
     elif request.method == "nri":
-        share = shares(unit_costs(at.model, at.units, request.cost, at.shape), at.units)
+        costs = unit_costs(at.model, at.units, request.cost, at.shape, heads=request.kind == "heads")
+        share = shares(costs, at.units)
         ranker = ImpactRanker(stored_losses(at, folder), share, request.baseline, watch)
     elif request.method == "reverse":
         ranker = ReverseRanker(at.units)
@@ -177,28 +180,33 @@ def _ranked(units: Units, one: Ranked) -> dict[str, Any]:
 
 
 def _sizes(at: Loaded, dropped: Sequence[Unit]) -> dict[str, Any]:
-    """How much goes: share of the parameters in blocks, of the sublayers, and of the cache per token."""
-    share = shares(unit_costs(at.model, at.units, "params", Shape()), at.units)
+    """How much goes: share of the parameters in blocks, of the sublayers, of the heads, and of the cache per token."""
+    share = shares(unit_costs(at.model, at.units, "params", Shape(), heads=True), at.units)
+    parts = at.units.parts(dropped)
     found: dict[str, Any] = {
         "depth_share": depth_share(at.units, dropped),
-        "block_parameter_share": sum(share[part] for part in at.units.parts(dropped)),
+        "block_parameter_share": sum(share[part] for part in parts),
     }
-    if at.model.can_generate():
+    if any(unit.head is not None for unit in dropped):
+        found["head_share"] = head_share(at.units, dropped)
+    if at.model.can_generate() and at.units.stacks == ("decoder",):
         token = Shape(1, 1)
-        sizes = {u: cache_bytes(at.model, at.units, u, token) for u in at.units.sublayers if u.kind != "mlp"}
-        if at.units.stacks == ("decoder",):
-            gone = sum(sizes[part] for part in at.units.parts(dropped) if part in sizes)
-            total = sum(sizes.values())
-            found |= {"kv_bytes_per_token_before": total, "kv_bytes_per_token_after": total - gone}
+        sizes = {
+            u: cache_bytes(at.model, at.units, u, token) for u in at.units.every if u.kind not in ("mlp", "block")
+        }
+        total = sum(sizes[unit] for unit in at.units.sublayers if unit in sizes)
+        gone = sum(sizes[part] for part in parts if part in sizes)
+        found |= {"kv_bytes_per_token_before": total, "kv_bytes_per_token_after": total - gone}
     return found
 
 
 def report_text(report: Mapping[str, Any]) -> str:
     """What a drop did, in a few lines."""
+    heads = f", {report['head_share']:.1%} of the heads" if "head_share" in report else ""
     lines = [
         f"dropped      {', '.join(report['dropped'])}",
         f"parameters   {report['parameters']:,} → {report['parameters_after']:,} "
-        f"({report['block_parameter_share']:.1%} of the blocks, {report['depth_share']:.1%} of the sublayers)",
+        f"({report['block_parameter_share']:.1%} of the blocks, {report['depth_share']:.1%} of the sublayers{heads})",
     ]
     if "loss_before" in report:
         lines.append(f"{report['loss_name']:<12} {report['loss_before']:.4g} → {report['loss_after']:.4g}")

@@ -19,7 +19,7 @@ MAX_SECONDS = 20.0  # after which no further round starts
 
 
 def composition(units: Units, dropped: Sequence[Unit]) -> list[str]:
-    """What of the speed depends on: how many sublayers of each kind go, such as ["3 attention", "1 mlp"]."""
+    """What of the speed depends on: how many sublayers and heads of each kind go, as in ["3 attention", "1 mlp"]."""
     return [f"{count} {kind}" for kind, count in sorted(Counter(unit.kind for unit in units.parts(dropped)).items())]
 
 

@@ -74,6 +74,11 @@ def check_deepspeed(args: Any) -> None:
         raise UserError(
             "rank_score: absolute reads gradients, which DeepSpeed has cleared by then. Use rank_score: signed."
         )
+    if args.save_only_model and args.load_best_model_at_end:
+        raise UserError(
+            "transformers does not combine save_only_model with load_best_model_at_end under DeepSpeed. "
+            "Remove save_only_model, or train under DDP."
+        )
     if "RANK" not in os.environ:
         raise UserError(
             "DeepSpeed needs a launcher, also for one process: apt-trainer train --accelerate_config zero2, "

@@ -39,12 +39,15 @@ def curve_markdown(found: Found) -> str:
     measures += [("SDR", lambda row: row.get("sdr"), "{:.3f}".format)]
     for kind in _distinct(found, "kind"):
         rows = [row for row in found["rows"] if row["kind"] == kind]
+        rankings = _distinct({"rows": rows}, "ranking")
+        absent = [name for name in _distinct(found, "ranking") if name not in rankings]
+        note = f" (not ranked by {', '.join(absent)})" if absent else ""
         for title, value, form in measures:
             lines = _pivot(rows, value)
             if lines:
                 columns: list[Column] = [("count", "units", None), ("share", "of block parameters", "{:.1%}".format)]
-                columns += [(name, name, form) for name in _distinct(found, "ranking")]
-                parts += [f"{title} without units of kind {kind}", markdown_table(lines, columns)]
+                columns += [(name, name, form) for name in rankings]
+                parts += [f"{title} without units of kind {kind}{note}", markdown_table(lines, columns)]
     return "\n\n".join(parts)
 
 
@@ -58,7 +61,8 @@ def plot_curve(found: Found, folder: str | Path) -> list[str]:
         for axes, kind in zip(panels, kinds, strict=True):
             _draw(axes, found, kind)
         panels[0].set_ylabel(found["loss_name"])
-        panels[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}  # one per ranking
+        panels[-1].legend(lines.values(), lines.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5))
         figure.savefig(Path(folder) / PLOT_FILE, format="png", dpi=120)
     return [PLOT_FILE]
 
@@ -68,6 +72,8 @@ def _draw(axes: Axes, found: Found, kind: str) -> None:
     top = whole * _WORST
     for i, ranking in enumerate(_distinct(found, "ranking")):
         rows = [row for row in found["rows"] if (row["kind"], row["ranking"]) == (kind, ranking)]
+        if not rows:
+            continue
         counts = [0, *(row["count"] for row in rows)]
         means = [whole, *(_clipped(row["loss"], top) for row in rows)]
         colour, mark = _COLOURS[i % len(_COLOURS)], _MARKS[i % len(_MARKS)]

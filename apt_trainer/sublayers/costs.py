@@ -1,21 +1,29 @@
 """What a unit costs: parameters, seconds, bytes or nothing; and shares of it, by which impact is normalised.
 
-Shares are of the sum over all sublayers of the dense model. Not for the units inside a sublayer (``pruning.cost``).
+Shares are of the sum over all sublayers of the dense model. A head costs what its attention is smaller without it; the
+norm and the like go with the attention. Not for neurons (``pruning.cost``).
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 from torch import nn
 
-from apt_trainer.measure import count_parameters, evaluating, example_inputs
+from apt_trainer.measure import compare_latency, count_parameters, evaluating, example_inputs
 from apt_trainer.measure.latency import now, take_turns
 from apt_trainer.models import Space
+from apt_trainer.pruning.cost import Weigh, parameter_cost
+from apt_trainer.pruning.plan import PruningPlan
+from apt_trainer.pruning.surgery import apply_plan
+from apt_trainer.sublayers.drop import plan_without
 from apt_trainer.sublayers.gates import switched_off
 from apt_trainer.sublayers.units import Unit, Units
+
+_LEAST = 1e-9  # seconds: a unit that costs nothing measurable still has a share above 0
 
 
 @dataclass(frozen=True)
@@ -30,8 +38,8 @@ class Shape:
     max_seconds: float = 20.0
 
 
-def unit_costs(model: nn.Module, units: Units, cost: str, shape: Shape) -> dict[Unit, float]:
-    """Cost of every unit, blocks included.
+def unit_costs(model: nn.Module, units: Units, cost: str, shape: Shape, heads: bool = False) -> dict[Unit, float]:
+    """Cost of every unit, blocks included, and single heads where asked for.
 
     Args:
         model: The dense model; for seconds with weights, else the meta device will do.
@@ -39,16 +47,32 @@ def unit_costs(model: nn.Module, units: Units, cost: str, shape: Shape) -> dict[
         cost: "params", "memory" (bytes of weights, and of keys and values where they are cached), "latency" (seconds
             of one forward pass) or "none" (1 each).
         shape: For memory and latency.
+        heads: Single heads too; their seconds are timed on a copy of the model.
     """
     if cost == "none":
-        return dict.fromkeys(units.members, 1.0)
+        return dict.fromkeys(units.every if heads else units.members, 1.0)
     if cost == "latency":
         of_sublayer = _seconds(model, units, shape)
     elif cost == "memory":
         of_sublayer = {unit: _bytes(model, units, unit, shape) for unit in units.sublayers}
     else:
         of_sublayer = {unit: float(_parameters(model, units, unit)) for unit in units.sublayers}
-    return {unit: sum(of_sublayer[part] for part in units.parts([unit])) for unit in units.members}
+    found = {unit: sum(of_sublayer[part] for part in units.parts([unit])) for unit in units.members}
+    return found | _of_heads(model, units, cost, shape, found) if heads else found
+
+
+def _of_heads(
+    model: nn.Module, units: Units, cost: str, shape: Shape, costs: Mapping[Unit, float]
+) -> dict[Unit, float]:
+    """Cost of every head; an only head is its attention."""
+    if cost == "latency":
+        found = dict.fromkeys(units.heads, _seconds_per_head(model, units, shape))
+    else:
+        found = _bytes_per_head(model, units, shape) if cost == "memory" else _parameters_per_head(model, units)
+    return {
+        head: costs[attention] if units.space(head).size == 1 else found[head]
+        for head, attention in units.heads.items()
+    }
 
 
 def shares(costs: Mapping[Unit, float], units: Units) -> dict[Unit, float]:
@@ -58,16 +82,17 @@ def shares(costs: Mapping[Unit, float], units: Units) -> dict[Unit, float]:
 
 
 def cache_bytes(model: nn.Module, units: Units, unit: Unit, shape: Shape) -> int:
-    """Bytes of the keys and values that an attention leaves in the cache of ``shape``."""
+    """Bytes of the keys and values that an attention or a head leaves in the cache of ``shape``."""
     element = next(model.parameters()).element_size()
-    space = next(s for s in units.spaces if s.name == units.members[unit][0].space)
-    return shape.batch_size * shape.length * _cached_numbers(space) * element
+    space = units.space(unit)
+    heads = space.size if unit.head is None else 1
+    return shape.batch_size * shape.length * heads * _cached_numbers(space) * element
 
 
 def _cached_numbers(space: Space) -> int:
-    """Entries of a key and a value for one token: rows of the projections that are not queries."""
+    """Entries of a key and a value for one token, per head: rows of the projections that are not queries."""
     rows = sum(sum(part.parts) for part in space.slices if part.side == "out" and part.module not in space.norms)
-    return space.size * (rows - space.channels)
+    return rows - space.channels
 
 
 def _parameters(model: nn.Module, units: Units, unit: Unit) -> int:
@@ -81,6 +106,32 @@ def _bytes(model: nn.Module, units: Units, unit: Unit, shape: Shape) -> float:
     size = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
     cached = unit.kind != "mlp" and model.can_generate()  # type: ignore[operator]
     return float(size + (cache_bytes(model, units, unit, shape) if cached else 0))
+
+
+def _parameters_per_head(model: nn.Module, units: Units, weigh: Weigh | None = None) -> dict[Unit, float]:
+    cost = parameter_cost(model, units.family, units.spaces, weigh)
+    counts = PruningPlan.dense(units.spaces).counts
+    of_space = {name: cost.marginal(name, counts) for name in {units.space(head).name for head in units.heads}}
+    return {head: of_space[units.space(head).name] for head in units.heads}
+
+
+def _bytes_per_head(model: nn.Module, units: Units, shape: Shape) -> dict[Unit, float]:
+    found = _parameters_per_head(model, units, lambda name, parameter: float(parameter.element_size()))
+    if not model.can_generate():  # type: ignore[operator]
+        return found
+    return {head: size + cache_bytes(model, units, head, shape) for head, size in found.items()}
+
+
+def _seconds_per_head(model: nn.Module, units: Units, shape: Shape) -> float:
+    """Time saved by a copy without every other head, per head: a head that is only masked saves none."""
+    gone = [head for head in units.heads if (head.head or 0) % 2]
+    small = copy.deepcopy(model)
+    apply_plan(small, units.family, units.spaces, PruningPlan.dense(units.spaces), plan_without(units, gone))
+    timed = compare_latency(
+        {"dense": model, "small": small}, [shape.batch_size], shape.length, max_seconds=shape.max_seconds
+    )
+    dense, less = (timed[name][shape.batch_size].median_ms / 1000 for name in ("dense", "small"))
+    return max(_LEAST, (dense - less) / max(1, len(gone)))
 
 
 def _seconds(model: nn.Module, units: Units, shape: Shape) -> dict[Unit, float]:
@@ -99,9 +150,8 @@ def _seconds(model: nn.Module, units: Units, shape: Shape) -> dict[Unit, float]:
         calls = {"dense": partial(forward, [])} | {kind: partial(forward, members) for kind, members in kinds.items()}
         timed = take_turns(calls, min_runs=10, max_seconds=shape.max_seconds)
     seconds = {name: latency.median_ms / 1000 for name, (latency,) in timed.items()}
-    least = 1e-9  # a unit that costs nothing measurable still has a share above 0
     return {
-        unit: max(least, (seconds["dense"] - seconds[kind]) / len(members))
+        unit: max(_LEAST, (seconds["dense"] - seconds[kind]) / len(members))
         for kind, members in kinds.items()
         for unit in members
     }

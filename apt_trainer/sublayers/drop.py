@@ -26,9 +26,11 @@ COLLAPSE = 10.0
 def plan_without(units: Units, dropped: Sequence[Unit]) -> PruningPlan:
     """The plan that keeps everything but the units ``dropped``; raises :class:`UserError` for units that must stay."""
     units.check(dropped)
-    gone = {sublayer.space for unit in dropped for sublayer in units.members[unit]}
+    gone = units.lost(dropped)
     dense = PruningPlan.dense(units.spaces)
-    return PruningPlan({name: () if name in gone else kept for name, kept in dense.kept.items()})
+    return PruningPlan(
+        {name: tuple(unit for unit in kept if unit not in gone.get(name, ())) for name, kept in dense.kept.items()}
+    )
 
 
 def drop(model: PreTrainedModel, units: Units, dropped: Sequence[Unit]) -> PruningPlan:
@@ -43,8 +45,16 @@ def drop(model: PreTrainedModel, units: Units, dropped: Sequence[Unit]) -> Pruni
 
 
 def depth_share(units: Units, dropped: Sequence[Unit]) -> float:
-    """Dropped sublayers over all sublayers."""
-    return len(units.parts(dropped)) / len(units.sublayers)
+    """Sublayers that go as a whole over all sublayers."""
+    return sum(part.head is None for part in units.parts(dropped)) / len(units.sublayers)
+
+
+def head_share(units: Units, dropped: Sequence[Unit]) -> float:
+    """Dropped heads over all heads, those of whole attentions included."""
+    attentions = [unit for unit in units.sublayers if unit.kind != "mlp"]
+    gone = units.lost(dropped)
+    lost = sum(len(gone.get(units.space(unit).name, ())) for unit in attentions)
+    return lost / sum(units.space(unit).size for unit in attentions)
 
 
 def depth_warning(units: Units, dropped: Sequence[Unit]) -> str | None:

@@ -21,7 +21,7 @@ from apt_trainer.sublayers.loss import exp_loss
 from apt_trainer.sublayers.units import Unit, Units
 
 Key = tuple[str, ...]
-"""Sorted names of the sublayers that are off."""
+"""Sorted names of the sublayers and heads that are off."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Drop lists as JSON: ours, and the two lists of layer numbers that LLM-Drop keeps in a config.
 
-One file is both where a model has one stack: ``units`` is ours, ``drop_attn_list`` and ``drop_mlp_list`` are theirs.
+One file is both where a model has one stack and no attention loses a part of its heads, which theirs cannot say:
+``units`` is ours, ``drop_attn_list`` and ``drop_mlp_list`` are theirs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, get_args
 
 from apt_trainer.errors import UserError
 from apt_trainer.models import Stack
-from apt_trainer.sublayers.units import Unit, UnitKind, Units
+from apt_trainer.sublayers.units import HEAD_KINDS, Unit, UnitKind, Units
 
 FORMAT_VERSION = 1
 _THEIRS: dict[str, UnitKind] = {"drop_attn_list": "attention", "drop_mlp_list": "mlp"}
@@ -25,12 +26,27 @@ def to_json(units: Units, dropped: Iterable[Unit], model_type: str) -> dict[str,
         "format_version": FORMAT_VERSION,
         "model_type": model_type,
         "layers": {stack: units.layers(stack) for stack in units.stacks},
-        "units": [{"kind": unit.kind, "layer": unit.layer, "stack": unit.stack} for unit in dropped],
+        "units": [_entry(unit) for unit in dropped],
     }
-    if len(units.stacks) == 1:
-        parts = units.parts(dropped)
+    if any(unit.head is not None for unit in dropped):
+        data["heads"] = _heads(units)
+    parts = units.parts(dropped)
+    if len(units.stacks) == 1 and all(part.head is None for part in parts):
         data |= {name: [unit.layer for unit in parts if unit.kind == kind] for name, kind in _THEIRS.items()}
     return data
+
+
+def _entry(unit: Unit) -> dict[str, Any]:
+    entry: dict[str, Any] = {"kind": unit.kind, "layer": unit.layer, "stack": unit.stack}
+    return entry if unit.head is None else entry | {"head": unit.head}
+
+
+def _heads(units: Units) -> dict[str, int]:
+    """Heads of an attention per stack; they number the same in all layers of a dense model."""
+    return {
+        stack: max(units.space(unit).size for unit in units.sublayers if unit.stack == stack and unit.kind != "mlp")
+        for stack in units.stacks
+    }
 
 
 def read(path: str, units: Units, model_type: str) -> tuple[Unit, ...]:
@@ -66,6 +82,8 @@ def from_json(data: Mapping[str, Any], units: Units, model_type: str) -> tuple[U
     listed = data.get("layers") if count is None else dict.fromkeys(units.stacks, count)
     if listed is not None and listed != layers:
         raise UserError(f"the list is for a model with layers {listed}, this one has {layers}.")
+    if data.get("heads") not in (None, _heads(units)):
+        raise UserError(f"the list is for attentions with heads {data['heads']}, those here have {_heads(units)}.")
     if "units" in data:
         version = data.get("format_version")
         if version != FORMAT_VERSION or not isinstance(data["units"], list):
@@ -86,11 +104,14 @@ def _unit(entry: Any) -> Unit:
     kind: Any = values.get("kind")
     layer: Any = values.get("layer")
     stack: Any = values.get("stack")
-    if kind not in get_args(UnitKind) or type(layer) is not int or stack not in get_args(Stack):
+    head: Any = values.get("head")
+    known = kind in get_args(UnitKind) and type(layer) is int and stack in get_args(Stack)
+    if not known or type(head) is not (int if kind in HEAD_KINDS.values() else type(None)):
         raise UserError(
-            f'{entry!r} is no unit. One looks like {{"kind": "attention", "layer": 3, "stack": "decoder"}}.'
+            f'{entry!r} is no unit. One looks like {{"kind": "attention", "layer": 3, "stack": "decoder"}}, a head '
+            'like {"kind": "head", "layer": 3, "stack": "decoder", "head": 1}.'
         )
-    return Unit(kind, layer, stack)
+    return Unit(kind, layer, stack, head)
 
 
 def _layers(name: str, values: Any, layers: int) -> list[int]:

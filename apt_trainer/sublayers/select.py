@@ -77,7 +77,7 @@ class ReverseRanker:
     units: Units
 
     def rank(self, candidates: Sequence[Unit], dropped: Sequence[Unit]) -> list[Ranked]:
-        place = {unit: i for i, unit in enumerate(self.units.members)}
+        place = {unit: i for i, unit in enumerate(self.units.every)}
         return [Ranked(unit, None) for unit in sorted(candidates, key=place.__getitem__, reverse=True)]
 
 
@@ -95,11 +95,16 @@ class RandomRanker:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much to drop: ``count`` units, or units until their ``share`` adds up to ``fraction``."""
+    """How much to drop: ``count`` units, or units until their ``share`` adds up to ``fraction``.
+
+    ``units``: those of the model; needed for heads, of which some attentions keep one, and the last of which takes
+    along what its attention has besides.
+    """
 
     count: int | None = None
     fraction: float | None = None
     share: Mapping[Unit, float] = field(default_factory=dict)
+    units: Units | None = None
 
     def __post_init__(self) -> None:
         if (self.count is None) == (self.fraction is None):
@@ -113,15 +118,25 @@ class Budget:
         if self.count is not None:
             return len(dropped) >= self.count
         assert self.fraction is not None
-        return sum(self.share[unit] for unit in dropped) >= self.fraction - _EXACT
+        return self._sum(dropped) >= self.fraction - _EXACT
+
+    def _sum(self, dropped: Sequence[Unit]) -> float:
+        return sum(self.share[unit] for unit in (dropped if self.units is None else self.units.parts(dropped)))
+
+    def left(self, candidates: Sequence[Unit], dropped: Sequence[Unit]) -> tuple[Unit, ...]:
+        """Those of ``candidates`` that may still go after ``dropped``."""
+        if self.units is not None:
+            return self.units.free(candidates, dropped)
+        return tuple(unit for unit in candidates if unit not in dropped)
 
     def check(self, candidates: Sequence[Unit], kind: str) -> None:
         """Raise :class:`UserError` when all ``candidates`` together are too few."""
+        candidates = candidates if self.units is None else self.units.together(candidates)
         if self.met(candidates):
             return
         if self.count is not None:
             raise UserError(f"count={self.count} is more than the {len(candidates)} units of kind {kind!r}.")
-        most = sum(self.share[unit] for unit in candidates)
+        most = self._sum(candidates)
         raise UserError(f"fraction={self.fraction} cannot be met: all units of kind {kind!r} make up {most:.3f}.")
 
 
@@ -140,10 +155,8 @@ def candidates_of(units: Units, kind: str, protect: Sequence[int] = ()) -> tuple
     for layer in protect:
         if not any(-units.layers(stack) <= layer < units.layers(stack) for stack in units.stacks):
             raise UserError(f"protect={layer} is no layer of the model, which has {units.layers(units.stacks[0])}.")
-    staying = {
-        unit for unit in units.members if any(unit.layer == layer % units.layers(unit.stack) for layer in protect)
-    }
-    found = tuple(unit for unit in units.of(kind) if unit not in units.protected and unit not in staying)
+    staying = {(stack, layer % units.layers(stack)) for stack in units.stacks for layer in protect}
+    found = units.free((unit for unit in units.of(kind) if (unit.stack, unit.layer) not in staying), ())
     if not found:
         raise UserError(f"The model has no unit of kind {kind!r} that may be dropped. Protect fewer layers.")
     return found
@@ -159,11 +172,11 @@ def choose(
     dropped: list[Unit] = []
     steps: list[tuple[Ranked, ...]] = []
     while not budget.met(dropped):
+        left = budget.left(candidates, dropped)
         if strategy == "iterative" or not steps:
-            left = [unit for unit in candidates if unit not in dropped]
             steps.append(tuple(ranker.rank(left, dropped)))
-        place = 0 if strategy == "iterative" else len(dropped)
-        dropped.append(steps[-1][place].unit)
+        may_go = set(left)
+        dropped.append(next(one.unit for one in steps[-1] if one.unit in may_go))
     return Choice(tuple(dropped), tuple(steps))
 
 

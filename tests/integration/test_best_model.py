@@ -1,4 +1,5 @@
-"""The best checkpoint within the final budget ends the run, whatever its ranks were and what was merged since."""
+"""The best checkpoint within the final budget ends the run, whatever its ranks were, what was merged since, and what
+engine trained."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from apt_trainer.termination import Terminated
 from integration.factories import SHORT, Rows, events_of, make_trainer, weights_of
 from integration.test_processes import two_processes
 from integration.test_termination import Kill
+from integration.test_zero import deepspeed_config
 
 BEST: dict[str, Any] = {**SHORT, "max_steps": 16, "load_best_model_at_end": True, "eval_strategy": "steps"}
 BEST |= {"eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "distillation_end": 11}
@@ -228,30 +230,55 @@ def test_an_unknown_metric_stops_the_run_at_its_first_evaluation(tmp_path: Path)
 
 
 WORKER = """
-import os, sys
+import json, os, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from safetensors.torch import save_file
 from integration.factories import weights_of
-from integration.test_best_model import _trainer
+from integration.test_best_model import ENGINES, _logits, _trainer
 
 folder, rank = Path(sys.argv[1]), os.environ["RANK"]
-trainer = _trainer(folder / "run", ddp_backend="gloo", per_device_train_batch_size=4, save_total_limit=1)
-trainer.train()
-save_file(weights_of(trainer.model), folder / f"weights.{{rank}}.safetensors")
+for name, changes in ENGINES["KIND"].items():
+    trainer = _trainer(folder / name, per_device_train_batch_size=4, save_total_limit=1, **changes)
+    trainer.train()
+    at_best = trainer.logits[10]
+    tensors = {{"logits": _logits(trainer.model), "at_best": at_best, **weights_of(trainer.model)}}
+    save_file({{key: value.contiguous() for key, value in tensors.items()}}, folder / f"{{name}}.{{rank}}.safetensors")
+    trainer.save_model(str(folder / name / "model"))
+torch.distributed.barrier()
 os._exit(0)
 """
 
+ENGINES: dict[str, dict[str, dict[str, Any]]] = {
+    "ddp": {"adapters": {"ddp_backend": "gloo"}},
+    "zero": {
+        "zero2": {"deepspeed": deepspeed_config(2)},
+        "zero3": {"deepspeed": deepspeed_config(3)},
+        "zero3 merged": {"deepspeed": deepspeed_config(3), "tune_after_distillation": "full"},
+        "zero3 bf16": {"deepspeed": deepspeed_config(3), "bf16": True},
+    },
+}
+"""Runs of two processes, by how they are started."""
+
 
 @pytest.mark.distributed
-def test_two_processes_load_the_same_best(tmp_path: Path) -> None:
-    two_processes(tmp_path, WORKER, "weights.0.safetensors", "weights.1.safetensors")
-    assert _steps(tmp_path / "run") == {10}
-    first, second = (load_file(tmp_path / f"weights.{rank}.safetensors") for rank in (0, 1))
-    expected = weights_of(_finished_at(tmp_path / "again", tmp_path / "run" / "checkpoint-10").model)
-    assert first.keys() == second.keys() == expected.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert all(torch.equal(first[name], expected[name]) for name in first)
-    assert [record["step"] for record in events_of(tmp_path / "run", "prune")] == [5, 8]
+@pytest.mark.parametrize("kind", ENGINES)
+def test_two_processes_load_the_same_best(kind: str, tmp_path: Path) -> None:
+    files = [f"{name}.{rank}.safetensors" for name in ENGINES[kind] for rank in (0, 1)]
+    two_processes(tmp_path, WORKER.replace("KIND", kind), *files)
+    for name, changes in ENGINES[kind].items():
+        assert _steps(tmp_path / name) == {10}
+        first, second = (load_file(tmp_path / f"{name}.{rank}.safetensors") for rank in (0, 1))
+        assert all(torch.equal(first[key], second[key]) for key in first if key != "at_best")
+        whole = "bf16" not in changes
+        logits = first.pop("logits")
+        assert torch.allclose(logits.float(), first.pop("at_best").float(), atol=1e-5 if whole else 2e-2)
+        assert torch.equal(_logits(load_pruned(tmp_path / name / "model")), logits)
+        settings = {key: value for key, value in changes.items() if key.startswith("tune")}
+        expected = weights_of(_finished_at(tmp_path / "again", tmp_path / name / "checkpoint-10", **settings).model)
+        assert first.keys() == second.keys() - {"logits", "at_best"} == expected.keys()
+        if whole:
+            assert all(torch.equal(first[key], expected[key]) for key in first)
+        assert [record["step"] for record in events_of(tmp_path / name, "prune")] == [5, 8]

@@ -39,6 +39,10 @@ def with_zero(**settings: Any) -> dict[str, Any]:
     return config | {"zero_optimization": config["zero_optimization"] | settings}
 
 
+ONLY_WEIGHTS: dict[str, Any] = {"load_best_model_at_end": True, "save_only_model": True}
+ONLY_WEIGHTS |= {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": 10, "eval_steps": 10}
+
+
 def trained(folder: Path, saved: tuple[int, ...] = (), resume: Path | None = None, **changes: Any) -> APTTrainer:
     """Events, a transform that comes and goes, merged adapters and clipping; no padding, so that batches divide."""
     options = {"heldout_dataset": Rows(16, padded=False), "callbacks": [SaveAt(saved)]}
@@ -198,6 +202,7 @@ def test_values_in_float32_follow_a_cut_and_take_new_entries_from_the_parameter(
         ({"deepspeed": deepspeed_config(2) | {"optimizer": {"type": "AdamW"}}}, "section 'optimizer'"),
         ({"deepspeed": deepspeed_config(2), "rank_score": "absolute"}, "rank_score: signed"),
         ({"deepspeed": deepspeed_config(2), "fp16": True}, "Use bf16"),
+        ({"deepspeed": deepspeed_config(3), **ONLY_WEIGHTS}, "save_only_model.*load_best_model_at_end"),
         ({"deepspeed": deepspeed_config(2)}, "needs a launcher"),
     ],
 )

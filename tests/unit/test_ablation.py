@@ -116,6 +116,29 @@ def test_common_keys_are_where_variants_start(tmp_path):
     assert [(run.given["lora_r"], run.given["max_steps"]) for run in study.runs] == [(5, 7), (3, 7), (5, 9)]
 
 
+def test_keys_of_the_command_line_hold_for_every_variant(tmp_path):
+    make_base(tmp_path)
+    path = write_study(tmp_path, variants={"a": {}, "b": {"lora_r": 3}})
+    study = read_study(path, seeds=[5], overrides=["--max_steps", "9", "--use_cpu", "true"])
+    assert [(run.seed, run.given["max_steps"], run.given["use_cpu"]) for run in study.runs] == [(5, 9, True)] * 2
+    assert [run.given.get("lora_r", 8) for run in study.runs] == [8, 3]
+    assert study.runs[0].digest != read_study(path).runs[0].digest
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--seed", "2"], "sets seed, which the study sets for each run"),
+        (["--lora_rr", "2"], "lora_rr"),
+        (["--lora_r", "4"], "variant 'b' equals 'a' in all settings"),
+    ],
+)
+def test_keys_of_the_command_line_that_no_study_can_take_are_refused(tmp_path, overrides, message):
+    make_base(tmp_path)
+    with pytest.raises(UserError, match=message):
+        read_study(write_study(tmp_path, variants={"a": {}, "b": {"lora_r": 3}}), overrides=overrides)
+
+
 # ---- running ----
 
 

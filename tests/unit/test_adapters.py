@@ -23,7 +23,7 @@ from tiny import (
     tiny_batch,
     tiny_model,
 )
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from apt_trainer.adapters.allocation import AdapterSize, allocate
@@ -96,6 +96,40 @@ def test_a_target_that_is_no_linear_of_a_layer_is_a_user_error(target: str) -> N
         insert_adapters(model, ["query", target], 2, 4, 0.0, family.layer_paths(model))
     assert not any(isinstance(module, LoraLayer) for module in model.modules())
     assert "word_embeddings" not in str(error.value)
+
+
+def test_under_autocast_adapters_keep_no_copy_of_their_input() -> None:
+    """Same numbers as PEFT's way, and nothing of the size of the input is kept for the backward pass but the input."""
+    layer = nn.Module()
+    layer.block = nn.Module()
+    layer.block.linear = nn.Linear(64, 8, bias=False, dtype=torch.bfloat16)
+    insert_adapters(layer, ["linear"], 4, 8, 0.0, ["block"])
+    adapter = layer.block.linear
+    nn.init.normal_(adapter.lora_B["default"].weight)
+    x = torch.randn(256, 64, dtype=torch.bfloat16)
+
+    def run() -> tuple[Tensor, list[Tensor | None], int]:
+        saved: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.numel() == x.numel():
+                saved[tensor.untyped_storage().data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+            output = adapter(x)
+        saved.pop(x.untyped_storage().data_ptr(), None)
+        layer.zero_grad()
+        output.float().square().sum().backward()
+        return output, [p.grad for p in layer.parameters()], sum(saved.values())
+
+    output, gradients, copies = run()
+    del adapter._cast_input_dtype  # as PEFT has it
+    as_peft, peft_gradients, peft_copies = run()
+    assert (copies, peft_copies) == (0, x.nbytes)
+    assert torch.equal(output, as_peft)
+    for one, other in zip(gradients, peft_gradients, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
 
 
 def test_adapters_of_half_precision_weights_are_float32() -> None:

@@ -96,6 +96,10 @@ def test_override_forms(words, key, value):
     assert type(read) is type(value)
 
 
+def test_null_unsets_a_list(recipe_file):
+    assert "lm_eval_tasks" not in read_values(recipe_file("lm_eval_tasks: [piqa]"), ["--lm_eval_tasks", "null"])
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [("2e-4", 2e-4), ("2.0e-4", 2e-4), (".5", 0.5), ("1.", 1.0), ("-1E+2", -100.0), ("1", 1), (".inf", float("inf"))],
