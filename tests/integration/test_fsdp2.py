@@ -185,7 +185,7 @@ def test_fsdp2_equals_one_process_and_checkpoints_move_between_them(
     assert straight[0]["shared"] == [0, 0, *[53] * 6, *[43] * 6, *[33] * 3, 0, 0, 0]
     assert resumed[0]["shared"] == [0] * 10
     units = straight[0]["units"]  # three layers and the rest, at each of five changes of shape
-    assert len(units) == 4 * 5 and all(in_unit >= 512 for in_unit, _ in units)
+    assert len(units) == 4 * 5 and all(in_unit > 0 for in_unit, _ in units)
     new = [in_model - in_unit for in_unit, in_model in units]
     assert new == [64, 64, 64, *[0] * 17]  # the transform is made before FSDP2 has seen it
     for step, values in straight[0]["losses"].items():
