@@ -85,6 +85,8 @@ def _check_training(args: Any) -> None:
         raise UserError(
             "dense_baseline starts a process of its own, which would join those of FSDP. Train the dense model alone."
         )
+    if args.save_only_model and args.load_best_model_at_end:
+        raise UserError("transformers does not combine save_only_model with load_best_model_at_end under FSDP.")
     optimizer = str(getattr(args.optim, "value", args.optim))
     if optimizer not in _OPTIMIZERS:
         raise UserError(f"optim: {optimizer} is not supported under FSDP. Use one of {', '.join(_OPTIMIZERS)}.")

@@ -185,7 +185,7 @@ def test_fsdp2_equals_one_process_and_checkpoints_move_between_them(
     assert straight[0]["shared"] == [0, 0, *[53] * 6, *[43] * 6, *[33] * 3, 0, 0, 0]
     assert resumed[0]["shared"] == [0] * 10
     units = straight[0]["units"]  # three layers and the rest, at each of five changes of shape
-    assert len(units) == 4 * 5 and all(in_unit >= 512 for in_unit, _ in units)
+    assert len(units) == 4 * 5 and all(in_unit > 0 for in_unit, _ in units)
     new = [in_model - in_unit for in_unit, in_model in units]
     assert new == [64, 64, 64, *[0] * 17]  # the transform is made before FSDP2 has seen it
     for step, values in straight[0]["losses"].items():
@@ -208,17 +208,22 @@ def test_fsdp2_equals_one_process_and_checkpoints_move_between_them(
         assert torch.allclose(logits_of(back), logits_of(single[1]), atol=1e-5)
 
 
+EVALUATED = (14, 16, 18, 20)
+"""From the last cut on."""
+BEST: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "eval_steps": 2, "metric_for_best_model": "loss"}
+BEST |= {"load_best_model_at_end": True}
 ALONE = """
-for name, source, changes in (
-    ("alone", None, {{}}),
-    ("bf16", None, {{"bf16": True}}),
-    ("bf16 again", "bf16/checkpoint-10", {{"bf16": True}}),
+for name, source, saved, changes in (
+    ("alone", None, (), {{}}),
+    ("bf16", None, (10,), {{"bf16": True}}),
+    ("bf16 again", "bf16/checkpoint-10", (), {{"bf16": True}}),
+    ("best", None, module.EVALUATED, module.BEST),
 ):
     held = module.Held()
     resume = None if source is None else folder / source
-    saved = module.SAVED if resume is None else ()
     trainer = module.trained(folder / name, saved, resume, held, per_device_train_batch_size=8, **changes)
     result = {{"plan": trainer.pruner.plan.to_json(), "losses": losses_of(trainer), "whole": sorted(held.whole)}}
+    result["best"] = Path(trainer.state.best_model_checkpoint or "").name
     save_file({{"logits": module.logits_of(trainer)}}, folder / f"{{name}}.safetensors")
     (folder / f"{{name}}.json").write_text(json.dumps(result))
 """
@@ -226,7 +231,8 @@ for name, source, changes in (
 
 @pytest.mark.distributed
 def test_the_profile_trains_one_process_too(single: tuple[Path, APTTrainer], tmp_path: Path) -> None:
-    """FSDP is asked for by the profile alone; bf16 goes on from a checkpoint as if it had not stopped."""
+    """FSDP is asked for by the profile alone; bf16 goes on from a checkpoint as if it had not stopped; the best
+    checkpoint is found and loaded."""
     worker = tmp_path / "worker.py"
     worker.write_text((START + ALONE).format(root=str(ROOT), tests=str(Path(__file__).parents[1])))
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
@@ -236,7 +242,8 @@ def test_the_profile_trains_one_process_too(single: tuple[Path, APTTrainer], tmp
         check=True,
         timeout=280,
     )
-    results = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("alone", "bf16", "bf16 again")}
+    names = ("alone", "bf16", "bf16 again", "best")
+    results = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in names}
     assert all(result["whole"] == [] for result in results.values())
     assert results["alone"]["plan"] == single[1].pruner.plan.to_json()
     for step, values in losses_of(single[1]).items():
@@ -247,6 +254,11 @@ def test_the_profile_trains_one_process_too(single: tuple[Path, APTTrainer], tmp
     assert list(straight) == list(again) and straight == again
     logits = [load_file(tmp_path / f"{name}.safetensors")["logits"] for name in ("bf16", "bf16 again")]
     assert torch.equal(*logits)
+
+    best = trained(tmp_path / "single best", EVALUATED, per_device_train_batch_size=GLOBAL_BATCH, **BEST)
+    assert best.state.best_model_checkpoint is not None
+    assert results["best"]["best"] == Path(best.state.best_model_checkpoint).name
+    assert torch.allclose(load_file(tmp_path / "best.safetensors")["logits"], logits_of(best), atol=1e-5)
 
 
 # ------------------------------------------------------------------ other models and settings
@@ -331,6 +343,7 @@ def test_other_models_and_settings_equal_one_process(half: str, tmp_path: Path) 
         ({"torch_compile": True}, "torch_compile"),
         ({"dense_baseline": True}, "dense_baseline starts a process of its own"),
         ({"optim": "adafactor"}, "optim: adafactor"),
+        ({"save_only_model": True, "load_best_model_at_end": True}, "save_only_model"),
         ({"rank_score": "absolute"}, "rank_score: signed"),
     ],
 )
