@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Seq2SeqTrainer
 from transformers.trainer_utils import SaveStrategy
 
 from apt_trainer import checkpoint
@@ -22,6 +21,7 @@ from apt_trainer.engines.agreement import agree
 from apt_trainer.errors import UserError
 from apt_trainer.pruner import AdaptivePruner
 from apt_trainer.pruning.plan import PruningPlan
+from apt_trainer.runtime import EachRowOnce
 from apt_trainer.schedule import Schedule
 from apt_trainer.termination import StopOnSignal
 from apt_trainer.tuning import TRANSFORM
@@ -74,7 +74,7 @@ def load_weights(path: Path, model: nn.Module, pruner: AdaptivePruner) -> bool:
     return True
 
 
-class BestWithinBudget(Seq2SeqTrainer):
+class BestWithinBudget(EachRowOnce):
     """Hugging Face's choice of the best checkpoint, from the step on at which the final budget is met."""
 
     args: APTConfig

@@ -189,3 +189,37 @@ def test_two_processes_equal_one(single: tuple[Path, APTTrainer], tmp_path: Path
             assert name.endswith("key.bias") or torch.allclose(weight, expected.model.get_parameter(name), atol=1e-4)
         assert first["files"] == ["config.json", "model.safetensors", "pruning_plan.json"]
         assert _events(tmp_path / f"run{number}") == _events(single[0])
+
+
+EVALUATOR = """
+import json, os, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from integration.factories import Rows, make_trainer
+from tiny import tiny_model
+
+folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+seen = []
+def rows(prediction):
+    seen.append(prediction.label_ids.tolist())
+    return {{"rows": len(prediction.label_ids)}}
+options = {{"eval_dataset": Rows(11), "compute_metrics": rows}}
+trainer = make_trainer(
+    folder / "run", tiny_model("bert"), Rows(8), options, ddp_backend="gloo", per_device_eval_batch_size=4
+)
+trainer.evaluate()
+trainer.predict(Rows(11))
+(folder / f"rows.{{rank}}.json").write_text(json.dumps(seen))
+os._exit(0)
+"""
+
+
+@pytest.mark.distributed
+def test_two_processes_evaluate_each_row_once(tmp_path: Path) -> None:
+    """11 rows in batches of 2 × 4: the last batch is filled up with rows that must not count twice."""
+    two_processes(tmp_path, EVALUATOR, "rows.0.json", "rows.1.json")
+    expected = [int(row["labels"]) for row in Rows(11)]
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"rows.{rank}.json").read_text()) == [expected, expected]
