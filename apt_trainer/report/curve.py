@@ -52,15 +52,22 @@ def curve_markdown(found: Found) -> str:
 
 
 def plot_curve(found: Found, folder: str | Path) -> list[str]:
-    """Draw the losses into a PNG file in ``folder``; returns its name."""
+    """Draw the losses into a PNG file in ``folder``; returns its name.
+
+    A panel per kind, and where there are several, before them one that compares them at equal parameters, each kind by
+    its best ranking.
+    """
     kinds = _distinct(found, "kind")
+    together = len(kinds) > 1
     with rc_context(STYLE):
-        figure = Figure(figsize=(3.6 * len(kinds) + 1.2, 4.2), layout="constrained")
+        figure = Figure(figsize=(3.6 * (len(kinds) + together) + 1.2, 4.2), layout="constrained")
         FigureCanvasAgg(figure)
-        panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+        panels = list(figure.subplots(1, len(kinds) + together, sharey=True, squeeze=False)[0])
+        panels[0].set_ylabel(found["loss_name"])
+        if together:
+            _draw_at_equal_parameters(panels.pop(0), found, kinds)
         for axes, kind in zip(panels, kinds, strict=True):
             _draw(axes, found, kind)
-        panels[0].set_ylabel(found["loss_name"])
         lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}  # one per ranking
         panels[-1].legend(lines.values(), lines.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5))
         figure.savefig(Path(folder) / PLOT_FILE, format="png", dpi=120)
@@ -82,13 +89,40 @@ def _draw(axes: Axes, found: Found, kind: str) -> None:
             ends = [[_clipped(loss, top) for loss in row["losses"]] for row in rows]
             low, high = [whole, *map(min, ends)], [whole, *map(max, ends)]
             axes.fill_between(counts, low, high, color=colour, alpha=0.15, linewidth=0)
+    _scale(axes, whole, top)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(kind)
+    axes.set_xlabel("units dropped")
+
+
+def _draw_at_equal_parameters(axes: Axes, found: Found, kinds: Sequence[str]) -> None:
+    whole = found["full"]["perplexity"]
+    top = whole * _WORST
+    for i, kind in enumerate(kinds):
+        points = best_by_share([row for row in found["rows"] if row["kind"] == kind])
+        shares, losses = [0.0, *(100 * share for share, _ in points)], [whole, *(_clipped(y, top) for _, y in points)]
+        axes.plot(shares, losses, color=_COLOURS[-1 - i], marker=_MARKS[i], markersize=4, linewidth=1.4, label=kind)
+    _scale(axes, whole, top)
+    axes.legend(loc="upper left", fontsize="small")
+    axes.set_title("kinds, each by its best ranking")
+    axes.set_xlabel("% of block parameters dropped")
+
+
+def best_by_share(rows: Sequence[Row]) -> list[tuple[float, float]]:
+    """(share of the block parameters, loss) of every drop that no other beats in both, in order of shares."""
+    drops = [(row["parameter_share"], row["loss"]) for row in rows if row["loss"] is not None]
+    best: list[tuple[float, float]] = []
+    for share, loss in sorted(drops, key=lambda drop: (-drop[0], drop[1])):
+        if not best or loss < best[-1][1]:
+            best.append((share, loss))
+    return best[::-1]
+
+
+def _scale(axes: Axes, whole: float, top: float) -> None:
     axes.set_yscale("log")
     axes.set_ylim(whole * 0.9, top * 1.05)
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title(kind)
-    axes.set_xlabel("units dropped")
 
 
 def _clipped(loss: float | None, top: float) -> float:

@@ -13,6 +13,7 @@ from apt_trainer import cli
 from apt_trainer.depth.curve import Ranking
 from apt_trainer.errors import UserError
 from apt_trainer.measure import count_parameters
+from apt_trainer.report.curve import best_by_share
 from apt_trainer.sublayers.cosine import cosine_scores
 from apt_trainer.sublayers.drop import drop
 from apt_trainer.sublayers.loss import exp_loss
@@ -63,6 +64,12 @@ def test_each_point_is_the_loss_of_the_model_that_is_cut(saved: Path, tmp_path: 
         assert row["parameter_share"] == pytest.approx(removed, abs=0.02)  # a norm before a sublayer may stay
     assert (tmp_path / "curve.md").read_text() in capsys.readouterr().out
     assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_figure_compares_kinds_by_drops_that_no_other_beats() -> None:
+    points = [(0.1, 3.4), (0.1, 3.2), (0.2, 3.9), (0.25, 3.8), (0.3, None)]
+    rows = [{"parameter_share": share, "loss": loss} for share, loss in points]
+    assert best_by_share(rows) == [(0.1, 3.2), (0.25, 3.8)]
 
 
 def test_orders_are_those_of_the_rankings(saved: Path, tmp_path: Path) -> None:
