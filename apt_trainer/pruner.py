@@ -91,6 +91,11 @@ class AdaptivePruner:
                 "The model is partitioned already (deepspeed.zero.Init), but adapters are put into a whole one. Load "
                 "it as an ordinary model; under ZeRO-3 it is partitioned when training begins."
             )
+        if not all(parameter.is_floating_point() for parameter in model.parameters()):
+            raise UserError(
+                "The model has quantised weights, which can be neither scored nor cut. Load it without quantising; "
+                "quantise the finished model."
+            )
         self.model, self.settings, self.seed = model, settings, seed
         self.family = family_of(model.config)
         self.spaces = self.family.spaces(model)

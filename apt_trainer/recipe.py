@@ -13,7 +13,7 @@ import json
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -108,7 +108,7 @@ def read_values(path: str | None, overrides: Sequence[str] = ()) -> dict[str, An
         _check_key(COMMAND_LINE, key, hints)
         hint = hints[key]
         if [_scalar(word) for word in words] == [None] and _takes_list(hint) and not _fits(None, hint):
-            values.pop(key, None)  # else a list that holds the text "null"
+            values[key] = _default(key)  # else a list that holds the text "null"
         else:
             values[key] = _pick(COMMAND_LINE, key, _readings(words, hint), hint)
     return values
@@ -125,6 +125,11 @@ def _groups() -> dict[type, dict[str, Any]]:
     names = [name for group in groups.values() for name in group]
     assert len(names) == len(set(names)), "a key is defined in two groups of settings"
     return groups
+
+
+def _default(key: str) -> Any:
+    found = next(f for cls in _groups() for f in fields(cls) if f.name == key)
+    return found.default if found.default_factory is MISSING else found.default_factory()
 
 
 # ---- reading the file ----

@@ -12,6 +12,7 @@ import gc
 import sys
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,7 +116,8 @@ class EachRowOnce(Seq2SeqTrainer):
     unlike ``Trainer``, counts twice."""
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self.gather_function = self.accelerator.gather_for_metrics
+        gather = self.accelerator.gather_for_metrics
+        self.gather_function = partial(gather, use_gather_object=self.args.eval_use_gather_object)
         return super().evaluation_loop(*args, **kwargs)
 
 

@@ -1,8 +1,8 @@
 """``APTTrainer``: a Hugging Face Trainer whose model changes its shape while it trains.
 
 Data, logging, saving and processes stay Hugging Face's; scoring and cutting are the pruner's; rebuilding the engine
-is ``runtime``'s, the best checkpoint ``best_model``'s. Only documented methods of the Trainer are overridden, plus
-``_prepare_for_training`` and the two that read and write checkpoints.
+is ``runtime``'s, the best checkpoint ``best_model``'s. Overrides documented methods of the Trainer and some private
+ones: those that prepare a run, run an epoch, read and write checkpoints and choose the best.
 """
 
 from __future__ import annotations
@@ -189,8 +189,10 @@ class APTTrainer(BestWithinBudget):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Inside a run: a checkpoint in training form. From outside: the merged, cut model that loads anywhere
-        apt_trainer is imported."""
+        """Of the Trainer itself: a checkpoint in training form. After :meth:`train`: the merged, cut model that loads
+        anywhere apt_trainer is imported. Raises :class:`UserError` when called in a run."""
+        if self.is_in_train and not _internal_call:
+            raise UserError("save_model is for after train(); in a run checkpoints are written by save_strategy.")
         path = Path(output_dir or str(self.args.output_dir))
         self.check_finite()
         if _internal_call:
@@ -376,7 +378,7 @@ class APTTrainer(BestWithinBudget):
         engine_of(self).split()
         _, self.live_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
         engine_of(self).check()
-        self.distillation.teacher.join(self.model)
+        self.distillation.teacher.join(self.model, engine_of(self).one_dtype)
         if resume_from_checkpoint is not None:
             engine_of(self).give_whole(state)
             runtime.set_schedule(self, schedule)

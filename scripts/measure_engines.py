@@ -153,7 +153,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         size = ROWS_PER_STEP // (1 if alone else args.processes)
         file.write_text(json.dumps(recipe | {"output_dir": str(place / "run"), "per_device_train_batch_size": size}))
         command = [sys.executable, __file__, "--worker", str(file)]
-        environment = dict(os.environ)
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
         if not alone:
             config = profile_path(profile)
             content = read_profile(config)

@@ -70,7 +70,7 @@ def read_study(
         path: The YAML file.
         output_dir: Instead of the file's.
         seeds: Instead of the file's.
-        overrides: Keys of a recipe as ``--key value``, which go before those of the file in every variant.
+        overrides: Keys of a recipe as ``--key value``, which override the file's in every variant.
 
     Raises:
         UserError: for an unreadable file, an unknown or missing key, a wrong type, a base recipe that is missing, a

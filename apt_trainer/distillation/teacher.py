@@ -147,13 +147,13 @@ class Teacher:
                 if shared is not None and id(shared) in replaced:
                     module._parameters[name] = replaced[id(shared)]
 
-    def join(self, student: Any) -> None:
-        """Once an engine holds ``student``: give a snapshot that was read from a file the type its student trains in,
-        and partition any teacher if the student is; collective."""
+    def join(self, student: Any, one_dtype: bool) -> None:
+        """Once an engine holds ``student``: if it gave all parameters ``one_dtype``, do so with a snapshot that was
+        read from a file, and partition any teacher if the student is; collective."""
         if self.model is None:
             return
         example = next(student.parameters())
-        if not self.is_external:
+        if one_dtype and not self.is_external:
             self.model.to(student.dtype)
         if is_partitioned(example):
             partition_all(self.model, example)

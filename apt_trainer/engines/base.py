@@ -23,6 +23,9 @@ class Engine:
     ``trainer``: a Hugging Face trainer whose model is prepared.
     """
 
+    one_dtype = False
+    """Whether all parameters get the type of the model, adapters too."""
+
     groups_by_age = False
     """Whether parameters that trained for different numbers of steps must be in different groups."""
 
@@ -49,7 +52,7 @@ class Engine:
         return model.to(self.trainer.args.device)
 
     def bring(self, model: nn.Module) -> None:
-        """Put the student where it can be scored before there is an engine."""
+        """Put the student where it can be scored before there is an engine; the Trainer has, for this one."""
 
     def check(self) -> None:
         """Once, when training begins: raise :class:`UserError` where a change of shape would fail later."""
@@ -82,7 +85,7 @@ class Engine:
     # ------------------------------------------------------------------ checkpoints
 
     def weights(self, model: Any = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """Whole parameters and buffers of a checkpoint, tied ones once, with memory of their own; collective.
+        """Whole parameters and buffers of a checkpoint, tied ones once, none a view of other memory; collective.
 
         ``model``: by default the one that trains; else its teacher.
         """

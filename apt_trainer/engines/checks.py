@@ -16,7 +16,13 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from apt_trainer.engines.fsdp_checks import check_fsdp_launch, uses_cpu, wants_fsdp
 from apt_trainer.errors import UserError
 
-_NOT_IN_STAGE_3 = ("zero_hpz_partition_size", "mics_shard_size", "zero_quantized_weights", "zero_quantized_gradients")
+_OFF_IN_STAGE_3 = {
+    "zero_hpz_partition_size": 1,
+    "mics_shard_size": -1,
+    "zero_quantized_weights": False,
+    "zero_quantized_gradients": False,
+}
+"""What cannot be used, and its value when it is not."""
 
 
 def wants_deepspeed(args: Any) -> bool:
@@ -87,7 +93,7 @@ def check_deepspeed(args: Any) -> None:
 
 
 def _check_stage_3(settings: dict[str, Any]) -> None:
-    used = [name for name in _NOT_IN_STAGE_3 if settings.get(name, 1) not in (1, -1, False)]
+    used = [name for name, off in _OFF_IN_STAGE_3.items() if settings.get(name, off) != off]
     used += [name for name in ("offload_param", "offload_optimizer") if _device(settings.get(name)) == "nvme"]
     if used:
         raise UserError(

@@ -50,10 +50,7 @@ class Fsdp2Engine(Engine):
         model.to(self.trainer.args.device)
 
     def split(self) -> None:
-        model = self.trainer.model
-        if not all(parameter.is_floating_point() for parameter in model.parameters()):
-            raise UserError("FSDP2 cannot split quantised weights. Load the model without quantising, or use DDP.")
-        self.enclose(model)
+        self.enclose(self.trainer.model)
 
     def enclose(self, model: nn.Module) -> None:
         """Put FSDP2 on block by block; accelerate would need the whole model for that."""

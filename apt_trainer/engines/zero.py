@@ -52,6 +52,7 @@ OF_ENGINE = ("module_forward_pre_hook", "module_forward_post_hook", "basic_optim
 class ZeroEngine(Engine):
     """ZeRO-1 and ZeRO-2."""
 
+    one_dtype = True
     groups_by_age = True
     of_optimizer: tuple[str, ...] = (
         "bit16_groups",
@@ -73,6 +74,9 @@ class ZeroEngine(Engine):
     @property
     def _zero(self) -> Any:
         return self._engine.optimizer
+
+    def bring(self, model: nn.Module) -> None:
+        model.to(self.trainer.args.device)  # with DeepSpeed the Trainer leaves that to the engine
 
     def check(self) -> None:
         used = [(self._engine, name) for name in OF_ENGINE] + [(self._zero, name) for name in self.of_optimizer]

@@ -1,7 +1,8 @@
 """DeepSpeed ZeRO-3: each process holds a part of every parameter, and of its optimizer state.
 
 What is whole, and when. At start each process has the whole model (and an external teacher) in host memory, as it was
-loaded, and a cut before training is made there; from the first engine on, no process holds more than parts. In a step,
+loaded; for a cut before training the whole model is on the device while it is scored. From the first engine on, no
+process holds more than parts. In a step,
 DeepSpeed makes the parameters of one module whole at a time (and what it fetches ahead); vectors (norms, biases) stay
 whole. At a change of shape the engine is left with all parameters partitioned, and each that changes is whole on every
 process while it is cut, grown or merged (an adapter together with the weight it is merged into). The teacher shares

@@ -10,9 +10,10 @@ import pytest
 import torch
 from tiny import adapted, logits, parts, randomise, tiny_batch, tiny_config, tiny_model
 from torch import nn
-from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, TrainerCallback
 
 from apt_trainer import APTTrainer, load_pruned, runtime
+from apt_trainer.errors import UserError
 from apt_trainer.importance import Salience
 from apt_trainer.measure import Latency
 from apt_trainer.models import HIDDEN
@@ -581,6 +582,28 @@ def test_evaluation_during_training_sees_the_shape_of_the_moment(tmp_path: Path)
     untouched = make_trainer(tmp_path / "plain", **SHORT)
     untouched.train()
     assert losses_of(untouched) == losses_of(trainer)
+
+
+def test_saving_the_model_by_hand_in_the_middle_of_a_run_is_an_error(tmp_path: Path) -> None:
+    """It would be neither merged nor, where processes hold parts of it, whole."""
+
+    class Saves(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            trainer.save_model(str(tmp_path / "early"))
+
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(Saves())
+    with pytest.raises(UserError, match=r"save_model is for after train\(\)"):
+        trainer.train()
+    assert not (tmp_path / "early").exists()
+
+
+def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+    model = tiny_model("bert")
+    packed = torch.zeros(4, dtype=torch.uint8)
+    model.bert.pooler.dense.weight = torch.nn.Parameter(packed, requires_grad=False)
+    with pytest.raises(UserError, match="quantised weights, which can be neither scored nor cut"):
+        make_trainer(tmp_path, model)
 
 
 def test_between_observations_no_activation_is_measured(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from apt_trainer import APTConfig, APTTrainer
 from apt_trainer.engines.agreement import outliers
 from apt_trainer.engines.state import follow_master, step_tensor
+from apt_trainer.engines.zero import ZeroEngine
 from apt_trainer.errors import UserError
 from apt_trainer.pruning.slicing import Grow, Keep
 from integration.factories import DEFAULTS, Rows, SaveAt, events_of, losses_of, make_trainer, weights_of
@@ -182,6 +184,14 @@ def test_who_disagrees(digests: list[str], expected: list[int]) -> None:
     assert outliers(digests) == expected
 
 
+def test_a_model_is_brought_to_the_device_where_it_is_scored_before_training() -> None:
+    """Under DeepSpeed the Trainer leaves it on the CPU, whatever the device."""
+    model = torch.nn.Linear(2, 2)
+    trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device("meta")), model_wrapped=None)
+    ZeroEngine(trainer).bring(model)
+    assert model.weight.device.type == "meta"
+
+
 def test_values_in_float32_follow_a_cut_and_take_new_entries_from_the_parameter() -> None:
     master = torch.arange(6.0).view(3, 2) + 0.1
     new = torch.full((2, 3), 9.0)
@@ -207,6 +217,8 @@ def test_the_count_of_steps_is_where_the_kernels_of_torch_read_it(group: dict[st
     [
         ({"deepspeed": deepspeed_config(0)}, "ZeRO stage 0.*Use stage 1, 2 or 3"),
         ({"deepspeed": with_zero(zero_hpz_partition_size=2)}, "ZeRO-3 with zero_hpz_partition_size"),
+        ({"deepspeed": with_zero(zero_quantized_weights=True)}, "ZeRO-3 with zero_quantized_weights"),
+        ({"deepspeed": with_zero(zero_quantized_gradients=True)}, "ZeRO-3 with zero_quantized_gradients"),
         ({"deepspeed": with_zero(offload_optimizer={"device": "nvme", "nvme_path": "x"})}, "with offload_optimizer"),
         ({"deepspeed": deepspeed_config(2) | {"optimizer": {"type": "AdamW"}}}, "section 'optimizer'"),
         ({"deepspeed": deepspeed_config(2), "rank_score": "absolute"}, "rank_score: signed"),

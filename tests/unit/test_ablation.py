@@ -125,6 +125,13 @@ def test_keys_of_the_command_line_hold_for_every_variant(tmp_path):
     assert study.runs[0].digest != read_study(path).runs[0].digest
 
 
+def test_null_on_the_command_line_unsets_a_list_of_the_study(tmp_path):
+    make_base(tmp_path)
+    path = write_study(tmp_path, variants={"a": {"lm_eval_tasks": ["piqa_local"]}})
+    run = read_study(path, overrides=["--lm_eval_tasks", "null"]).runs[0]
+    assert run.given["lm_eval_tasks"] == [] and "--lm_eval_tasks=[]" in run.words
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

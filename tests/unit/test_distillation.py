@@ -299,6 +299,19 @@ def test_only_a_better_loss_gives_a_snapshot() -> None:
     assert teacher.model is not first and teacher.best_loss == 0.4
 
 
+@pytest.mark.parametrize("one_dtype", [True, False])
+def test_a_snapshot_from_a_file_gets_one_type_only_where_its_student_has_one(one_dtype: bool) -> None:
+    """Adapters of a bfloat16 model are float32, in a resumed run too; under DeepSpeed all is bfloat16."""
+    student, teacher = tiny().bfloat16(), Teacher(HIDDEN)
+    student.classifier.float()
+    teacher.offer(student, 0.5)
+    teacher.join(student, one_dtype)
+    assert teacher.model is not None
+    expected = torch.bfloat16 if one_dtype else torch.float32
+    assert teacher.model.classifier.weight.dtype == expected
+    assert teacher.model.bert.pooler.dense.weight.dtype == torch.bfloat16
+
+
 def test_follow_tracks_hidden_dimensions_between_snapshots() -> None:
     teacher = Teacher(6)
     teacher.follow(torch.tensor([0, 2, 3, 5]))  # before there is a teacher

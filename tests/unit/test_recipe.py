@@ -97,7 +97,9 @@ def test_override_forms(words, key, value):
 
 
 def test_null_unsets_a_list(recipe_file):
-    assert "lm_eval_tasks" not in read_values(recipe_file("lm_eval_tasks: [piqa]"), ["--lm_eval_tasks", "null"])
+    recipe = recipe_file("lm_eval_tasks: [piqa]\nprune_targets: [heads]")
+    values = read_values(recipe, ["--lm_eval_tasks", "null", "--prune_targets", "null"])
+    assert (values["lm_eval_tasks"], values["prune_targets"]) == ([], ["heads", "neurons", "hidden"])
 
 
 @pytest.mark.parametrize(
