@@ -19,9 +19,9 @@ from apt_trainer.adapters import lora
 from apt_trainer.config import APTConfig
 from apt_trainer.engines.agreement import agree
 from apt_trainer.errors import UserError
+from apt_trainer.evaluation_loop import EachRowOnce
 from apt_trainer.pruner import AdaptivePruner
 from apt_trainer.pruning.plan import PruningPlan
-from apt_trainer.runtime import EachRowOnce
 from apt_trainer.schedule import Schedule
 from apt_trainer.termination import StopOnSignal
 from apt_trainer.tuning import TRANSFORM

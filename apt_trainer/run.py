@@ -25,6 +25,7 @@ from apt_trainer.benchmark.compare import measure_speed
 from apt_trainer.errors import UserError
 from apt_trainer.evaluation.bootstrap import mean_interval
 from apt_trainer.evaluation.harness import run_tasks
+from apt_trainer.evaluation_loop import plain_trainer
 from apt_trainer.loading import load_inputs, load_model, load_saved
 from apt_trainer.measure import PeakMemory, count_parameters, return_freed_memory, size_on_disk
 from apt_trainer.preflight import check_before_loading, checkpoint_to_resume, finished_run
@@ -32,7 +33,6 @@ from apt_trainer.pruned_model import dense_copy
 from apt_trainer.recipe import Recipe, load_recipe
 from apt_trainer.report.events import read_events, write_json
 from apt_trainer.report.plots import plot_run
-from apt_trainer.runtime import plain_trainer
 from apt_trainer.settings import ModelSettings
 from apt_trainer.tasks import TaskData, keeps_sequences_apart
 from apt_trainer.tasks.base import first_output

@@ -12,12 +12,11 @@ import gc
 import sys
 import weakref
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers import Trainer
 
 from apt_trainer.engines import engine_of
 from apt_trainer.engines.agreement import agree
@@ -109,21 +108,6 @@ def reshape_first(trainer: Any, change: Callable[[], Edits]) -> None:
     change()
     _agree_on_shape(trainer)
     release_memory()
-
-
-class EachRowOnce(Seq2SeqTrainer):
-    """Leaves out of metrics the rows that fill up the last batch of several processes, which ``Seq2SeqTrainer``,
-    unlike ``Trainer``, counts twice."""
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        gather = self.accelerator.gather_for_metrics
-        self.gather_function = partial(gather, use_gather_object=self.args.eval_use_gather_object)
-        return super().evaluation_loop(*args, **kwargs)
-
-
-def plain_trainer(model: PreTrainedModel, args: TrainingArguments, **kwargs: Any) -> Seq2SeqTrainer:
-    """A trainer without the method, for evaluating a finished model."""
-    return EachRowOnce(model, args, **kwargs)
 
 
 def release_memory(collect: bool = True) -> None:

@@ -209,9 +209,9 @@ options = {{"eval_dataset": Rows(11), "compute_metrics": rows}}
 trainer = make_trainer(
     folder / "run", tiny_model("bert"), Rows(8), options, ddp_backend="gloo", per_device_eval_batch_size=4
 )
-trainer.evaluate()
+loss = trainer.evaluate()["eval_loss"]
 trainer.predict(Rows(11))
-(folder / f"rows.{{rank}}.json").write_text(json.dumps(seen))
+(folder / f"rows.{{rank}}.json").write_text(json.dumps({{"seen": seen, "loss": loss}}))
 os._exit(0)
 """
 
@@ -221,5 +221,9 @@ def test_two_processes_evaluate_each_row_once(tmp_path: Path) -> None:
     """11 rows in batches of 2 × 4: the last batch is filled up with rows that must not count twice."""
     two_processes(tmp_path, EVALUATOR, "rows.0.json", "rows.1.json")
     expected = [int(row["labels"]) for row in Rows(11)]
+    alone = make_trainer(tmp_path / "alone", tiny_model("bert"), Rows(8), per_device_eval_batch_size=8)
+    loss = alone.evaluate(Rows(11))["eval_loss"]
     for rank in (0, 1):
-        assert json.loads((tmp_path / f"rows.{rank}.json").read_text()) == [expected, expected]
+        found = json.loads((tmp_path / f"rows.{rank}.json").read_text())
+        assert found["seen"] == [expected, expected]
+        assert found["loss"] == pytest.approx(loss, rel=1e-6)

@@ -17,9 +17,9 @@ from transformers import EvalPrediction, PreTrainedTokenizerFast, T5Config, T5Fo
 
 from apt_trainer import APTConfig
 from apt_trainer.errors import UserError
+from apt_trainer.evaluation_loop import plain_trainer
 from apt_trainer.recipe import load_recipe
 from apt_trainer.run import evaluate
-from apt_trainer.runtime import plain_trainer
 from apt_trainer.settings import DataSettings
 from apt_trainer.tasks import load_task
 from apt_trainer.tasks.generation_scores import rouge_scores, translation_scores
