@@ -28,6 +28,7 @@ from apt_trainer.evaluation.harness import run_tasks
 from apt_trainer.evaluation_loop import plain_trainer
 from apt_trainer.loading import load_inputs, load_model, load_saved
 from apt_trainer.measure import PeakMemory, count_parameters, return_freed_memory, size_on_disk
+from apt_trainer.output_lock import OutputLock
 from apt_trainer.preflight import check_before_loading, checkpoint_to_resume, finished_run
 from apt_trainer.pruned_model import dense_copy
 from apt_trainer.recipe import Recipe, load_recipe
@@ -66,8 +67,16 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
     With ``resume_from_checkpoint: auto`` a run that has finished is not run again.
 
-    Raises :class:`UserError` before weights load or anything is written when the recipe cannot work.
+    Raises :class:`UserError` before weights load or anything is written when the recipe cannot work, or while another
+    run writes to ``output_dir``.
     """
+    if recipe.training.process_index > 0:
+        return _train(recipe, None)
+    with OutputLock(Path(str(recipe.training.output_dir))) as lock:
+        return _train(recipe, lock)
+
+
+def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
     args = recipe.training
     output = Path(str(args.output_dir))
     finished = finished_run(recipe)
@@ -98,8 +107,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
         **data_options(data, "validation"),
     )
     watch = _watch_accuracy(trainer, data)
-    if trainer.is_world_process_zero():
+    if lock is not None:
         output.mkdir(parents=True, exist_ok=True)
+        lock.take()
         write_json(output / RECIPE_FILE, recipe.given)
     started, cpu_started = time.perf_counter(), time.process_time()
     result = trainer.train(resume_from_checkpoint=resume_from)

@@ -191,10 +191,10 @@ class APTTrainer(BestWithinBudget):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Of the Trainer itself: a checkpoint in training form. After :meth:`train`: the merged, cut model that loads
         anywhere apt_trainer is imported. Raises :class:`UserError` when called in a run."""
-        if self.is_in_train and not _internal_call:
-            raise UserError("save_model is for after train(); in a run checkpoints are written by save_strategy.")
         path = Path(output_dir or str(self.args.output_dir))
         self.check_finite()
+        if self.is_in_train and not _internal_call:
+            raise UserError("save_model is for after train(); in a run checkpoints are written by save_strategy.")
         if _internal_call:
             weights, state = engine_of(self).weights_to_save(), self.training_state()
             if self.args.should_save:

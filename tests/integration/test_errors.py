@@ -15,7 +15,8 @@ from texts import TOKENS, word_tokenizer, words
 from tiny import tiny_config, tiny_model
 from transformers import AutoModelForSequenceClassification, ElectraConfig, ElectraForSequenceClassification
 
-from apt_trainer import APTConfig, APTTrainer, UserError, dry_run
+from apt_trainer import APTConfig, APTTrainer, UserError, dry_run, output_lock
+from apt_trainer.output_lock import OutputLock
 from apt_trainer.preflight import checkpoint_to_resume
 from apt_trainer.recipe import Recipe
 from apt_trainer.run import train
@@ -286,6 +287,30 @@ def _both_refuse(recipe: Recipe, message: str) -> None:
 
 def test_the_recipe_is_fine_as_it_is(ready: Recipe) -> None:
     assert "| heads" in dry_run.plan(ready)
+
+
+def test_a_folder_that_another_run_writes_to_is_refused(
+    ready: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As when a launcher was killed and left its workers training."""
+    output = Path(str(ready.training.output_dir))
+    monkeypatch.setattr(output_lock, "PATIENCE", 0.3)
+    output.mkdir(parents=True)
+    with OutputLock(output), pytest.raises(UserError, match="Another run is writing to .* choose another output_dir"):
+        train(ready)
+    assert not _written(output)
+    with OutputLock(output):  # the refused run has let go of it, and so has the first
+        pass
+
+
+def test_two_first_starts_do_not_share_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(output_lock, "PATIENCE", 0.3)
+    with OutputLock(tmp_path / "new") as first, OutputLock(tmp_path / "new") as second:
+        (tmp_path / "new").mkdir()
+        first.take()
+        first.take()
+        with pytest.raises(UserError, match="Another run is writing"):
+            second.take()
 
 
 def test_speed_is_asked_for_at_a_length_the_model_has(ready: Recipe) -> None:
