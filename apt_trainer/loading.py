@@ -170,6 +170,7 @@ def choose_device(asked: str | None = None) -> torch.device:
     try:
         torch.empty(1, device=asked)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
+        # torch's answers to an unknown name, to a kind it was built without, and to one without this operation
         raise UserError(
             f"device={asked!r} cannot be used here. Choose cpu, or an accelerator such as cuda."
         ) from error

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from apt_trainer import APTTrainer, run
-from apt_trainer.cli.launch import count_processes, launch_environment, profile_path
+from apt_trainer.cli.launch import count_processes, launch_environment, profile_path, read_profile
 from apt_trainer.loading import load_saved
 from apt_trainer.measure import example_inputs
 from apt_trainer.recipe import load_recipe, read_values
@@ -165,13 +165,6 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         first = first or place
         rows.append({"engine": profile} | _differences(first, place) | _seconds(place))
     return rows
-
-
-def read_profile(path: Path) -> dict[str, Any]:
-    import yaml
-
-    content: dict[str, Any] = yaml.safe_load(path.read_text())
-    return content
 
 
 def _recipe(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -48,3 +48,16 @@ def local_task(folder: Path, name: str, rows: list[dict[str, object]]) -> str:
     lines = [f"include: {SHIPPED_TASKS / name}_local.yaml", f"task: my_{name}"]
     file.write_text("\n".join([*lines, f"dataset_kwargs: {{data_files: {{validation: {data}}}}}"]))
     return str(file)
+
+
+def save_dense(folder: Path, text: str, **changes: object) -> Path:
+    """``folder`` with a tiny model and its tokenizer in ``model``, and ``text`` in ``text.txt``."""
+    tiny_llama(**changes).save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
+    (folder / "text.txt").write_text(text)
+    return folder
+
+
+def model_and_data(saved: Path) -> list[str]:
+    """Arguments of a command on what :func:`save_dense` wrote."""
+    return ["--model", str(saved / "model"), "--data", str(saved / "text.txt"), "--length", "8", "--device", "cpu"]

@@ -33,7 +33,7 @@ def launch(profile: str, num_processes: int | None, words: Sequence[str]) -> int
         UserError: for an unknown profile, or one that cannot start that many processes here.
     """
     path = profile_path(profile)
-    config = _read_profile(path)
+    config = read_profile(path)
     processes = count_processes(path, config, num_processes)
     # Only the workers may print a traceback: --quiet drops that of the launcher.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(path)]
@@ -110,7 +110,8 @@ def check_world_size(actual: int) -> None:
         )
 
 
-def _read_profile(path: Path) -> dict[str, Any]:
+def read_profile(path: Path) -> dict[str, Any]:
+    """Content of an accelerate config file; :class:`UserError` if it is none."""
     import yaml
 
     try:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import LABELS, VOCABULARY, parts, tiny_model
+from tiny import LABELS, LANGUAGE_MODELS, VOCABULARY, parts, tiny_config, tiny_model
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, TrainerCallback, set_seed
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainerCallback, set_seed
 
 from apt_trainer import APTConfig, APTTrainer, Importance, PruningPlan
 from apt_trainer.engines.base import plain_optimizer
@@ -138,6 +138,19 @@ def make_trainer(
     model = tiny_model("bert") if model is None else model
     data = Rows() if data is None else data
     return APTTrainer(model, config(output_dir, **changes), data, **(options or {}))
+
+
+def unpadded(name: str) -> tuple[PreTrainedModel, Rows, dict[str, Any]]:
+    """Model, rows and trainer options of a run called ``name``: of that language model, or of an encoder, with a
+    teacher of its own where it is "teacher"; no padding, so that the batches of two processes weigh the same."""
+    task = "text" if name in LANGUAGE_MODELS else "classification"
+    model = tiny_model(name, LANGUAGE_MODELS[name]) if name in LANGUAGE_MODELS else tiny_model("bert")
+    options: dict[str, Any] = {"heldout_dataset": Rows(16, task, padded=False)}
+    if name == "teacher":
+        set_seed(5)
+        config = tiny_config("bert", 2, num_labels=3)
+        options = {"teacher": AutoModelForSequenceClassification.from_config(config)}
+    return model, Rows(96, task, padded=False), options
 
 
 @dataclass

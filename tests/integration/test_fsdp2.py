@@ -16,14 +16,24 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import LANGUAGE_MODELS, tiny_config, tiny_model
-from transformers import AutoModelForSequenceClassification, TrainerCallback, set_seed
+from tiny import tiny_model
+from transformers import TrainerCallback
 
 from apt_trainer import APTConfig, APTTrainer, load_pruned
 from apt_trainer.cli.launch import PROFILES
 from apt_trainer.errors import UserError
 from apt_trainer.fully_sharded import is_dtensor
-from integration.factories import DEFAULTS, SHORT, Rows, SaveAt, events_of, losses_of, make_trainer, weights_of
+from integration.factories import (
+    DEFAULTS,
+    SHORT,
+    Rows,
+    SaveAt,
+    events_of,
+    losses_of,
+    make_trainer,
+    unpadded,
+    weights_of,
+)
 from integration.test_processes import CHANGES, GLOBAL_BATCH, ROOT, two_processes
 from integration.test_pruned_before import BEFORE
 from integration.test_zero import logits_of
@@ -289,15 +299,7 @@ for name in module.HALVES["@"]:
 
 def other(folder: Path, name: str, held: Held | None = None, **changes: Any) -> APTTrainer:
     """A run of ``OTHERS``."""
-    options: dict[str, Any] = {"heldout_dataset": Rows(16, padded=False)}
-    model, data = tiny_model("bert"), Rows(96, padded=False)
-    if name in LANGUAGE_MODELS:
-        model, data = tiny_model(name, LANGUAGE_MODELS[name]), Rows(96, "text", padded=False)
-        options = {"heldout_dataset": Rows(16, "text", padded=False)}
-    if name == "teacher":
-        set_seed(5)
-        config = tiny_config("bert", 2, num_labels=3)
-        options = {"teacher": AutoModelForSequenceClassification.from_config(config)}
+    model, data, options = unpadded(name)
     if held is not None:
         options["callbacks"] = [held]
     trainer = make_trainer(folder, model, data, options, **{**SHORT, "max_grad_norm": 1.0, **OTHERS[name], **changes})

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import LANGUAGE_MODELS, tiny_config, tiny_model
-from transformers import AutoModelForSequenceClassification, TrainerCallback
+from transformers import TrainerCallback
 
 from apt_trainer import APTTrainer
 from apt_trainer.partition import shape_of
-from integration.factories import SHORT, Rows, losses_of, make_trainer
+from integration.factories import SHORT, losses_of, make_trainer, unpadded
 from integration.test_processes import GLOBAL_BATCH, two_processes
 from integration.test_pruned_before import BEFORE
 
@@ -31,14 +30,7 @@ HALVES = {"models": list(CASES)[:3], "settings": list(CASES)[3:]}
 
 def trained(folder: Path, name: str, held: Held | None = None, **changes: Any) -> APTTrainer:
     """Rows without padding, so that the batches of two processes weigh the same."""
-    options: dict[str, Any] = {"heldout_dataset": Rows(16, padded=False)}
-    model, data = tiny_model("bert"), Rows(96, padded=False)
-    if name in LANGUAGE_MODELS:
-        model, data = tiny_model(name, LANGUAGE_MODELS[name]), Rows(96, "text", padded=False)
-        options = {"heldout_dataset": Rows(16, "text", padded=False)}
-    if name == "teacher":
-        teacher = AutoModelForSequenceClassification.from_config(tiny_config("bert", 2, num_labels=3))
-        options = {"teacher": teacher}
+    model, data, options = unpadded(name)
     if held is not None:
         options["callbacks"] = [held]
     trainer = make_trainer(folder, model, data, options, **{**SHORT, "max_grad_norm": 1.0, **CASES[name], **changes})

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from texts import local_task, tiny_llama, word_tokenizer, words
+from texts import local_task, save_dense, tiny_llama, word_tokenizer, words
 
 from apt_trainer import cli
 from apt_trainer.depth.curve import Ranking
@@ -24,10 +24,7 @@ from apt_trainer.sublayers.windows import from_text
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("dense")
-    tiny_llama(num_hidden_layers=4).save_pretrained(folder / "model")
-    word_tokenizer().save_pretrained(folder / "model")
-    (folder / "text.txt").write_text(words(120))
+    folder = save_dense(tmp_path_factory.mktemp("dense"), words(120), num_hidden_layers=4)
     (folder / "test.txt").write_text(words(80, 7))
     return folder
 

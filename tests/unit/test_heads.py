@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_families import generated, same
 from test_sublayers import MODELS, Table, attention, model_of
-from texts import tiny_llama, word_tokenizer, words
+from texts import model_and_data, save_dense, tiny_llama, word_tokenizer, words
 from tiny import gap, hooks, logits, tiny_batch
 from transformers import PreTrainedModel
 
@@ -276,15 +276,7 @@ def test_bad_lists_of_heads(changes: dict, message: str, tmp_path: Path) -> None
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("dense")
-    tiny_llama().save_pretrained(folder / "model")
-    word_tokenizer().save_pretrained(folder / "model")
-    (folder / "text.txt").write_text(words(60))
-    return folder
-
-
-def shared(saved: Path) -> list[str]:
-    return ["--model", str(saved / "model"), "--data", str(saved / "text.txt"), "--length", "8", "--device", "cpu"]
+    return save_dense(tmp_path_factory.mktemp("dense"), words(60))
 
 
 @pytest.mark.parametrize("amount", [("--count", "3"), ("--fraction", "0.1")])
@@ -292,7 +284,7 @@ def shared(saved: Path) -> list[str]:
 def test_drop_of_heads_end_to_end(strategy: str, amount: tuple[str, str], saved: Path, tmp_path: Path, capsys) -> None:
     out, again = tmp_path / "small", tmp_path / "again"
     words_ = ["--kind", "heads", *amount, "--method", "nri", "--strategy", strategy, "--output", str(out)]
-    assert cli.main(["drop", *shared(saved), *words_]) == 0
+    assert cli.main(["drop", *model_and_data(saved), *words_]) == 0
     report, printed = json.loads((out / "drop_report.json").read_text()), capsys.readouterr().out
     dense, small = tiny_llama(), load_pruned(out).eval()
     blocks = sum(count_parameters(layer) for layer in dense.model.layers)
@@ -334,12 +326,12 @@ def test_bad_drops_are_told_before_weights_load(
 
     monkeypatch.setattr(inputs, "load_saved", lambda settings: pytest.fail("weights were loaded"))
     out = tmp_path / "out"
-    assert cli.main(["drop", *shared(saved), "--kind", "heads", "--output", str(out), *changes]) == 2
+    assert cli.main(["drop", *model_and_data(saved), "--kind", "heads", "--output", str(out), *changes]) == 2
     assert message in capsys.readouterr().err and not out.exists()
 
 
 def curve(saved: Path, out: Path, *more: str) -> list[str]:
-    return ["curve", *shared(saved), "--test", str(saved / "text.txt"), "--output", str(out), *more]
+    return ["curve", *model_and_data(saved), "--test", str(saved / "text.txt"), "--output", str(out), *more]
 
 
 def test_a_curve_of_heads_beside_whole_attentions(saved: Path, tmp_path: Path) -> None:

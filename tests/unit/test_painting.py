@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from texts import local_task, tiny_llama, word_tokenizer, words
+from texts import local_task, save_dense, tiny_llama, word_tokenizer, words
 from tiny import LABELS, LANGUAGE_MODELS, VOCABULARY, gap, logits, randomise, tiny_batch, tiny_config, tiny_model
 from transformers import (
     AutoConfig,
@@ -498,11 +498,7 @@ def test_figures_are_those_there_are_numbers_for(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("dense")
-    tiny_llama(num_hidden_layers=4).save_pretrained(folder / "model")
-    word_tokenizer().save_pretrained(folder / "model")
-    (folder / "text.txt").write_text(words(60))
-    return folder
+    return save_dense(tmp_path_factory.mktemp("dense"), words(60), num_hidden_layers=4)
 
 
 def command(saved: Path, out: Path, *more: str) -> list[str]:

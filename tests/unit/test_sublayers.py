@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from texts import tiny_llama, word_tokenizer, words
+from texts import model_and_data, save_dense, tiny_llama, word_tokenizer, words
 from tiny import LANGUAGE_MODELS, gap, hooks, logits, tiny_batch, tiny_model
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
@@ -707,22 +707,14 @@ def test_windows_of_other_heads() -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("dense")
-    tiny_llama().save_pretrained(folder / "model")
-    word_tokenizer().save_pretrained(folder / "model")
-    (folder / "text.txt").write_text(words(200))
-    return folder
-
-
-def shared(saved: Path) -> list[str]:
-    return ["--model", str(saved / "model"), "--data", str(saved / "text.txt"), "--length", "8", "--device", "cpu"]
+    return save_dense(tmp_path_factory.mktemp("dense"), words(200))
 
 
 def test_analyze_stops_and_goes_on(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     from apt_trainer.sublayers import impact
 
     out = tmp_path / "out"
-    words_ = ["analyze", *shared(saved), "--output", str(out)]
+    words_ = ["analyze", *model_and_data(saved), "--output", str(out)]
     calls = []
 
     def interrupted(*args):  # type: ignore[no-untyped-def]
@@ -741,7 +733,7 @@ def test_analyze_stops_and_goes_on(saved: Path, tmp_path: Path, monkeypatch: pyt
     units = len(found["units"])
     assert len(calls) == 4 + units + 1 - 3  # every unit and the dense model, once; the fourth was broken off
     monkeypatch.undo()
-    assert cli.main(["analyze", *shared(saved), "--output", str(tmp_path / "whole")]) == 0
+    assert cli.main(["analyze", *model_and_data(saved), "--output", str(tmp_path / "whole")]) == 0
     assert json.loads((tmp_path / "whole" / "scores.json").read_text()) == found
     assert (out / "scores.png").read_bytes()[:4] == b"\x89PNG" and not (out / "impact.jsonl").exists()
     table = (out / "scores.md").read_text()
@@ -754,7 +746,7 @@ def test_analyze_stops_and_goes_on(saved: Path, tmp_path: Path, monkeypatch: pyt
 def test_drop_end_to_end(saved: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "small"
     words_ = ["--kind", "joint", "--count", "2", "--method", "nri", "--strategy", "iterative", "--output", str(out)]
-    assert cli.main(["drop", *shared(saved), *words_]) == 0
+    assert cli.main(["drop", *model_and_data(saved), *words_]) == 0
     printed = capsys.readouterr()
     report = json.loads((out / "drop_report.json").read_text())
     small = load_pruned(out).eval()
@@ -776,7 +768,7 @@ def test_drop_end_to_end(saved: Path, tmp_path: Path, capsys) -> None:
 
 @pytest.mark.parametrize("kind", ["attention", "mlp", "block", "consecutive"])
 def test_drop_by_cosine_fraction(kind: str, saved: Path, tmp_path: Path, capsys) -> None:
-    words_ = ["drop", *shared(saved), "--kind", kind, "--fraction", "0.1", "--output", str(tmp_path)]
+    words_ = ["drop", *model_and_data(saved), "--kind", kind, "--fraction", "0.1", "--output", str(tmp_path)]
     assert cli.main(words_) == 0
     report = json.loads((tmp_path / "drop_report.json").read_text())
     assert report["block_parameter_share"] >= 0.1
@@ -805,7 +797,7 @@ def test_bad_input_is_told_before_weights_load(
 
     monkeypatch.setattr(inputs, "load_saved", lambda settings: pytest.fail("weights were loaded"))
     out = tmp_path / "out"
-    assert cli.main(["drop", *shared(saved), "--output", str(out), *changes]) == 2
+    assert cli.main(["drop", *model_and_data(saved), "--output", str(out), *changes]) == 2
     assert message in capsys.readouterr().err and not out.exists()
 
 
@@ -814,11 +806,11 @@ def test_a_model_that_breaks_down_is_not_written(saved: Path, tmp_path: Path, mo
 
     values = iter([5.0, math.inf])
     monkeypatch.setattr(verb, "exp_loss", lambda *args: next(values))
-    assert cli.main(["drop", *shared(saved), "--count", "1", "--output", str(tmp_path / "out")]) == 2
+    assert cli.main(["drop", *model_and_data(saved), "--count", "1", "--output", str(tmp_path / "out")]) == 2
     assert "not finite" in capsys.readouterr().err and not list((tmp_path / "out").iterdir())
     small = tmp_path / "small"
     monkeypatch.undo()
-    assert cli.main(["drop", *shared(saved), "--count", "1", "--output", str(small)]) == 0
+    assert cli.main(["drop", *model_and_data(saved), "--count", "1", "--output", str(small)]) == 0
     assert (
         cli.main(["drop", "--model", str(small), "--method", "reverse", "--count", "1", "--output", str(small)]) == 2
     )
