@@ -1,14 +1,18 @@
-"""Weight-only quantisation of a finished model by torchao, to see what a smaller model still loses by it.
+"""Weight-only quantisation of a finished model, to see what a smaller model still loses by it.
 
-The linear layers of the blocks become int8 (one scale per row) or int4 (one scale per 32 weights of a row);
-embeddings, norms and heads stay. On a CPU torchao keeps each int4 weight in a byte: that shows what int4 costs in
-accuracy, not what it saves. Not for training, nor for saving: quantise again after loading.
+The linear layers of the blocks change; embeddings, norms and heads stay. By torchao: ``int8`` (one scale per row) and
+``int4`` (one scale per 32 weights of a row; on a CPU each takes a byte, which shows what int4 costs in accuracy, not
+what it saves). By bitsandbytes: ``llm_int8`` (rows as int8; inputs too, but for outlier columns beyond 6.0) and ``nf4``
+(blocks of 64 weights on the quantiles of a normal distribution, packed two in a byte).
+
+Sources: LLM.int8(), https://arxiv.org/abs/2208.07339; NF4, https://arxiv.org/abs/2305.14314 section 3.
+Not for training, nor for saving: quantise again after loading.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -22,11 +26,12 @@ from apt_trainer.models import family_of
 from apt_trainer.settings.choices import QUANTIZE
 
 GROUP_SIZE = 32
+OUTLIER_THRESHOLD = 6.0
 
 
 class Quantised(NamedTuple):
     """``layers``: linear layers that were quantised; ``left``: those of the blocks whose width does not divide into
-    groups; ``weight_bytes``: of the whole model in memory, before and after."""
+    groups; ``weight_bytes``: of the whole model in memory, scales included, before and after."""
 
     form: str
     layers: int
@@ -43,44 +48,120 @@ def quantize(model: PreTrainedModel, form: str) -> Quantised:
         form: One of ``settings.choices.QUANTIZE``.
 
     Raises:
-        UserError: an unknown form, torchao is missing, a model without a family or without a linear layer that fits.
+        UserError: an unknown form, its library is missing, a model without a family or without a linear layer that
+            fits.
     """
     if form not in QUANTIZE:
         raise unknown_choice("quantize", form, QUANTIZE)
-    quantize_, configs, size = _torchao()
+    group, load = _FORMS[form]
+    change = load()
     blocks = tuple(f"{path}." for path in family_of(model.config).block_modules(model))
     linear = [path for path, module in model.named_modules() if path.startswith(blocks) and type(module) is nn.Linear]
-    group = GROUP_SIZE if form == "int4" else 1
-    chosen = {path for path in linear if model.get_submodule(path).in_features % group == 0}
+    chosen = [path for path in linear if model.get_submodule(path).in_features % group == 0]
     if not chosen:
         raise UserError(
             f"{type(model).__name__} has no linear layer in its blocks that can become {form}"
             f"{f': none has a multiple of {group} inputs' if linear else ''}. Leave quantize out."
         )
-    before = size(model)
-    quantize_(model, configs[form](), filter_fn=lambda module, path: path in chosen)
-    return Quantised(form, len(chosen), len(linear) - len(chosen), before, size(model))
+    before = _bytes_of(model)
+    for path in chosen:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, change(model.get_submodule(path)))
+    return Quantised(form, len(chosen), len(linear) - len(chosen), before, _bytes_of(model))
 
 
-def _torchao() -> tuple[Callable[..., Any], dict[str, Callable[[], Any]], Callable[[nn.Module], int]]:
-    """(torchao's quantize_, its configs by form, bytes of a model)."""
-    try:
-        with _quiet():
-            from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
-            from torchao.utils import get_model_size_in_bytes
-    except ImportError as error:
-        raise UserError("Quantising needs torchao: pip install 'apt-trainer[quantize]'.") from error
+_Change = Callable[[nn.Linear], nn.Module]
 
-    def int4() -> Any:
-        return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP_SIZE))
 
-    configs = {"int8": lambda: Int8WeightOnlyConfig(version=2), "int4": int4}
-    return quantize_, configs, lambda model: math.ceil(get_model_size_in_bytes(model))
+def _torchao(config: Callable[[Any], Any]) -> Callable[[], _Change]:
+    """``config``: from the module ``torchao.quantization`` to what its ``quantize_`` takes."""
+
+    def load() -> _Change:
+        try:
+            with _quiet():
+                from torchao import quantization
+        except ImportError as error:
+            raise _missing("torchao") from error
+
+        def change(linear: nn.Linear) -> nn.Module:
+            quantization.quantize_(linear, config(quantization))
+            return linear
+
+        return change
+
+    return load
+
+
+def _bitsandbytes(make: Callable[[Any, nn.Linear], nn.Module]) -> Callable[[], _Change]:
+    """``make``: from ``bitsandbytes.nn`` and a linear layer to its replacement, whose weight is still to be moved to
+    the device, which is what quantises it."""
+
+    def load() -> _Change:
+        try:
+            with _quiet():
+                import bitsandbytes
+        except ImportError as error:
+            raise _missing("bitsandbytes") from error
+
+        def change(linear: nn.Linear) -> nn.Module:
+            device = linear.weight.device
+            changed = make(bitsandbytes.nn, linear)
+            changed.bias = linear.bias
+            return changed.to(device).requires_grad_(False).train(linear.training)
+
+        return change
+
+    return load
+
+
+def _llm_int8(bnb: Any, linear: nn.Linear) -> nn.Module:
+    changed = bnb.Linear8bitLt(
+        linear.in_features, linear.out_features, False, has_fp16_weights=False, threshold=OUTLIER_THRESHOLD
+    )
+    changed.weight = bnb.Int8Params(linear.weight.detach().cpu(), requires_grad=False, has_fp16_weights=False)
+    return changed
+
+
+def _nf4(bnb: Any, linear: nn.Linear) -> nn.Module:
+    changed = bnb.LinearNF4(linear.in_features, linear.out_features, False, compute_dtype=linear.weight.dtype)
+    changed.weight = bnb.Params4bit(linear.weight.detach().cpu(), requires_grad=False, quant_type="nf4")
+    return changed
+
+
+_FORMS: dict[str, tuple[int, Callable[[], _Change]]] = {
+    "int8": (1, _torchao(lambda ao: ao.Int8WeightOnlyConfig(version=2))),
+    "int4": (
+        GROUP_SIZE,
+        _torchao(lambda ao: ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerGroup(GROUP_SIZE))),
+    ),
+    "llm_int8": (1, _bitsandbytes(_llm_int8)),
+    "nf4": (1, _bitsandbytes(_nf4)),
+}
+"""(what the number of inputs has to be a multiple of, how to get the function that changes a layer) by form."""
+
+
+def _bytes_of(model: nn.Module) -> int:
+    """Of every parameter and buffer once, with the scales of quantised ones."""
+    tensors = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    return sum(_size(tensor) for tensor in tensors.values())
+
+
+def _size(tensor: torch.Tensor) -> int:
+    if hasattr(tensor, "__tensor_flatten__"):  # torchao: a tensor made of tensors
+        return sum(_size(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    extra = [getattr(tensor, "SCB", None)]  # bitsandbytes keeps scales beside the weight
+    if (state := getattr(tensor, "quant_state", None)) is not None:
+        extra += state.as_dict().values()
+    return tensor.nbytes + sum(scale.nbytes for scale in extra if isinstance(scale, torch.Tensor))
+
+
+def _missing(package: str) -> UserError:
+    return UserError(f"Quantising needs {package}: pip install 'apt-trainer[quantize]'.")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torchao says about kernels for accelerators that are not there."""
+    """Without what these libraries say about kernels for accelerators that are not there."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

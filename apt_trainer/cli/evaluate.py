@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tasks.add_argument("--num_fewshot", type=int, metavar="N", help="examples before each question")
     both = parser.add_argument_group("text and tasks")
     both.add_argument("--batch_size", type=positive, default=1, metavar="N", help="sequences at a time (default: 1)")
-    both.add_argument("--quantize", choices=QUANTIZE, help="weights of linear layers, by torchao (default: as saved)")
+    both.add_argument("--quantize", choices=QUANTIZE, help="weights of linear layers (default: as saved)")
     both.add_argument("--device", metavar="NAME", help="cpu, cuda … (default: the accelerator if there is one)")
     parser.epilog = settings_help((ModelSettings, DataSettings))
 

@@ -18,7 +18,7 @@ TASKS = (
     "translation",
 )
 PRUNE_TARGETS = ("heads", "neurons", "hidden", "sublayers")
-QUANTIZE = ("int8", "int4")
+QUANTIZE = ("int8", "int4", "llm_int8", "nf4")
 TUNE_MODES = ("adapters", "adapters_and_norms", "full")
 
 CHOICES: dict[str, tuple[str, ...]] = {
