@@ -110,10 +110,11 @@ def reload_difference(model: PreTrainedModel, path: Path) -> float:
 
     Raises RuntimeError above 1e-5 of the largest logit.
     """
+    same = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
     if hasattr(model.config, "apt_structure"):
-        again: Any = load_pruned(path, dtype=model.dtype)
+        again: Any = load_pruned(path, **same)
     else:
-        again = type(model).from_pretrained(path, dtype=model.dtype)
+        again = type(model).from_pretrained(path, **same)
     device = next(model.parameters()).device
     batch = example_inputs(model, 1, 16, device)
     was_training = model.training

@@ -95,8 +95,18 @@ def load_config(settings: ModelSettings) -> Any:
 
 
 def read_config(settings: ModelSettings) -> Any:
-    """The config, whatever it says; raises :class:`UserError` where there is none."""
-    return _from_hub(AutoConfig.from_pretrained, source_of(settings), **_trust(settings))
+    """The config, whatever it says; raises :class:`UserError` where there is none, or for an attention that cannot
+    compute in the type of the weights."""
+    config = _from_hub(AutoConfig.from_pretrained, source_of(settings), **_trust(settings))
+    attention, dtype = settings.attn_implementation or "", settings.dtype
+    if dtype == "auto":
+        dtype = str(getattr(config, "dtype", None) or torch.float32).removeprefix("torch.")
+    if "flash" in attention and dtype == "float32":  # under bf16: true it would fail once training is over
+        raise UserError(
+            f"attn_implementation={attention!r} computes in bfloat16 and float16 only, and dtype is float32. "
+            "Set dtype: bfloat16, or attn_implementation: sdpa."
+        )
+    return config
 
 
 def refuse_quantised(config: Any, path: str) -> None:

@@ -105,7 +105,7 @@ class Fsdp2Engine(Engine):
         self.release()
         make_whole(model)
         self.trainer.is_fsdp_enabled = False  # what follows is evaluation of a plain model
-        self.trainer.accelerator._models.clear()
+        self.trainer.accelerator._models[:] = [model]  # or evaluation would put mixed precision on it once more
         model.__dict__.pop("_is_accelerate_prepared", None)
         return model
 

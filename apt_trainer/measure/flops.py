@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+_COUNTED = ("eager", "sdpa")
 
 
 def count_flops(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
@@ -37,6 +40,8 @@ def count_flops(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     # the CPU is counted as 0 (https://github.com/pytorch/pytorch/issues/195460).
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         shapes_only = _copy_without_storage(model)
+        if isinstance(shapes_only, PreTrainedModel) and shapes_only.config._attn_implementation not in _COUNTED:
+            shapes_only.set_attn_implementation("eager")  # kernels of flash and flex attention cannot be looked into
         fake_inputs = {name: _without_storage(value) for name, value in inputs.items()}
         with FlopCounterMode(display=False) as counter:
             shapes_only(**fake_inputs)

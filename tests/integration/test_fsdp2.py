@@ -234,6 +234,8 @@ for name, source, saved, changes in (
     trainer = module.trained(folder / name, saved, resume, held, per_device_train_batch_size=8, **changes)
     result = {{"plan": trainer.pruner.plan.to_json(), "losses": losses_of(trainer), "whole": sorted(held.whole)}}
     result["best"] = Path(trainer.state.best_model_checkpoint or "").name
+    trainer.evaluate()
+    trainer.save_model(str(folder / name / "model"))  # compares its logits with those of what it has written
     save_file({{"logits": module.logits_of(trainer)}}, folder / f"{{name}}.safetensors")
     (folder / f"{{name}}.json").write_text(json.dumps(result))
 """

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 import apt_trainer
 from apt_trainer import APTTrainer, UserError, load_pruned
 from apt_trainer.checkpoint import reload_difference
+from apt_trainer.measure import example_inputs
 from apt_trainer.pruning.plan import PruningPlan
 from integration.factories import SHORT, Fixed, Rows, make_trainer, target_of
 
@@ -232,6 +233,20 @@ def test_a_save_that_does_not_reload_is_an_error(saved: tuple[Path, PreTrainedMo
         model.classifier.bias.add_(1.0)
     with pytest.raises(RuntimeError, match="other logits"):
         reload_difference(model, copied)
+
+
+@pytest.mark.parametrize("pruned", [True, False])
+def test_a_save_is_compared_by_the_attention_that_was_trained(copied: Path, tmp_path: Path, pruned: bool) -> None:
+    """In bfloat16 another back end gives other logits."""
+    if not pruned:
+        copied = tmp_path / "stock"
+        tiny_model("bert").save_pretrained(copied)
+    load = load_pruned if pruned else AutoModelForSequenceClassification.from_pretrained
+    models = {name: load(copied, dtype=torch.bfloat16, attn_implementation=name).eval() for name in ("eager", "sdpa")}
+    batch = example_inputs(models["eager"], 1, 16)
+    assert not torch.equal(*(logits(model, batch) for model in models.values()))
+    for model in models.values():
+        assert reload_difference(model, copied) == 0.0
 
 
 def test_a_stock_loader_of_this_process_builds_the_small_model(saved: tuple[Path, PreTrainedModel]) -> None:

@@ -40,6 +40,7 @@ from apt_trainer.loading import (
     load_dense_shape,
     load_saved,
     load_tokenizer,
+    read_config,
 )
 from apt_trainer.pruned_model import PREFIX, config_class, model_class
 from apt_trainer.recipe import load_recipe
@@ -286,6 +287,17 @@ def test_sources(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=message):
             find_source(*given)
+
+
+@pytest.mark.parametrize(("dtype", "refused"), [("float32", True), ("auto", True), ("bfloat16", False)])
+def test_flash_attention_in_float32_is_refused_before_weights_load(tmp_path, dtype, refused):
+    llama_config().save_pretrained(tmp_path)
+    settings = ModelSettings(str(tmp_path), dtype=dtype, attn_implementation="flash_attention_4")
+    if not refused:
+        assert read_config(settings).model_type == "llama"
+        return
+    with pytest.raises(UserError, match=r"'flash_attention_4' computes in bfloat16 .* Set dtype: bfloat16"):
+        read_config(settings)
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,8 @@ def test_flops_follow_a_cut(attention):
     model(**batch)  # the model cut by hand really runs
 
 
-def test_flops_of_a_decoder_with_grouped_heads():
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+def test_flops_of_a_decoder_with_grouped_heads(attention):
     config = LlamaConfig(
         vocab_size=50,
         hidden_size=HIDDEN,
@@ -152,11 +153,13 @@ def test_flops_of_a_decoder_with_grouped_heads():
         max_position_embeddings=16,
         pad_token_id=0,
         num_labels=LABELS,
+        attn_implementation=attention,
     )
     model = LlamaForSequenceClassification(config)
     per_token = 3 * HIDDEN * HIDDEN + 3 * HIDDEN * NEURONS + HIDDEN * LABELS  # q and o: 2, k and v: 1/2 each
     expected = 2 * BATCH * (LENGTH * per_token + 2 * LENGTH * LENGTH * HIDDEN)
     assert count_flops(model, example_inputs(model, BATCH, LENGTH)) == expected
+    assert model.config._attn_implementation == attention
 
 
 def test_flops_of_a_model_without_storage():
