@@ -2,8 +2,8 @@
 
 The linear layers of the blocks change; embeddings, norms and heads stay. By torchao: ``int8`` (one scale per row) and
 ``int4`` (one scale per 32 weights of a row; each takes a byte, which shows what int4 costs in accuracy, not what it
-saves). By bitsandbytes: ``llm_int8`` (rows as int8; inputs too, but for outlier columns beyond 6.0) and ``nf4`` (blocks
-of 64 weights on the quantiles of a normal distribution, packed two in a byte).
+saves). By bitsandbytes: ``llm_int8`` (rows as int8; inputs too, but for outlier columns beyond 6.0) and ``nf4`` (64
+weights at a time on the quantiles of a normal distribution, two in a byte).
 
 Sources: LLM.int8(), https://arxiv.org/abs/2208.07339; NF4, https://arxiv.org/abs/2305.14314 section 3.
 Not for training, nor for saving: quantise again after loading.
