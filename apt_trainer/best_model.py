@@ -19,12 +19,12 @@ from apt_trainer.adapters import lora
 from apt_trainer.config import APTConfig
 from apt_trainer.engines.agreement import agree
 from apt_trainer.errors import UserError
-from apt_trainer.evaluation_loop import EachRowOnce
 from apt_trainer.pruner import AdaptivePruner
 from apt_trainer.pruning.plan import PruningPlan
 from apt_trainer.schedule import Schedule
 from apt_trainer.termination import StopOnSignal
 from apt_trainer.tuning import TRANSFORM
+from apt_trainer.whole_checkpoints import WholeCheckpoints
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def load_weights(path: Path, model: nn.Module, pruner: AdaptivePruner) -> bool:
     return True
 
 
-class BestWithinBudget(EachRowOnce):
+class BestWithinBudget(WholeCheckpoints):
     """Hugging Face's choice of the best checkpoint, from the step on at which the final budget is met."""
 
     args: APTConfig

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
-
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from apt_trainer.best_model import check_candidates
 from apt_trainer.checkpoint import check_complete
@@ -27,11 +24,11 @@ from apt_trainer.report.comparison import EVENTS_FILE, METRICS_FILE, RECIPE_FILE
 from apt_trainer.schedule import make_schedule
 from apt_trainer.settings import DataSettings, MethodSettings, ModelSettings
 from apt_trainer.tasks import TaskData
+from apt_trainer.whole_checkpoints import checkpoints_in, find_whole, last_whole
 
 _LANGUAGE_MODELS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 _OF_THE_LOOP = ("max_steps", "num_train_epochs", "seed", "learning_rate", "lr_scheduler_type", "warmup_steps")
 _FREE = ("calibration_batch_size", "trust_remote_code", "attn_implementation")
-_log = logging.getLogger(__name__)
 
 
 def check_before_loading(recipe: Recipe, config: Any, data: TaskData) -> None:
@@ -103,13 +100,13 @@ def checkpoint_to_resume(recipe: Recipe) -> str | None:
     if asked == "auto":
         if (output / METRICS_FILE).exists():
             raise UserError(f"{output} holds a finished run. Choose another output_dir, or remove it.")
-        whole = _whole(output)
+        whole = find_whole(output)
         if whole is None:
             _check_same_run(output / RECIPE_FILE, recipe)
             return None
         found = whole
     else:
-        found = _last_whole(output) if asked in (True, "true", "True") else Path(str(asked))
+        found = last_whole(output) if asked in (True, "true", "True") else Path(str(asked))
         check_complete(found)
     _check_same_run(found.parent / RECIPE_FILE, recipe)
     return str(found)
@@ -126,45 +123,10 @@ def finished_run(recipe: Recipe) -> dict[str, Any] | None:
     return metrics
 
 
-def _checkpoints(output: Path) -> list[Path]:
-    """Checkpoints in ``output``, the latest first."""
-    found = [path for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and _step(path) is not None]
-    return sorted(found, key=lambda path: -(_step(path) or 0))
-
-
-def _step(path: Path) -> int | None:
-    number = path.name.rpartition("-")[2]
-    return int(number) if number.isdigit() else None
-
-
-def _whole(output: Path) -> Path | None:
-    """The last checkpoint that is whole; others are named in the log."""
-    for path in _checkpoints(output):
-        try:
-            check_complete(path)
-            return path
-        except UserError as error:
-            _log.warning("%s It is passed over.", error)
-    return None
-
-
-def _last_whole(output: Path) -> Path:
-    found = _whole(output)
-    if found is not None:
-        return found
-    if _checkpoints(output):
-        raise UserError(
-            f"No checkpoint in {output} is whole. Remove resume_from_checkpoint and {output} to start anew."
-        )
-    raise UserError(
-        f"resume_from_checkpoint is set, but {output} holds no checkpoint. Remove the setting to start anew."
-    )
-
-
 def _refuse_an_older_run(output: Path) -> None:
     """A recipe alone is a start that came to nothing."""
     written = [name for name in (METRICS_FILE, EVENTS_FILE, "config.json") if (output / name).exists()]
-    found = _checkpoints(output)
+    found = checkpoints_in(output)
     if written or found:
         go_on = ", or set resume_from_checkpoint: true" if found else ""
         raise UserError(

@@ -42,6 +42,7 @@ from apt_trainer.callback import MethodCallback
 from apt_trainer.checkpoint import check_complete
 from apt_trainer.errors import UserError
 from apt_trainer.report.events import read_events
+from apt_trainer.whole_checkpoints import STAGED
 
 WORDS = [f"w{i}" for i in range(60)]
 STEPS, SAVE_EVERY = 24, 4
@@ -355,12 +356,16 @@ def moment_of(setup: Setup, kind: str, output: Path, draw: random.Random) -> tup
     if kind == "save":
         step = draw.choice([*range(SAVE_EVERY, STEPS + 1, SAVE_EVERY), 0])
         if step == 0:
-            return "save of the model", lambda run: any(output.glob(".saving-*")), draw.uniform(0, 0.1)
-        folder = output / f"checkpoint-{step}"
+            return "save of the model", lambda run: _saves_the_model(output), draw.uniform(0, 0.1)
+        folder = output / STAGED / f"checkpoint-{step}"
         return f"save at step {step}", lambda run: folder.is_dir(), draw.uniform(0, setup.gaps[min(step, STEPS - 1)])
     step = draw.choice(setup.events) - 1 if kind == "event" else draw.randrange(1, STEPS)
     words = f"event at step {step + 1}" if kind == "event" else f"step {step + 1}"
     return words, lambda run: run.steps >= step, draw.uniform(0, setup.gaps[step])
+
+
+def _saves_the_model(output: Path) -> bool:
+    return any(path.name != STAGED for path in output.glob(".saving-*"))
 
 
 def strike(setup: Setup, name: str, kind: str, output: Path, draw: random.Random) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import torch
 from tiny import randomise, tiny_config, tiny_model
 from transformers import AutoModelForSequenceClassification
 
-from apt_trainer import APTTrainer
+from apt_trainer import APTTrainer, UserError
+from apt_trainer.checkpoint import WEIGHTS_FILE, check_complete
+from apt_trainer.whole_checkpoints import STAGED
 from integration.factories import (
     EVENTS,
     SHORT,
@@ -208,3 +211,67 @@ def test_a_checkpoint_between_observations_resumes_bit_equal(tmp_path: Path, ste
     expected, got = weights_of(whole.model), weights_of(resumed.model)
     assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
     assert resumed.pruner.plan == whole.pruner.plan
+
+
+def test_a_checkpoint_is_there_with_all_its_files_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one is written the one before it is still there, whatever ``save_total_limit`` says."""
+    seen: list[tuple[list[str], bool]] = []
+    trainer = make_trainer(tmp_path, options={"callbacks": [SaveAt((5, 10))]}, **SHORT, save_total_limit=1)
+    save = trainer._save_rng_state
+
+    def watched(folder: str) -> None:  # the last of its files but one
+        names = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+        seen.append((names, (Path(folder) / WEIGHTS_FILE).is_file()))
+        save(folder)
+
+    monkeypatch.setattr(trainer, "_save_rng_state", watched)
+    trainer.train()
+    assert seen == [([], True), (["checkpoint-5"], True)]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["checkpoint-10"]
+    check_complete(tmp_path / "checkpoint-10")
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path, options={"callbacks": [SaveAt((5, 10))]}, **SHORT, save_total_limit=1)
+    save = trainer._save_rng_state
+
+    def full(folder: str) -> None:
+        if trainer.state.global_step == 10:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(folder)
+
+    monkeypatch.setattr(trainer, "_save_rng_state", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["checkpoint-5"]
+    check_complete(tmp_path / "checkpoint-5")
+
+
+def test_a_checkpoint_written_again_replaces_the_old_one(tmp_path: Path) -> None:
+    make_trainer(tmp_path, options={"callbacks": [SaveAt((5, 10))]}, **SHORT).train()
+    old = tmp_path / "checkpoint-10"
+    (old / "of_old").touch()
+    (tmp_path / STAGED / "checkpoint-10").mkdir(parents=True)  # left by a killed save
+    (tmp_path / STAGED / "checkpoint-10" / "half").touch()
+    again = make_trainer(tmp_path, options={"callbacks": [SaveAt((10,))]}, **SHORT)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert not (old / "of_old").exists() and not (old / "half").exists() and not (tmp_path / STAGED).exists()
+    check_complete(old)
+
+
+def test_true_goes_on_from_the_last_checkpoint_that_is_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    straight = make_trainer(tmp_path, options={"callbacks": [SaveAt((5, 10))]}, **SHORT)
+    straight.train()
+    (tmp_path / "checkpoint-10" / "rng_state.pth").unlink()
+    resumed = make_trainer(tmp_path, **SHORT)
+    resumed.train(resume_from_checkpoint=True)
+    assert "checkpoint-10" in caplog.text and "passed over" in caplog.text
+    assert all(
+        torch.equal(value, weights_of(resumed.model)[name]) for name, value in weights_of(straight.model).items()
+    )
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        make_trainer(tmp_path / "other", **SHORT).train(resume_from_checkpoint=True)
