@@ -12,9 +12,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils.logging import get_logger
 
 from apt_trainer.engines.state import MASTER, Edits, State, carry, collect, restore
 from apt_trainer.partition import copy_of, split_as, whole_value
+
+_log = get_logger(__name__)
+_STARTS_AFRESH = (
+    "{} keeps state in another shape than its parameters, which cannot follow a change of shape: for these parameters "
+    "it starts afresh at each."
+)
 
 
 class Engine:
@@ -65,6 +72,8 @@ class Engine:
         model, optimizer = self.model, plain_optimizer(self.trainer)
         restore_forward(model)
         self._state = collect(model, optimizer)
+        if any(p in optimizer.state and name not in self._state for name, p in model.named_parameters()):
+            _log.warning_once(_STARTS_AFRESH.format(type(optimizer).__name__))
         optimizer.state.clear()
         fresh_leaves(model)
         return model
