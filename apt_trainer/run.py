@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,10 @@ from typing import Any
 import torch
 from transformers import EvalPrediction, set_seed
 
-from apt_trainer.benchmark.compare import measure_speed
+from apt_trainer.benchmark.compare import measure_memory, measure_speed
 from apt_trainer.errors import UserError
-from apt_trainer.evaluation.bootstrap import mean_interval
 from apt_trainer.evaluation.harness import run_tasks
+from apt_trainer.evaluation.task_intervals import score_intervals
 from apt_trainer.evaluation_loop import plain_trainer
 from apt_trainer.loading import load_inputs, load_model, load_saved
 from apt_trainer.measure import PeakMemory, count_parameters, return_freed_memory, size_on_disk
@@ -36,10 +38,11 @@ from apt_trainer.report.events import read_events, write_json
 from apt_trainer.report.plots import plot_run
 from apt_trainer.settings import ModelSettings
 from apt_trainer.tasks import TaskData, keeps_sequences_apart
-from apt_trainer.tasks.base import first_output
 from apt_trainer.tasks.trainer_options import data_options, set_task_arguments
 from apt_trainer.time_to_accuracy import TimeToAccuracy
 from apt_trainer.trainer import EVENTS_FILE, APTTrainer
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.json"
 RECIPE_FILE = "recipe.json"
@@ -131,6 +134,7 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
         "total_params": count_parameters(trainer.model),
         "disk_bytes_dense": sum(p.numel() * p.element_size() for p in dense_copy(trainer.model, "meta").parameters()),
         "disk_bytes": size_on_disk(output),
+        "resumed": resume_from is not None,
         "train_seconds": seconds,
         "train_cpu_seconds": cpu_seconds,
         "train_steps": trainer.state.global_step,
@@ -153,9 +157,22 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
         )
     if args.measure_latency and trainer.is_world_process_zero():
         metrics |= measure_speed(trainer.model, args.latency_batch_sizes, args.latency_length, args.latency_new_tokens)
+        metrics |= _inference_memory(recipe)
     if trainer.is_world_process_zero():
         _write_records(output, metrics, trainer, data)
     return metrics
+
+
+def _inference_memory(recipe: Recipe) -> dict[str, Any]:
+    """Peak memory of running what was saved and its dense shape; empty, with a warning, where that fails."""
+    args = recipe.training
+    saved = replace(recipe.model, model_name_or_path=str(args.output_dir), gguf_file=None, tokenizer_name_or_path=None)
+    sizes = max(args.latency_batch_sizes), args.latency_length, args.latency_new_tokens
+    try:
+        return {"inference_memory": measure_memory(saved, *sizes, str(args.device))}
+    except UserError as error:  # for example no room beside this process; the run is not lost for that
+        logger.warning("The memory of inference was not measured. %s", error)
+        return {}
 
 
 def _watch_accuracy(trainer: APTTrainer, data: TaskData) -> TimeToAccuracy | None:
@@ -196,8 +213,9 @@ def _train_dense(recipe: Recipe, output: Path) -> dict[str, Any]:
 def evaluate(model: str | ModelSettings, recipe: Recipe | None = None) -> dict[str, float]:
     """Metrics of a saved model on the test data of ``recipe``, or of the recipe it was trained with.
 
-    ``model`` is a folder or hub name, or says more than that. The accuracy of a classification also has the ends of
-    its 95 % confidence interval, as ``…accuracy_low`` and ``…accuracy_high`` (test rows drawn with replacement).
+    ``model`` is a folder or hub name, or says more than that. Scores that
+    :func:`~apt_trainer.evaluation.task_intervals.score_intervals` knows also have the ends of their 95 % confidence
+    interval, as ``…accuracy_low`` and ``…accuracy_high`` (test rows drawn with replacement).
     """
     path = model if isinstance(model, str) else str(model.model_name_or_path)
     recipe = recipe or recipe_of(Path(path))
@@ -221,10 +239,9 @@ def evaluate(model: str | ModelSettings, recipe: Recipe | None = None) -> dict[s
     )
     scores = trainer.evaluate(metric_key_prefix=data.test_name)
     scores = {name: value for name, value in scores.items() if isinstance(value, float)}
-    if recipe.data.task == "classification":
-        right = first_output(predictions[0].predictions).argmax(-1) == predictions[0].label_ids
-        low, high = mean_interval(right)
-        scores |= {f"{data.test_name}_accuracy_low": low, f"{data.test_name}_accuracy_high": high}
+    intervals = score_intervals(recipe.data.task, data.metric_name, predictions[0], data.metrics["test"])
+    for name, (low, high) in intervals.items():
+        scores |= {f"{data.test_name}_{name}_low": low, f"{data.test_name}_{name}_high": high}
     return scores
 
 

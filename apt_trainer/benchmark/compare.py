@@ -70,10 +70,7 @@ def benchmark(
     for which in (settings, other):  # mistakes are told before processes start
         if which is not None:
             read_config(which)
-    peaks = {
-        name: measure_peak(PeakRequest(asdict(which), dense, max(batch_sizes), length, new_tokens, str(place)))
-        for name, which, dense in (("dense", other or settings, other is None), ("pruned", settings, False))
-    }
+    peaks = measure_memory(settings, max(batch_sizes), length, new_tokens, str(place), other)
     pruned = load_saved(settings).to(place)
     dense = (load_dense_shape(settings) if other is None else load_saved(other)).to(place)
     metrics: dict[str, Any] = {
@@ -90,6 +87,29 @@ def benchmark(
         "inference_memory": peaks,
     }
     return metrics | measure_speed(pruned, batch_sizes, length, new_tokens, dense)
+
+
+def measure_memory(
+    settings: ModelSettings,
+    batch_size: int,
+    length: int,
+    new_tokens: int,
+    device: str,
+    baseline: ModelSettings | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Memory of running a saved model ("pruned") and ``baseline`` or its dense shape ("dense"), a process each.
+
+    Returns:
+        What :func:`~apt_trainer.benchmark.peak.measure_peak` gives for each.
+
+    Raises:
+        UserError: a process failed.
+    """
+    models = (("dense", baseline or settings, baseline is None), ("pruned", settings, False))
+    return {
+        name: measure_peak(PeakRequest(asdict(which), dense_shape, batch_size, length, new_tokens, device))
+        for name, which, dense_shape in models
+    }
 
 
 def measure_speed(

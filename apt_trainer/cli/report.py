@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from apt_trainer.report.comparison import compare, read_results, to_csv, to_markdown
+    from apt_trainer.report.events import write_text
 
     output, suffix = Path(args.output or "-.md"), Path(args.output or "-.md").suffix
     if suffix not in (".md", ".csv", ".html"):
@@ -35,7 +36,6 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     if args.output is None:
         print(text, end="")
         return 0
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text, encoding="utf-8")
+    write_text(output, text)
     print(f"wrote {output}")
     return 0

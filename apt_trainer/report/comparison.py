@@ -7,8 +7,11 @@ one. Not for pictures (``report.html``).
 from __future__ import annotations
 
 import csv
+import difflib
 import io
 import json
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,8 @@ from apt_trainer.errors import UserError, unknown_choice
 from apt_trainer.report.events import read_events
 from apt_trainer.report.tables import MISSING, format_bytes, format_count, format_seconds, markdown_table
 
+logger = logging.getLogger(__name__)
+
 METRICS_FILE, RECIPE_FILE, EVENTS_FILE, RESULTS_FILE = "metrics.json", "recipe.json", "events.jsonl", "results.jsonl"
 LABELS = {
     "sparsity": "removed",
@@ -27,6 +32,8 @@ LABELS = {
     "train_seconds": "training time",
     "train_cpu_seconds": "CPU time",
     "peak_memory_bytes": "peak memory",
+    "inference_memory.pruned.peak_bytes": "peak memory in use",
+    "time_to_accuracy.seconds": "time to accuracy",
 }
 COSTS: dict[str, Any] = {  # by the last word of the key; compared as ratios
     "seconds": format_seconds,
@@ -36,6 +43,7 @@ COSTS: dict[str, Any] = {  # by the last word of the key; compared as ratios
     "ms": "{:.2f} ms".format,
 }
 Record = Mapping[str, Any]
+_OF_WHOLE_RUNS = ("train_seconds", "train_cpu_seconds", "peak_memory_bytes")  # a resumed one knows its last part only
 
 
 class Cell(NamedTuple):
@@ -51,10 +59,11 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """``labels``: headers by key of a metric; ``cells``: by variant and key."""
+    """``labels``: headers by key of a metric; ``cells``: by variant and key; ``seeds``: how many, by variant."""
 
     labels: dict[str, str]
     cells: dict[str, dict[str, Cell]]
+    seeds: dict[str, int]
     baseline: str | None
 
 
@@ -65,7 +74,7 @@ def run_record(folder: Path, variant: str | None = None) -> dict[str, Any]:
     return {
         "variant": variant or (place.parent if place.name.startswith("seed-") else place).name,
         "seed": metrics.get("seed", 0),
-        "resumed": bool(read_json(folder / RECIPE_FILE).get("resume_from_checkpoint")),
+        "resumed": bool(metrics.get("resumed")),
         "metrics": metrics,
         "kept": {key: sized[-1][key] for key in ("heads", "neurons", "hidden", "dense")} if sized else None,
     }
@@ -75,14 +84,14 @@ def read_results(paths: Sequence[str]) -> list[dict[str, Any]]:
     """Records of study folders and of folders of single runs; of several studies, names start with the study's.
 
     Raises:
-        UserError: for a folder that holds neither, or two runs of one variant and seed.
+        UserError: for a folder that holds neither or results of something else, or two runs of one variant and seed.
     """
     studies = [path for path in paths if (Path(path) / RESULTS_FILE).is_file()]
     records: list[dict[str, Any]] = []
     for path in paths:
         if path in studies:
             prefix = f"{Path(path).resolve().name}/" if len(studies) > 1 else ""
-            records += [r | {"variant": f"{prefix}{r['variant']}"} for r in read_events(Path(path) / RESULTS_FILE)]
+            records += [r | {"variant": f"{prefix}{r['variant']}"} for r in _read_study(Path(path) / RESULTS_FILE)]
         elif (Path(path) / METRICS_FILE).is_file():
             records.append(run_record(Path(path)))
         else:
@@ -94,11 +103,24 @@ def read_results(paths: Sequence[str]) -> list[dict[str, Any]]:
     return records
 
 
+def _read_study(path: Path) -> list[dict[str, Any]]:
+    records = read_events(path)
+    for number, record in enumerate(records, start=1):
+        if not {"variant", "seed", "metrics"} <= record.keys():
+            raise UserError(
+                f"{path}, line {number}, is of no run: it lacks variant, seed or metrics. Name folders of studies "
+                "(apt-trainer ablate) or of finished runs; curve and paint write tables of their own."
+            )
+    return records
+
+
 def compare(records: Sequence[Record], baseline: str | None = None) -> Comparison:
     """Arrange runs by variant; ``baseline`` is by default the one that the study names.
 
+    Logs a warning for each metric of the study that no run has.
+
     Raises:
-        UserError: for an unknown baseline, or no runs.
+        UserError: for an unknown baseline, no runs, or runs that have none of the metrics.
     """
     if not records:
         raise UserError("There is no finished run to compare.")
@@ -111,26 +133,30 @@ def compare(records: Sequence[Record], baseline: str | None = None) -> Compariso
     baseline = baseline or (own if own in runs else None)
     cells: dict[str, dict[str, Cell]] = {name: {} for name in runs}
     keys = records[0].get("shown") or _default_keys(records)
+    _check_known(keys, records)
     for key in keys:
         values = {name: {r["seed"]: v for r in of if (v := _value(r, key)) is not None} for name, of in runs.items()}
         for name in runs:
             base = {} if baseline in (None, name) else values[str(baseline)]
-            cells[name][key] = _cell(values[name], base, key.rsplit("_", 1)[-1] in COSTS)
-    return Comparison({key: _label(key, records) for key in keys}, cells, baseline)
+            cells[name][key] = _cell(values[name], base, last_word(key) in COSTS)
+    seeds = {name: len(of) for name, of in runs.items()}
+    return Comparison({key: _label(key, records) for key in keys}, cells, seeds, baseline)
 
 
 def rows(comparison: Comparison) -> list[dict[str, str]]:
     """The table as texts, by header."""
     return [
-        {"variant": name, "seeds": str(max(cell.n for cell in cells.values()))}
-        | {label: _text(key, cells[key]) for key, label in comparison.labels.items()}
+        {"variant": name, "seeds": str(comparison.seeds[name])}
+        | {label: _text(key, cells[key], comparison.seeds[name]) for key, label in comparison.labels.items()}
         for name, cells in comparison.cells.items()
     ]
 
 
 def caption(comparison: Comparison) -> str:
     base = f"In brackets, against {comparison.baseline}: difference (± over seeds), or for costs the ratio of means."
-    return "Mean ± sample standard deviation over seeds." + (f" {base}" if comparison.baseline else "")
+    fewer = any(0 < c.n < comparison.seeds[name] for name, cells in comparison.cells.items() for c in cells.values())
+    parts = ["Mean ± sample standard deviation over seeds.", "n of m: n of m seeds have it." if fewer else ""]
+    return " ".join(filter(None, [*parts, base if comparison.baseline else ""]))
 
 
 def to_markdown(comparison: Comparison) -> str:
@@ -156,6 +182,35 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a JSON object. Remove the folder of that run, and run it anew.") from None
 
 
+def last_word(key: str) -> str:
+    """Of the name of a metric, which tells its unit: "seconds" of both ``train_seconds`` and ``a_mark.seconds``."""
+    return re.split("[._]", key)[-1]
+
+
+def _check_known(keys: Sequence[str], records: Sequence[Record]) -> None:
+    """Warn of metrics that no run has; raise :class:`UserError` where that is all of them."""
+    known = {key for record in records for key in _keys(record["metrics"])}
+    unknown = [key for key in keys if key not in known]
+    numbers = sorted(key for key in known if any(_value(record, key) is not None for record in records))
+    messages = []
+    for key in unknown:
+        close = difflib.get_close_matches(key, numbers, n=3, cutoff=0.7)
+        hint = f"Did you mean {' or '.join(close)}?" if close else f"They have {', '.join(_default_keys(records))}."
+        messages.append(f"metrics: no run has {key!r}. {hint}")
+    if messages and len(unknown) == len(keys):
+        raise UserError(messages[0])
+    for message in messages:
+        logger.warning("%s", message)
+
+
+def _keys(values: Mapping[str, Any], start: str = "") -> list[str]:
+    """Dotted keys of what is no mapping."""
+    keys: list[str] = []
+    for key, value in values.items():
+        keys += _keys(value, f"{start}{key}.") if isinstance(value, dict) else [f"{start}{key}"]
+    return keys
+
+
 def _default_keys(records: Sequence[Record]) -> list[str]:
     batches = {batch for r in records for batch in r["metrics"].get("latency_ms", {}).get("pruned", {})}
     keys = ["task_metric", *LABELS, *(f"latency_ms.pruned.{batch}.median_ms" for batch in sorted(batches, key=int))]
@@ -166,7 +221,7 @@ def _value(record: Record, key: str) -> float | None:
     found: Any = record["metrics"]
     for part in key.split("."):
         found = found.get(part) if isinstance(found, dict) else None
-    partial = key in ("train_seconds", "train_cpu_seconds") and record.get("resumed")  # from its checkpoint on
+    partial = key in _OF_WHOLE_RUNS and record.get("resumed")
     return found if isinstance(found, int | float) and not partial else None
 
 
@@ -194,12 +249,14 @@ def _spread(values: Sequence[float]) -> tuple[float | None, float | None]:
     return mean(values) if values else None, stdev(values) if len(values) > 1 else None
 
 
-def _text(key: str, cell: Cell) -> str:
+def _text(key: str, cell: Cell, seeds: int) -> str:
     if cell.mean is None:
         return MISSING
-    form = COSTS.get(key.rsplit("_", 1)[-1], "{:.4f}".format)
+    form = COSTS.get(last_word(key), "{:.4f}".format)
     text = form(cell.mean) + (f" ± {form(cell.std)}" if cell.std is not None else "")
-    if cell.change is None:
-        return text
-    change = f"{cell.change:+.4f}" + (f" ± {cell.change_std:.4f}" if cell.change_std is not None else "")
-    return f"{text} ({change if cell.ratio is None else f'{cell.ratio:.2f}×'})"
+    notes = [f"{cell.n} of {seeds}"] if cell.n < seeds else []
+    if cell.ratio is not None:
+        notes.append(f"{cell.ratio:.2f}×")
+    elif cell.change is not None:
+        notes.append(f"{cell.change:+.4f}" + (f" ± {cell.change_std:.4f}" if cell.change_std is not None else ""))
+    return text + (f" ({'; '.join(notes)})" if notes else "")

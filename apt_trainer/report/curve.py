@@ -25,18 +25,22 @@ _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, INK, "#B8860B", "#56B4E9", "#888888")
 _MARKS = "osDv^x+*"
 _WORST = 30.0  # times the loss of the full model that is still drawn; what is worse stands at the edge
 _SPEEDS = ("prefill", "decode", "whole")
+_CACHE = "bytes of the cache over those of the full model"
 Found = Mapping[str, Any]
 Row = Mapping[str, Any]
 
 
 def curve_markdown(found: Found) -> str:
-    """One table of losses per kind of unit, and one per task: rows are numbers of units, columns rankings."""
+    """One table per kind of unit and measure (loss, tasks, speed, SDR, cache) that has numbers: a row per number of
+    units, a column per ranking."""
     full = found["full"]
     parts = [f"{Path(found['model']).name}, full model: {_of_full(found)}"]
     measures = [(found["loss_name"], lambda row: row["perplexity"], "{:.4g}".format)]
     measures += [(task, partial(_at, "tasks", task), "{:.3f}".format) for task in full["tasks"]]
     measures += [(f"speed-up ({name})", partial(_at, "speedup", name), "{:.2f}".format) for name in _SPEEDS]
     measures += [("SDR", lambda row: row.get("sdr"), "{:.3f}".format)]
+    measures += [("relative SDR", lambda row: row.get("sdr_relative"), "{:.3f}".format)]
+    measures += [(_CACHE, partial(_at, "speedup", "cache"), "{:.1%}".format)]
     for kind in _distinct(found, "kind"):
         rows = [row for row in found["rows"] if row["kind"] == kind]
         rankings = _distinct({"rows": rows}, "ranking")

@@ -57,16 +57,18 @@ def truncate_after(path: str | Path, step: int) -> int:
     records = read_events(path)
     kept = [record for record in records if record["step"] <= step]
     if len(kept) < len(records):
-        _replace(Path(path), "".join(json.dumps(record) + "\n" for record in kept))
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
     return len(records) - len(kept)
 
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write a JSON file in one piece: readers see the old content or the new one, never a part."""
-    _replace(Path(path), json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: str | Path, text: str) -> None:
+    """As :func:`write_json`, for any text."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: os.replace is atomic there
     try:

@@ -16,7 +16,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from apt_trainer.report.comparison import Comparison, Record, caption, rows
+from apt_trainer.report.comparison import Comparison, Record, caption, last_word, rows
 from apt_trainer.report.plots import BLUE, GREEN, ORANGE, PURPLE, STYLE
 
 PAGE = """<!DOCTYPE html>
@@ -72,7 +72,7 @@ def _table(comparison: Comparison) -> str:
 
 def _scatter(comparison: Comparison, x: str, y: str) -> str:
     """A point per variant; bars are the standard deviation over seeds."""
-    (of_x, unit_x), (of_y, unit_y) = (UNITS.get(key.rsplit("_", 1)[-1], (1.0, "")) for key in (x, y))
+    (of_x, unit_x), (of_y, unit_y) = (UNITS.get(last_word(key), (1.0, "")) for key in (x, y))
     with rc_context(STYLE):
         figure = Figure(figsize=(9, 4.5), layout="constrained")
         axes = figure.add_subplot()

@@ -429,6 +429,72 @@ def test_the_table_shows_the_metrics_of_the_study():
     }
 
 
+def test_costs_are_told_by_the_last_word_whatever_parts_it_from_the_rest():
+    key = "time_to_accuracy.seconds"
+    records = [record(name, 1, 0.9, shown=[key], baseline="full") for name in ("full", "apt")]
+    for each, seconds in zip(records, (810.0, 405.0), strict=True):
+        each["metrics"]["time_to_accuracy"] = {"seconds": seconds}
+    assert list(rows(compare(records))[1].values())[2:] == ["6 min 45 s (0.50×)"]
+
+
+def test_a_cell_says_over_how_many_of_the_seeds_it_is():
+    key = "time_to_accuracy.seconds"
+    records = [record(name, seed, 0.9, shown=[key, "sparsity"]) for name in ("full", "apt") for seed in (1, 2, 3)]
+    for each, seconds in zip(records, (60.0, 60.0, 60.0, None, 30.0, None), strict=True):
+        each["metrics"] |= {"time_to_accuracy": {"seconds": seconds}, "sparsity": 0.5}
+    full, apt = (list(row.values()) for row in rows(compare(records, "full")))
+    assert full == ["full", "3", "1 min 00 s ± 0.0 s", "0.5000 ± 0.0000"]
+    assert apt == ["apt", "3", "30.0 s (1 of 3; 0.50×)", "0.5000 ± 0.0000 (+0.0000 ± 0.0000)"]
+    for each in records:
+        each["metrics"]["time_to_accuracy"]["seconds"] = each["metrics"]["sparsity"] = None
+    assert [row["seeds"] for row in rows(compare(records))] == ["3", "3"]
+
+
+def test_memory_of_a_resumed_run_counts_as_little_as_its_time():
+    resumed, whole = record("apt", 1, 0.9, resumed=True), record("apt", 2, 0.9)
+    cells = compare([resumed, whole]).cells["apt"]
+    assert (cells["peak_memory_bytes"].n, cells["train_seconds"].n, cells["task_metric"].n) == (1, 1, 2)
+    assert rows(compare([resumed, whole]))[0]["peak memory"] == "500.0 MB (1 of 2)"
+
+
+def test_a_metric_that_no_run_has_is_named(caplog):
+    shown = ["task_metric", "peak_memory_byte", "time_to_accuracy.seconds"]
+    records = [record("apt", 1, 0.9, shown=shown)]
+    records[0]["metrics"]["time_to_accuracy"] = {"mark": 0.8, "seconds": None}  # measured, and never reached
+    compare(records)
+    assert [each.getMessage() for each in caplog.records] == [
+        "metrics: no run has 'peak_memory_byte'. Did you mean peak_memory_bytes?"
+    ]
+    caplog.clear()
+    compare([records[0] | {"shown": ["task_metric", "qqqq"]}])
+    assert [each.getMessage() for each in caplog.records] == [
+        "metrics: no run has 'qqqq'. They have task_metric, train_seconds, peak_memory_bytes, "
+        "latency_ms.pruned.1.median_ms, latency_ms.pruned.32.median_ms."
+    ]
+    with pytest.raises(UserError, match="no run has 'qqqq'. They have task_metric"):
+        compare([records[0] | {"shown": ["qqqq"]}])
+
+
+def test_results_of_another_verb_are_refused(tmp_path, capsys):
+    (tmp_path / "results.jsonl").write_text('{"kind": "heads", "ranking": "nri", "seed": 0, "loss": 3.0}\n')
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert f"{tmp_path}/results.jsonl, line 1, is of no run" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_an_earlier_report(finished, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "table.md"
+    output.write_text("earlier")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert cli.main(["report", str(finished[0] / "out"), "--output", str(output)]) == 1
+    assert "no space left on device" in capsys.readouterr().err
+    assert output.read_text() == "earlier"
+    assert list(tmp_path.iterdir()) == [output]
+
+
 def test_csv_has_every_number():
     table = list(csv.DictReader(io.StringIO(to_csv(compare(RECORDS, "full")))))
     assert [line["variant"] for line in table] == ["full", "apt"]

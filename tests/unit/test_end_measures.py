@@ -10,19 +10,26 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from lm_eval.tasks import TaskManager
 from texts import local_task, tiny_llama, word_tokenizer, words
-from transformers import TrainerControl, TrainerState
+from transformers import EvalPrediction, TrainerControl, TrainerState
 
 from apt_trainer import APTConfig
+from apt_trainer.benchmark import peak
+from apt_trainer.benchmark.peak import PeakRequest
 from apt_trainer.errors import UserError
+from apt_trainer.evaluation.bootstrap import mean_interval
 from apt_trainer.evaluation.harness import run_tasks
+from apt_trainer.evaluation.task_intervals import _f1, _matthews, score_intervals
 from apt_trainer.loading import load_saved
 from apt_trainer.recipe import Recipe
 from apt_trainer.report.tables import comparison_table
-from apt_trainer.run import train
+from apt_trainer.run import evaluate, train
 from apt_trainer.settings import DataSettings, ModelSettings
+from apt_trainer.tasks.generation_scores import ROUGE
+from apt_trainer.tasks.metrics import classification_scores, regression_scores
 from apt_trainer.time_to_accuracy import TimeToAccuracy
 
 SPEED = {"measure_latency": True, "latency_batch_sizes": [1], "latency_length": 8, "latency_new_tokens": 4}
@@ -53,7 +60,10 @@ def quick_manager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["lm_eval.tasks"], "TaskManager", partial(TaskManager, include_defaults=False))
 
 
-def test_a_run_ends_with_tasks_and_generation_of_what_it_saved(tmp_path: Path, quick_manager: None) -> None:
+def test_a_run_ends_with_tasks_speed_and_memory_of_what_it_saved(
+    tmp_path: Path, quick_manager: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("apt_trainer.benchmark.compare.measure_peak", peak.run)  # in this process: quicker
     rows = [{"UID": "x", "sentence_good": words(5, i), "sentence_bad": words(6, 90 + i)} for i in range(20)]
     task = local_task(tmp_path, "blimp", rows)
     metrics = train(_recipe(tmp_path, lm_eval_tasks=[task], **SPEED))
@@ -65,6 +75,34 @@ def test_a_run_ends_with_tasks_and_generation_of_what_it_saved(tmp_path: Path, q
     assert times["pruned"]["1"]["cache_bytes"] <= times["dense"]["1"]["cache_bytes"]
     assert "latency_ms" not in metrics and "prefill, batch 1 × 8" in comparison_table(metrics)
     assert json.loads((tmp_path / "out/metrics.json").read_text())["lm_eval"] == metrics["lm_eval"]
+    memory = metrics["inference_memory"]
+    assert memory["pruned"]["weight_bytes"] < memory["dense"]["weight_bytes"] <= memory["dense"]["peak_bytes"]
+    assert memory["pruned"]["weight_bytes"] == sum(
+        t.numel() * t.element_size() for t in (*again.parameters(), *again.buffers())
+    )
+    assert "peak memory in use" in comparison_table(metrics)
+
+
+def test_memory_is_taken_at_the_largest_batch_and_its_failure_does_not_lose_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    requests: list[PeakRequest] = []
+
+    def fail(request: PeakRequest) -> None:
+        requests.append(request)
+        raise UserError("Measuring memory failed: out of memory.")
+
+    monkeypatch.setattr("apt_trainer.benchmark.compare.measure_peak", fail)
+    monkeypatch.setattr("apt_trainer.run.measure_speed", lambda *_: {})
+    changes = {"latency_batch_sizes": [2, 3, 1], "resume_from_checkpoint": "auto"}
+    metrics = train(_recipe(tmp_path, **(SPEED | changes)))
+    assert metrics["resumed"] is False
+    assert "inference_memory" not in metrics and (tmp_path / "out/metrics.json").is_file()
+    assert "Measuring memory failed: out of memory." in caplog.text
+    assert [(r.dense_shape, r.batch_size, r.length, r.new_tokens, r.device) for r in requests] == [
+        (True, 3, 8, 4, "cpu")
+    ]
+    assert requests[0].settings["model_name_or_path"] == str(tmp_path / "out")
 
 
 def test_an_unknown_task_stops_before_anything_is_written(tmp_path: Path, quick_manager: None) -> None:
@@ -147,3 +185,70 @@ def test_a_run_with_a_reference_records_when_it_came_near(tmp_path: Path) -> Non
     found = train(_recipe(tmp_path, **changes))["time_to_accuracy"]
     assert found["mark"] == pytest.approx(1e6 / 0.97) and found["step"] == 2
     assert found["seconds"] > 0
+
+
+# ---------------------------------------------------------------------------------------- intervals of scores
+
+
+def test_perplexity_of_a_recipe_has_an_interval(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path)
+    scores = evaluate(str(tmp_path / "dense"), recipe)
+    for name in ("perplexity", "token_accuracy"):
+        low, value, high = (scores[f"validation_{name}{end}"] for end in ("_low", "", "_high"))
+        assert low <= value <= high
+    assert scores["validation_perplexity_low"] < scores["validation_perplexity_high"]
+
+
+def _by_redrawing(scores: Any, name: str, *values: np.ndarray) -> np.ndarray:
+    generator, rows = np.random.default_rng(1), len(values[0])
+    drawn = [generator.integers(rows, size=rows) for _ in range(200)]
+    return np.quantile([scores(*(of[chosen] for of in values))[name] for chosen in drawn], (0.025, 0.975))
+
+
+def test_intervals_of_a_classification_are_those_of_redrawn_rows() -> None:
+    generator, classes = np.random.default_rng(0), 4
+    labels = np.minimum(generator.geometric(0.5, size=60) - 1, classes - 1)
+    logits = generator.normal(size=(60, classes)) + 1.5 * np.eye(classes)[labels]
+    found = score_intervals("classification", "f1", EvalPrediction(logits, labels), classification_scores)
+    assert found["accuracy"] == mean_interval(logits.argmax(-1) == labels)
+    for name in ("f1", "matthews"):
+        expected = _by_redrawing(classification_scores, name, logits, labels)
+        assert found[name] == pytest.approx(tuple(expected), abs=0.05)
+
+
+@pytest.mark.parametrize(("classes", "seed"), [(2, 0), (2, 1), (5, 2)])
+def test_scores_from_a_confusion_matrix_are_those_from_rows(classes: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    labels, logits = generator.integers(max(1, classes - 1), size=30), generator.normal(size=(30, classes))
+    confusion = np.zeros((1, classes, classes))
+    np.add.at(confusion, (0, labels, logits.argmax(-1)), 1)
+    expected = classification_scores(logits, labels)
+    assert (_f1(confusion)[0], _matthews(confusion)[0]) == pytest.approx((expected["f1"], expected["matthews"]))
+
+
+def test_intervals_of_a_regression_are_those_of_redrawn_rows() -> None:
+    generator = np.random.default_rng(0)
+    labels = generator.integers(6, size=80).astype(float)
+    predicted = labels + generator.normal(size=80)
+    found = score_intervals("regression", "pearson", EvalPrediction(predicted[:, None], labels), regression_scores)
+    for name in ("pearson", "spearman"):
+        expected = _by_redrawing(regression_scores, name, predicted, labels)
+        assert found[name] == pytest.approx(tuple(expected), abs=0.03)
+    assert found["mse"] == mean_interval((predicted - labels) ** 2)
+    constant = score_intervals("regression", "pearson", EvalPrediction(np.ones(9), labels[:9]), regression_scores)
+    assert constant["pearson"] == constant["spearman"] == (0, 0)
+
+
+def test_intervals_of_rouge_and_of_tokens_are_those_of_rows() -> None:
+    rows = np.arange(12.0)
+
+    def scores(prediction: EvalPrediction) -> dict[str, float]:
+        return dict.fromkeys(ROUGE, float(np.mean(prediction.predictions)) / 12)
+
+    found = score_intervals("summarization", "rougeL", EvalPrediction(rows, rows), scores)
+    assert found == dict.fromkeys(ROUGE, mean_interval(rows / 12))
+    sums = np.array([[2.0, 1, 0], [0, 0, 0], [6, 4, 3], [9, 5, 1]])
+    found = score_intervals("summarization", "perplexity", EvalPrediction(sums, rows), scores)
+    assert found["perplexity"] == pytest.approx(np.exp(mean_interval([2, 1.5, 1.8], [1, 4, 5])))
+    assert found["token_accuracy"] == mean_interval([0, 0.75, 0.2], [1, 4, 5])
+    assert score_intervals("translation", "bleu", EvalPrediction(rows, rows), scores) == {}
