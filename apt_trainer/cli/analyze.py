@@ -52,7 +52,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
 
 def add_output_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help=what)
-    parser.add_argument("--resume", action="store_true", help="go on with an impact measurement that was stopped")
+    parser.add_argument("--resume", action="store_true", help="go on with a measurement that was stopped")
 
 
 def data_request(args: argparse.Namespace) -> Any:

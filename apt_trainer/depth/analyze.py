@@ -7,16 +7,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from apt_trainer.depth.inputs import PROGRESS_FILE, DataRequest, Loaded, open_folder, prepare, stored_losses
+import torch
+
+from apt_trainer.depth.inputs import (
+    PROGRESS_FILE,
+    DataRequest,
+    Loaded,
+    open_folder,
+    prepare,
+    read_progress,
+    stored_losses,
+)
 from apt_trainer.errors import UserError, unknown_choice
-from apt_trainer.report.events import write_json
+from apt_trainer.report.events import append_event, write_json
 from apt_trainer.report.sublayers import plot_scores, scores_markdown
 from apt_trainer.settings import ModelSettings
 from apt_trainer.sublayers.choices import COSTS
 from apt_trainer.sublayers.classes import layer_classes
-from apt_trainer.sublayers.cosine import Watch, cosine_scores, unwatched
+from apt_trainer.sublayers.cosine import CosineScores, Watch, cosine_scores, unwatched
 from apt_trainer.sublayers.costs import Shape, shares, unit_costs
-from apt_trainer.sublayers.impact import impacts
+from apt_trainer.sublayers.impact import Losses, impacts
 from apt_trainer.sublayers.loss import loss_name
 from apt_trainer.sublayers.units import Unit, Units
 
@@ -42,14 +52,15 @@ def analyze(
         methods: "cosine" (with the similarity of layers), "nri", or both.
         cost: What impact is divided by.
         device: Default: the accelerator if there is one.
-        resume: Go on with an impact measurement that was stopped in ``output``.
+        resume: Go on with a measurement that was stopped in ``output``.
         watch: Shows progress.
 
     Returns:
         The content of ``scores.json``.
 
     Raises:
-        UserError: anything that cannot work, before the weights load.
+        UserError: anything that cannot work, before the weights load; a model whose loss or hidden states are not
+            finite, before anything is written.
     """
     for method in methods:
         if method not in ("cosine", "nri"):
@@ -65,6 +76,8 @@ def analyze(
         )
     folder = open_folder(output, resume)
     at.load(device)
+    read_progress(at, folder)
+    losses = stored_losses(at, folder) if "nri" in methods else None
     shape = at.shape
     params = unit_costs(at.model, at.units, "params", shape)
     rows = {unit: _row(at.units, unit, params, shares(params, at.units)) for unit in at.units.members}
@@ -75,7 +88,7 @@ def analyze(
         "loss_name": loss_name(at.model, at.units),
     }
     if "cosine" in methods:
-        scores = cosine_scores(at.model, at.units, at.calibration.batches, similarity=True, watch=watch)
+        scores = _stored_cosine(at, folder, watch)
         for unit, score in scores.scores.items():
             rows[unit]["cosine"] = score
         found["tokens"] = scores.tokens
@@ -83,20 +96,45 @@ def analyze(
         found["layer_classes"] = {
             stack: layer_classes(matrix)._asdict() for stack, matrix in scores.similarity.items()
         }
-    if "nri" in methods:
-        found |= _add_impacts(at, folder, cost, shape, rows, watch)
+    if losses is not None:
+        found |= _add_impacts(at, losses, cost, shape, rows, watch)
     _rank(rows, methods)
     found["units"] = list(rows.values())
     write_json(folder / SCORES_FILE, found)
     (folder / TABLE_FILE).write_text(scores_markdown(found) + "\n", encoding="utf-8")
     plot_scores(found, folder / PLOT_FILE)
+    (folder / PROGRESS_FILE).unlink()
     return found
 
 
+def _stored_cosine(at: Loaded, folder: Path, watch: Watch) -> CosineScores:
+    """Scores and similarities, which are kept in ``folder`` once the pass is over."""
+    assert at.calibration is not None
+    by_name = {unit.name: unit for unit in at.units.members}
+    for event in read_progress(at, folder):
+        if "cosine" in event:
+            return CosineScores(
+                {by_name[name]: score for name, score in event["cosine"].items()},
+                {stack: torch.tensor(rows, dtype=torch.float64) for stack, rows in event["similarity"].items()},
+                event["tokens"],
+            )
+    try:
+        scores = cosine_scores(at.model, at.units, at.calibration.batches, similarity=True, watch=watch)
+    except UserError:  # nothing that another try could go on with
+        (folder / PROGRESS_FILE).unlink()
+        raise
+    record = {
+        "cosine": {unit.name: score for unit, score in scores.scores.items()},
+        "similarity": {stack: matrix.tolist() for stack, matrix in scores.similarity.items()},
+        "tokens": scores.tokens,
+    }
+    append_event(folder / PROGRESS_FILE, record)
+    return scores
+
+
 def _add_impacts(
-    at: Loaded, folder: Path, cost: str, shape: Shape, rows: Mapping[Unit, dict[str, Any]], watch: Watch
+    at: Loaded, losses: Losses, cost: str, shape: Shape, rows: Mapping[Unit, dict[str, Any]], watch: Watch
 ) -> dict[str, Any]:
-    losses = stored_losses(at, folder)
     candidates = [unit for unit in at.units.members if unit not in at.units.protected]
     share = shares(unit_costs(at.model, at.units, cost, shape), at.units)
     for impact in impacts(losses, candidates, (), share, watch=watch):
@@ -107,9 +145,7 @@ def _add_impacts(
             "cost_share": impact.share,
             "order": list(impact.order) if math.isfinite(impact.relative) else None,
         }
-    base = losses.without(())
-    (folder / PROGRESS_FILE).unlink()
-    return {"nri_definition": "apt_trainer", "cost": cost, "loss_dense": _finite(base)}
+    return {"nri_definition": "apt_trainer", "cost": cost, "loss_dense": losses.without(())}
 
 
 def _finite(value: float) -> float | None:

@@ -27,7 +27,7 @@ from apt_trainer.sublayers.cosine import Watch, unwatched
 from apt_trainer.sublayers.costs import Shape, shares, unit_costs
 from apt_trainer.sublayers.gates import switched_off
 from apt_trainer.sublayers.impact import Losses
-from apt_trainer.sublayers.loss import exp_loss, loss_name
+from apt_trainer.sublayers.loss import exp_loss, loss_name, refuse_broken
 from apt_trainer.sublayers.metrics import sdr, sdr_relative
 from apt_trainer.sublayers.select import (
     Budget,
@@ -173,11 +173,7 @@ def measure_curves(
     folder = check_folder(output, resume, RESULTS_FILE)
     at.load(device)
     results = _Results(at, request, held_out, folder / RESULTS_FILE)
-    if results.loss(()) is None:
-        raise UserError(
-            f"The {loss_name(at.model, at.units)} of the full model is not finite, so nothing was written. Load it in "
-            "float32 or bfloat16; if that does not help, its weights are damaged."
-        )
+    refuse_broken(results.loss(()), loss_name(at.model, at.units))
     folder.mkdir(parents=True, exist_ok=True)
     results.write()
     points = list(_points(at, request, rankings, results, _Rankers(at, folder, watch)))

@@ -123,6 +123,8 @@ def drop_units(
             after = exp_loss(at.model, at.units, batches)
         warnings.append(collapse_warning(before, after, name))
         report |= {"loss_name": name, "loss_before": before, "loss_after": after}
+    else:
+        warnings.append(_unmeasured(at))
     report |= _sizes(at, dropped)
     report |= {
         "dropped": [at.units.label(unit) for unit in dropped],
@@ -177,6 +179,15 @@ def _choose(
 def _ranked(units: Units, one: Ranked) -> dict[str, Any]:
     values = {"score": one.score, **one.details}
     return {"unit": units.label(one.unit)} | {k: v for k, v in values.items() if v is not None and math.isfinite(v)}
+
+
+def _unmeasured(at: Loaded) -> str:
+    """A sentence for a drop whose harm nobody looked at."""
+    data = "a text file" if at.calibration is None else "a .jsonl file of rows with text and label"
+    return (
+        f"The {loss_name(at.model, at.units)} was not measured, so nobody knows whether the smaller model works. "
+        f"Name {data} by --data to have it measured before and after."
+    )
 
 
 def _sizes(at: Loaded, dropped: Sequence[Unit]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The model and the calibration data of a request, and impact measurements that can be stopped and go on."""
+"""The model and the calibration data of a request, and measurements that can be stopped and go on."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from apt_trainer.loading import (
     refuse_quantised,
 )
 from apt_trainer.measure import count_parameters
+from apt_trainer.models import family_of
 from apt_trainer.report.events import append_event, read_events
 from apt_trainer.settings import ModelSettings, resolve_path
 from apt_trainer.sublayers.costs import Shape
 from apt_trainer.sublayers.impact import Key, Losses
+from apt_trainer.sublayers.loss import loss_name, refuse_broken
 from apt_trainer.sublayers.units import Units, find_units
 from apt_trainer.sublayers.windows import Calibration, from_rows, from_text
 
@@ -99,6 +101,7 @@ def prepare(settings: ModelSettings, data: DataRequest | None) -> Loaded:
     content = None if data is None else _read(data.data)
     config = read_config(settings)
     refuse_quantised(config, str(settings.model_name_or_path))
+    family_of(config)
     if getattr(config, "apt_structure", None) is not None:
         raise UserError(
             f"{settings.model_name_or_path} is a pruned model already. Start from the dense model it was made from."
@@ -148,21 +151,41 @@ def check_folder(output: str, resume: bool, progress: str = PROGRESS_FILE) -> Pa
     return folder
 
 
-def stored_losses(at: Loaded, folder: Path) -> Losses:
-    """Losses that are kept in ``folder`` one by one, those of an earlier run on the same model and data included."""
-    assert at.calibration is not None
+def read_progress(at: Loaded, folder: Path) -> list[dict[str, Any]]:
+    """What earlier runs on the same model and data kept in ``folder``, which from now on can be resumed.
+
+    Raises :class:`UserError` where they were on others.
+    """
     file, same = folder / PROGRESS_FILE, at.described()
     events = read_events(file)
     if events and events[0] != same:
         raise UserError(f"{file} is of another model or other data. Remove it, or give what it was started with.")
     if not events:
         append_event(file, same)
-    known: dict[Key, float] = {tuple(event["without"]): _from_json(event["loss"]) for event in events[1:]}
+    return events[1:]
+
+
+def stored_losses(at: Loaded, folder: Path) -> Losses:
+    """Losses that are kept in ``folder`` one by one, those of an earlier run on the same model and data included.
+
+    Raises :class:`UserError` where that of the full model, which is measured at once, is not finite; nothing of the
+    measurement then stays in ``folder``.
+    """
+    assert at.calibration is not None
+    file = folder / PROGRESS_FILE
+    events = [event for event in read_progress(at, folder) if "without" in event]
+    known: dict[Key, float] = {tuple(event["without"]): _from_json(event["loss"]) for event in events}
 
     def record(key: Key, value: float) -> None:
         append_event(file, {"without": list(key), "loss": value if math.isfinite(value) else None})
 
-    return Losses(at.model, at.units, at.calibration.batches, known, record)
+    losses = Losses(at.model, at.units, at.calibration.batches, known, record)
+    try:
+        refuse_broken(losses.without(()), loss_name(at.model, at.units))
+    except UserError:  # nothing that another try could go on with
+        file.unlink()
+        raise
+    return losses
 
 
 def _from_json(value: float | None) -> float:

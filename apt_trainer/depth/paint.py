@@ -25,7 +25,7 @@ from apt_trainer.report.painting import paint_markdown, plot_paint
 from apt_trainer.settings import ModelSettings
 from apt_trainer.sublayers.classes import layer_classes
 from apt_trainer.sublayers.cosine import Watch, cosine_scores, unwatched
-from apt_trainer.sublayers.loss import exp_loss, loss_name
+from apt_trainer.sublayers.loss import exp_loss, loss_name, refuse_broken
 
 RESULTS_FILE, SUMMARY_FILE, TABLE_FILE = "results.jsonl", "summary.json", "summary.md"
 PLAN_FILE = "execution_plan.json"
@@ -93,11 +93,8 @@ def paint_sweep(
         check_plan(at.model, point.plan)
     results = _Results(at, request, folder / RESULTS_FILE)
     whole = results.of(points[0])
-    if at.calibration is not None and whole["loss"] is None:
-        raise UserError(
-            f"The {loss_name(at.model, at.units)} of the full model is not finite, so nothing was written. Load it in "
-            "float32 or bfloat16; if that does not help, its weights are damaged."
-        )
+    if at.calibration is not None:
+        refuse_broken(whole["loss"], loss_name(at.model, at.units))
     results.write()
     missing: dict[Any, Point] = {}
     for point in points:

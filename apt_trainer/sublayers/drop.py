@@ -14,6 +14,7 @@ from apt_trainer.errors import UserError
 from apt_trainer.pruned_model import as_pruned
 from apt_trainer.pruning.plan import PruningPlan
 from apt_trainer.pruning.surgery import apply_plan
+from apt_trainer.sublayers.loss import refuse_broken
 from apt_trainer.sublayers.units import Unit, Units
 
 DEEP = 0.3
@@ -73,8 +74,7 @@ def collapse_warning(before: float, after: float, name: str) -> str | None:
 
     Raises :class:`UserError` for one that is not finite: such a model is of no use.
     """
-    if not math.isfinite(before):
-        raise UserError(f"The {name} of the dense model is not finite. Load it in float32 or bfloat16.")
+    refuse_broken(before, name)
     if not math.isfinite(after):
         raise UserError(f"Without these units the {name} is not finite. Drop fewer, or others; nothing was written.")
     if after <= COLLAPSE * before:

@@ -65,6 +65,7 @@ def read(path: str, units: Units, model_type: str) -> tuple[Unit, ...]:
     try:
         found = from_json(data, units, model_type)
         units.check(found)
+        _check_agreement(data, units, found)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     if not found:
@@ -97,6 +98,23 @@ def from_json(data: Mapping[str, Any], units: Units, model_type: str) -> tuple[U
         for name, kind in _THEIRS.items()
         for layer in _layers(name, data.get(name) or [], layers[stack])
     )
+
+
+def _check_agreement(data: Mapping[str, Any], units: Units, found: tuple[Unit, ...]) -> None:
+    """Raise :class:`UserError` where a list of theirs beside ``units`` says otherwise: one of them was edited."""
+    if "units" not in data or len(units.stacks) > 1:
+        return
+    parts = units.parts(found)
+    for name, kind in _THEIRS.items():
+        if data.get(name) is None:
+            continue
+        theirs = sorted(set(_layers(name, data[name], units.layers(units.stacks[0]))))
+        ours = sorted(unit.layer for unit in parts if unit.kind == kind)
+        if theirs != ours:
+            raise UserError(
+                f"{name}={theirs} disagrees with 'units', which drop the {kind}s of layers {ours}. Change both alike, "
+                "or leave one of them out."
+            )
 
 
 def _unit(entry: Any) -> Unit:

@@ -23,6 +23,15 @@ _LARGEST = 700.0  # exp of more is no float
 _ROWS = 256  # positions whose logits are widened to float32 at a time
 
 
+def refuse_broken(loss: float | None, name: str) -> None:
+    """Raise :class:`UserError` for a ``loss`` of the full model that is not finite; ``name``: what it measures."""
+    if loss is None or not math.isfinite(loss):
+        raise UserError(
+            f"The {name} of the full model is not finite, so nothing was written. Load it in float32 or bfloat16; if "
+            "that does not help, its weights are damaged."
+        )
+
+
 def loss_name(model: Any, units: Units) -> str:
     """What :func:`exp_loss` is called: "perplexity" of a model that predicts the next token, else "exp(loss)"."""
     return "perplexity" if units.family.head(model).next_token else "exp(loss)"

@@ -13,7 +13,7 @@ from apt_trainer import cli
 from apt_trainer.depth.curve import Ranking
 from apt_trainer.errors import UserError
 from apt_trainer.measure import count_parameters
-from apt_trainer.report.curve import best_by_share
+from apt_trainer.report.curve import best_by_share, curve_markdown
 from apt_trainer.sublayers.cosine import cosine_scores
 from apt_trainer.sublayers.drop import drop
 from apt_trainer.sublayers.loss import exp_loss
@@ -133,7 +133,20 @@ def test_tasks_run_where_they_are_asked_for(saved: Path, tmp_path: Path) -> None
     lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [line["of"] for line in lines[1:] if line["what"] == "speed"] == [["2 mlp"]]
     assert "speed-up (decode) without units of kind mlp" in (tmp_path / "out" / "curve.md").read_text()
-    assert "my_piqa without units of kind mlp" in (tmp_path / "out" / "curve.md").read_text()
+    table = (tmp_path / "out" / "curve.md").read_text()
+    assert "my_piqa without units of kind mlp" in table
+    assert "bytes of the cache over those of the full model without units of kind mlp" in table
+
+
+def test_the_table_shows_relative_degradation_and_the_cache_where_they_were_measured() -> None:
+    full = {"loss": 1.0, "perplexity": 2.7, "tasks": {}}
+    row = {"kind": "attention", "ranking": "reverse", "count": 3, "parameter_share": 0.1, "perplexity": 3.0}
+    found = {"model": "m", "loss_name": "perplexity", "full": full, "rows": [row]}
+    assert "SDR" not in curve_markdown(found) and "cache" not in curve_markdown(found)
+    measured = {"sdr": 0.123, "sdr_relative": 0.256, "speedup": {"whole": 1.1, "cache": 0.9}}
+    table = curve_markdown(found | {"rows": [row | measured]})
+    assert "relative SDR without units of kind attention" in table and "0.256" in table
+    assert "bytes of the cache over those of the full model" in table and "90.0%" in table
 
 
 @pytest.mark.parametrize(

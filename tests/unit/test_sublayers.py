@@ -12,7 +12,7 @@ import torch
 from texts import model_and_data, save_dense, tiny_llama, word_tokenizer, words
 from tiny import LANGUAGE_MODELS, gap, hooks, logits, tiny_batch, tiny_model
 from torch.nn.functional import cosine_similarity
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, GPTBigCodeConfig, PreTrainedModel
 
 from apt_trainer import cli, load_pruned
 from apt_trainer.checkpoint import save_pruned
@@ -575,6 +575,28 @@ def test_drop_lists_both_ways(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({"drop_attn_list": [1]}, ["drop_attn_list=[1]", "[1, 2]"]),
+        ({"drop_mlp_list": [0, 1, 2]}, ["drop_mlp_list=[0, 1, 2]", "[0, 2]"]),
+        ({"drop_mlp_list": [True, False, False]}, ["drop_mlp_list=[0]", "[0, 2]"]),
+        ({"units": [{"kind": "mlp", "layer": 0, "stack": "decoder"}]}, ["drop_attn_list=[1, 2]", "[]"]),
+    ],
+)
+def test_a_list_that_was_edited_in_one_place_is_refused(changes: dict, shown: list[str], tmp_path: Path) -> None:  # type: ignore[type-arg]
+    units = find_units(model_of("llama"))
+    dropped = (Unit("mlp", 0), Unit("block", 2), Unit("attention", 1))
+    data, path = lists.to_json(units, dropped, "llama"), tmp_path / "list.json"
+    path.write_text(json.dumps(data | changes))
+    with pytest.raises(UserError) as caught:
+        lists.read(str(path), units, "llama")
+    assert all(part in str(caught.value) for part in [str(path), "'units'", *shown])
+    for same in ({"drop_attn_list": [2, 1]}, {"drop_mlp_list": [True, False, True]}, {"drop_attn_list": None}):
+        path.write_text(json.dumps(data | same))
+        assert lists.read(str(path), units, "llama") == dropped
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ({"drop_attn_list": [3]}, "attention 3 does not exist"),
@@ -743,6 +765,61 @@ def test_analyze_stops_and_goes_on(saved: Path, tmp_path: Path, monkeypatch: pyt
     assert cli.main([*words_, "--resume"]) == 2
 
 
+def test_analyze_goes_on_after_a_stop_in_the_cosine_pass(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    from apt_trainer.depth import analyze as verb
+    from apt_trainer.sublayers import impact
+
+    out = tmp_path / "out"
+    words_ = ["analyze", *model_and_data(saved), "--output", str(out)]
+    passes = []
+
+    def stopped(*args, **options):  # type: ignore[no-untyped-def]
+        passes.append(1)
+        if len(passes) == 1:
+            raise KeyboardInterrupt
+        return cosine_scores(*args, **options)
+
+    def stops(*args, **options):  # type: ignore[no-untyped-def]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verb, "cosine_scores", stopped)
+    assert cli.main(words_) == 130 and (out / "impact.jsonl").exists()
+    assert cli.main(words_) == 2 and "--resume" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "impacts", stops)
+        assert cli.main([*words_, "--resume"]) == 130 and len(passes) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "plot_scores", stops)
+        assert cli.main([*words_, "--resume"]) == 130 and (out / "impact.jsonl").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(impact, "exp_loss", stops)  # all is kept
+        assert cli.main([*words_, "--resume"]) == 0
+    assert len(passes) == 2 and not (out / "impact.jsonl").exists()
+    monkeypatch.undo()
+    assert cli.main(["analyze", *model_and_data(saved), "--output", str(tmp_path / "whole")]) == 0
+    for name in ("scores.json", "scores.md"):
+        assert (tmp_path / "whole" / name).read_text() == (out / name).read_text()
+
+
+def test_a_dense_loss_that_is_not_finite_is_told_before_the_pass(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    from apt_trainer.depth import analyze as verb
+    from apt_trainer.sublayers import impact
+
+    monkeypatch.setattr(verb, "cosine_scores", lambda *args, **options: pytest.fail("the pass ran"))
+    calls = []
+    monkeypatch.setattr(impact, "exp_loss", lambda *args: calls.append(1) or math.nan)
+    for methods in (["nri"], ["cosine", "nri"]):
+        assert cli.main(["analyze", *model_and_data(saved), "--output", str(tmp_path), "--methods", *methods]) == 2
+        assert "perplexity of the full model is not finite" in capsys.readouterr().err
+    drop_ = ["drop", *model_and_data(saved), "--method", "nri", "--count", "1", "--output", str(tmp_path)]
+    assert cli.main(drop_) == 2 and "perplexity of the full model is not finite" in capsys.readouterr().err
+    assert len(calls) == 3 and not list(tmp_path.iterdir())  # nothing that the next try would have to resume
+
+
 def test_drop_end_to_end(saved: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "small"
     words_ = ["--kind", "joint", "--count", "2", "--method", "nri", "--strategy", "iterative", "--output", str(out)]
@@ -763,7 +840,105 @@ def test_drop_end_to_end(saved: Path, tmp_path: Path, capsys) -> None:
     assert cli.main(["drop", "--model", str(saved / "model"), "--device", "cpu", *listed]) == 0
     ids = torch.tensor([[5, 6, 7, 8]])
     assert torch.equal(logits(load_pruned(again).eval(), {"input_ids": ids}), logits(small, {"input_ids": ids}))
-    assert "not measured" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "not measured" in printed.out and "warning: The perplexity was not measured" in printed.err
+
+
+@pytest.mark.parametrize("method", ["reverse", "random"])
+def test_a_drop_without_data_warns_that_nothing_was_measured(method: str, saved: Path, tmp_path: Path, capsys) -> None:
+    place = ["drop", "--model", str(saved / "model"), "--device", "cpu", "--output", str(tmp_path)]
+    assert cli.main([*place, "--method", method, "--count", "1"]) == 0
+    (warning,) = json.loads((tmp_path / "drop_report.json").read_text())["warnings"]
+    assert warning.startswith("The perplexity was not measured") and "--data" in warning
+    assert f"warning: {warning}" in capsys.readouterr().err
+
+
+def test_drop_by_a_fraction_of_latency(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from apt_trainer.depth import drop as verb
+
+    seconds = {"attention": 3.0, "mlp": 1.0}  # 2 layers: 3/8 and 1/8 each; of parameters mlp is the larger
+
+    def costs(model, units, cost, shape, heads=False):  # type: ignore[no-untyped-def]
+        if cost != "latency":
+            return unit_costs(model, units, cost, shape, heads)
+        asked.append(shape.length)
+        measured = unit_costs(model, units, cost, Shape(1, 4, max_seconds=0.1), heads)
+        assert min(measured.values()) > 0
+        return {unit: sum(seconds[part.kind] for part in units.parts([unit])) for unit in measured}
+
+    monkeypatch.setattr(verb, "unit_costs", costs)
+    for number, (kind, fraction, count) in enumerate((("attention", 0.3, 1), ("attention", 0.4, 2), ("mlp", 0.2, 2))):
+        asked: list[int] = []
+        out = tmp_path / str(number)
+        words_ = ["--kind", kind, "--method", "reverse", "--fraction", str(fraction), "--fraction_of", "latency"]
+        assert cli.main(["drop", *model_and_data(saved), *words_, "--output", str(out)]) == 0
+        report = json.loads((out / "drop_report.json").read_text())
+        assert len(report["dropped"]) == count and report["fraction_of"] == "latency" and asked == [8]
+    words_ = ["--kind", "mlp", "--method", "reverse", "--fraction", "0.3", "--fraction_of", "latency"]
+    assert cli.main(["drop", *model_and_data(saved), *words_, "--output", str(tmp_path / "much")]) == 2
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_labelled_rows_with_a_classification_head(name: str, tmp_path: Path, capsys) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes |= {"vocab_size": 60, "pad_token_id": 0, "num_labels": 3, "max_position_embeddings": 32}
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(name, **sizes)).eval()
+    model.save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [json.dumps({"text": words(3 + i % 4, i), "label": i % 3}) for i in range(9)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    place = ["--model", str(tmp_path / "model"), "--device", "cpu", "--batch_size", "4"]
+    data = ["--data", str(tmp_path / "rows.jsonl")]
+    out = tmp_path / "out"
+    assert cli.main(["analyze", *place, *data, "--output", str(out)]) == 0
+    found = json.loads((out / "scores.json").read_text())
+    units = find_units(model)
+    batches = from_rows(rows, word_tokenizer(), model, 64, 32, 4).batches
+    assert found["loss_name"] == "exp(loss)"
+    assert found["loss_dense"] == pytest.approx(exp_loss(model, units, batches), rel=1e-6)
+    by_name = {row["name"]: row for row in found["units"]}
+    last = Unit("mlp", 2, units.stacks[0])
+    with switched_off(model, units, [last]):
+        assert by_name["mlp 2"]["loss"] == pytest.approx(exp_loss(model, units, batches), rel=1e-6)
+    assert by_name["mlp 2"]["cosine"] == pytest.approx(cosine_scores(model, units, batches).scores[last], abs=1e-6)
+
+    small = tmp_path / "small"
+    words_ = ["--kind", "joint", "--count", "2", "--method", "nri", "--output", str(small)]
+    assert cli.main(["drop", *place, *data, *words_]) == 0
+    report = json.loads((small / "drop_report.json").read_text())
+    again = load_pruned(small).eval()
+    assert report["loss_after"] == pytest.approx(exp_loss(again, find_units(model), batches), rel=1e-6)
+    assert report["loss_name"] == "exp(loss)" and again.config.num_labels == 3 and len(report["dropped"]) == 2
+
+    (tmp_path / "text.txt").write_text(words(60))
+    capsys.readouterr()
+    plain = [*place, "--data", str(tmp_path / "text.txt"), "--length", "8"]
+    assert cli.main(["analyze", *plain, "--output", str(tmp_path / "no")]) == 2
+    assert "no loss on plain text" in capsys.readouterr().err
+    assert cli.main(["drop", *plain, "--count", "1", "--output", str(tmp_path / "unmeasured")]) == 0
+    (warning,) = json.loads((tmp_path / "unmeasured" / "drop_report.json").read_text())["warnings"]
+    assert "exp(loss) was not measured" in warning and ".jsonl" in warning
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_quantised_after_a_drop(form: str, tmp_path: Path) -> None:
+    from apt_trainer.quantization import quantize
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_hidden_layers": 4}
+    save_dense(tmp_path, words(200), **sizes)
+    words_ = ["--kind", "joint", "--count", "2", "--output", str(tmp_path / "small")]
+    assert cli.main(["drop", *model_and_data(tmp_path), *words_]) == 0
+    report = json.loads((tmp_path / "small" / "drop_report.json").read_text())
+    small, dense = load_pruned(tmp_path / "small").eval(), tiny_llama(**sizes)
+    units = find_units(dense)
+    batches = from_text(words(200), word_tokenizer(), dense, units, 64, 8).batches
+    found = quantize(small, form)
+    gone = {"attention": 4, "mlp": 3}  # linear layers of each
+    expected = 7 * 4 - sum(gone[unit["kind"]] for unit in report["drop_list"]["units"])
+    assert found.layers == expected and found.weight_bytes < found.weight_bytes_before
+    loss = exp_loss(small, units, batches)
+    assert loss != report["loss_after"] and loss == pytest.approx(report["loss_after"], rel=0.2)
 
 
 @pytest.mark.parametrize("kind", ["attention", "mlp", "block", "consecutive"])
@@ -788,6 +963,9 @@ def test_drop_by_cosine_fraction(kind: str, saved: Path, tmp_path: Path, capsys)
         (["--count", "1", "--protect", "77"], "protect=77 is no layer"),
         (["--count", "1", "--kind", "consecutive", "--method", "random"], "kind consecutive is chosen by"),
         (["--count", "1", "--kind", "consecutive", "--strategy", "iterative"], "strategy one_shot"),
+        (["--drop_list", '{"model_type": "opt", "drop_mlp_list": [1]}'], "of type 'opt', this one is 'llama'"),
+        (["--drop_list", '{"num_hidden_layers": 32, "drop_mlp_list": [1]}'], "with layers {'decoder': 32}"),
+        (["--drop_list", '{"drop_mlp_list": [7]}'], "mlp 7 does not exist"),
     ],
 )
 def test_bad_input_is_told_before_weights_load(
@@ -797,8 +975,27 @@ def test_bad_input_is_told_before_weights_load(
 
     monkeypatch.setattr(inputs, "load_saved", lambda settings: pytest.fail("weights were loaded"))
     out = tmp_path / "out"
+    if changes[0] == "--drop_list":
+        (tmp_path / "list.json").write_text(changes[1])
+        changes = ["--drop_list", str(tmp_path / "list.json")]
     assert cli.main(["drop", *model_and_data(saved), "--output", str(out), *changes]) == 2
     assert message in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.parametrize("verb", ["analyze", "drop", "curve", "paint"])
+def test_a_family_without_a_table_is_told_before_weights_load(
+    verb: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    from apt_trainer.depth import inputs
+
+    monkeypatch.setattr(inputs, "load_saved", lambda settings: pytest.fail("weights were loaded"))
+    GPTBigCodeConfig(n_embd=32, n_layer=2, n_head=4, vocab_size=60).save_pretrained(tmp_path / "model")  # no tokenizer
+    place = ["--model", str(tmp_path / "model"), "--data", str(saved / "text.txt")]
+    out = tmp_path / "out"
+    more = {"drop": ["--count", "1"], "curve": ["--test", str(saved / "text.txt")]}.get(verb, [])
+    assert cli.main([verb, *place, "--output", str(out), *more]) == 2
+    error = capsys.readouterr().err
+    assert "model_type 'gpt_bigcode' has no ModelFamily. Supported: " in error and not out.exists()
 
 
 def test_a_model_that_breaks_down_is_not_written(saved: Path, tmp_path: Path, monkeypatch, capsys) -> None:
