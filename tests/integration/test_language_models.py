@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
-from tiny import LANGUAGE_MODELS, LAYERS, logits, tiny_batch, tiny_model
+from texts import POSITIONS, TOKENS, WORDS, save_dense, word_tokenizer
+from tiny import LANGUAGE_MODELS, LAYERS, logits, randomise, tiny_batch, tiny_config, tiny_model
 from torch.nn import functional as F
+from transformers import OPTForCausalLM
 
 from apt_trainer import APTTrainer, load_pruned
 from apt_trainer.distillation.losses import layer_outputs
+from apt_trainer.errors import UserError
 from apt_trainer.models import HIDDEN
+from apt_trainer.recipe import Recipe, load_recipe
 from apt_trainer.report.plots import plot_run
+from apt_trainer.run import evaluate, train
 from integration.factories import (
     SHORT,
     Fixed,
@@ -26,14 +33,16 @@ from integration.factories import (
     target_of,
     weights_of,
 )
+from integration.test_launchers import recipe
 
 NAMES = ("llama", "gpt2", "t5")
+OTHERS = tuple(name for name in LANGUAGE_MODELS if name not in NAMES)
 
 
 def _trainer(folder: Path, name: str, save: tuple[int, ...] = (), **changes: Any) -> APTTrainer:
     model = tiny_model(name, LANGUAGE_MODELS[name], dropout=0.1)
     options = {"callbacks": [SaveAt(save)], **changes.pop("options", {})}
-    data = Rows(60, "target" if name == "t5" else "text")
+    data = Rows(60, "target" if name in ("t5", "mt5") else "text")
     return make_trainer(folder, model, data, options, **{**SHORT, "round_to": 1, **changes})
 
 
@@ -65,15 +74,30 @@ def test_a_run_learns_from_its_teacher(run: tuple[str, Path, APTTrainer]) -> Non
     assert min(distances) > 2 and all(value > 0 for value in distances.values())
 
 
-@pytest.mark.parametrize("step", [4, 6])
-def test_straight_and_resumed_are_bit_equal(run: tuple[str, Path, APTTrainer], step: int, tmp_path: Path) -> None:
-    name, folder, whole = run
-    resumed = _trainer(tmp_path, name)
+def _assert_resumes(name: str, folder: Path, whole: APTTrainer, step: int, to: Path) -> None:
+    resumed = _trainer(to, name)
     resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
     expected, got = weights_of(whole.model), weights_of(resumed.model)
     assert expected.keys() == got.keys()
     assert [key for key in expected if not torch.equal(expected[key], got[key])] == []
     assert resumed.pruner.plan == whole.pruner.plan and losses_of(resumed) == losses_of(whole)
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_straight_and_resumed_are_bit_equal(run: tuple[str, Path, APTTrainer], step: int, tmp_path: Path) -> None:
+    name, folder, whole = run
+    _assert_resumes(name, folder, whole, step, tmp_path)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_run_of_every_other_family_resumes_bit_equal(name: str, tmp_path: Path) -> None:
+    """From within the first mask window, and between the events."""
+    whole = _trainer(tmp_path, name, (4, 6))
+    whole.train()
+    assert 0.5 <= whole.pruner.sparsity() < 0.54 and len(losses_of(whole)) == SHORT["max_steps"]
+    assert counted_block_parameters(whole) == events_of(tmp_path, "prune")[-1]["block_params"]
+    for step in (4, 6):
+        _assert_resumes(name, tmp_path, whole, step, tmp_path / str(step))
 
 
 def test_the_result_loads_with_equal_logits_and_generates(run: tuple[str, Path, APTTrainer], tmp_path: Path) -> None:
@@ -142,3 +166,63 @@ def test_the_distillation_loss_by_hand(name: str, tmp_path: Path) -> None:
             a, b = (t / (t.square().mean(-1, keepdim=True) + 1e-6).sqrt() for t in (a, b))
             expected += s.layer_weight * (a - b).square().mean() / len(stacks)
     assert loss() == pytest.approx(float(expected), rel=1e-4)
+
+
+# ---------------------------------------------------------------------- from a recipe
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def _copying(folder: Path, **changes: Any) -> Recipe:
+    """Instruction tuning in which the completion repeats the last of eight words three times; 8 tokens a row."""
+    draw = random.Random(0)
+    prompts = [draw.choices(WORDS[:8], k=4) for _ in range(90)]
+    rows = [{"prompt": " ".join(prompt), "completion": " ".join(prompt[-1:] * 3)} for prompt in prompts]
+    settings = {"task": "instruction_tuning", "packing": True, "max_length": POSITIONS, **changes}
+    return load_recipe(str(recipe(folder, rows, **settings)))
+
+
+def test_packed_instruction_tuning_prunes_and_learns(tmp_path: Path) -> None:
+    save_dense(tmp_path, "")
+    given = _copying(tmp_path, max_steps=-1, num_train_epochs=6, per_device_train_batch_size=2, learning_rate=1e-2)
+    before = evaluate(str(tmp_path / "model"), given)["validation_perplexity"]
+    metrics = train(given)
+    # 81 rows of training are 21 of 32 tokens; 3 of those choose the teacher, the other 18 are 9 batches
+    assert metrics["train_steps"] == 54 and 0.4 <= metrics["sparsity"] < 0.43
+    assert metrics["task_metric"] < 20 < before / 10  # 60 words would give 60 at random
+    events = events_of(tmp_path / "out", "prune", "teacher")
+    assert {record["kind"] for record in events} == {"prune", "teacher"}
+    again = evaluate(str(tmp_path / "out"), given)
+    assert again["validation_perplexity"] == pytest.approx(metrics["task_metric"], rel=1e-4)
+
+
+def test_packing_is_refused_where_packed_rows_see_each_other(tmp_path: Path) -> None:
+    config = tiny_config("opt")
+    config.vocab_size, config.max_position_embeddings, config.pad_token_id = len(TOKENS), POSITIONS, 0
+    model = OPTForCausalLM(config)
+    randomise(model, seed=4)
+    model.save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="packing: true, but in OPTForCausalLM packed sequences would see each other"):
+        train(_copying(tmp_path))
+    assert not list((tmp_path / "out").glob("*"))
+    assert train(_copying(tmp_path, packing=False))["train_steps"] == 12
+
+
+def test_a_decoder_classifies_after_pruning(tmp_path: Path) -> None:
+    save_dense(tmp_path, "")
+    draw = random.Random(0)
+    texts = [draw.choices(WORDS[:8], k=draw.randint(3, 9)) for _ in range(300)]
+    rows = [{"text": " ".join(text), "label": "low" if text[-1] in WORDS[:4] else "high"} for text in texts]
+    changes = {"task": "classification", "max_steps": 60, "learning_rate": 1e-2, "per_device_train_batch_size": 16}
+    given = load_recipe(str(recipe(tmp_path, rows, **changes)))
+    metrics = train(given)
+    assert metrics["metric_name"] == "accuracy" and metrics["task_metric"] >= 0.85
+    assert 0.4 <= metrics["sparsity"] < 0.43
+    again = load_pruned(tmp_path / "out")
+    assert type(again).__name__.endswith("LlamaForSequenceClassification") and again.config.pad_token_id == 0
+    assert set(again.config.id2label.values()) == {"low", "high"}
+    assert evaluate(str(tmp_path / "out"), given)["validation_accuracy"] == metrics["task_metric"]

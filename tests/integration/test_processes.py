@@ -1,4 +1,5 @@
-"""One global batch cut in other ways: accumulation, gradient checkpointing and two processes give the same run."""
+"""One global batch cut in other ways: accumulation, gradient checkpointing and two processes give the same run, and
+their checkpoints go on in each other."""
 
 from __future__ import annotations
 
@@ -18,24 +19,42 @@ from transformers import TrainerCallback
 
 import apt_trainer
 from apt_trainer import APTTrainer
-from integration.factories import SHORT, Fixed, Rows, events_of, losses_of, make_trainer, target_of, weights_of
+from integration.factories import (
+    SHORT,
+    Fixed,
+    Rows,
+    SaveAt,
+    events_of,
+    losses_of,
+    make_trainer,
+    target_of,
+    weights_of,
+)
 
 ROOT = Path(apt_trainer.__file__).parents[1]
 GLOBAL_BATCH = 8
 CHANGES: dict[str, Any] = {**SHORT, "max_steps": 20, "pruning_end": 14, "distillation_end": 17, "mask_window": 4}
 CHANGES |= {"tune_after_distillation": "full", "max_grad_norm": 1.0}
-WORLDS: dict[str, dict[str, Any]] = {
-    "batches of 4": {"per_device_train_batch_size": 4},
-    "batches of 2, accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+SAVED = (6, 10)
+"""In the first mask window with a teacher; after the first event."""
+WORLDS: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "straight": (None, {}),
+    "accumulated": (None, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
+    "again": ("straight/checkpoint-10", {}),
+    "from_single": ("single/checkpoint-6", {}),
+    "to_zero2": ("straight/checkpoint-6", {"deepspeed": 2}),
 }
+"""Runs of two processes, in batches of 4: name → (the checkpoint that it goes on from, other settings)."""
 
 
-def _trained(folder: Path, dropout: float = 0.0, **changes: Any) -> APTTrainer:
+def _trained(
+    folder: Path, dropout: float = 0.0, saved: tuple[int, ...] = (), resume: Path | None = None, **changes: Any
+) -> APTTrainer:
     """Rows without padding and their number a multiple of the batch, so that all ways to cut them are equal."""
     model = tiny_model("bert", dropout=dropout)
-    options = {"heldout_dataset": Rows(16, padded=False)}
+    options = {"heldout_dataset": Rows(16, padded=False), "callbacks": [SaveAt(saved)]}
     trainer = make_trainer(folder, model, Rows(96, padded=False), options, **{**CHANGES, **changes})
-    trainer.train()
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return trainer
 
 
@@ -43,12 +62,14 @@ def _trained(folder: Path, dropout: float = 0.0, **changes: Any) -> APTTrainer:
 # which Adam scales up.
 
 
-def _assert_close(one: APTTrainer, other: APTTrainer, tolerance: float) -> None:
+def _assert_close(one: APTTrainer, other: APTTrainer, tolerance: float, since: int = 0) -> None:
+    """Up to step ``since``, where the parts of the loss may be those of one of several processes, only its whole."""
     assert one.pruner.plan == other.pruner.plan
     losses, others = losses_of(one), losses_of(other)
     assert losses.keys() == others.keys() and len(losses) == 20
     for step, values in losses.items():
-        assert others[step] == pytest.approx(values, abs=tolerance, rel=tolerance)
+        parts = None if step > since else 1
+        assert others[step][:parts] == pytest.approx(values[:parts], abs=tolerance, rel=tolerance)
     for name, weight in weights_of(one.model).items():
         assert name.endswith("key.bias") or torch.allclose(weight, other.model.get_parameter(name), atol=tolerance)
 
@@ -56,7 +77,7 @@ def _assert_close(one: APTTrainer, other: APTTrainer, tolerance: float) -> None:
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, APTTrainer]:
     folder = tmp_path_factory.mktemp("single")
-    trainer = _trained(folder, per_device_train_batch_size=GLOBAL_BATCH)
+    trainer = _trained(folder, saved=SAVED, per_device_train_batch_size=GLOBAL_BATCH)
     assert trainer.pruner.sparsity() >= 0.5
     return folder, trainer
 
@@ -127,20 +148,24 @@ import torch
 torch.set_num_threads(1)
 from safetensors.torch import save_file
 from integration.factories import losses_of, weights_of
-from integration.test_processes import WORLDS, _trained
+from integration.test_processes import SAVED, WORLDS, _trained
+from integration.test_zero import deepspeed_config
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
-for number, changes in enumerate(WORLDS.values()):
-    trainer = _trained(folder / f"run{{number}}", ddp_backend="gloo", **changes)
-    save_file(weights_of(trainer.model), folder / f"weights{{number}}.{{rank}}.safetensors")
-    trainer.save_model(str(folder / f"model{{number}}"))
+for name, (source, changes) in WORLDS.items():
+    changes = {{"ddp_backend": "gloo", "per_device_train_batch_size": 4}} | changes
+    if "deepspeed" in changes:
+        changes["deepspeed"] = deepspeed_config(changes["deepspeed"])
+    trainer = _trained(folder / name, 0.0, SAVED, None if source is None else folder / source, **changes)
+    save_file(weights_of(trainer.model), folder / f"{{name}}.{{rank}}.safetensors")
+    trainer.save_model(str(folder / name / "model"))
     result = {{
         "world": trainer.args.world_size,
         "plan": trainer.pruner.plan.to_json(),
         "losses": losses_of(trainer),
-        "files": sorted(file.name for file in (folder / f"model{{number}}").iterdir()) if rank == 0 else [],
+        "files": sorted(file.name for file in (folder / name / "model").iterdir()) if rank == 0 else [],
     }}
-    (folder / f"result{{number}}.{{rank}}.json").write_text(json.dumps(result))
+    (folder / f"{{name}}.{{rank}}.json").write_text(json.dumps(result))
 os._exit(0)
 """
 
@@ -163,9 +188,8 @@ def two_processes(folder: Path, code: str, *results: str) -> None:
     assert all((folder / name).exists() for name in results), result.stderr[-4000:]
 
 
-def _read(folder: Path, number: int, rank: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    result = json.loads((folder / f"result{number}.{rank}.json").read_text())
-    return result, load_file(folder / f"weights{number}.{rank}.safetensors")
+def _read(folder: Path, name: str, rank: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    return json.loads((folder / f"{name}.{rank}.json").read_text()), load_file(folder / f"{name}.{rank}.safetensors")
 
 
 def _events(folder: Path) -> list[tuple[Any, ...]]:
@@ -173,22 +197,33 @@ def _events(folder: Path) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.distributed
-def test_two_processes_equal_one(single: tuple[Path, APTTrainer], tmp_path: Path) -> None:
+def test_two_processes_equal_one_and_go_on_from_each_other(single: tuple[Path, APTTrainer], tmp_path: Path) -> None:
     """One test for all entries of ``WORLDS``, since starting two processes takes longer than the rest."""
-    two_processes(tmp_path, WORKER, "result1.0.json", "result1.1.json")
+    (tmp_path / "single").symlink_to(single[0])
+    two_processes(tmp_path, WORKER, *(f"{name}.{rank}.json" for name in WORLDS for rank in (0, 1)))
     expected = single[1]
-    for number in range(len(WORLDS)):
-        (first, weights), (second, others) = (_read(tmp_path, number, rank) for rank in (0, 1))
+    for name, (source, _) in WORLDS.items():
+        (first, weights), (second, others) = (_read(tmp_path, name, rank) for rank in (0, 1))
         assert first["world"] == second["world"] == 2
         assert first["plan"] == second["plan"] == expected.pruner.plan.to_json()
         assert weights.keys() == others.keys() == weights_of(expected.model).keys()
-        assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
+        assert all(torch.equal(weight, others[key]) for key, weight in weights.items())
         for step, values in losses_of(expected).items():
             assert first["losses"][str(step)][0] == pytest.approx(values[0], rel=1e-4)
-        for name, weight in weights.items():
-            assert name.endswith("key.bias") or torch.allclose(weight, expected.model.get_parameter(name), atol=1e-4)
+        for key, weight in weights.items():
+            assert key.endswith("key.bias") or torch.allclose(weight, expected.model.get_parameter(key), atol=1e-4)
         assert first["files"] == ["config.json", "model.safetensors", "pruning_plan.json"]
-        assert _events(tmp_path / f"run{number}") == _events(single[0])
+        start = 0 if source is None else int(source.rpartition("-")[2])
+        assert _events(tmp_path / name) == [record for record in _events(single[0]) if record[0] > start]
+
+    (straight, weights), (again, others) = (_read(tmp_path, name, 0) for name in ("straight", "again"))
+    assert straight["losses"] == again["losses"] and len(straight["losses"]) == 20
+    assert [key for key, weight in weights.items() if not torch.equal(weight, others[key])] == []
+
+    for source in ("straight/checkpoint-6", "straight/checkpoint-10", "to_zero2/checkpoint-10"):  # back to one process
+        back = _trained(tmp_path / "back" / source, resume=tmp_path / source, per_device_train_batch_size=GLOBAL_BATCH)
+        assert back.args.world_size == 1
+        _assert_close(expected, back, 1e-4, since=int(source[-2:].strip("-")))
 
 
 EVALUATOR = """

@@ -455,15 +455,21 @@ def same(ours: tuple[torch.Tensor, torch.Tensor], theirs: tuple[torch.Tensor, to
 
 @pytest.mark.parametrize("scenario", ["only_gone", "gone"])
 @pytest.mark.parametrize("name", GENERATES)
-def test_cached_generation_equals_uncached(name: str, scenario: str) -> None:
+def test_saved_models_generate_with_every_cache_and_decoding(name: str, scenario: str, tmp_path: Path) -> None:
     """Also where the first layer, by whose cache transformers tells the length, has no attention any more."""
     model = language_model(name)
     _, spaces, _ = parts(model)
     small = pruned_copy(model, a_plan(spaces, scenario))
-    decoding = DECODING if name in ("llama", "qwen2", "t5") else {"greedy": {}}
-    for options in decoding.values():
-        assert same(generated(small, use_cache=True, **options), generated(small, use_cache=False, **options))
-    assert same(generated(small, **STATIC), generated(small, use_cache=False))
+    small.save_pretrained(tmp_path)
+    loaded = load_pruned(tmp_path).eval()
+    found = {}
+    for decoding, options in DECODING.items():
+        plain = generated(loaded, use_cache=False, **options)
+        assert same(generated(loaded, use_cache=True, **options), plain), decoding
+        assert same(generated(loaded, **STATIC, **options), plain), decoding
+        assert torch.equal(generated(small, use_cache=False, **options)[0], plain[0]), decoding
+        found[decoding] = plain[0]
+    assert not torch.equal(found["greedy"], found["sampling"])
 
 
 @pytest.mark.parametrize("name", GENERATES)
