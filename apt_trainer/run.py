@@ -24,6 +24,7 @@ import torch
 from transformers import EvalPrediction, set_seed
 
 from apt_trainer.benchmark.compare import measure_memory, measure_speed
+from apt_trainer.engines import engine_name
 from apt_trainer.errors import UserError
 from apt_trainer.evaluation.harness import run_tasks
 from apt_trainer.evaluation.task_intervals import score_intervals
@@ -109,7 +110,7 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
         processing_class=tokenizer,
         **data_options(data, "validation"),
     )
-    watch = _watch_accuracy(trainer, data)
+    watch, engine = _watch_accuracy(trainer, data), engine_name(trainer)
     if lock is not None:
         output.mkdir(parents=True, exist_ok=True)
         lock.take()
@@ -144,6 +145,7 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
         "seed": args.seed,
         "threads": torch.get_num_threads(),
         "device": str(args.device),
+        "engine": engine,
         "versions": versions(),
     }
     metrics |= {f"{name}_dense": dense[name] for name in _COMPARED if name in dense}

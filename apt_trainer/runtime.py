@@ -21,6 +21,7 @@ from transformers import Trainer
 from apt_trainer.engines import engine_of
 from apt_trainer.engines.agreement import agree
 from apt_trainer.engines.base import plain_optimizer
+from apt_trainer.engines.checks import wants_deepspeed
 from apt_trainer.engines.fsdp_checks import wants_fsdp
 from apt_trainer.engines.state import Edits, State, add_masters, ages
 from apt_trainer.errors import UserError
@@ -51,6 +52,12 @@ def check_options(trainer: Trainer) -> None:
     if trainer.args.enable_jit_checkpoint:
         raise UserError(
             "enable_jit_checkpoint saves in the middle of a step. Remove it: SIGTERM saves after a step anyway."
+        )
+    if wants_deepspeed(trainer.args) and not trainer.is_deepspeed_enabled:
+        raise UserError(
+            "DeepSpeed is asked for, but accelerate has not switched it on for these processes. Start them with "
+            "apt-trainer train --accelerate_config zero2, or accelerate launch with that profile, and make "
+            "TrainingArguments before any other object of accelerate."
         )
     if wants_fsdp(trainer.args) and not trainer.is_fsdp_enabled:
         raise UserError(

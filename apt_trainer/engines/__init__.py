@@ -9,12 +9,20 @@ from typing import Any
 
 from apt_trainer.engines.base import Engine
 
-__all__ = ["Engine", "engine_of", "zero_stage"]
+__all__ = ["Engine", "engine_name", "engine_of", "zero_stage"]
 
 
 def zero_stage(trainer: Any) -> int:
     """Stage of ZeRO that ``trainer`` was started with; 0 without DeepSpeed."""
     return int(trainer.accelerator.state.deepspeed_plugin.zero_stage) if trainer.is_deepspeed_enabled else 0
+
+
+def engine_name(trainer: Any) -> str:
+    """What ``trainer`` was started with: "one process", "ddp", "zero1" to "zero3" or "fsdp2"."""
+    stage = zero_stage(trainer)
+    if stage or trainer.is_fsdp_enabled:
+        return f"zero{stage}" if stage else "fsdp2"
+    return "ddp" if trainer.args.world_size > 1 else "one process"
 
 
 def engine_of(trainer: Any) -> Engine:

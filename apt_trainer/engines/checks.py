@@ -43,6 +43,9 @@ def before_processes_join(args: Any) -> None:
     if find_spec("deepspeed") is None:
         raise UserError("DeepSpeed is asked for but not installed. Install it: pip install 'apt-trainer[deepspeed]'.")
     if uses_cpu(args):
+        # Told so by its variable, accelerate would leave DeepSpeed out and say nothing; by the argument, it does not.
+        args.use_cpu = True
+        os.environ.pop("ACCELERATE_USE_CPU", None)
         _on_cpu()
 
 

@@ -139,6 +139,7 @@ def test_torchrun_prunes_a_summarizer_and_generates_in_between(tmp_path: Path) -
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "PORT"]
     output = launched(launcher, recipe(tmp_path, rows, **names))
     metrics = check_saved(output)
+    assert metrics["engine"] == "ddp"
     rouge = logged(output, "eval_rougeL")
     assert list(rouge) == [4, 8, 12] and all(0 <= value <= 1 for value in rouge.values())
     assert metrics["task_metric"] == metrics["scores"]["validation_rougeL"] == pytest.approx(rouge[12], abs=1e-9)
@@ -165,7 +166,7 @@ def test_zero_2_in_bfloat16_with_gradient_checkpointing(launcher: str, tmp_path:
         (tmp_path / "zero2.json").write_text(json.dumps(config))
         changes["deepspeed"] = str(tmp_path / "zero2.json")
     output = launched(command, recipe(tmp_path, rows, **changes))
-    check_saved(output)
+    assert check_saved(output)["engine"] == "zero2"
     perplexity = logged(output, "eval_perplexity")
     assert list(perplexity) == [4, 8, 12] and all(1 < value < math.inf for value in perplexity.values())
     model = load_pruned(output).eval()
