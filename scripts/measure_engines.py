@@ -163,7 +163,8 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             environment = launch_environment(content, number)
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
         first = first or place
-        rows.append({"engine": profile} | _differences(first, place) | _seconds(place))
+        engine = json.loads((place / "run" / "metrics.json").read_text())["engine"]
+        rows.append({"profile": profile, "engine": engine} | _differences(first, place) | _seconds(place))
     return rows
 
 
@@ -213,12 +214,13 @@ def _seconds(place: Path) -> dict[str, Any]:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    print("| engine | loss curve | same units | logits | step | event | checkpoint | reductions |")
-    print("|---|---:|---|---:|---:|---:|---:|---:|")
+    print("| profile | engine | loss curve | same units | logits | step | event | checkpoint | reductions |")
+    print("|---|---|---:|---|---:|---:|---:|---:|---:|")
     for row in rows:
         logits = "" if row["logits"] is None else f"{row['logits']:.1e}"
         print(
-            f"| {row['engine']} | {row['loss']:.1e} | {'yes' if row['same_plan'] else 'no'} | {logits} "
+            f"| {row['profile']} | {row['engine']} | {row['loss']:.1e} | {'yes' if row['same_plan'] else 'no'} "
+            f"| {logits} "
             f"| {row['step_seconds']:.3f} s | {row['event_seconds']:.2f} s | {row['checkpoint_seconds']:.2f} s "
             f"| {row['reductions_share']:.1%} |"
         )
