@@ -182,7 +182,7 @@ class APTTrainer(BestWithinBudget):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self.check_finite()
         for name, values in self._metrics.items():
-            logs[name] = float(torch.stack(values).mean())
+            logs[name] = float(self.accelerator.reduce(torch.stack(values).mean(), reduction="mean"))
         self._metrics.clear()
         if self.pruner.settings.prunes and "loss" in logs:
             logs["pruning/sparsity"] = self.pruner.sparsity()
