@@ -130,7 +130,16 @@ def measure_speed(
     times = {
         name: {str(batch): _times(latency) for batch, latency in of_model.items()} for name, of_model in timed.items()
     }
-    return {"latency_length": length, "latency_ms": times, **_flops(models, length)}
+    rates = {
+        name: {str(batch): 1000.0 * batch / latency.median_ms for batch, latency in of_model.items()}
+        for name, of_model in timed.items()
+    }
+    return {
+        "latency_length": length,
+        "latency_ms": times,
+        "sequences_per_second": rates,
+        **_flops(models, length),
+    }
 
 
 def _generation(

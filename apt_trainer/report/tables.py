@@ -38,7 +38,8 @@ def comparison_table(metrics: Mapping[str, Any], with_flops: bool = False) -> st
     Args:
         metrics: Content of ``metrics.json``. Read keys: ``task_metric`` (pruned), ``task_metric_dense``,
             ``metric_name``; ``block_params``, ``total_params``, ``disk_bytes`` each also with ``_dense``;
-            ``latency_ms`` = {"dense" | "pruned": {batch size: {"median_ms", "iqr_ms"}}}; ``generation`` and
+            ``latency_ms`` = {"dense" | "pruned": {batch size: {"median_ms", "iqr_ms"}}}, ``sequences_per_second`` with
+            numbers in their place; ``generation`` and
             ``inference_memory`` as :func:`apt_trainer.benchmark.compare.benchmark` gives them; ``train_seconds`` and
             ``peak_memory_bytes`` of the run that made the pruned model. Any of them may be absent.
         with_flops: Show ``flops`` and ``flops_dense`` too.
@@ -56,6 +57,10 @@ def comparison_table(metrics: Mapping[str, Any], with_flops: bool = False) -> st
     if with_flops:
         rows.append(_compared("FLOPs, one forward", metrics.get("flops_dense"), metrics.get("flops"), format_count))
     rows += _latency_rows(metrics.get("latency_ms") or {})
+    rates = metrics.get("sequences_per_second") or {}
+    dense, pruned = rates.get("dense") or {}, rates.get("pruned") or {}
+    for batch in sorted(set(dense) | set(pruned), key=int):
+        rows.append(_compared(f"sequences/s, batch {batch}", dense.get(batch), pruned.get(batch), "{:.1f}".format))
     rows += _generation_rows(metrics)
     peaks = {name: peak["peak_bytes"] for name, peak in (metrics.get("inference_memory") or {}).items()}
     rows.append(_compared("peak memory in use", peaks.get("dense"), peaks.get("pruned"), format_bytes))

@@ -405,6 +405,7 @@ def test_benchmark_of_an_encoder_times_forward_passes(tmp_path, no_processes, mo
     tiny_model().save_pretrained(tmp_path / "b")
     found = benchmark(str(tmp_path / "a"), str(tmp_path / "b"), batch_sizes=[1], length=LENGTH, device="cpu")
     assert found["latency_ms"]["pruned"] == {"1": {"median_ms": 2, "iqr_ms": 1, "runs": 3}}
+    assert found["sequences_per_second"]["pruned"] == {"1": 500.0}
     assert found["block_params"] == LAYERS * (4 * HIDDEN * (HIDDEN + 1) + 2 * HIDDEN * NEURONS + NEURONS + 5 * HIDDEN)
     assert [request.dense_shape for request in no_processes] == [False, False]
     assert found["disk_bytes_dense"] == size_on_disk(tmp_path / "b")

@@ -216,6 +216,10 @@ def test_comparison_table_shows_a_dash_for_what_is_missing():
     found = cells(comparison_table({**METRICS, "task_metric_dense": None, "latency_ms": None}))
     assert found["accuracy"] == ["–", "0.8730", "–"]
     assert not any(label.startswith("latency") for label in found)
+    rates = {"sequences_per_second": {"dense": {"8": 50.0}, "pruned": {"8": 125.0, "16": 130.0}}}
+    found = cells(comparison_table(rates))
+    assert found["sequences/s, batch 8"] == ["50.0", "125.0", "250.0 %"]
+    assert found["sequences/s, batch 16"] == ["–", "130.0", "–"]
     one_sided = {"latency_ms": {"pruned": {"1": {"median_ms": 1.0, "iqr_ms": 0.0}}}}
     assert cells(comparison_table(one_sided))["latency, batch 1"] == ["–", "1.00 ms (IQR 0.00)", "–"]
     assert "task metric" not in cells(comparison_table({}))
