@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import TrainerCallback
 
-from apt_trainer import APTTrainer
+from apt_trainer import APTTrainer, partition
+from apt_trainer.models import family_of
 from apt_trainer.partition import shape_of
 from integration.factories import SHORT, losses_of, make_trainer, unpadded
 from integration.test_processes import GLOBAL_BATCH, two_processes
@@ -36,16 +40,44 @@ def trained(folder: Path, name: str, held: Held | None = None, **changes: Any) -
     trainer = make_trainer(folder, model, data, options, **{**SHORT, "max_grad_norm": 1.0, **CASES[name], **changes})
     if held is not None:
         held.trainer = trainer
+        held.watch_gathers()
     trainer.train()
     return trainer
 
 
 class Held(TrainerCallback):
-    """Which matrices were whole between steps, of the student or its teacher, and how many the two shared."""
+    """Which matrices were whole between steps, of the student or its teacher, and how many the two shared; and how
+    many entries of matrices were whole at once at an event."""
 
     def __init__(self) -> None:
-        self.whole, self.shared = set[str](), 0
+        self.whole, self.shared, self.most = set[str](), 0, 0
         self.trainer: APTTrainer | None = None
+        self._in_event = False
+
+    def watch_gathers(self, gathered: Any = partition._gathered) -> None:
+        assert self.trainer is not None
+        self.trainer._change_shape = self._change_shape  # type: ignore[method-assign]
+
+        @contextmanager
+        def watched(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+            with gathered(parameters):
+                self.most = max(self.most, self._entries() if self._in_event else 0)
+                yield
+
+        partition._gathered = watched  # type: ignore[assignment]
+
+    def _entries(self) -> int:
+        assert self.trainer is not None
+        models = filter(None, (self.trainer.model, self.trainer.distillation.teacher.model))
+        matrices = {id(p): p for model in models for p in model.parameters() if len(shape_of(p)) > 1}
+        return sum(p.numel() for p in matrices.values())
+
+    def _change_shape(self, *args: Any) -> None:
+        """Outside of it DeepSpeed keeps what it has fetched up to its own ``stage3_max_live_parameters``."""
+        assert self.trainer is not None
+        self._in_event = True
+        APTTrainer._change_shape(self.trainer, *args)
+        self._in_event = False
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trainer is not None
@@ -58,6 +90,13 @@ class Held(TrainerCallback):
             self.shared = max(
                 self.shared, len({id(p) for p in models[0].parameters()} & {id(p) for p in models[1].parameters()})
             )
+
+
+def largest_layer(model: Any) -> int:
+    """Entries of the matrices of the block, or of the embedding, that has most."""
+    paths = family_of(model.config).block_modules(model)
+    blocks = [[p for p in model.get_submodule(path).parameters() if p.dim() > 1] for path in paths]
+    return max(sum(p.numel() for p in block) for block in [*blocks, [model.get_input_embeddings().weight]])
 
 
 WORKER = """
@@ -77,7 +116,7 @@ for name in HALVES["@"]:
     trainer = trained(folder / name, name, held, **zero)
     trainer.save_model(str(folder / name / "model"))
     result = {{"plan": trainer.pruner.plan.to_json(), "losses": losses_of(trainer)}}
-    result |= {{"whole": sorted(held.whole), "shared": held.shared}}
+    result |= {{"whole": sorted(held.whole), "shared": held.shared, "most": held.most}}
     (folder / f"{{name}}.{{rank}}.json").write_text(json.dumps(result))
 torch.distributed.barrier()
 os._exit(0)
@@ -97,6 +136,8 @@ def test_other_models_and_settings_equal_one_process(half: str, tmp_path: Path) 
             result = json.loads((tmp_path / f"{name}.{rank}.json").read_text())
             assert result["plan"] == expected.pruner.plan.to_json(), name
             assert result["whole"] == [], name
+            if name != "before":  # where the dense model is whole while it is scored
+                assert 0 < result["most"] <= largest_layer(unpadded(name)[0]), name
             assert (result["shared"] > 10) == (name in ("llama", "gpt2", "t5", "norms")), (name, result["shared"])
             assert len(losses) == 12
             for step, values in losses.items():
