@@ -37,6 +37,11 @@ def check_before_loading(recipe: Recipe, config: Any, data: TaskData) -> None:
     A latency budget is measured, so it is checked only once the model is there.
     """
     args = recipe.training
+    if args.dense_baseline and "RANK" in os.environ:
+        raise UserError(
+            "dense_baseline starts a process of its own, which would join those of the launcher. Train the dense "
+            "model alone (target_sparsity: null, tune: full), or start without a launcher."
+        )
     if args.heldout_rows(len(data.train)) >= len(data.train):
         raise UserError(
             f"The training data have {len(data.train)} row, all of it held out to choose the teacher on. Give more "

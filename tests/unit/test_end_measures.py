@@ -187,6 +187,16 @@ def test_a_run_with_a_reference_records_when_it_came_near(tmp_path: Path) -> Non
     assert found["seconds"] > 0
 
 
+def test_a_dense_baseline_under_a_launcher_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = _recipe(tmp_path, dense_baseline=True)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="would join those of the launcher"):
+        train(recipe)
+    assert not (tmp_path / "out").exists()
+
+
 # ---------------------------------------------------------------------------------------- intervals of scores
 
 
