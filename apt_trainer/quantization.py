@@ -11,10 +11,10 @@ Not for training, nor for saving: quantise again after loading.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -53,8 +53,8 @@ def quantize(model: PreTrainedModel, form: str) -> Quantised:
     """
     if form not in QUANTIZE:
         raise unknown_choice("quantize", form, QUANTIZE)
-    group, load = _FORMS[form]
-    change = load()
+    group, name, change = _FORMS[form]
+    library = _imported(name)
     blocks = tuple(f"{path}." for path in family_of(model.config).block_modules(model))
     linear = [path for path, module in model.named_modules() if path.startswith(blocks) and type(module) is nn.Linear]
     chosen = [path for path in linear if model.get_submodule(path).in_features % group == 0]
@@ -65,53 +65,19 @@ def quantize(model: PreTrainedModel, form: str) -> Quantised:
         )
     before = _bytes_of(model)
     for path in chosen:
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, change(model.get_submodule(path)))
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, change(library, model.get_submodule(path)))
     return Quantised(form, len(chosen), len(linear) - len(chosen), before, _bytes_of(model))
 
 
-_Change = Callable[[nn.Linear], nn.Module]
+def _int8(ao: Any, linear: nn.Linear) -> nn.Module:
+    ao.quantize_(linear, ao.Int8WeightOnlyConfig(version=2))
+    return linear
 
 
-def _torchao(config: Callable[[Any], Any]) -> Callable[[], _Change]:
-    """``config``: from the module ``torchao.quantization`` to what its ``quantize_`` takes."""
-
-    def load() -> _Change:
-        try:
-            with _quiet():
-                from torchao import quantization
-        except ImportError as error:
-            raise _missing("torchao") from error
-
-        def change(linear: nn.Linear) -> nn.Module:
-            quantization.quantize_(linear, config(quantization))
-            return linear
-
-        return change
-
-    return load
-
-
-def _bitsandbytes(make: Callable[[Any, nn.Linear], nn.Module]) -> Callable[[], _Change]:
-    """``make``: from ``bitsandbytes.nn`` and a linear layer to its replacement, whose weight is still to be moved to
-    the device, which is what quantises it."""
-
-    def load() -> _Change:
-        try:
-            with _quiet():
-                import bitsandbytes
-        except ImportError as error:
-            raise _missing("bitsandbytes") from error
-
-        def change(linear: nn.Linear) -> nn.Module:
-            device = linear.weight.device
-            changed = make(bitsandbytes.nn, linear)
-            changed.bias = linear.bias
-            return changed.to(device).requires_grad_(False).train(linear.training)
-
-        return change
-
-    return load
+def _int4(ao: Any, linear: nn.Linear) -> nn.Module:
+    ao.quantize_(linear, ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerGroup(GROUP_SIZE)))
+    return linear
 
 
 def _llm_int8(bnb: Any, linear: nn.Linear) -> nn.Module:
@@ -119,25 +85,41 @@ def _llm_int8(bnb: Any, linear: nn.Linear) -> nn.Module:
         linear.in_features, linear.out_features, False, has_fp16_weights=False, threshold=OUTLIER_THRESHOLD
     )
     changed.weight = bnb.Int8Params(linear.weight.detach().cpu(), requires_grad=False, has_fp16_weights=False)
-    return changed
+    return _in_place_of(linear, changed)
 
 
 def _nf4(bnb: Any, linear: nn.Linear) -> nn.Module:
     changed = bnb.LinearNF4(linear.in_features, linear.out_features, False, compute_dtype=linear.weight.dtype)
     changed.weight = bnb.Params4bit(linear.weight.detach().cpu(), requires_grad=False, quant_type="nf4")
-    return changed
+    return _in_place_of(linear, changed)
 
 
-_FORMS: dict[str, tuple[int, Callable[[], _Change]]] = {
-    "int8": (1, _torchao(lambda ao: ao.Int8WeightOnlyConfig(version=2))),
-    "int4": (
-        GROUP_SIZE,
-        _torchao(lambda ao: ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerGroup(GROUP_SIZE))),
-    ),
-    "llm_int8": (1, _bitsandbytes(_llm_int8)),
-    "nf4": (1, _bitsandbytes(_nf4)),
+def _in_place_of(linear: nn.Linear, changed: nn.Module) -> nn.Module:
+    """``changed`` with bias, device and mode of ``linear``; moving its weight is what quantises it."""
+    changed.bias = linear.bias
+    return changed.to(linear.weight.device).requires_grad_(False).train(linear.training)
+
+
+_FORMS: dict[str, tuple[int, str, Callable[[Any, nn.Linear], nn.Module]]] = {
+    "int8": (1, "torchao.quantization", _int8),
+    "int4": (GROUP_SIZE, "torchao.quantization", _int4),
+    "llm_int8": (1, "bitsandbytes.nn", _llm_int8),
+    "nf4": (1, "bitsandbytes.nn", _nf4),
 }
-"""(what the number of inputs has to be a multiple of, how to get the function that changes a layer) by form."""
+"""(what the number of inputs has to be a multiple of, a module of a library, what it makes of a layer) by form."""
+
+
+def _imported(name: str) -> Any:
+    """A module that is no dependency; without what it says about kernels for accelerators that are not there."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise UserError(f"Quantising needs {package}: pip install 'apt-trainer[quantize]'.") from error
+    finally:
+        logging.disable(before)
 
 
 def _bytes_of(model: nn.Module) -> int:
@@ -153,18 +135,3 @@ def _size(tensor: torch.Tensor) -> int:
     if (state := getattr(tensor, "quant_state", None)) is not None:
         extra += state.as_dict().values()
     return tensor.nbytes + sum(scale.nbytes for scale in extra if isinstance(scale, torch.Tensor))
-
-
-def _missing(package: str) -> UserError:
-    return UserError(f"Quantising needs {package}: pip install 'apt-trainer[quantize]'.")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what these libraries say about kernels for accelerators that are not there."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -82,14 +82,14 @@ class WholeCheckpoints(EachRowOnce):
         if self.args.should_save:
             shutil.rmtree(staged, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self._staged = staged
+        self._staged, complete = staged, False
         try:
             super()._save_checkpoint(model, trial)
-        except Exception:
-            shutil.rmtree(staged, ignore_errors=True)
-            raise
+            complete = True
         finally:
             self._staged = None
+            if not complete:
+                shutil.rmtree(staged, ignore_errors=True)
         best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
         if best == name or (output / best).is_dir():
             self.state.best_model_checkpoint = str(output / best)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import bitsandbytes
@@ -89,6 +90,13 @@ def test_what_cannot_be_quantised_is_told() -> None:
         quantize(wide(), "int2")
     with pytest.raises(UserError, match="no linear layer in its blocks that can become int8"):
         quantize(tiny_model("gpt2", LANGUAGE_MODELS["gpt2"]), "int8")
+
+
+@pytest.mark.parametrize(("form", "module"), [("int4", "torchao.quantization"), ("nf4", "bitsandbytes.nn")])
+def test_a_missing_library_is_named(form: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"needs {module.partition('.')[0]}: pip install 'apt-trainer\[quantize\]'"):
+        quantize(wide(), form)
 
 
 def test_evaluate_quantised(tmp_path: Path, capsys) -> None:
