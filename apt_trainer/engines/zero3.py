@@ -2,14 +2,13 @@
 
 What is whole, and when. At start each process has the whole model (and an external teacher) in host memory, as it was
 loaded; for a cut before training the whole model is on the device while it is scored. From the first engine on, no
-process holds more than parts. In a step,
-DeepSpeed makes the parameters of one module whole at a time (and what it fetches ahead); vectors (norms, biases) stay
-whole. At a change of shape the engine is left with all parameters partitioned, and each that changes is whole on every
-process while it is cut, grown or merged (an adapter together with the weight it is merged into). The teacher shares
-the partitions of frozen weights and has partitions of its own of the rest; the parameters of each of its modules are
-whole while that runs. In a checkpoint the process that writes it collects all weights, the teacher's too, in host
-memory, and a resumed run begins with both whole on each process there. After training the finished model is whole on
-every process and on its device.
+process holds more than parts. In a step, DeepSpeed makes the parameters of one module whole at a time (and what it
+fetches ahead); vectors (norms, biases) stay whole. At a change of shape the engine is left with all parameters
+partitioned, and each that changes is whole on every process while it is cut, grown or merged (an adapter together with
+the weight it is merged into). The teacher shares the partitions of frozen weights and has partitions of its own of the
+rest; the parameters of each of its modules are whole while that runs. In a checkpoint the process that writes it
+collects all weights, the teacher's too, in host memory, and a resumed run begins with both whole on each process
+there. After training the finished model is whole on every process and on its device.
 
 Uses names of DeepSpeed that are not documented; checked with deepspeed 0.19.8.
 """
