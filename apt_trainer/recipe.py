@@ -101,10 +101,10 @@ def read_values(path: str | None, overrides: Sequence[str] = ()) -> dict[str, An
     hints = {name: hint for names in _groups().values() for name, hint in names.items()}
     values: dict[str, Any] = {}
     if path is not None:
-        for key, value in _read_file(path).items():
+        for key, value in read_file(path).items():
             _check_key(path, key, hints)
             values[key] = _pick(path, key, [value], hints[key])
-    for key, words in _split_overrides(overrides).items():
+    for key, words in split_overrides(overrides).items():
         _check_key(COMMAND_LINE, key, hints)
         hint = hints[key]
         if [_scalar(word) for word in words] == [None] and _takes_list(hint) and not _fits(None, hint):
@@ -171,7 +171,7 @@ _RecipeLoader.add_implicit_resolver(
 )
 
 
-def _read_file(path: str) -> dict[str, Any]:
+def read_file(path: str) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -206,7 +206,7 @@ def _content(content: Any) -> str:
 # ---- reading the command line ----
 
 
-def _split_overrides(words: Sequence[str]) -> dict[str, list[str]]:
+def split_overrides(words: Sequence[str]) -> dict[str, list[str]]:
     """``--key a b --other=c --flag`` as {key: [a, b], other: [c], flag: []}; the last one of a repeated key counts."""
     found: dict[str, list[str]] = {}
     key: str | None = None

@@ -15,16 +15,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
-
+from apt_trainer.ablation.order import find_needs, name_of
 from apt_trainer.ablation.study import Run, Study
 from apt_trainer.errors import UserError
 from apt_trainer.report.comparison import METRICS_FILE, RECIPE_FILE, RESULTS_FILE, read_json, run_record
-from apt_trainer.report.events import append_event, read_events
+from apt_trainer.report.events import append_event, read_events, write_json
 
 LOG_LINES = 15
 POLL_SECONDS, STOP_SECONDS = 0.2, 10
@@ -35,41 +34,60 @@ _Results = dict[tuple[str, int], dict[str, Any]]
 def run_study(study: Study, jobs: int = 1, tell: Callable[[str], object] = lambda line: None) -> dict[str, str]:
     """Run what is not finished yet, ``jobs`` runs at a time; finished runs are skipped, begun ones resumed.
 
+    A run starts once those that it needs have finished, and not at all where one of them failed.
+
     Returns:
-        The end of the log of each run that failed; empty if all have finished.
+        The end of the log of each run that failed, or why it was not started; empty if all have finished.
 
     Raises:
-        UserError: before anything runs, if the folder holds something else or is in use.
+        UserError: before anything runs, if the folder holds something else or is in use, or runs need each other.
     """
     if jobs < 1:
         raise UserError(f"jobs={jobs} must be at least 1.")
+    needs = find_needs(study)
     study.output_dir.mkdir(parents=True, exist_ok=True)
     failures: dict[str, str] = {}
     running: dict[subprocess.Popen[bytes], Run] = {}
     with _locked(study.output_dir) as lock:
         results = _read_results(study)
         waiting = [run for run in study.runs if not _is_finished(run)]
-        _add_results(study, results, [run for run in study.runs if run not in waiting])
+        done = set(study.runs).difference(waiting)
+        _add_results(study, results, [run for run in study.runs if run in done])
         tell(f"{len(study.runs)} runs, {len(study.runs) - len(waiting)} of them finished earlier")
         try:
             while waiting or running:
-                while waiting and len(running) < jobs:
-                    run = waiting.pop(0)
+                _give_up(waiting, needs, failures, tell)
+                ready = [run for run in waiting if done.issuperset(needs[run])]
+                for run in ready[: jobs - len(running)]:
+                    waiting.remove(run)
                     running[_start(run, jobs, lock)] = run
-                    tell(f"{run.variant}, seed {run.seed}: started; log in {_log(run)}")
+                    tell(f"{name_of(run)}: started; log in {_log(run)}")
                 for process in [process for process in running if process.poll() is not None]:
                     run = running.pop(process)
                     if (run.folder / METRICS_FILE).is_file():
+                        done.add(run)
                         _add_results(study, results, [run])
-                        tell(f"{run.variant}, seed {run.seed}: finished")
+                        tell(f"{name_of(run)}: finished")
                     else:
                         lines = _log(run).read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
-                        failures[f"{run.variant}, seed {run.seed}"] = "\n".join(lines)
-                        tell(f"{run.variant}, seed {run.seed}: failed with exit code {process.returncode}")
+                        failures[name_of(run)] = "\n".join(lines)
+                        tell(f"{name_of(run)}: failed with exit code {process.returncode}")
                 time.sleep(POLL_SECONDS if running else 0)
         finally:
             _stop(list(running))
     return failures
+
+
+def _give_up(
+    waiting: list[Run], needs: Mapping[Run, list[Run]], failures: dict[str, str], tell: Callable[[str], object]
+) -> None:
+    """Move runs that need one that failed from ``waiting`` to ``failures``."""
+    for run in list(waiting):
+        failed = " and ".join(name for name in map(name_of, needs[run]) if name in failures)
+        if failed:
+            waiting.remove(run)
+            failures[name_of(run)] = f"Not started: it needs the result of {failed}, which failed."
+            tell(f"{name_of(run)}: not started, for {failed} failed")
 
 
 def _read_results(study: Study) -> _Results:
@@ -118,15 +136,17 @@ def _start(run: Run, jobs: int, lock: int) -> subprocess.Popen[bytes]:
     for checkpoint in run.folder.glob("checkpoint-*"):
         if not (checkpoint / "trainer_state.json").is_file():  # written last: the run was killed while saving
             shutil.rmtree(checkpoint)
-    resume = run.folder.is_dir() and get_last_checkpoint(str(run.folder)) is not None
-    if run.folder.exists() and not resume:
+    resume = run.command.resume(run.folder)
+    if run.folder.exists() and resume is None:
         shutil.rmtree(run.folder)
+    if not run.command.writes_recipe:
+        write_json(run.folder / RECIPE_FILE, run.given)
     _log(run).parent.mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    words = [*run.words, *(["--resume_from_checkpoint=true"] if resume else [])]
-    with _log(run).open("ab" if resume else "wb") as log:
+    words = [*run.words, *(resume or [])]
+    with _log(run).open("wb" if resume is None else "ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "apt_trainer", "train", *words],
+            [sys.executable, "-m", "apt_trainer", run.command.name, *words],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

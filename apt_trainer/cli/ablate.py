@@ -7,13 +7,18 @@ import signal
 import sys
 from collections.abc import Sequence
 
-HELP = "Run a study: variants of a recipe times seeds, side by side; continues where it was stopped. Prints a table."
+from apt_trainer.cli import drop, paint
+
+HELP = "Run a study: variants times seeds, side by side; continues where it was stopped. Prints a table."
 TAKES_SETTINGS = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--study", metavar="FILE", required=True, help="YAML: base, output_dir, seeds, variants, baseline, metrics"
+        "--study",
+        metavar="FILE",
+        required=True,
+        help="YAML: command (train, drop or paint), base, output_dir, seeds, common, variants, baseline, metrics",
     )
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1); more distort each other's times"
@@ -23,11 +28,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from apt_trainer.ablation.commands import OptionsCommand
     from apt_trainer.ablation.runner import run_study
-    from apt_trainer.ablation.study import read_study
+    from apt_trainer.ablation.study import TRAIN, read_study
+    from apt_trainer.depth.inputs import PROGRESS_FILE
+    from apt_trainer.depth.paint import RESULTS_FILE as PLANS_FILE
     from apt_trainer.report.comparison import RESULTS_FILE, compare, read_results, to_markdown
 
-    study = read_study(args.study, args.output_dir, args.seeds, overrides)
+    commands = (
+        TRAIN,
+        OptionsCommand("drop", drop.add_arguments, drop.check, PROGRESS_FILE),
+        OptionsCommand("paint", paint.add_arguments, paint.check, PLANS_FILE),
+    )
+    study = read_study(args.study, args.output_dir, args.seeds, overrides, commands)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))  # through the clean-up, as for SIGINT
     failures = run_study(study, args.jobs, lambda line: print(line, file=sys.stderr, flush=True))

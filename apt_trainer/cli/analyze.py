@@ -50,6 +50,24 @@ def add_data_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
     group.add_argument("--seed", type=int, default=0, metavar="N", help="for what is drawn (default: 0)")
 
 
+def add_held_out_arguments(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    """Held-out data and tasks."""
+    test = parser.add_argument_group("held-out data, and tasks of lm-evaluation-harness")
+    test.add_argument(
+        "--test", required=required, metavar="TEXT_OR_FILE", help="held-out data, of the forms of --data"
+    )
+    test.add_argument("--test_samples", type=positive, metavar="N", help="windows or rows (default: as --samples)")
+    add_task_arguments(test)
+
+
+def add_task_arguments(group: Any) -> None:
+    """``group``: of a parser."""
+    group.add_argument("--lm_eval", metavar="A,B", help="names of tasks, or paths of YAML files")
+    group.add_argument("--task_path", metavar="DIR", help="folder with YAML files (default: recipes/lm_eval)")
+    group.add_argument("--limit", type=positive, metavar="N", help="use only the first N examples of each task")
+    group.add_argument("--num_fewshot", type=int, metavar="N", help="examples before each question")
+
+
 def add_output_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help=what)
     parser.add_argument("--resume", action="store_true", help="go on with a measurement that was stopped")
@@ -59,6 +77,25 @@ def data_request(args: argparse.Namespace) -> Any:
     from apt_trainer.depth.inputs import DataRequest
 
     return DataRequest(args.data, args.samples, args.length, args.batch_size, args.seed)
+
+
+def task_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The tasks, as requests name them."""
+    return {
+        "tasks": [name for name in (args.lm_eval or "").split(",") if name],
+        "task_path": args.task_path,
+        "limit": args.limit,
+        "num_fewshot": args.num_fewshot,
+        "batch_size": args.batch_size,
+    }
+
+
+def held_out_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The held-out data (None: not given) and the tasks."""
+    from apt_trainer.depth.inputs import DataRequest
+
+    samples, options = args.test_samples or args.samples, (args.length, args.batch_size, args.seed)
+    return {"test": None if args.test is None else DataRequest(args.test, samples, *options)} | task_options(args)
 
 
 def progress(items: Sequence[Any], name: str) -> Iterable[Any]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 
 from apt_trainer.cli.analyze import (
     add_data_arguments,
+    add_held_out_arguments,
     add_model_arguments,
     add_output_arguments,
     data_request,
+    held_out_options,
     progress,
 )
 from apt_trainer.cli.benchmark import positive
@@ -44,21 +45,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     drops.add_argument(
         "--protect", type=int, nargs="+", default=[], metavar="LAYER", help="layers that stay; -1 is the last"
     )
-    test = parser.add_argument_group("what each drop is measured on")
-    test.add_argument("--test", required=True, metavar="TEXT_OR_FILE", help="held-out data, of the forms of --data")
-    test.add_argument("--test_samples", type=positive, metavar="N", help="windows or rows (default: as --samples)")
-    test.add_argument("--speed", action="store_true", help="speed of each smaller model beside the full one, and SDR")
-    test.add_argument("--lm_eval", metavar="A,B", help="tasks of lm-evaluation-harness, or paths of YAML files")
-    test.add_argument(
+    add_held_out_arguments(parser, required=True)
+    measures = parser.add_argument_group("what else is measured")
+    measures.add_argument(
+        "--speed", action="store_true", help="speed of each smaller model beside the full one, and SDR"
+    )
+    measures.add_argument(
         "--task_counts",
         type=positive,
         nargs="+",
         metavar="N",
         help="where tasks run and speed is timed (default: all counts)",
     )
-    test.add_argument("--task_path", metavar="DIR", help="folder with YAML files (default: recipes/lm_eval)")
-    test.add_argument("--limit", type=positive, metavar="N", help="use only the first N examples of each task")
-    test.add_argument("--num_fewshot", type=int, metavar="N", help="examples before each question")
     add_output_arguments(parser, "folder of curve.json, curve.md, curve.png and results.jsonl")
 
 
@@ -67,6 +65,8 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from apt_trainer.report.curve import curve_markdown
     from apt_trainer.settings import ModelSettings
 
+    options = held_out_options(args)
+    test = options.pop("test")
     request = CurveRequest(
         kinds=args.kinds,
         rankings=args.rankings,
@@ -75,15 +75,10 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         seeds=args.seeds,
         protect=args.protect,
         speed=args.speed,
-        tasks=[name for name in (args.lm_eval or "").split(",") if name],
         task_counts=args.task_counts,
-        task_path=args.task_path,
-        limit=args.limit,
-        num_fewshot=args.num_fewshot,
-        batch_size=args.batch_size,
+        **options,
     )
     data = data_request(args)
-    test = replace(data, data=args.test, samples=args.test_samples or args.samples)
     settings = ModelSettings(args.model, dtype=args.dtype)
     found = measure_curves(settings, request, args.output, data, test, args.device, args.resume, progress)
     print(curve_markdown(found))

@@ -5,16 +5,23 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from apt_trainer.cli.analyze import (
     add_data_arguments,
+    add_held_out_arguments,
     add_model_arguments,
     add_output_arguments,
     data_request,
+    held_out_options,
     progress,
 )
 from apt_trainer.cli.benchmark import positive
+from apt_trainer.settings.choices import QUANTIZE
 from apt_trainer.sublayers.choices import BASELINES, COSTS, FRACTIONS, KINDS, METHODS, STRATEGIES
+
+if TYPE_CHECKING:
+    from apt_trainer.depth.drop import DropRequest
 
 HELP = (
     "Drop attentions, heads, feed-forwards or layers of a model and save the smaller one; prints the loss before and "
@@ -49,14 +56,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--protect", type=int, nargs="+", default=[], metavar="LAYER", help="layers that stay; -1 is the last"
     )
     add_data_arguments(parser, required=False)
-    add_output_arguments(parser, "folder of the model, drop_report.json and drop_list.json")
+    add_held_out_arguments(parser)
+    parser.add_argument("--speed", action="store_true", help="time both models side by side; with tasks also SDR")
+    parser.add_argument("--quantize", choices=QUANTIZE, help="measure the smaller model with weights of this form")
+    add_output_arguments(parser, "folder of the model, drop_report.json, drop_list.json and metrics.json")
 
 
-def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from apt_trainer.depth.drop import DropRequest, drop_units, report_text
-    from apt_trainer.settings import ModelSettings
+def check(args: argparse.Namespace) -> None:
+    """Raise :class:`~apt_trainer.errors.UserError` for what cannot work whatever the model."""
+    _request(args).check(args.data is not None)
 
-    request = DropRequest(
+
+def _request(args: argparse.Namespace) -> DropRequest:
+    from apt_trainer.depth.drop import DropRequest
+
+    return DropRequest(
         kind=args.kind,
         count=args.count,
         fraction=args.fraction,
@@ -69,16 +83,29 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         drop_list=args.drop_list,
         seed=args.seed,
     )
+
+
+def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from apt_trainer.depth.drop import drop_units, report_text
+    from apt_trainer.depth.held_out import HeldOutRequest
+    from apt_trainer.report.tables import held_out_table
+    from apt_trainer.settings import ModelSettings
+
+    data = None if args.data is None else data_request(args)
+    held_out = HeldOutRequest(**held_out_options(args), speed=args.speed, quantize=args.quantize)
     report = drop_units(
         ModelSettings(args.model, dtype=args.dtype),
-        request,
+        _request(args),
         args.output,
-        data=None if args.data is None else data_request(args),
+        data=data,
         device=args.device,
         resume=args.resume,
         watch=progress,
+        held_out=held_out,
     )
     print(report_text(report))
+    if held_out.asks:
+        print(held_out_table(report["metrics"]))
     for warning in report["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"wrote the model to {args.output}")

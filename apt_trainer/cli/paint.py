@@ -6,8 +6,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from apt_trainer.cli.analyze import add_data_arguments, add_model_arguments, data_request, progress
+from apt_trainer.cli.analyze import (
+    add_data_arguments,
+    add_model_arguments,
+    add_task_arguments,
+    data_request,
+    progress,
+    task_options,
+)
 from apt_trainer.cli.benchmark import positive
+from apt_trainer.errors import UserError
 from apt_trainer.painting.named import METHODS
 
 HELP = (
@@ -23,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with a sweep, also with more plans")
     parser.add_argument("--keep", metavar="PLAN.json", help="no sweep: save the model with this plan to --output")
     plans = parser.add_argument_group("plans")
-    plans.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="M", help=_methods_help())
+    plans.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS, metavar="M", help=_methods_help())
     plans.add_argument(
         "--starts",
         type=int,
@@ -42,19 +50,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     plans.add_argument("--plans", nargs="+", default=[], metavar="PLAN.json", help="further plans, in files")
     add_data_arguments(parser, required=False)
-    tasks = parser.add_argument_group("tasks of lm-evaluation-harness (pip install 'apt-trainer[lm_eval]')")
-    tasks.add_argument("--lm_eval", metavar="A,B", help="names of tasks, or paths of YAML files")
-    tasks.add_argument("--task_path", metavar="DIR", help="folder with YAML files (default: recipes/lm_eval)")
-    tasks.add_argument("--limit", type=positive, metavar="N", help="use only the first N examples of each task")
-    tasks.add_argument("--num_fewshot", type=int, metavar="N", help="examples before each question")
+    add_task_arguments(parser.add_argument_group("tasks of lm-evaluation-harness, an extra: lm_eval"))
 
 
 def _methods_help() -> str:
-    return f"any of {', '.join(METHODS)} (default: all)"
+    return f"any of {', '.join(METHODS)}, or none (default: all)"
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise :class:`~apt_trainer.errors.UserError` for what cannot work whatever the model."""
+    if args.keep is not None:
+        raise UserError("keep saves a model and measures nothing to compare. Leave it out.")
+    if args.data is None and not args.lm_eval:
+        raise UserError("There is nothing to measure plans on. Give data, lm_eval, or both.")
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from apt_trainer.depth.paint import RESULTS_FILE, SUMMARY_FILE, TABLE_FILE, PaintRequest, keep_plan, paint_sweep
+    from apt_trainer.report.comparison import METRICS_FILE
     from apt_trainer.report.painting import paint_markdown
     from apt_trainer.settings import ModelSettings
 
@@ -73,16 +86,12 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         seeds=args.seeds,
         loops=args.loops,
         plans=args.plans,
-        tasks=[name for name in (args.lm_eval or "").split(",") if name],
-        task_path=args.task_path,
-        limit=args.limit,
-        num_fewshot=args.num_fewshot,
-        batch_size=args.batch_size,
+        **task_options(args),
     )
     found = paint_sweep(settings, request, args.output, data, args.device, args.resume, progress)
     print(paint_markdown(found))
     for warning in found["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
-    names = ", ".join([RESULTS_FILE, SUMMARY_FILE, TABLE_FILE, *found["figures"]])
+    names = ", ".join([RESULTS_FILE, SUMMARY_FILE, TABLE_FILE, METRICS_FILE, *found["figures"]])
     print(f"wrote {names} to {args.output}")
     return 0

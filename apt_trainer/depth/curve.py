@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from apt_trainer.depth.held_out import no_loss_on_text
 from apt_trainer.depth.inputs import DataRequest, Loaded, check_folder, prepare, stored_losses
 from apt_trainer.depth.speed import composition, speedups
 from apt_trainer.errors import UserError, unknown_choice
@@ -165,9 +166,7 @@ def measure_curves(
     at = prepare(settings, data)
     held_out = at.read(test)
     if not held_out.has_labels:
-        raise UserError(
-            f"{type(at.model).__name__} has no loss on plain text. Give rows with labels (.jsonl with text and label)."
-        )
+        raise no_loss_on_text(at)
     for kind in request.kinds:
         _budget(at, request, kind).check(candidates_of(at.units, kind, request.protect), kind)
     folder = check_folder(output, resume, RESULTS_FILE)

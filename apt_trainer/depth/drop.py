@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from apt_trainer.checkpoint import save_pruned
+from apt_trainer.depth.held_out import HeldOut, HeldOutRequest
 from apt_trainer.depth.inputs import PROGRESS_FILE, DataRequest, Loaded, open_folder, prepare, stored_losses
 from apt_trainer.errors import UserError, unknown_choice
 from apt_trainer.measure import count_parameters
+from apt_trainer.report.comparison import METRICS_FILE
 from apt_trainer.report.events import write_json
 from apt_trainer.settings import ModelSettings
 from apt_trainer.sublayers import lists
@@ -37,6 +40,7 @@ from apt_trainer.sublayers.select import (
 from apt_trainer.sublayers.units import Unit, Units
 
 REPORT_FILE, LIST_FILE = "drop_report.json", "drop_list.json"
+NOTHING = HeldOutRequest()
 
 
 @dataclass(frozen=True)
@@ -89,13 +93,15 @@ def drop_units(
     device: str | None = None,
     resume: bool = False,
     watch: Watch = unwatched,
+    held_out: HeldOutRequest = NOTHING,
 ) -> dict[str, Any]:
     """Drop units of a model and save the smaller one to ``output``, with ``drop_report.json`` and ``drop_list.json``.
 
-    The loss without the units is measured before any weight moves; one that is not finite is refused.
+    The loss without the units is measured before any weight moves; one that is not finite is refused. What
+    ``held_out`` asks for is measured of the full and of the saved model, and written last, to ``metrics.json``.
 
     Returns:
-        The content of ``drop_report.json``; ``warnings`` are sentences to show.
+        The content of ``drop_report.json``; ``warnings`` are sentences to show. ``metrics``: of ``metrics.json``.
 
     Raises:
         UserError: anything that cannot work.
@@ -103,8 +109,11 @@ def drop_units(
     request.check(data is not None)
     at = prepare(settings, data)
     listed, candidates, budget = _asked(at, request)
+    measures = HeldOut(at, held_out)
     folder = open_folder(output, resume)
+    (folder / METRICS_FILE).unlink(missing_ok=True)  # of an earlier drop
     at.load(device)
+    started = time.perf_counter()
     report: dict[str, Any] = {**at.described(), **{k: v for k, v in asdict(request).items() if v is not None}}
     report["method_name"] = {"nri": "NRI (apt_trainer definition)"}.get(request.method, request.method)
     if listed is not None:
@@ -114,7 +123,7 @@ def drop_units(
             costs = unit_costs(at.model, at.units, "latency", at.shape, heads=request.kind == "heads")
             budget = Budget(None, request.fraction, shares(costs, at.units), at.units)
         choice = _choose(at, request, candidates, budget, folder, watch)
-    dropped = choice.units
+    seconds, dropped = time.perf_counter() - started, choice.units
     warnings = [depth_warning(at.units, dropped)]
     if at.calibration is not None and at.calibration.has_labels:
         name, batches = loss_name(at.model, at.units), at.calibration.batches
@@ -132,13 +141,23 @@ def drop_units(
         "drop_list": lists.to_json(at.units, dropped, at.model_type),
         "warnings": [warning for warning in warnings if warning],
     }
+    measures.see_full()
     plan = drop(at.model, at.units, dropped)
     report["parameters_after"] = count_parameters(at.model)
     report["reload_difference"] = save_pruned(at.model, folder, plan, at.tokenizer)
     write_json(folder / REPORT_FILE, report)
     write_json(folder / LIST_FILE, report["drop_list"])
     (folder / PROGRESS_FILE).unlink(missing_ok=True)
-    return report
+    metrics = _metrics(report) | {"seed": request.seed, "choosing_seconds": seconds} | measures.metrics()
+    write_json(folder / METRICS_FILE, metrics)  # the last of all, as of a training run
+    return report | {"metrics": metrics}
+
+
+def _metrics(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table of several drops shows of a report."""
+    found = {"sparsity": report["block_parameter_share"], "depth_share": report["depth_share"]}
+    found |= {"units": len(report["dropped"]), "total_params": report["parameters_after"]}
+    return found | {key: report[key] for key in ("loss_before", "loss_after") if key in report}
 
 
 def _asked(at: Loaded, request: DropRequest) -> tuple[tuple[Unit, ...] | None, tuple[Unit, ...], Budget]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from apt_trainer.checkpoint import save_pruned
+from apt_trainer.depth.held_out import loss_with_interval, mean_of_tasks, no_loss_on_text
 from apt_trainer.depth.inputs import DataRequest, Loaded, check_folder, prepare
 from apt_trainer.errors import UserError, unknown_choice
 from apt_trainer.evaluation.harness import run_tasks
@@ -20,12 +21,13 @@ from apt_trainer.painting.named import METHODS, Point, sweep_points
 from apt_trainer.painting.plan import Plan, full, plan_from_json, read_plan
 from apt_trainer.painting.scores import benchmarks_of, measured, summarise
 from apt_trainer.pruning.plan import PruningPlan
+from apt_trainer.report.comparison import METRICS_FILE
 from apt_trainer.report.events import append_event, read_events, write_json
 from apt_trainer.report.painting import paint_markdown, plot_paint
 from apt_trainer.settings import ModelSettings
 from apt_trainer.sublayers.classes import layer_classes
 from apt_trainer.sublayers.cosine import Watch, cosine_scores, unwatched
-from apt_trainer.sublayers.loss import exp_loss, loss_name, refuse_broken
+from apt_trainer.sublayers.loss import exp_loss, loss_name, loss_sums, refuse_broken
 
 RESULTS_FILE, SUMMARY_FILE, TABLE_FILE = "results.jsonl", "summary.json", "summary.md"
 PLAN_FILE = "execution_plan.json"
@@ -74,8 +76,10 @@ def paint_sweep(
 ) -> dict[str, Any]:
     """Measure a model under many execution plans.
 
-    Writes to ``output``: ``results.jsonl`` (one line per plan, at once), ``summary.json``, ``summary.md`` and figures.
-    A plan that several names stand for is measured once. A loss that is not finite is kept as null.
+    Writes to ``output``: ``results.jsonl`` (one line per plan, at once), ``summary.json``, ``summary.md``, figures
+    and, last, ``metrics.json`` with the scores of each plan; those of an only plan beside the full model, or of the
+    full model alone, stand at its top level. A plan that several names stand for is measured once. A loss that is not
+    finite is kept as null.
 
     Returns:
         The content of ``summary.json``.
@@ -106,6 +110,7 @@ def paint_sweep(
     write_json(folder / SUMMARY_FILE, found)
     (folder / TABLE_FILE).write_text(paint_markdown(found) + "\n", encoding="utf-8")
     found["figures"] = plot_paint(found, folder)
+    write_json(folder / METRICS_FILE, _metrics(points, results, found["rows"]))
     return found
 
 
@@ -140,9 +145,7 @@ def _prepare(settings: ModelSettings, data: DataRequest | None) -> Loaded:
     at = prepare(settings, data)
     layer_list_path(at.model, at.units.family)
     if at.calibration is not None and not at.calibration.has_labels:
-        raise UserError(
-            f"{type(at.model).__name__} has no loss on plain text. Give rows with labels (.jsonl with text and label)."
-        )
+        raise no_loss_on_text(at)
     return at
 
 
@@ -191,10 +194,11 @@ class _Results:
 
     def _measure(self, plan: Plan) -> dict[str, Any]:
         at, request = self._at, self._request
-        loss, tasks = None, {}
+        text: dict[str, float | None] = {"value": None}
+        tasks = {}
         with painted(at.model, plan):
             if at.calibration is not None:
-                loss = math.log(exp_loss(at.model, at.units, at.calibration.batches))
+                text = loss_with_interval(loss_sums(at.model, at.units, at.calibration.batches))
             if request.tasks:
                 tasks = run_tasks(
                     at.model,
@@ -205,7 +209,29 @@ class _Results:
                     request.num_fewshot,
                     request.batch_size,
                 )
-        return measured(loss if loss is not None and math.isfinite(loss) else None, tasks)
+        value = text.pop("value")
+        return measured(None if value is None else math.log(value), tasks) | {"interval": text}
+
+
+def _metrics(points: Sequence[Point], results: _Results, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Scores by plan, with 95 % intervals where a plan has one order of layers."""
+    measurements = {point.name: results.of(point) for point in points}
+    plans = {row["name"]: _of_plan(row, measurements.get(row["name"], {})) for row in rows}
+    others = list(plans.values())[1:]
+    return {"plans": plans} | (others[0] if len(others) == 1 else {} if others else next(iter(plans.values())))
+
+
+def _of_plan(row: Mapping[str, Any], measurement: Mapping[str, Any]) -> dict[str, Any]:
+    """``measurement``: empty for a mean over several orders."""
+    found: dict[str, Any] = {"score": row["median"], "affected": row["affected"]}
+    if row["perplexity"] is not None:
+        found["perplexity"] = {"value": row["perplexity"], **measurement.get("interval", {})}
+    if row["values"]:
+        kept = measurement.get("tasks", {})
+        ends = {name: {end: kept[name][end] for end in ("low", "high") if end in kept[name]} for name in kept}
+        found["tasks"] = {name: {"value": value, **ends.get(name, {})} for name, value in row["values"].items()}
+        found["accuracy"] = mean_of_tasks(found["tasks"])
+    return found
 
 
 def _summary(at: Loaded, request: PaintRequest, points: Sequence[Point], results: _Results) -> dict[str, Any]:

@@ -24,29 +24,34 @@ def composition(units: Units, dropped: Sequence[Unit]) -> list[str]:
 
 
 def speedups(model: Any, units: Units, dropped: Sequence[Unit], length: int, new_tokens: int = 32) -> dict[str, float]:
-    """Speed of the dense ``model`` without ``dropped`` over its own, at batch size 1; 1 is as fast.
+    """Speed of the dense ``model`` without ``dropped`` over its own: :func:`relative_speed`."""
+    small = copy.deepcopy(model)
+    drop(small, find_units(small), dropped)
+    return relative_speed(model, small, length, new_tokens)
+
+
+def relative_speed(full: Any, small: Any, length: int, new_tokens: int = 32) -> dict[str, float]:
+    """Speed of ``small`` over that of ``full``, at batch size 1; 1 is as fast.
 
     A model that generates has ``prefill``, ``decode`` (per token) and ``whole`` (a prompt of ``length`` tokens, but at
     most 128, then ``new_tokens``, or as many as it has positions), and ``cache``: bytes over those of the full one.
     Others have ``whole`` alone.
     """
-    small = copy.deepcopy(model)
-    drop(small, find_units(small), dropped)
-    models, length = {"full": model, "small": small}, min(length, LONGEST_PROMPT)
-    longest = getattr(model.config, "max_position_embeddings", None)
+    models, length = {"full": full, "small": small}, min(length, LONGEST_PROMPT)
+    longest = getattr(full.config, "max_position_embeddings", None)
     if longest is not None:
         new_tokens = max(1, min(new_tokens, longest - length - 1))
-    if not model.can_generate():
+    if not full.can_generate():
         timed = compare_latency(models, [1], length, max_seconds=MAX_SECONDS)
         return {"whole": timed["full"][1].median_ms / timed["small"][1].median_ms}
-    full, less = (
+    before, after = (
         of_model[1]
         for of_model in compare_generation(models, [1], length, new_tokens, max_seconds=MAX_SECONDS).values()
     )
-    whole = [one.prefill.median_ms + new_tokens * one.decode.median_ms for one in (full, less)]
+    whole = [one.prefill.median_ms + new_tokens * one.decode.median_ms for one in (before, after)]
     return {
-        "prefill": full.prefill.median_ms / less.prefill.median_ms,
-        "decode": full.decode.median_ms / less.decode.median_ms,
+        "prefill": before.prefill.median_ms / after.prefill.median_ms,
+        "decode": before.decode.median_ms / after.decode.median_ms,
         "whole": whole[0] / whole[1],
-        "cache": less.cache_bytes / full.cache_bytes,
+        "cache": after.cache_bytes / before.cache_bytes,
     }

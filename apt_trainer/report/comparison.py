@@ -47,7 +47,8 @@ _OF_WHOLE_RUNS = ("train_seconds", "train_cpu_seconds", "peak_memory_bytes")  # 
 
 
 class Cell(NamedTuple):
-    """One metric of one variant over ``n`` seeds; std: of the sample; change and ratio: against the baseline."""
+    """One metric of one variant over ``n`` seeds; std: of the sample; change and ratio: against the baseline; low and
+    high: of an only seed, the interval that the run itself gives."""
 
     n: int = 0
     mean: float | None = None
@@ -55,6 +56,8 @@ class Cell(NamedTuple):
     change: float | None = None
     change_std: float | None = None
     ratio: float | None = None
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -136,9 +139,10 @@ def compare(records: Sequence[Record], baseline: str | None = None) -> Compariso
     _check_known(keys, records)
     for key in keys:
         values = {name: {r["seed"]: v for r in of if (v := _value(r, key)) is not None} for name, of in runs.items()}
-        for name in runs:
+        for name, of in runs.items():
             base = {} if baseline in (None, name) else values[str(baseline)]
-            cells[name][key] = _cell(values[name], base, last_word(key) in COSTS)
+            low, high = _interval(of[0], key) if len(of) == 1 else (None, None)
+            cells[name][key] = _cell(values[name], base, last_word(key) in COSTS)._replace(low=low, high=high)
     seeds = {name: len(of) for name, of in runs.items()}
     return Comparison({key: _label(key, records) for key in keys}, cells, seeds, baseline)
 
@@ -155,7 +159,9 @@ def rows(comparison: Comparison) -> list[dict[str, str]]:
 def caption(comparison: Comparison) -> str:
     base = f"In brackets, against {comparison.baseline}: difference (± over seeds), or for costs the ratio of means."
     fewer = any(0 < c.n < comparison.seeds[name] for name, cells in comparison.cells.items() for c in cells.values())
+    ends = any(cell.low is not None for cells in comparison.cells.values() for cell in cells.values())
     parts = ["Mean ± sample standard deviation over seeds.", "n of m: n of m seeds have it." if fewer else ""]
+    parts += ["a to b: 95 % interval of an only run." if ends else ""]
     return " ".join(filter(None, [*parts, base if comparison.baseline else ""]))
 
 
@@ -225,12 +231,20 @@ def _value(record: Record, key: str) -> float | None:
     return found if isinstance(found, int | float) and not partial else None
 
 
+def _interval(record: Record, key: str) -> tuple[float | None, float | None]:
+    """Ends of the 95 % interval that stand beside a ``value``."""
+    group, _, name = key.rpartition(".")
+    return (_value(record, f"{group}.low"), _value(record, f"{group}.high")) if name == "value" else (None, None)
+
+
 def _label(key: str, records: Sequence[Record]) -> str:
     names = {str(record["metrics"].get("metric_name")) for record in records}
     if key == "task_metric" and len(names) == 1:
         return names.pop()
     latency = key.startswith("latency_ms.pruned.") and key.endswith(".median_ms")
-    return f"latency, batch {key.split('.')[2]}" if latency else LABELS.get(key, key)
+    if latency:
+        return f"latency, batch {key.split('.')[2]}"
+    return LABELS.get(key, key.removesuffix(".value"))
 
 
 def _cell(values: Mapping[int, float], base: Mapping[int, float], is_cost: bool) -> Cell:
@@ -255,6 +269,8 @@ def _text(key: str, cell: Cell, seeds: int) -> str:
     form = COSTS.get(last_word(key), "{:.4f}".format)
     text = form(cell.mean) + (f" ± {form(cell.std)}" if cell.std is not None else "")
     notes = [f"{cell.n} of {seeds}"] if cell.n < seeds else []
+    if cell.low is not None and cell.high is not None:
+        notes.append(f"{form(cell.low)} to {form(cell.high)}")
     if cell.ratio is not None:
         notes.append(f"{cell.ratio:.2f}×")
     elif cell.change is not None:

@@ -43,6 +43,12 @@ svg {{ max-width: 100%; height: auto; }}
 """
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#333333")
 MARKERS = "osD^vP*"
+OF_DROPS = (
+    ("sparsity", "perplexity.value"),
+    ("speedup.whole", "accuracy.value"),
+    ("accuracy.value", "perplexity.value"),
+)
+OF_PLANS = (("perplexity.value", "accuracy.value"),)
 UNITS = {"bytes": (1e-6, " (MB)"), "seconds": (1.0, " (s)"), "ms": (1.0, " (ms)")}
 
 
@@ -50,13 +56,18 @@ def to_html(comparison: Comparison, records: Sequence[Record], title: str) -> st
     """The page; a picture whose numbers were not measured gives way to a sentence."""
     body = [_table(comparison), f"<p>{escape(caption(comparison))}</p>"]
     latencies = [key for key in comparison.labels if key.startswith(("latency_ms.pruned.", "generation.pruned."))]
-    for x, y in ((latencies[-1] if latencies else "latency", "task_metric"), ("train_seconds", "peak_memory_bytes")):
+    of_training = ((latencies[-1] if latencies else "latency", "task_metric"), ("train_seconds", "peak_memory_bytes"))
+    for x, y in _measured(comparison, OF_DROPS) or _measured(comparison, OF_PLANS) or of_training:
         known = {x, y} <= comparison.labels.keys()
         body.append(_scatter(comparison, x, y) if known else f"<p>Not measured: {escape(y)} against {escape(x)}.</p>")
     kept = {name: [r["kept"] for r in records if r["variant"] == name and r["kept"]] for name in comparison.cells}
     pruned = {name: runs for name, runs in kept.items() if runs}
     body.append(_layers(pruned) if pruned else "<p>Nothing was removed from any layer.</p>")
     return PAGE.format(title=escape(title), body="\n".join(body))
+
+
+def _measured(comparison: Comparison, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [pair for pair in pairs if comparison.labels.keys() >= set(pair)]
 
 
 def _table(comparison: Comparison) -> str:

@@ -74,6 +74,39 @@ def comparison_table(metrics: Mapping[str, Any], with_flops: bool = False) -> st
     return markdown_table(rows, [(header, header, None) for header in headers])
 
 
+def held_out_table(metrics: Mapping[str, Any]) -> str:
+    """Scores of a full model and of a smaller one with their 95 % intervals, and how much faster the smaller one is.
+
+    Args:
+        metrics: What :meth:`apt_trainer.depth.held_out.HeldOut.metrics` gives.
+    """
+    scores, whole = _named_scores(metrics), _named_scores(metrics.get("dense", {}))
+    rows: list[dict[str, Any]] = [
+        {"measure": name, "full": _score(whole.get(name)), "smaller": _score(one)} for name, one in scores.items()
+    ]
+    rows += [
+        {"measure": "cache, bytes" if name == "cache" else f"speed, {name}", "full": "1", "smaller": f"{value:.2f} ×"}
+        for name, value in metrics.get("speedup", {}).items()
+    ]
+    for key, name in (("sdr", "SDR"), ("sdr_relative", "SDR, relative")):
+        if metrics.get(key) is not None:
+            rows.append({"measure": name, "smaller": f"{metrics[key]:.3f}"})
+    return markdown_table(rows, [(header, header, None) for header in ("measure", "full", "smaller")])
+
+
+def _named_scores(found: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    names = {"perplexity": "perplexity", "exp_loss": "exp(loss)", "accuracy": "mean of tasks"}
+    scores = {name: found[key] for key, name in names.items() if key in found}
+    return scores | {f"{name}, {task['metric']}": task for name, task in found.get("tasks", {}).items()}
+
+
+def _score(one: Mapping[str, Any] | None) -> str | None:
+    if one is None or one["value"] is None:
+        return None
+    ends = f" ({one['low']:.4g} to {one['high']:.4g})" if "low" in one else ""
+    return f"{one['value']:.4g}{ends}"
+
+
 def scores_table(found: Mapping[str, Any]) -> str:
     """Table of scores with their confidence intervals.
 

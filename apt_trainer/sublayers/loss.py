@@ -39,17 +39,23 @@ def loss_name(model: Any, units: Units) -> str:
 
 def exp_loss(model: Any, units: Units, batches: Sequence[Batch]) -> float:
     """exp of the mean loss of ``model`` on ``batches``, which hold labels; infinite where it is not finite."""
+    sums = loss_sums(model, units, batches)
+    return bounded_exp(sum(total for total, _ in sums) / sum(count for _, count in sums))
+
+
+def loss_sums(model: Any, units: Units, batches: Sequence[Batch]) -> list[tuple[float, int]]:
+    """(Σ loss in nats, what it was summed over) of each batch; raises :class:`UserError` for nothing to predict."""
     device = next(model.parameters()).device
-    total, count = 0.0, 0
     with evaluating(model):
-        for batch in batches:
-            inputs = {name: value.to(device) for name, value in batch.items()}
-            of_batch, number = _sum(model, units, inputs)
-            total, count = total + of_batch, count + number
-    if count == 0:
+        sums = [_sum(model, units, {name: value.to(device) for name, value in batch.items()}) for batch in batches]
+    if not any(count for _, count in sums):
         raise UserError("The calibration data hold nothing to predict. Give more text, or rows with labels.")
-    mean = total / count
-    return math.exp(mean) if mean < _LARGEST else math.inf  # not a number is infinite too
+    return sums
+
+
+def bounded_exp(mean: float) -> float:
+    """exp of a loss; infinite where that is no float, and where the loss is not a number."""
+    return math.exp(mean) if mean < _LARGEST else math.inf
 
 
 def _sum(model: Any, units: Units, inputs: dict[str, torch.Tensor]) -> tuple[float, int]:

@@ -1,0 +1,44 @@
+"""Which runs of a study need what other runs of it save: as teacher, as model or as tokenizer. Starts nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+from apt_trainer.ablation.study import Run, Study
+from apt_trainer.errors import UserError
+
+INPUTS = ("teacher_name_or_path", "model_name_or_path", "tokenizer_name_or_path", "model")  # "model": of other verbs
+
+
+def name_of(run: Run) -> str:
+    return f"{run.variant}, seed {run.seed}"
+
+
+def find_needs(study: Study) -> dict[Run, list[Run]]:
+    """For each run the others of the study whose folder it reads from.
+
+    Raises:
+        UserError: runs that need each other, or a run that needs itself.
+    """
+    needs = {run: _needed(run, study.runs) for run in study.runs}
+    try:
+        TopologicalSorter(needs).prepare()
+    except CycleError as error:
+        runs = " → ".join(name_of(run) for run in reversed(error.args[1]))
+        raise UserError(
+            f"{study.path}: each of these runs needs the next one's result first: {runs}. Name another folder in "
+            f"{' or '.join(INPUTS[:2])} of one of them."
+        ) from error
+    return needs
+
+
+def _needed(run: Run, runs: Sequence[Run]) -> list[Run]:
+    named = [_place(value) for value in map(run.given.get, INPUTS) if isinstance(value, str)]
+    return [other for other in runs if any(path.is_relative_to(_place(other.folder)) for path in named)]
+
+
+def _place(path: str | Path) -> Path:
+    return Path(os.path.abspath(os.path.expanduser(path)))
