@@ -50,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--baseline", choices=BASELINES, default="current", help="what nri compares with (default: current)"
     )
     parser.add_argument(
+        "--scores", metavar="FILE", help="scores.json of analyze: its losses are not measured again by nri"
+    )
+    parser.add_argument(
         "--strategy", choices=STRATEGIES, default="one_shot", help="rank once, or anew after each drop (one_shot)"
     )
     parser.add_argument(
@@ -81,6 +84,7 @@ def _request(args: argparse.Namespace) -> DropRequest:
         strategy=args.strategy,
         protect=args.protect,
         drop_list=args.drop_list,
+        scores=args.scores,
         seed=args.seed,
     )
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from apt_trainer.checkpoint import save_pruned
 from apt_trainer.depth.held_out import HeldOut, HeldOutRequest
-from apt_trainer.depth.inputs import PROGRESS_FILE, DataRequest, Loaded, open_folder, prepare, stored_losses
+from apt_trainer.depth.inputs import (
+    PROGRESS_FILE,
+    DataRequest,
+    Loaded,
+    analysed_losses,
+    open_folder,
+    prepare,
+    stored_losses,
+)
 from apt_trainer.errors import UserError, unknown_choice
 from apt_trainer.measure import count_parameters
 from apt_trainer.report.comparison import METRICS_FILE
@@ -23,6 +31,7 @@ from apt_trainer.sublayers.cosine import Watch, cosine_scores, unwatched
 from apt_trainer.sublayers.costs import Shape, cache_bytes, shares, unit_costs
 from apt_trainer.sublayers.drop import collapse_warning, depth_share, depth_warning, drop, head_share
 from apt_trainer.sublayers.gates import switched_off
+from apt_trainer.sublayers.impact import Losses
 from apt_trainer.sublayers.loss import exp_loss, loss_name
 from apt_trainer.sublayers.select import (
     Budget,
@@ -45,7 +54,8 @@ NOTHING = HeldOutRequest()
 
 @dataclass(frozen=True)
 class DropRequest:
-    """What to drop, by which score; see ``sublayers.choices`` for the names. ``drop_list`` replaces all of it."""
+    """What to drop, by which score; see ``sublayers.choices`` for the names. ``drop_list`` replaces all of it.
+    ``scores``: a ``scores.json`` of ``analyze`` on the same model and data, whose losses nri does not measure anew."""
 
     kind: str = "attention"
     count: int | None = None
@@ -57,6 +67,7 @@ class DropRequest:
     strategy: str = "one_shot"
     protect: Sequence[int] = ()
     drop_list: str | None = None
+    scores: str | None = None
     seed: int = 0
 
     def check(self, has_data: bool) -> None:
@@ -69,6 +80,8 @@ class DropRequest:
         ):
             if getattr(self, name) not in allowed:
                 raise unknown_choice(name, getattr(self, name), allowed)
+        if self.scores is not None and (self.method != "nri" or self.drop_list is not None):
+            raise UserError("scores holds losses, which only method nri ranks by. Leave it out, or choose nri.")
         if self.drop_list is not None:
             if self.count is not None or self.fraction is not None:
                 raise UserError("drop_list says what to drop; leave count and fraction out.")
@@ -109,6 +122,7 @@ def drop_units(
     request.check(data is not None)
     at = prepare(settings, data)
     listed, candidates, budget = _asked(at, request)
+    analysed = None if request.scores is None else analysed_losses(at, request.scores)
     measures = HeldOut(at, held_out)
     folder = open_folder(output, resume)
     (folder / METRICS_FILE).unlink(missing_ok=True)  # of an earlier drop
@@ -122,7 +136,8 @@ def drop_units(
         if request.fraction is not None and request.fraction_of == "latency":
             costs = unit_costs(at.model, at.units, "latency", at.shape, heads=request.kind == "heads")
             budget = Budget(None, request.fraction, shares(costs, at.units), at.units)
-        choice = _choose(at, request, candidates, budget, folder, watch)
+        losses = partial(stored_losses, at, folder, analysed)
+        choice = _choose(at, request, candidates, budget, losses, watch)
     seconds, dropped = time.perf_counter() - started, choice.units
     warnings = [depth_warning(at.units, dropped)]
     if at.calibration is not None and at.calibration.has_labels:
@@ -175,7 +190,12 @@ def _asked(at: Loaded, request: DropRequest) -> tuple[tuple[Unit, ...] | None, t
 
 
 def _choose(
-    at: Loaded, request: DropRequest, candidates: Sequence[Unit], budget: Budget, folder: Path, watch: Watch
+    at: Loaded,
+    request: DropRequest,
+    candidates: Sequence[Unit],
+    budget: Budget,
+    losses: Callable[[], Losses],
+    watch: Watch,
 ) -> Choice:
     batches = () if at.calibration is None else at.calibration.batches
     if request.kind == "consecutive" and request.method == "cosine":
@@ -187,7 +207,7 @@ def _choose(
     elif request.method == "nri":
         costs = unit_costs(at.model, at.units, request.cost, at.shape, heads=request.kind == "heads")
         share = shares(costs, at.units)
-        ranker = ImpactRanker(stored_losses(at, folder), share, request.baseline, watch)
+        ranker = ImpactRanker(losses(), share, request.baseline, watch)
     elif request.method == "reverse":
         ranker = ReverseRanker(at.units)
     else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,8 +167,9 @@ def read_progress(at: Loaded, folder: Path) -> list[dict[str, Any]]:
     return events[1:]
 
 
-def stored_losses(at: Loaded, folder: Path) -> Losses:
-    """Losses that are kept in ``folder`` one by one, those of an earlier run on the same model and data included.
+def stored_losses(at: Loaded, folder: Path, analysed: Mapping[Key, float] | None = None) -> Losses:
+    """Losses that are kept in ``folder`` one by one, those of an earlier run on the same model and data included, and
+    those ``analysed`` before.
 
     Raises :class:`UserError` where that of the full model, which is measured at once, is not finite; nothing of the
     measurement then stays in ``folder``.
@@ -174,7 +177,7 @@ def stored_losses(at: Loaded, folder: Path) -> Losses:
     assert at.calibration is not None
     file = folder / PROGRESS_FILE
     events = [event for event in read_progress(at, folder) if "without" in event]
-    known: dict[Key, float] = {tuple(event["without"]): _from_json(event["loss"]) for event in events}
+    known = dict(analysed or {}) | {tuple(event["without"]): _from_json(event["loss"]) for event in events}
 
     def record(key: Key, value: float) -> None:
         append_event(file, {"without": list(key), "loss": value if math.isfinite(value) else None})
@@ -185,6 +188,32 @@ def stored_losses(at: Loaded, folder: Path) -> Losses:
     except UserError:  # nothing that another try could go on with
         file.unlink()
         raise
+    return losses
+
+
+def analysed_losses(at: Loaded, path: str) -> dict[Key, float]:
+    """Losses in a ``scores.json`` of ``analyze``; raises :class:`UserError` for one of another model or other data."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        same = all(found[key] == value for key, value in at.described().items())
+        rows = {row["name"]: row for row in found["units"]}
+        dense = float(found["loss_dense"])
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}. Give scores.json of apt-trainer analyze.") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path} holds no losses of apt-trainer analyze ({error!r}). Analyze with method nri."
+        ) from error
+    if not same:
+        raise UserError(
+            f"{path} is of another model or other data. Give the model, dtype, data, samples, length and seed that it "
+            "was made with, or leave scores out."
+        )
+    losses: dict[Key, float] = {(): dense}
+    for unit in at.units.members:
+        row = rows.get(at.units.label(unit), {})
+        if "loss" in row:
+            losses[tuple(sorted(part.name for part in at.units.parts([unit])))] = _from_json(row["loss"])
     return losses
 
 

@@ -84,7 +84,7 @@ def _draw_units(figure: Figure, axes: Axes, found: Mapping[str, Any], stack: str
     image = axes.imshow(values, aspect="auto", cmap=_MAP, vmin=float(real.min()) if real.size else 0.0, vmax=top)
     for row, column in zip(*np.nonzero(np.isfinite(values)), strict=True):
         if values[row, column] > top:  # an outlier is told by its number, so that the rest keeps its colours
-            axes.text(column, row, f"{values[row, column]:.2g}", ha="center", va="center", fontsize=6)
+            axes.text(column, row, _short(values[row, column]), ha="center", va="center", fontsize=6)
     axes.set_yticks(range(len(kinds)), [kind.replace("_", "-") for kind in kinds])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
     axes.set_xlabel("layer")
@@ -114,3 +114,11 @@ def draw_similarity(figure: Figure, axes: Axes, matrix: Sequence[Sequence[float]
 
 def _number(value: float) -> str:
     return f"{value:.4g}"
+
+
+def _short(value: float) -> str:
+    """Two digits or three, so that numbers of neighbouring cells do not touch: 0.35, 68, 855, 2.7k, 936k."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.{int(value < 10 * size)}f}{letter}"
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"

@@ -16,6 +16,7 @@ from apt_trainer import cli, load_pruned
 from apt_trainer.depth.held_out import loss_with_interval, mean_of_tasks
 from apt_trainer.evaluation.bootstrap import mean_interval
 from apt_trainer.evaluation.harness import run_tasks
+from apt_trainer.sublayers.impact import Losses
 from apt_trainer.sublayers.loss import exp_loss, loss_sums
 from apt_trainer.sublayers.metrics import sdr, sdr_relative
 from apt_trainer.sublayers.units import find_units
@@ -93,6 +94,39 @@ def test_rows_with_labels_have_a_loss_that_is_no_perplexity(tmp_path: Path) -> N
     assert "perplexity" not in found and found["exp_loss"]["value"] == pytest.approx(found["loss_after"], rel=1e-6)
     assert found["dense"]["exp_loss"]["value"] == pytest.approx(found["loss_before"], rel=1e-6)
     assert cli.main([*place, "--data", "some text", "--lm_eval", "piqa_local", "--count", "1", "--output", "x"]) == 2
+
+
+@pytest.mark.parametrize("kind", ["joint", "block"])
+def test_a_drop_after_an_analysis_measures_nothing_twice(kind: str, saved: Path, tmp_path: Path, monkeypatch) -> None:
+    assert cli.main(["analyze", *model_and_data(saved), "--methods", "nri", "--output", str(tmp_path / "scores")]) == 0
+    asked = ["--kind", kind, "--count", "2", "--method", "nri"]
+    assert drop(saved, tmp_path / "alone", *asked) == 0
+    measured: list[tuple[str, ...]] = []
+    without = Losses.without
+    monkeypatch.setattr(Losses, "without", lambda self, off: measured.append(self.key(off)) or without(self, off))
+    known: dict[tuple[str, ...], float] = {}
+    init = Losses.__init__
+    monkeypatch.setattr(Losses, "__init__", lambda self, *args: (known.update(args[3]), init(self, *args))[1])
+    assert drop(saved, tmp_path / "after", *asked, "--scores", str(tmp_path / "scores" / "scores.json")) == 0
+    assert measured and set(measured) <= known.keys()
+    steps = [json.loads((tmp_path / name / "drop_report.json").read_text())["steps"] for name in ("alone", "after")]
+    assert steps[0] == steps[1]
+
+
+def test_scores_that_do_not_fit_are_told_first(saved: Path, tmp_path: Path, capsys) -> None:
+    assert cli.main(["analyze", *model_and_data(saved), "--methods", "cosine", "--output", str(tmp_path / "a")]) == 0
+    scores = tmp_path / "a" / "scores.json"
+    for more, message in (
+        (["--method", "nri"], "holds no losses of apt-trainer analyze"),
+        (["--method", "cosine"], "only method nri ranks by"),
+    ):
+        assert drop(saved, tmp_path / "out", "--count", "1", *more, "--scores", str(scores)) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert drop(saved, tmp_path / "out", "--count", "1", "--method", "nri", "--scores", "missing.json") == 2
+    found = json.loads(scores.read_text()) | {"loss_dense": 1.0, "dtype": "bfloat16"}
+    scores.write_text(json.dumps(found))
+    assert drop(saved, tmp_path / "out", "--count", "1", "--method", "nri", "--scores", str(scores)) == 2
+    assert "of another model or other data" in capsys.readouterr().err
 
 
 def test_numbers_that_are_not_finite_are_none_and_an_only_batch_has_no_interval() -> None:

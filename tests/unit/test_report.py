@@ -11,6 +11,7 @@ import pytest
 from apt_trainer.errors import UserError
 from apt_trainer.report.events import append_event, read_events, truncate_after, write_json
 from apt_trainer.report.plots import Phase, find_phases, plot_run
+from apt_trainer.report.sublayers import _short
 from apt_trainer.report.tables import comparison_table, format_bytes, format_count, format_seconds, markdown_table
 
 
@@ -255,3 +256,11 @@ def test_format_bytes_and_seconds():
         "3 h 04 min",
         "–",
     ]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(0.3535, "0.35"), (68.43, "68"), (854.9, "855"), (2713, "2.7k"), (9.361e5, "936k"), (2e9, "2.0G")],
+)
+def test_numbers_in_cells_are_short(value, expected):
+    assert _short(value) == expected
