@@ -215,9 +215,8 @@ def _train_dense(recipe: Recipe, output: Path) -> dict[str, Any]:
 def evaluate(model: str | ModelSettings, recipe: Recipe | None = None) -> dict[str, float]:
     """Metrics of a saved model on the test data of ``recipe``, or of the recipe it was trained with.
 
-    ``model`` is a folder or hub name, or says more than that. Scores that
-    :func:`~apt_trainer.evaluation.task_intervals.score_intervals` knows also have the ends of their 95 % confidence
-    interval, as ``…accuracy_low`` and ``…accuracy_high`` (test rows drawn with replacement).
+    ``model`` is a folder or hub name, or says more than that. The scores of the task also have the ends of their 95 %
+    confidence interval, as ``…accuracy_low`` and ``…accuracy_high`` (test rows drawn with replacement).
     """
     path = model if isinstance(model, str) else str(model.model_name_or_path)
     recipe = recipe or recipe_of(Path(path))
@@ -241,7 +240,8 @@ def evaluate(model: str | ModelSettings, recipe: Recipe | None = None) -> dict[s
     )
     scores = trainer.evaluate(metric_key_prefix=data.test_name)
     scores = {name: value for name, value in scores.items() if isinstance(value, float)}
-    intervals = score_intervals(recipe.data.task, data.metric_name, predictions[0], data.metrics["test"])
+    task, compute, sums = recipe.data.task, data.metrics["test"], data.sums.get("test")
+    intervals = score_intervals(task, data.metric_name, predictions[0], compute, sums)
     for name, (low, high) in intervals.items():
         scores |= {f"{data.test_name}_{name}_low": low, f"{data.test_name}_{name}_high": high}
     return scores

@@ -1,4 +1,4 @@
-"""Which runs of a study need what other runs of it save: as teacher, as model or as tokenizer. Starts nothing."""
+"""Which runs of a study need what other runs of it save, such as a teacher or a model. Starts nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 from apt_trainer.ablation.study import Run, Study
 from apt_trainer.errors import UserError
 
-INPUTS = ("teacher_name_or_path", "model_name_or_path", "tokenizer_name_or_path", "model")  # "model": of other verbs
+INPUTS = ("teacher_name_or_path", "model_name_or_path", "tokenizer_name_or_path")
+_OF_OTHER_VERBS = ("model", "scores", "drop_list")
 
 
 def name_of(run: Run) -> str:
@@ -36,7 +37,7 @@ def find_needs(study: Study) -> dict[Run, list[Run]]:
 
 
 def _needed(run: Run, runs: Sequence[Run]) -> list[Run]:
-    named = [_place(value) for value in map(run.given.get, INPUTS) if isinstance(value, str)]
+    named = [_place(value) for value in map(run.given.get, (*INPUTS, *_OF_OTHER_VERBS)) if isinstance(value, str)]
     return [other for other in runs if any(path.is_relative_to(_place(other.folder)) for path in named)]
 
 

@@ -10,10 +10,12 @@ import gc
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from apt_trainer.errors import UserError
@@ -47,7 +49,8 @@ def measure_peak(request: PeakRequest) -> dict[str, Any]:
     """Run ``request`` in a fresh process.
 
     Returns:
-        ``weight_bytes``: of the model's tensors. ``peak_bytes``: those plus what running adds to the process at most.
+        ``weight_bytes``: of the model's tensors. ``peak_bytes``: those plus what running adds to the process at most,
+        whether the weights were read from a file or made.
         ``includes_loading``: this system cannot start the peak anew, so it is that of loading and running, above the
         process without a model.
 
@@ -70,13 +73,22 @@ def run(request: PeakRequest) -> dict[str, Any]:
     settings = ModelSettings(**request.settings)
     model = load_dense_shape(settings) if request.dense_shape else load_saved(settings)
     model = model.to(torch.device(request.device))
-    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    tensors = (*model.parameters(), *model.buffers())
+    weights = sum(t.numel() * t.element_size() for t in tensors)
+    _read(tensors)
     _use(model, 1, 2, 1)  # what the first call imports and builds is not the model's
     gc.collect()
     anew, before = reset_peak(request.device), current_memory_bytes(request.device)
     _use(model, request.batch_size, request.length, request.new_tokens)
     peak = weights + max(0, peak_memory_bytes(request.device) - before) if anew else memory.above_start()
     return {"peak_bytes": peak, "weight_bytes": weights, "includes_loading": not anew}
+
+
+def _read(tensors: Iterable[Tensor]) -> None:
+    """Make all weights resident. Those of a file are mapped, and a page of it becomes a part of the process when it is
+    first read: in the embeddings that would be during the measured call, which would count it again."""
+    for tensor in tensors:
+        torch.count_nonzero(tensor)
 
 
 def _use(model: PreTrainedModel, batch_size: int, length: int, new_tokens: int) -> None:

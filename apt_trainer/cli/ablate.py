@@ -6,8 +6,12 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from apt_trainer.cli import drop, paint
+
+if TYPE_CHECKING:
+    from apt_trainer.ablation.commands import Command
 
 HELP = "Run a study: variants times seeds, side by side; continues where it was stopped. Prints a table."
 TAKES_SETTINGS = True
@@ -28,19 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from apt_trainer.ablation.commands import OptionsCommand
     from apt_trainer.ablation.runner import run_study
-    from apt_trainer.ablation.study import TRAIN, read_study
-    from apt_trainer.depth.inputs import PROGRESS_FILE
-    from apt_trainer.depth.paint import RESULTS_FILE as PLANS_FILE
+    from apt_trainer.ablation.study import read_study
     from apt_trainer.report.comparison import RESULTS_FILE, compare, read_results, to_markdown
 
-    commands = (
-        TRAIN,
-        OptionsCommand("drop", drop.add_arguments, drop.check, PROGRESS_FILE),
-        OptionsCommand("paint", paint.add_arguments, paint.check, PLANS_FILE),
-    )
-    study = read_study(args.study, args.output_dir, args.seeds, overrides, commands)
+    study = read_study(args.study, args.output_dir, args.seeds, overrides, study_commands())
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))  # through the clean-up, as for SIGINT
     failures = run_study(study, args.jobs, lambda line: print(line, file=sys.stderr, flush=True))
@@ -49,3 +45,17 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     for name, log in failures.items():
         print(f"\nfailed: {name}\n{log}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def study_commands() -> list[Command]:
+    """Verbs that a study can run, the default first."""
+    from apt_trainer.ablation.commands import OptionsCommand
+    from apt_trainer.ablation.study import TRAIN
+    from apt_trainer.depth.inputs import PROGRESS_FILE
+    from apt_trainer.depth.paint import RESULTS_FILE
+
+    return [
+        TRAIN,
+        OptionsCommand("drop", drop.add_arguments, drop.check, PROGRESS_FILE),
+        OptionsCommand("paint", paint.add_arguments, paint.check, RESULTS_FILE),
+    ]

@@ -62,7 +62,9 @@ def run_tasks(
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit} must be at least 1; leave it out to use all examples.")
     manager = _task_manager(tasks, task_path)
-    backend = "seq2seq" if model.config.is_encoder_decoder else "causal"
+    backend = "causal"
+    if model.config.is_encoder_decoder:
+        backend, language_model = "seq2seq", _with_own_length(language_model)
     with evaluating(model), _errors_only("lm_eval.models.huggingface"):
         wrapped = language_model(pretrained=model, tokenizer=tokenizer, backend=backend, batch_size=batch_size)
         try:
@@ -112,6 +114,22 @@ def _imported() -> tuple[Any, Any]:
             f"Tasks of lm_eval need lm-evaluation-harness ({error}). Install it: pip install 'apt-trainer[lm_eval]'."
         ) from error
     return lm_eval, HFLM
+
+
+def _with_own_length(base: Any) -> Any:
+    """``base`` (``HFLM``) for a model with an encoder and a decoder, which generates as much as a task allows.
+
+    lm_eval counts the prompt in the length to generate, which is right for decoders. Here answers would be longer by
+    as many tokens as the longest prompt of their batch has.
+    """
+
+    class EncoderDecoder(base):  # type: ignore[misc]
+        def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
+            """``max_length`` as lm_eval says it: tokens of ``context`` and new ones."""
+            new = max(1, max_length - context.shape[1])
+            return super()._model_generate(context, 1 + new, stop, **options)  # after the decoder's start token
+
+    return EncoderDecoder
 
 
 def _task_manager(tasks: Sequence[str], task_path: str | None) -> Any:

@@ -1,7 +1,7 @@
 """95 % confidence intervals of a task's scores, from its predictions (percentile bootstrap over rows).
 
-For classification, regression, ROUGE, and perplexity and accuracy per token. Not for BLEU, chrF, tags and answers to
-questions, whose scores of single rows are not known here.
+For every score of every task. Scores of tags, answers and translations come from what a row adds to their sums, which
+the task tells. Not for how much two models differ on the same rows.
 """
 
 from __future__ import annotations
@@ -12,16 +12,22 @@ import numpy as np
 from scipy import stats
 from transformers import EvalPrediction
 
-from apt_trainer.evaluation.bootstrap import CONFIDENCE, RESAMPLES, Interval, mean_interval
+from apt_trainer.evaluation.bootstrap import RESAMPLES, Interval, interval_of, mean_interval, summed_intervals
 from apt_trainer.tasks.base import ComputeMetrics, first_output
 from apt_trainer.tasks.generation_scores import ROUGE
+from apt_trainer.tasks.summed_scores import SummedScores
 
 _CELLS = 1 << 22  # resampled values held at a time
-_ENDS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
 Intervals = dict[str, Interval]
 
 
-def score_intervals(task: str, metric: str, prediction: EvalPrediction, metrics: ComputeMetrics) -> Intervals:
+def score_intervals(
+    task: str,
+    metric: str,
+    prediction: EvalPrediction,
+    metrics: ComputeMetrics,
+    sums: Callable[[EvalPrediction], SummedScores] | None = None,
+) -> Intervals:
     """Interval of each score that ``metrics`` gives for ``prediction``, as far as one is known.
 
     Args:
@@ -29,7 +35,11 @@ def score_intervals(task: str, metric: str, prediction: EvalPrediction, metrics:
         metric: Name of its metric; with "perplexity" the predictions of any task are sums per row.
         prediction: Of all rows, in the form that the task gives to ``metrics``.
         metrics: ``compute_metrics`` of the task.
+        sums: What it sums over rows, where the task tells.
     """
+    if sums is not None:
+        summed = sums(prediction)
+        return summed_intervals(summed.rows, summed.scores)
     outputs = first_output(prediction.predictions)
     if metric in ("perplexity", "token_accuracy"):
         return token_intervals(np.asarray(outputs, dtype=np.float64))
@@ -75,8 +85,8 @@ def classification_intervals(logits: np.ndarray, labels: np.ndarray) -> Interval
         matthews.append(_matthews(confusion))
     return {
         "accuracy": mean_interval(predicted == labels),
-        "f1": _interval(np.concatenate(f1)),
-        "matthews": _interval(np.concatenate(matthews)),
+        "f1": interval_of(np.concatenate(f1)),
+        "matthews": interval_of(np.concatenate(matthews)),
     }
 
 
@@ -115,7 +125,7 @@ def _resampled(statistic: Callable[[np.ndarray, np.ndarray], np.ndarray], *value
     for start in range(0, RESAMPLES, size):
         rows = generator.integers(n, size=(min(size, RESAMPLES - start), n))
         found.append(statistic(*(of[rows] for of in values)))
-    return _interval(np.concatenate(found))
+    return interval_of(np.concatenate(found))
 
 
 def _pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -128,8 +138,3 @@ def _pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return _pearson(stats.rankdata(a, axis=1), stats.rankdata(b, axis=1))
-
-
-def _interval(values: np.ndarray) -> Interval:
-    low, high = np.quantile(values, _ENDS)
-    return Interval(float(low), float(high))

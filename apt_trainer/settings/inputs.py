@@ -50,7 +50,9 @@ class DataSettings:
     train_split: str = setting("train", "Split of the hub data set to train on.")
     validation_split: str = setting("validation", "Split of the hub data set to validate on.")
     test_split: str | None = setting(None, "Split of the hub data set to report on.")
-    text_column: str | None = setting(None, "Column with the text, the tokens, the question or the source text.")
+    text_column: str | None = setting(
+        None, "Column with the text, the tokens, the question or the source text; of a record, as translation.de."
+    )
     text_pair_column: str | None = setting(None, "Column with the second text, or the context of a question.")
     label_column: str = setting("label", "Column with the label, the number, the tags or the answers.")
     target_column: str | None = setting(None, "Column with the summary or the translation.")

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from apt_trainer.errors import UserError, unknown_choice
 from apt_trainer.settings import DataSettings, check_choices
@@ -28,7 +28,9 @@ from apt_trainer.tasks.architecture import DECODER, ENCODER, ENCODER_DECODER, ar
 from apt_trainer.tasks.base import FirstRows, TaskData
 from apt_trainer.tasks.generation_scores import ROUGE
 from apt_trainer.tasks.loading import read_parts, split_parts
+from apt_trainer.tasks.nested import with_fields
 from apt_trainer.tasks.packing import keeps_sequences_apart
+from apt_trainer.tasks.prompts import Template
 
 __all__ = ["TASK_KINDS", "TaskData", "TaskKind", "architecture_of", "keeps_sequences_apart", "load_task"]
 
@@ -128,7 +130,8 @@ def load_task(
     _check_numbers(data)
     _give_padding(tokenizer, architecture)
     _check_lengths(data, kind, tokenizer, max_positions)
-    parts = read_parts(data)
+    named = _named_columns(data)
+    parts = {part: with_fields(rows, named) for part, rows in read_parts(data).items()}
     columns = kind.find_columns(parts, data)
     splits = split_parts(
         parts, data, seed, seed if split_seed is None else split_seed, columns.label if kind.stratified else None
@@ -137,14 +140,30 @@ def load_task(
     return _finished(task, tokenizer, architecture)
 
 
+def _named_columns(data: DataSettings) -> list[str]:
+    """Columns that the settings name, alone or within a template."""
+    named = [getattr(data, field.name) for field in dataclasses.fields(data) if field.name.endswith("_column")]
+    for setting in ("template", "template_without_input"):
+        template = getattr(data, setting)
+        named += () if template is None else Template.parse(template, setting).columns
+    return [name for name in named if name is not None]
+
+
 def _finished(task: TaskData, tokenizer: PreTrainedTokenizerBase, architecture: str) -> TaskData:
-    validation = FirstRows(task.metrics["validation"], len(task.validation))
-    test = validation if task.test is task.validation else FirstRows(task.metrics["test"], len(task.test))
-    changes: dict[str, Any] = {"metrics": {"validation": validation, "test": test}}
+    changes: dict[str, Any] = {"metrics": _for_parts(task, task.metrics), "sums": _for_parts(task, task.sums)}
     if architecture == DECODER and task.model_class == "AutoModelForSequenceClassification":
         # the model reads the last token that is no padding
         changes["model_kwargs"] = task.model_kwargs | {"pad_token_id": tokenizer.pad_token_id}
     return dataclasses.replace(task, **changes)
+
+
+def _for_parts(task: TaskData, functions: Mapping[str, Callable[[EvalPrediction], Any]]) -> dict[str, Any]:
+    """One of ``functions`` for each part, which sees the rows of its part only."""
+    if not functions:
+        return {}
+    validation = FirstRows(functions["validation"], len(task.validation))
+    test = validation if task.test is task.validation else FirstRows(functions["test"], len(task.test))
+    return {"validation": validation, "test": test}
 
 
 def _check_architecture(task: str, kind: TaskKind, architecture: str) -> None:

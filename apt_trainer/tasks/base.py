@@ -11,8 +11,8 @@ import importlib.util
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,6 +22,8 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from apt_trainer.errors import UserError
 from apt_trainer.settings import DataSettings
+from apt_trainer.tasks.nested import names_with_fields
+from apt_trainer.tasks.summed_scores import SummedScores
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ PART_NAMES = {"train": "training", "validation": "validation", "test": "test"}
 IGNORED_LABEL = -100  # the index that torch's cross-entropy leaves out
 
 ComputeMetrics = Callable[[EvalPrediction], dict[str, float]]
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class TaskData:
     batch, so that the logits of a data set are never held at once. ``generation_length`` is set where the metrics
     compare generated texts: the most tokens to generate, start token included. ``keeps_order``: the metrics need
     predictions in the order of the rows. ``packed``: a training row holds several sequences, which must not see each
-    other.
+    other. ``sums``: what ``metrics`` sums over rows, for their intervals; empty where a row alone has its score.
     """
 
     train: Dataset
@@ -63,6 +66,7 @@ class TaskData:
     generation_length: int | None = None
     keeps_order: bool = False
     packed: bool = False
+    sums: Mapping[str, Callable[[EvalPrediction], SummedScores]] = field(default_factory=dict)
 
 
 class HasNames(Protocol):
@@ -112,14 +116,14 @@ def keep_logits(predictions: Any, labels: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class FirstRows:
-    """``metrics`` without the rows that several processes repeat at the end so that their last batch is full."""
+class FirstRows(Generic[_Result]):
+    """``function`` without the rows that several processes repeat at the end so that their last batch is full."""
 
-    metrics: ComputeMetrics
+    function: Callable[[EvalPrediction], _Result]
     number: int
 
-    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        return self.metrics(
+    def __call__(self, prediction: EvalPrediction) -> _Result:
+        return self.function(
             EvalPrediction(
                 predictions=_first(prediction.predictions, self.number),
                 label_ids=_first(prediction.label_ids, self.number),
@@ -140,11 +144,15 @@ def require_column(rows: Dataset, column: str, setting: str, part: str) -> None:
     """Raise :class:`UserError` with the nearest name where ``column`` is missing from one part."""
     if column in rows.column_names:
         return
-    close = difflib.get_close_matches(column, rows.column_names, n=1)
+    names = names_with_fields(rows)
+    close = difflib.get_close_matches(column, names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else f" Set {setting}."
+    record = column.partition(".")[0]
+    if record != column and record in names and not any(name.startswith(f"{record}.") for name in names):
+        hint = f" Not every row of {record!r} is a record with the same fields."
     raise UserError(
         f"{setting}={column!r} is not a column of the {PART_NAMES[part]} data. "
-        f"Its columns are: {', '.join(rows.column_names)}.{hint}"
+        f"Its columns are: {', '.join(names)}.{hint}"
     )
 
 
@@ -164,7 +172,7 @@ def only_column(rows: Dataset, taken: Iterable[str | None], fits: Callable[[Any]
     several = f"several columns hold {kind} ({', '.join(found)})" if found else f"no further column holds {kind}"
     raise UserError(
         f"text_column is not set, and in the training data {several}. "
-        f"Its columns are: {', '.join(rows.column_names)}. Set text_column (and text_pair_column for pairs)."
+        f"Its columns are: {', '.join(names_with_fields(rows))}. Set text_column (and text_pair_column for pairs)."
     )
 
 

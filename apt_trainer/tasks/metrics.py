@@ -102,10 +102,16 @@ def answer_f1(predicted: str, gold: str) -> float:
 
 
 def squad_scores(predicted: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Means over questions of the best score against any gold answer; no gold answer means that "" is right."""
-    exact, f1 = [], []
+    """Means over questions of :func:`squad_rows`."""
+    exact, f1 = squad_rows(predicted, golds).mean(axis=0)
+    return {"exact_match": float(exact), "f1": float(f1)}
+
+
+def squad_rows(predicted: Sequence[str], golds: Sequence[Sequence[str]]) -> np.ndarray:
+    """[questions, 2]: exact match and F1, the best against any gold answer; none at all means that "" is right."""
+    rows = []
     for text, answers in zip(predicted, golds, strict=True):
         allowed = [answer for answer in answers if normalise_answer(answer)] or [""]
-        exact.append(max(normalise_answer(text) == normalise_answer(answer) for answer in allowed))
-        f1.append(max(answer_f1(text, answer) for answer in allowed))
-    return {"exact_match": float(np.mean(exact)), "f1": float(np.mean(f1))}
+        exact = max(normalise_answer(text) == normalise_answer(answer) for answer in allowed)
+        rows.append((float(exact), max(answer_f1(text, answer) for answer in allowed)))
+    return np.array(rows)

@@ -7,7 +7,7 @@ best span over all of its features. Source of the format and of the null score: 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,12 +33,14 @@ from apt_trainer.tasks.base import (
     right_padding,
 )
 from apt_trainer.tasks.metrics import squad_scores
+from apt_trainer.tasks.summed_scores import answer_sums
 
 logger = logging.getLogger(__name__)
 
 MAX_ANSWER_TOKENS = 30
 # Columns beside the model's inputs: question number, characters of each token (-1 outside the context), null position.
 SPAN_COLUMNS = ["question", "span_start", "span_end", "null_position"]
+_Answers = Callable[[EvalPrediction], tuple[list[str], list[list[str]]]]
 
 
 def find_columns(parts: dict[str, Dataset], data: DataSettings) -> Columns:
@@ -70,9 +72,9 @@ def build(
             "Use labelled data, or leave out the test data."
         )
     encoded = {part: _encode(rows, columns, data, tokenizer) for part, rows in splits.parts.items()}
-    metrics = {
+    answers = {
         part: partial(
-            _metrics,
+            _answers,
             features=encoded[part].select_columns(SPAN_COLUMNS),
             rows=rows.select_columns(columns.names),
             columns=columns,
@@ -81,6 +83,7 @@ def build(
         for part, rows in splits.parts.items()
         if part != "train"
     }
+    answers.setdefault("test", answers["validation"])
     inputs = {part: features.remove_columns(SPAN_COLUMNS) for part, features in encoded.items()}
     padder = right_padding(tokenizer)  # positions of answers are counted from the left
     return TaskData(
@@ -92,10 +95,11 @@ def build(
         model_class="AutoModelForQuestionAnswering",
         model_kwargs={},
         metric_name=metric,
-        metrics={"validation": metrics["validation"], "test": metrics.get("test", metrics["validation"])},
+        metrics={part: partial(_scores, answers=of_part, scores=squad_scores) for part, of_part in answers.items()},
         label_names=(),
         fingerprint=fingerprint(splits.train, columns),
         keeps_order=True,
+        sums={part: partial(_scores, answers=of_part, scores=answer_sums) for part, of_part in answers.items()},
     )
 
 
@@ -140,9 +144,14 @@ def _best_span(start: np.ndarray, end: np.ndarray, allowed: np.ndarray, longest:
     return best
 
 
-def _metrics(
+def _scores(prediction: EvalPrediction, answers: _Answers, scores: Callable[..., Any]) -> Any:
+    return scores(*answers(prediction))
+
+
+def _answers(
     prediction: EvalPrediction, features: Dataset, rows: Dataset, columns: Columns, null_allowed: bool
-) -> dict[str, float]:
+) -> tuple[list[str], list[list[str]]]:
+    """The predicted answer to each question, and the gold ones."""
     outputs: Any = prediction.predictions
     start, end = outputs[0], outputs[1]
     assert len(start) == len(features), "the predictions are not those of this part of the data"
@@ -153,7 +162,7 @@ def _metrics(
         rows[columns.text_pair][:],
         null_allowed=null_allowed,
     )
-    return squad_scores(answers, [gold["text"] for gold in rows[columns.label][:]])
+    return answers, [gold["text"] for gold in rows[columns.label][:]]
 
 
 # ------------------------------------------------------------------------------------------------ features

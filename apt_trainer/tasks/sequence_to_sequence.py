@@ -31,9 +31,11 @@ from apt_trainer.tasks.base import (
     without_blank,
 )
 from apt_trainer.tasks.generation_scores import rouge_scores, translation_scores
+from apt_trainer.tasks.nested import names_with_fields
+from apt_trainer.tasks.summed_scores import translation_sums
 from apt_trainer.tasks.token_scores import aligned_sums, token_scores
 
-Scores = Callable[[Sequence[str], Sequence[str]], dict[str, float]]
+Scores = Callable[[Sequence[str], Sequence[str]], Any]
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def find_columns(parts: dict[str, Dataset], data: DataSettings) -> SourceAndTarg
     if data.target_column is None:
         raise UserError(
             f"target_column is not set, which task: {data.task} needs. "
-            f"The columns of the training data are: {', '.join(parts['train'].column_names)}."
+            f"The columns of the training data are: {', '.join(names_with_fields(parts['train']))}."
         )
     source = data.text_column or only_column(parts["train"], (data.target_column,), is_text, "text")
     for part, rows in parts.items():
@@ -73,7 +75,11 @@ def build_translation(
     splits: Splits, columns: SourceAndTarget, data: DataSettings, tokenizer: PreTrainedTokenizerBase, metric: str
 ) -> TaskData:
     """Scored by BLEU and chrF."""
-    return _build(splits, columns, data, tokenizer, metric, translation_scores, "sacrebleu")
+    task = _build(splits, columns, data, tokenizer, metric, translation_scores, "sacrebleu")
+    if task.generation_length is None:
+        return task
+    sums = partial(_compare, tokenizer=tokenizer, scores=translation_sums)
+    return replace(task, sums={"validation": sums, "test": sums})
 
 
 def _build(
@@ -148,7 +154,7 @@ def _tokenise(
     return {**encoded, "labels": targets.input_ids}
 
 
-def _compare(prediction: EvalPrediction, tokenizer: PreTrainedTokenizerBase, scores: Scores) -> dict[str, float]:
+def _compare(prediction: EvalPrediction, tokenizer: PreTrainedTokenizerBase, scores: Scores) -> Any:
     predicted, expected = (_texts(ids, tokenizer) for ids in (prediction.predictions, prediction.label_ids))
     return scores(predicted, expected)
 

@@ -33,6 +33,7 @@ from apt_trainer.tasks.base import (
     require_fast,
 )
 from apt_trainer.tasks.metrics import entity_scores, looks_like_bio, tag_scores
+from apt_trainer.tasks.summed_scores import SummedScores, tag_sums
 
 
 def find_columns(parts: dict[str, Dataset], data: DataSettings) -> Columns:
@@ -71,7 +72,7 @@ def build(
             prefix=_word_prefix(tokenizer),
             max_length=data.max_length,
         )
-    scores = partial(_metrics, names=names)
+    scores, sums = partial(_metrics, names=names), partial(_sums, names=names)
     return TaskData(
         train=encoded["train"],
         validation=encoded["validation"],
@@ -85,6 +86,7 @@ def build(
         label_names=names,
         fingerprint=fingerprint(splits.train, columns),
         preprocess_logits=keep_logits,
+        sums={"validation": sums, "test": sums},
     )
 
 
@@ -142,6 +144,17 @@ def _check_lengths(rows: Dataset, text: str, label: str, part: str) -> None:
 
 def _metrics(prediction: EvalPrediction, names: tuple[str, ...]) -> dict[str, float]:
     """Entity scores take the place of tag scores of the same name where the tags are B-, I- and O."""
+    predicted, expected = _tags_of(prediction, names)
+    scores = tag_scores(predicted, expected)
+    return {**scores, **entity_scores(predicted, expected)} if looks_like_bio(names) else scores
+
+
+def _sums(prediction: EvalPrediction, names: tuple[str, ...]) -> SummedScores:
+    return tag_sums(*_tags_of(prediction, names), names)
+
+
+def _tags_of(prediction: EvalPrediction, names: tuple[str, ...]) -> tuple[list[list[str]], list[list[str]]]:
+    """Predicted and expected tags of the words of each row."""
     predicted_ids = np.argmax(first_output(prediction.predictions), axis=-1)
     labels = np.asarray(prediction.label_ids)
     predicted, expected = [], []
@@ -149,5 +162,4 @@ def _metrics(prediction: EvalPrediction, names: tuple[str, ...]) -> dict[str, fl
         kept = row != IGNORED_LABEL
         predicted.append([names[i] for i in ids[: len(row)][kept]])
         expected.append([names[i] for i in row[kept]])
-    scores = tag_scores(predicted, expected)
-    return {**scores, **entity_scores(predicted, expected)} if looks_like_bio(names) else scores
+    return predicted, expected

@@ -25,6 +25,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from apt_trainer import cli
 from apt_trainer.ablation import runner
 from apt_trainer.ablation.study import read_study
+from apt_trainer.cli.ablate import study_commands
 from apt_trainer.errors import UserError
 from apt_trainer.recipe import read_values
 from apt_trainer.report.comparison import compare, read_results, rows, to_csv
@@ -272,7 +273,7 @@ def test_overrides_reach_the_run_as_the_study_gives_them(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "recipes/ablations").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_studies_are_valid(path):
-    study = read_study(str(path))
+    study = read_study(str(path), commands=study_commands())
     assert study.output_dir == Path("out/ablations") / path.stem
     assert len({run.digest for run in study.runs}) * len({run.seed for run in study.runs}) == len(study.runs)
 

@@ -12,7 +12,7 @@ from test_ablation import REPOSITORY, ablate, make_base, write_study
 
 from apt_trainer.ablation import runner
 from apt_trainer.ablation.order import find_needs, name_of
-from apt_trainer.ablation.study import Run, Study, read_study
+from apt_trainer.ablation.study import TRAIN, Run, Study, read_study
 from apt_trainer.errors import UserError
 
 SHORT = {"target_sparsity": None, "distillation": "none"}
@@ -103,6 +103,21 @@ def test_folders_are_found_however_they_are_written(tmp_path: Path, monkeypatch:
         "beside, seed 1": [],
         "elsewhere, seed 1": [],
     }
+
+
+def test_options_of_other_verbs_name_folders_and_files(tmp_path: Path) -> None:
+    given: dict[str, dict[str, Any]] = {
+        "a": {"model": "elsewhere", "drop_list": None},
+        "b": {"model": str(tmp_path / "a"), "text": str(tmp_path / "c")},
+        "c": {
+            "model": "elsewhere",
+            "scores": str(tmp_path / "a/scores.json"),
+            "drop_list": str(tmp_path / "b/x.json"),
+        },
+    }
+    runs = [Run(name, 1, tmp_path / name, TRAIN, [], values, name) for name, values in given.items()]
+    needs = needs_of(Study("study.yaml", tmp_path, runs, None, None))
+    assert needs == {"a, seed 1": [], "b, seed 1": ["a, seed 1"], "c, seed 1": ["a, seed 1", "b, seed 1"]}
 
 
 def test_runs_that_need_each_other_are_refused_before_anything_is_written(tmp_path: Path) -> None:

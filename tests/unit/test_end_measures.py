@@ -261,4 +261,3 @@ def test_intervals_of_rouge_and_of_tokens_are_those_of_rows() -> None:
     found = score_intervals("summarization", "perplexity", EvalPrediction(sums, rows), scores)
     assert found["perplexity"] == pytest.approx(np.exp(mean_interval([2, 1.5, 1.8], [1, 4, 5])))
     assert found["token_accuracy"] == mean_interval([0, 0.75, 0.2], [1, 4, 5])
-    assert score_intervals("translation", "bleu", EvalPrediction(rows, rows), scores) == {}

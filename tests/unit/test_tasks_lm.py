@@ -274,6 +274,14 @@ def test_a_template_keeps_braces_and_reads_no_attributes() -> None:
     assert template.render({"q": "{x}", "a.b": "{q}"}, "a.b") == ("{{x}} : ", "{q} end")
 
 
+def test_a_template_takes_fields_of_records(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"qa": {"q": "sum", "a": "five"}, "q": "no"}, {"qa": {"q": "is", "a": "no"}, "q": "no"}]
+    settings = given(tmp_path, rows, template="Q : {qa.q}\nA : {qa.a}")
+    task = load_task(settings, tokenizer, 0)
+    assert task.train["input_ids"][:] == [[*ids("Q : sum\nA : five"), EOS], [*ids("Q : is\nA : no"), EOS]]
+    assert task.train["labels"][0] == [-100] * 6 + [*ids("five"), EOS]
+
+
 def test_a_completion_takes_the_space_before_it(smollm: Any, tmp_path: Path) -> None:
     """Byte-level tokens: " yes" is one token, also where the space is the end of the prompt."""
     rows = [{"q": "Is it?", "a": "yes"}]

@@ -108,6 +108,64 @@ def test_prefix_source_and_target(tmp_path: Path, tokenizer: Any) -> None:
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, 6)
 
 
+PAIRS = [
+    {"id": i, "translation": {"fr": row["article"], "en": row["summary"]}, "article.x": "sea"}
+    for i, row in enumerate(ROWS)
+]
+NESTED = {"task": "translation", "text_column": "translation.fr", "target_column": "translation.en"}
+
+
+def test_fields_of_records_are_columns_by_their_dotted_names(tmp_path: Path, tokenizer: Any) -> None:
+    flat = load_task(given(tmp_path, task="translation"), tokenizer, 0)
+    nested = load_task(given(tmp_path, PAIRS, **NESTED), tokenizer, 0)
+    assert nested.train[:] == flat.train[:] and nested.validation[:] == flat.validation[:]
+    changes = {"validation_fraction": 0.4, "validation_file": None}
+    held_out = load_task(given(tmp_path, PAIRS, **NESTED, **changes), tokenizer, 0)
+    same = load_task(given(tmp_path, task="translation", **changes), tokenizer, 0)
+    assert held_out.validation[:] == same.validation[:] and len(held_out.train) == 2
+    named_so = load_task(given(tmp_path, PAIRS, **NESTED | {"text_column": "article.x"}), tokenizer, 0)
+    assert named_so.train["input_ids"][:] == [[*ids("sea"), EOS]] * 3
+
+
+def test_pairs_as_the_hub_has_them(tmp_path: Path, tokenizer: Any) -> None:
+    features = datasets.Features({"translation": datasets.Translation(languages=["fr", "en"])})
+    file = tmp_path / "pairs.parquet"
+    rows = {"translation": [row["translation"] for row in PAIRS]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(file))
+    task = load_task(DataSettings(train_file=str(file), validation_file=str(file), **NESTED), tokenizer, 0)
+    assert task.train[:] == load_task(given(tmp_path, task="translation"), tokenizer, 0).train[:]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"target_column": "translation.eng"},
+            "target_column='translation.eng' is not a column of the training data. Its columns are: id, translation, "
+            "translation.fr, translation.en, article.x. Did you mean 'translation.en'?",
+        ),
+        ({"target_column": None}, "training data are: id, translation, translation.fr, translation.en, article.x."),
+        ({"target_column": "translation"}, "target_column='translation' of the training data must hold text, but"),
+        (
+            {"target_column": "id.en"},
+            "article.x. Not every row of 'id' is a record with the same fields.",
+        ),
+    ],
+)
+def test_a_wrong_field_is_told(tmp_path: Path, tokenizer: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_task(given(tmp_path, PAIRS, **NESTED | changes), tokenizer, 0)
+    assert message in str(caught.value)
+
+
+def test_a_missing_field_is_an_empty_cell(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [*PAIRS, {"id": 3, "translation": {"fr": "sea", "en": None}, "article.x": "sea"}]
+    with pytest.raises(
+        UserError, match="'translation.en' of the training data is empty in 1 of 4 rows, first in row 3"
+    ):
+        load_task(given(tmp_path, rows, **NESTED), tokenizer, 0)
+
+
 # ---------------------------------------------------------------------------------------- scores
 
 
