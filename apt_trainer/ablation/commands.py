@@ -104,9 +104,12 @@ class OptionsCommand:
         return read
 
     def check(self, base: Path, changes: Values) -> dict[str, Any]:
-        args = self._parse(_options(read_file(str(base)) | dict(changes) | {"output": "out"}))
+        parser = _Parser(prog=self.name, allow_abbrev=False, add_help=False)
+        self.add_arguments(parser)
+        args = parser.parse_args(_options(read_file(str(base)) | dict(changes) | {"output": "out"}))
         self.check_options(args)
-        return {key: value for key, value in vars(args).items() if key not in self.set_by_study}
+        given = {key: value for key, value in vars(args).items() if value != parser.get_default(key)}
+        return {key: value for key, value in given.items() if key not in self.set_by_study}
 
     def comparable(self, given: Values) -> dict[str, Any]:
         return dict(given)
@@ -116,11 +119,6 @@ class OptionsCommand:
 
     def resume(self, folder: Path) -> list[str] | None:
         return ["--resume"] if (folder / self.progress).is_file() else None
-
-    def _parse(self, words: Sequence[str]) -> argparse.Namespace:
-        parser = _Parser(prog=self.name, allow_abbrev=False, add_help=False)
-        self.add_arguments(parser)
-        return parser.parse_args(words)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -11,7 +11,7 @@ from apt_trainer.ablation.study import Run, Study
 from apt_trainer.errors import UserError
 
 INPUTS = ("teacher_name_or_path", "model_name_or_path", "tokenizer_name_or_path")
-_OF_OTHER_VERBS = ("model", "scores", "drop_list")
+_OF_OTHER_VERBS = ("model", "scores", "full", "drop_list")
 
 
 def name_of(run: Run) -> str:

@@ -62,6 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_held_out_arguments(parser)
     parser.add_argument("--speed", action="store_true", help="time both models side by side; with tasks also SDR")
     parser.add_argument("--quantize", choices=QUANTIZE, help="measure the smaller model with weights of this form")
+    parser.add_argument(
+        "--full", metavar="FILE", help="metrics.json of an earlier drop: the full model is not measured again"
+    )
     add_output_arguments(parser, "folder of the model, drop_report.json, drop_list.json and metrics.json")
 
 
@@ -96,7 +99,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from apt_trainer.settings import ModelSettings
 
     data = None if args.data is None else data_request(args)
-    held_out = HeldOutRequest(**held_out_options(args), speed=args.speed, quantize=args.quantize)
+    held_out = HeldOutRequest(**held_out_options(args), speed=args.speed, quantize=args.quantize, full=args.full)
     report = drop_units(
         ModelSettings(args.model, dtype=args.dtype),
         _request(args),

@@ -7,9 +7,11 @@ Not for choosing what goes, which is done on calibration data (``drop``), nor fo
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -31,7 +33,8 @@ Scores = dict[str, Any]
 class HeldOutRequest:
     """What to measure: ``test``, held-out data; ``tasks`` to ``batch_size``, those of
     :func:`~apt_trainer.evaluation.harness.run_tasks`; ``speed`` of both models. ``quantize``: a form of
-    :mod:`apt_trainer.quantization` that the smaller model takes before it is measured."""
+    :mod:`apt_trainer.quantization` that the smaller model takes before it is measured. ``full``: a ``metrics.json`` of
+    an earlier drop from this model, measured on the same, whose scores of the full model are taken."""
 
     test: DataRequest | None = None
     tasks: Sequence[str] = ()
@@ -41,6 +44,7 @@ class HeldOutRequest:
     batch_size: int = 1
     speed: bool = False
     quantize: str | None = None
+    full: str | None = None
 
     @property
     def asks(self) -> bool:
@@ -65,12 +69,13 @@ class HeldOut:
             if not at.model.can_generate():
                 raise not_a_language_model(type(at.model).__name__)
             check_tasks(request.tasks, request.task_path)
-        self._dense: Scores = {}
+        self._measured_on = self._describe()
+        self._dense: Scores = {} if request.full is None else self._read(request.full)
         self._full: Any = None
 
     def see_full(self) -> None:
         """Measure the full model."""
-        self._dense = self._scores()
+        self._dense = self._dense or self._scores()
         if self._request.speed:
             self._full = copy.deepcopy(self._at.model)
 
@@ -81,9 +86,9 @@ class HeldOut:
             ``perplexity`` (``exp_loss`` of other heads), ``tasks`` by name and ``accuracy``, their mean: each
             ``value`` with the ends ``low`` and ``high`` of its 95 % interval, and of the full model under ``dense``;
             ``speedup`` as :func:`~apt_trainer.depth.speed.relative_speed`, ``sdr`` and ``sdr_relative``;
-            ``quantised``. As far as asked for.
+            ``quantised``; ``measured_on``, what the scores are of. As far as asked for.
         """
-        found: dict[str, Any] = {}
+        found: dict[str, Any] = {"measured_on": self._measured_on} if self._request.asks else {}
         if self._request.quantize is not None:
             found["quantised"] = quantize(self._at.model, self._request.quantize)._asdict()
         found |= self._scores()
@@ -96,6 +101,35 @@ class HeldOut:
                 found["sdr"] = sdr(100 * base, 100 * new, found["speedup"]["whole"])
                 found["sdr_relative"] = sdr_relative(base, new, found["speedup"]["whole"])
         return found
+
+    def _describe(self) -> dict[str, Any]:
+        """What decides about the scores of the full model."""
+        at, request, test = self._at, self._request, self._test
+        described = at.described()
+        return {
+            **{key: described[key] for key in ("model", "parameters", "dtype")},
+            "test": None if test is None else {"rows": test.rows, "length": test.length, "sha256": test.sha256},
+            "tasks": list(request.tasks),
+            "limit": request.limit,
+            "num_fewshot": request.num_fewshot,
+        }
+
+    def _read(self, path: str) -> Scores:
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            same, dense = found["measured_on"] == self._measured_on, dict(found["dense"])
+        except OSError as error:
+            raise UserError(
+                f"full={path!r}: cannot be read: {error}. Give metrics.json of apt-trainer drop."
+            ) from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"full={path!r} holds no scores of a full model. Give metrics.json of a drop.") from error
+        if not same:
+            raise UserError(
+                f"full={path!r} was measured on another model, text or tasks. Give what it was measured with, or "
+                "leave full out."
+            )
+        return dense
 
     def _scores(self) -> Scores:
         at, request, scores = self._at, self._request, Scores()

@@ -13,6 +13,7 @@ from texts import local_task, model_and_data, save_dense, tiny_llama, word_token
 from transformers import BertConfig, BertForSequenceClassification
 
 from apt_trainer import cli, load_pruned
+from apt_trainer.depth import held_out
 from apt_trainer.depth.held_out import loss_with_interval, mean_of_tasks
 from apt_trainer.evaluation.bootstrap import mean_interval
 from apt_trainer.evaluation.harness import run_tasks
@@ -94,6 +95,25 @@ def test_rows_with_labels_have_a_loss_that_is_no_perplexity(tmp_path: Path) -> N
     assert "perplexity" not in found and found["exp_loss"]["value"] == pytest.approx(found["loss_after"], rel=1e-6)
     assert found["dense"]["exp_loss"]["value"] == pytest.approx(found["loss_before"], rel=1e-6)
     assert cli.main([*place, "--data", "some text", "--lm_eval", "piqa_local", "--count", "1", "--output", "x"]) == 2
+
+
+def test_the_full_model_is_not_measured_twice(saved: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    asked = ["--count", "1", "--test", str(saved / "test.txt")]
+    assert drop(saved, tmp_path / "first", *asked, "--kind", "mlp") == 0
+    first = tmp_path / "first" / "metrics.json"
+    measured, sums = [], held_out.loss_sums
+    monkeypatch.setattr(held_out, "loss_sums", lambda model, *rest: measured.append(model) or sums(model, *rest))
+    assert drop(saved, tmp_path / "second", *asked, "--full", str(first)) == 0
+    assert len(measured) == 1  # the smaller model
+    assert metrics_in(tmp_path / "second")["dense"] == metrics_in(tmp_path / "first")["dense"]
+    capsys.readouterr()
+    for more, file, message in (
+        (["--test_samples", "3"], first, "was measured on another model, text or tasks"),
+        ([], tmp_path / "first" / "drop_report.json", "holds no scores of a full model"),
+        ([], tmp_path / "none.json", "cannot be read"),
+    ):
+        assert drop(saved, tmp_path / "third", *asked, *more, "--full", str(file)) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "third").exists()
 
 
 @pytest.mark.parametrize("kind", ["joint", "block"])
