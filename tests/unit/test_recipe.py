@@ -11,9 +11,8 @@ from apt_trainer.errors import UserError
 from apt_trainer.recipe import check_recipe, load_recipe, read_values
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SHIPPED = sorted(
-    p for p in (REPOSITORY / "recipes").rglob("*.yaml") if p.parent.name not in ("accelerate", "ablations", "lm_eval")
-)
+OTHERS = ("accelerate", "ablations", "depth", "lm_eval")  # folders of files that are no recipes
+SHIPPED = sorted(p for p in (REPOSITORY / "recipes").rglob("*.yaml") if p.parent.name not in OTHERS)
 
 
 @pytest.fixture
