@@ -15,7 +15,16 @@ from transformers import PreTrainedModel, Seq2SeqTrainer, TrainingArguments
 
 class EachRowOnce(Seq2SeqTrainer):
     """Leaves out of metrics and loss the rows that fill up the last batch of several processes. ``Seq2SeqTrainer``
-    counts them in both, ``Trainer`` in the loss, so that a run would choose another teacher with more processes."""
+    counts them in both, ``Trainer`` in the loss, so that a run would choose another teacher with more processes.
+
+    Losses are means over a batch. The Trainer thinks of any model whose ``forward`` has ``**kwargs`` that its loss is
+    a sum divided by ``num_items_in_batch``; accumulation and processes then multiply the losses of the many that take
+    no notice of that number (those of BERT and T5, all sequence classifiers).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         gather = self.accelerator.gather_for_metrics

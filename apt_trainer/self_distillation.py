@@ -19,6 +19,7 @@ from apt_trainer.distillation.teacher import Teacher
 from apt_trainer.distillation.transform import HiddenTransform
 from apt_trainer.models import HIDDEN, ModelFamily, Stack
 from apt_trainer.models.batch import of_stack, predicted_tokens, real_tokens
+from apt_trainer.models.shares import Shares
 from apt_trainer.partition import is_partitioned
 from apt_trainer.pruning.slicing import Grow, Keep
 from apt_trainer.schedule import Schedule
@@ -80,15 +81,18 @@ class SelfDistillation:
         family: ModelFamily,
         alive: Mapping[Stack, list[bool]],
         step: int,
+        shares: Shares | None = None,
     ) -> torch.Tensor:
-        """Weighted sum of prediction and layer loss for one batch; scalar float32.
+        """Weighted sum of prediction and layer loss for one micro-batch; scalar float32.
 
         ``outputs`` are the student's, ``teacher`` is what :meth:`teach` gave. The layer loss is the mean over the
-        stacks of ``alive``, each with pairs of its own.
+        stacks of ``alive``, each with pairs of its own. All means are weighed by their ``shares``; without, the batch
+        stands alone.
         """
-        s, tokens = self.settings, real_tokens(inputs, family)
+        s, tokens, shares = self.settings, real_tokens(inputs, family), shares or Shares.whole(family)
         predicted = predicted_tokens(inputs, family, student)
-        loss = s.prediction_weight * prediction_loss(outputs, teacher, s.distillation_temperature, predicted)
+        difference = prediction_loss(outputs, teacher, s.distillation_temperature, predicted)
+        loss = s.prediction_weight * shares.predictions * difference
         if not self.uses_layers:
             return loss
         transform, normalise = getattr(student, TRANSFORM), not family.post_norm
@@ -102,7 +106,8 @@ class SelfDistillation:
                 len(theirs), s.distillation_layers, self.seed, step, s.distillation_layer_map
             )
             pairs = match_layers(layers, left, ours, theirs, transform, mask, normalise)
-            distance = distance + layer_loss(ours, theirs, pairs, transform, mask, normalise) / len(alive)
+            apart = layer_loss(ours, theirs, pairs, transform, mask, normalise)
+            distance = distance + shares.tokens[stack] * apart / len(alive)
         return loss + s.layer_weight * distance
 
     # ------------------------------------------------------------------ shape changes

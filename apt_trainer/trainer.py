@@ -44,6 +44,7 @@ from apt_trainer.report.events import append_event, truncate_after
 from apt_trainer.resume import load_run
 from apt_trainer.schedule import Schedule, make_schedule
 from apt_trainer.self_distillation import SelfDistillation, split_heldout
+from apt_trainer.step_losses import StepLosses
 from apt_trainer.termination import StopOnSignal
 from apt_trainer.tuning import base_weight_names
 
@@ -70,6 +71,7 @@ class APTTrainer(BestWithinBudget):
     model: Any
     model_wrapped: Any
     optimizer: Any
+    loss_is_scaled_for_ga = True  # by the shares of StepLosses
 
     def __init__(
         self,
@@ -95,9 +97,6 @@ class APTTrainer(BestWithinBudget):
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         runtime.check_options(self)
         runtime.own_storage(model)
-        # Losses are means over the batch: were they taken as sums to be divided by num_items_in_batch, accumulation
-        # and several processes would multiply them.
-        self.model_accepts_loss_kwargs = False
         self.distillation = SelfDistillation(
             args,
             self.pruner.dense_plan.counts[HIDDEN],
@@ -111,8 +110,7 @@ class APTTrainer(BestWithinBudget):
         self.live_dataloader: Any = None
         self.optimizer_ages: dict[str, int] = {}
         self._restored: tuple[Mapping[str, Any], dict[str, torch.Tensor]] | None = None
-        self._finite = torch.ones((), dtype=torch.bool, device=self.args.device)
-        self._metrics: dict[str, list[torch.Tensor]] = {}
+        self.losses = StepLosses(self.pruner.family, self.accelerator, args.average_tokens_across_devices)
         self._last_inputs: dict[str, Any] | None = None
         self._finished, self._stop = False, StopOnSignal()
         self.add_callback(MethodCallback(self))
@@ -133,36 +131,42 @@ class APTTrainer(BestWithinBudget):
         self.finish()
         return result
 
+    def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
+        """As the Trainer's: the micro-batches of a step, whose losses are weighed together."""
+        batches, number = super().get_batch_samples(*args)
+        self.losses.begin(batches, self.model)
+        return batches, number
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         self._last_inputs = inputs
         loss = super().training_step(self.model_wrapped, inputs, num_items_in_batch)
-        self._finite.logical_and_(torch.isfinite(loss))
+        self.losses.look_at(loss)
         return loss
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         if not model.training:
-            return super().compute_loss(model, inputs, return_outputs)
-        step = self.state.global_step
-        self.pruner.set_tokens(real_tokens(inputs, self.pruner.family))
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        step, family, inputs = self.state.global_step, self.pruner.family, self._prepare_inputs(inputs)
+        self.pruner.set_tokens(real_tokens(inputs, family))
+        shares = self.losses.shares(inputs, self.model)
         mu = self.schedule.mu(step) if self.distillation.ready else 0.0
-        if mu == 0.0:
-            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-            if self.args.distillation != "none":
-                self._metrics.setdefault("loss/task", []).append(loss.detach())
-            return (loss, outputs) if return_outputs else loss
-        inputs = self._prepare_inputs(inputs)
-        engine_of(self).settle()
-        taught = self.distillation.teach(inputs)
-        asked = {**inputs, "output_hidden_states": True} if self.distillation.uses_layers else inputs
-        task, outputs = super().compute_loss(model, asked, return_outputs=True)
-        distance = self.distillation.loss(
-            inputs, outputs, taught, self.model, self.pruner.family, self.pruner.alive_layers(), step
-        )
-        loss = mu * distance + (1 - mu) * task
-        self._metrics.setdefault("loss/task", []).append(task.detach())
-        self._metrics.setdefault("loss/distillation", []).append(distance.detach())
+        asked = dict(inputs)
+        if mu > 0.0:
+            engine_of(self).settle()
+            taught = self.distillation.teach(inputs)
+            asked |= {"output_hidden_states": True} if self.distillation.uses_layers else {}
+        loss, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
+        if self.compute_loss_func is None:  # else that function has divided by num_items_in_batch
+            loss = shares.of_task(loss)
+        if self.args.distillation != "none":
+            self.losses.note("loss/task", loss, step)
+        if mu > 0.0:
+            alive = self.pruner.alive_layers()
+            distance = self.distillation.loss(inputs, outputs, taught, self.model, family, alive, step, shares)
+            self.losses.note("loss/distillation", distance, step)
+            loss = mu * distance + (1 - mu) * loss
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -181,9 +185,7 @@ class APTTrainer(BestWithinBudget):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self.check_finite()
-        for name, values in self._metrics.items():
-            logs[name] = float(self.accelerator.reduce(torch.stack(values).mean(), reduction="mean"))
-        self._metrics.clear()
+        logs |= self.losses.means()
         if self.pruner.settings.prunes and "loss" in logs:
             logs["pruning/sparsity"] = self.pruner.sparsity()
         super().log(logs, start_time)
@@ -214,11 +216,7 @@ class APTTrainer(BestWithinBudget):
 
     def check_finite(self) -> None:
         """Raise :class:`UserError` if any loss so far was not finite; waits for the device."""
-        if not bool(self._finite):
-            raise UserError(
-                f"The training loss is not finite at or before step {self.state.global_step}; nothing was saved. "
-                "Lower learning_rate or full_learning_rate, or look at the data."
-            )
+        self.losses.check_finite(self.state.global_step)
 
     def before_step(self) -> None:
         """Before the first forward pass of an optimizer step."""
@@ -228,6 +226,7 @@ class APTTrainer(BestWithinBudget):
     def after_step(self) -> None:
         """After an optimizer step, before it is logged, evaluated and saved: shape changes, then snapshots."""
         step = self.state.global_step
+        self.losses.end()
         engine_of(self).settle()
         decision = self._decide(step)
         if decision is not None:

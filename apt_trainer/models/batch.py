@@ -28,10 +28,15 @@ def real_tokens(inputs: Mapping[str, Any], family: ModelFamily) -> Tokens:
     mask = inputs.get("attention_mask")
     if len(family.stacks) == 1:
         return mask
-    labels = inputs.get("labels")
-    if labels is not None and labels.dim() == 2 and not torch.is_floating_point(labels):
-        return {"encoder": mask, "decoder": labels != IGNORED}
+    if has_label_per_token(inputs):
+        return {"encoder": mask, "decoder": inputs["labels"] != IGNORED}
     return {"encoder": mask, "decoder": inputs.get("decoder_attention_mask", mask)}
+
+
+def has_label_per_token(inputs: Mapping[str, Any]) -> bool:
+    """Whether ``labels`` are [batch, length], of classes; not one or, of a regression, several per row."""
+    labels = inputs.get("labels")
+    return labels is not None and labels.dim() == 2 and not torch.is_floating_point(labels)
 
 
 def of_stack(tokens: Tokens, stack: Stack) -> torch.Tensor | None:
