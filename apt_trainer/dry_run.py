@@ -27,6 +27,7 @@ from apt_trainer.schedule import Schedule, make_schedule
 from apt_trainer.tasks.trainer_options import set_task_arguments
 
 _ADAM_BYTES = 8  # two fp32 moments per trained parameter
+_FLOAT32_PER_LOGIT = 3  # log-probability, its gradient and that of the logit
 
 
 def plan(recipe: Recipe) -> str:
@@ -39,7 +40,8 @@ def plan(recipe: Recipe) -> str:
     model = build_model(config, data, "cpu" if args.sparsity_metric == "latency" else "meta")
     pruner = AdaptivePruner(model, args, seed=args.seed)
     schedule = make_schedule(args, args.total_steps(len(data.train) - args.heldout_rows(len(data.train))))
-    memory = memory_estimate(model, args, recipe.data.max_length)
+    predicted = recipe.data.max_target_length if model.config.is_encoder_decoder else recipe.data.max_length
+    memory = memory_estimate(model, args, recipe.data.max_length, predicted)
     lines = [
         f"model        {type(model).__name__}, {format_count(sum(p.numel() for p in model.parameters()))} parameters "
         f"with adapters, {format_count(pruner.block_cost.total(pruner.plan.counts))} in blocks",
@@ -48,7 +50,7 @@ def plan(recipe: Recipe) -> str:
         f"trains       {' → '.join(tune_phases(args))}; {format_count(_trained(model))} parameters at first",
         f"steps        {schedule.total:,} of {args.train_batch_size * args.gradient_accumulation_steps} rows",
         f"memory       {format_bytes(memory)} estimated at the first step "
-        f"(weights, gradients, optimizer, activations){_of_dense_model(pruner, args)}",
+        f"({_counted(model, args)}){_of_dense_model(pruner, args)}",
         "",
         _space_table(pruner),
         "",
@@ -76,11 +78,19 @@ def tune_phases(args: APTConfig) -> list[str]:
     return phases
 
 
-def memory_estimate(model: nn.Module, args: APTConfig, length: int) -> int:
-    """Bytes of the first training step: weights, gradients and Adam moments of what trains, and activations.
+def memory_estimate(model: nn.Module, args: APTConfig, length: int, predicted: int) -> int:
+    """Bytes of the first training step: weights, gradients and Adam moments of what trains, activations and logits.
 
     Activations are counted as 16 values per token and hidden dimension and 3 per token and neuron in each layer
     (stored for the backward pass), plus attention probabilities; gradient checkpointing keeps one value per layer.
+    A model that predicts words has one logit per word and predicted token, kept as it was computed, beside it its
+    log-probability and the gradients of both in float32. A teacher is not counted.
+
+    Args:
+        model: With adapters; may be on the meta device.
+        args: Batch size, precision and checkpointing.
+        length: Tokens per input.
+        predicted: Tokens per row that a language model predicts.
     """
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -94,7 +104,22 @@ def memory_estimate(model: nn.Module, args: APTConfig, length: int) -> int:
     if args.gradient_checkpointing:
         per_layer = hidden + per_layer // layers
     element = 2 if args.bf16 or args.fp16 else 4
-    return weights + trained * (4 + _ADAM_BYTES) + tokens * per_layer * layers * element
+    logits = args.train_batch_size * predicted * _vocabulary(model) * (element + _FLOAT32_PER_LOGIT * 4)
+    return weights + trained * (4 + _ADAM_BYTES) + tokens * per_layer * layers * element + logits
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """Words that ``model`` chooses among for each token; 0 for another kind of prediction."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return 0 if head is None else len(head.weight)
+
+
+def _counted(model: nn.Module, args: APTConfig) -> str:
+    """What :func:`memory_estimate` is made of, for people."""
+    parts = ["weights", "gradients", "optimizer", "activations"]
+    if _vocabulary(model):
+        parts.append(f"logits over {_vocabulary(model):,} words with log-probabilities and gradients")
+    return ", ".join(parts) + ("" if args.distillation == "none" else "; without the teacher")
 
 
 def _trained(model: nn.Module) -> int:
@@ -180,8 +205,7 @@ def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig)
     ]
     then = f"masks fade over {schedule.window} steps."
     if schedule.before:
-        scored = f"scored on {args.calibration_samples} training rows and " if pruner.importance.needs_data else ""
-        then = f"the dense model is {scored}cut before the first step, after which only ranks grow."
+        then = f"the dense model is {_scoring(pruner, args)}cut before the first step, after which only ranks grow."
     lines = [
         markdown_table(rows, [(key, header, None) for key, header in columns]),
         "",
@@ -193,6 +217,16 @@ def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig)
             f"to {schedule.distillation_end}."
         )
     return lines
+
+
+def _scoring(pruner: AdaptivePruner, args: APTConfig) -> str:
+    """What is done to the dense model before it is cut."""
+    if not pruner.importance.needs_data:
+        return ""
+    rows = f"scored on {args.calibration_samples} training rows"
+    if pruner.impact is None:
+        return f"{rows} and "
+    return f"{rows} in {1 + len(pruner.impact.candidates)} passes (whole, and without each sublayer) and "
 
 
 def evenly_cut(pruner: AdaptivePruner, sparsity: float) -> PruningPlan:

@@ -12,10 +12,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from transformers.integrations.hub_kernels import is_kernel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
 from apt_trainer.best_model import check_candidates
 from apt_trainer.checkpoint import check_complete
 from apt_trainer.config import APTConfig
-from apt_trainer.errors import UserError
+from apt_trainer.errors import UserError, unknown_choice
 from apt_trainer.evaluation.harness import check_tasks, not_a_language_model
 from apt_trainer.loading import build_model, max_positions
 from apt_trainer.pruner import AdaptivePruner
@@ -37,6 +40,7 @@ def check_before_loading(recipe: Recipe, config: Any, data: TaskData) -> None:
     A latency budget is measured, so it is checked only once the model is there.
     """
     args = recipe.training
+    check_attention(recipe.model.attn_implementation)
     if args.dense_baseline and "RANK" in os.environ:
         raise UserError(
             "dense_baseline starts a process of its own, which would join those of the launcher. Train the dense "
@@ -60,6 +64,16 @@ def check_before_loading(recipe: Recipe, config: Any, data: TaskData) -> None:
     AdaptivePruner(build_model(config, data, "meta"), settings)
 
 
+def check_attention(name: str | None) -> None:
+    """Raise :class:`UserError` for an attention that transformers does not know by ``name``; None: its own choice.
+
+    Whether this machine and this model can use it shows when the model is built.
+    """
+    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    if name is not None and name.removeprefix("paged|") not in known and not is_kernel(name):
+        raise unknown_choice("attn_implementation", name, [*known, "OWNER/KERNEL of the hub"])
+
+
 def _check_lengths(config: Any, data: TaskData, args: APTConfig) -> None:
     """Texts that speed or costs are taken at have to fit the model."""
     longest = max_positions(config)
@@ -69,7 +83,8 @@ def _check_lengths(config: Any, data: TaskData, args: APTConfig) -> None:
     if args.measure_latency:
         generated = args.latency_new_tokens if data.model_class == "AutoModelForCausalLM" else 0
         asked["latency_length"] = args.latency_length + generated
-    if args.prunes and args.sparsity_metric != "params":
+    weighs_by_length = args.importance == "nri" and args.nri_cost in ("latency", "memory")
+    if args.prunes and (args.sparsity_metric != "params" or weighs_by_length):
         asked["reference_length"] = args.reference_length
     for name, length in asked.items():
         if length > longest:

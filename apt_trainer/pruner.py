@@ -17,15 +17,16 @@ from torch import nn
 
 from apt_trainer.adapters import allocation, lora
 from apt_trainer.adapters.rank_score import RankScore
+from apt_trainer.budget import check_budget, cost_of, saved_without
 from apt_trainer.errors import UserError
-from apt_trainer.importance import Importance, Reduce, make_importance
+from apt_trainer.impact_pass import ImpactPass
+from apt_trainer.importance import Importance, Nri, Reduce, make_importance
 from apt_trainer.importance.calibration import Batch, calibrate
 from apt_trainer.measure import trainable_parameters
 from apt_trainer.models import HIDDEN, ModelFamily, Space, Stack, family_of
 from apt_trainer.models.batch import Tokens
 from apt_trainer.partition import is_partitioned
-from apt_trainer.pruning.cost import CostModel, flops_cost, memory_cost, parameter_cost
-from apt_trainer.pruning.latency_cost import latency_cost
+from apt_trainer.pruning.cost import parameter_cost
 from apt_trainer.pruning.limits import limits_of, warn_of_depth
 from apt_trainer.pruning.masks import MaskStore
 from apt_trainer.pruning.plan import PruningPlan
@@ -35,13 +36,6 @@ from apt_trainer.pruning.surgery import apply_plan
 from apt_trainer.schedule import Schedule
 from apt_trainer.settings import MethodSettings
 from apt_trainer.tuning import set_trainable
-
-COSTS: dict[str, Callable[[nn.Module, ModelFamily, list[Space], int, int], CostModel]] = {
-    "params": lambda model, family, spaces, batch, length: parameter_cost(model, family, spaces),
-    "flops": flops_cost,
-    "memory": memory_cost,
-    "latency": latency_cost,
-}
 
 
 @dataclass(frozen=True)
@@ -102,17 +96,18 @@ class AdaptivePruner:
         self.sublayers = self.family.sublayers(model)
         self.plan = self.dense_plan = PruningPlan.dense(self.spaces)
         self.block_cost = parameter_cost(model, self.family, self.spaces)
-        self.cost = COSTS[settings.sparsity_metric](
-            model, self.family, self.spaces, settings.reference_batch_size, settings.reference_length
-        )
+        self.cost = cost_of(model, self.family, self.spaces, settings)
         self.limits = limits_of(settings)
-        self.check_budget()
+        if settings.target_sparsity is not None:
+            check_budget(self.spaces, self.plan, self.cost, self.limits, settings.target_sparsity)
+        self.importance = importance or make_importance(settings, seed)
+        nri = self.importance if settings.prunes and isinstance(self.importance, Nri) else None
+        self.impact = None if nri is None else ImpactPass(model, nri.cost, settings)
         self.tune = settings.tune
         self._insert_adapters()
         self.adapter_parameters_at_start = lora.adapter_parameters(model)
         self.set_tune(self.tune)
         self.masks = MaskStore(model, self.spaces, self.sublayers)
-        self.importance = importance or make_importance(settings, seed)
         self.rank_score = RankScore(settings.salience_decay, absolute=settings.rank_score == "absolute")
         self.schedule: Schedule | None = None
         self._observing = False
@@ -131,10 +126,14 @@ class AdaptivePruner:
         self._follow_schedule(step)
 
     def calibrate(self, batches: Iterable[Batch | None], loss_of: Callable[[Batch], torch.Tensor]) -> None:
-        """Score the dense model on ``batches``, for the cut at step 0; see ``importance.calibration``."""
+        """Score the dense model on ``batches``, for the cut at step 0; see ``importance.calibration``, and for NRI
+        ``impact_pass``."""
         self.detach()
         self.importance.attach(self.model, self._scored(), self.plan.counts)
-        if self.importance.needs_data:
+        if isinstance(self.importance, Nri) and self.impact is not None:
+            impacts = self.impact.measure(batches, loss_of, self._reduce)
+            self.importance.take(impacts, saved_without(self._scored(), self.plan.counts, self.cost))
+        elif self.importance.needs_data:
             model, family, spaces = self.model, self.family, self.spaces
             calibrate(model, family, spaces, self.importance, batches, loss_of, self._reduce, self._processes)
         self.importance.detach()
@@ -220,14 +219,6 @@ class AdaptivePruner:
             self.importance.detach()
             self.rank_score.detach()
             self._observing = False
-
-    def check_budget(self) -> None:
-        """Raise :class:`UserError` before anything is trained if the target cannot be met."""
-        if self.settings.prunes:
-            zeros = {space.name: torch.zeros(space.size) for space in self.spaces}
-            assert self.settings.target_sparsity is not None
-            budget = (1 - self.settings.target_sparsity) * self.cost.total(self.plan.counts)
-            select(zeros, self.spaces, self.plan, self.cost, budget, self.limits)
 
     def sparsity(self) -> float:
         """Share of the prunable budget removed so far, in the unit of ``sparsity_metric``."""
@@ -333,15 +324,10 @@ class AdaptivePruner:
         assert self.schedule is not None
         sparsity = self.schedule.target_sparsity if event is None else self.schedule.sparsity(event)
         budget = (1 - sparsity) * self.cost.total(self.dense_plan.counts)
-        return select(
-            self.importance.scores(self.model),
-            self.spaces,
-            self.plan,
-            self.cost,
-            budget,
-            self.limits,
-            self.importance.densities,
-        )
+        scores, densities = self.importance.scores(self.model), self.importance.densities
+        plan = select(scores, self.spaces, self.plan, self.cost, budget, self.limits, densities)
+        self.importance.check_kept(plan.counts)
+        return plan
 
     def _tune_at(self, step: int) -> str:
         assert self.schedule is not None

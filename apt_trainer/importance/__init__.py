@@ -7,6 +7,7 @@ from collections.abc import Callable
 from apt_trainer.importance.base import Importance, Reduce
 from apt_trainer.importance.cosine import Cosine
 from apt_trainer.importance.magnitude import Magnitude
+from apt_trainer.importance.nri import Nri
 from apt_trainer.importance.random import Random
 from apt_trainer.importance.salience import Salience
 from apt_trainer.importance.taylor import Taylor
@@ -18,6 +19,7 @@ IMPORTANCES: dict[str, Callable[[PruningSettings, int], Importance]] = {
     "taylor": lambda s, seed: Taylor(s.salience_decay),
     "random": lambda s, seed: Random(seed),
     "cosine": lambda s, seed: Cosine(s.salience_decay),
+    "nri": lambda s, seed: Nri(s.nri_cost),
 }
 
 
@@ -31,6 +33,7 @@ __all__ = [
     "Cosine",
     "Importance",
     "Magnitude",
+    "Nri",
     "Random",
     "Reduce",
     "Salience",

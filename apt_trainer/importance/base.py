@@ -49,6 +49,9 @@ class Importance(ABC):
     def scores(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Space → [units left] float."""
 
+    def check_kept(self, counts: Mapping[str, int]) -> None:
+        """Raise :class:`UserError` where ``counts`` units per space leave out what the model cannot do without."""
+
     def follow(self, survivors: Mapping[str, torch.Tensor]) -> None:
         """Keep only ``survivors`` [kept] of each named space, after a cut."""
 

@@ -22,6 +22,11 @@ from apt_trainer.models.batch import real_tokens
 
 Batch = dict[str, Any]
 
+NOT_FINITE = (
+    "The loss of the dense model on the rows that calibration_samples draws is not finite, so nothing can be scored. "
+    "Look at the data and the model's dtype."
+)
+
 
 def shares(
     rows: int, number: int, batch_size: int, seed: int, process: int = 0, processes: int = 1
@@ -63,10 +68,7 @@ def calibrate(
             importance.update(reduce, processes)
     importance.decay = decay
     if not bool(torch.isfinite(reduce(total))):
-        raise UserError(
-            "The loss of the dense model on the rows that calibration_samples draws is not finite, so nothing can be "
-            "scored. Look at the data and the model's dtype."
-        )
+        raise UserError(NOT_FINITE)
 
 
 @contextmanager

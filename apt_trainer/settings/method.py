@@ -51,8 +51,10 @@ class PruningSettings:
     )
     importance: str = setting(
         "salience",
-        "Scoring rule: salience (APT), magnitude, taylor, random; cosine (LLM-Drop): for sublayers only.",
+        "Scoring rule: salience (APT), magnitude, taylor, random; for sublayers only: cosine (LLM-Drop), and where "
+        "pruning_time is before nri (loss without each of them, relative to its cost).",
     )
+    nri_cost: str = setting("params", "What nri divides the loss by: params, latency (measured), memory, none.")
     salience_decay: float = setting(
         0.85, "Decay of the moving average of scores, per observation. 0.85 (APT, Sec. 4.2)."
     )
@@ -68,7 +70,9 @@ class PruningSettings:
     min_heads: int = setting(0, "Least heads kept per attention; 0: a whole attention may vanish (APT).")
     min_neurons: int = setting(0, "Least neurons kept per feed-forward; 0: a whole feed-forward may vanish (APT).")
     min_hidden: int = setting(64, "Least hidden dimensions kept.")
-    reference_batch_size: int = setting(32, "Batch size at which flops, latency and memory budgets are counted.")
+    reference_batch_size: int = setting(
+        32, "Batch size at which flops, latency and memory are counted, in budgets and in nri_cost."
+    )
     reference_length: int = setting(128, "Sequence length in tokens at which flops, latency and memory are counted.")
 
 
@@ -176,11 +180,8 @@ def _check_pruning(s: PruningSettings) -> None:
     for target in s.prune_targets:
         if target not in PRUNE_TARGETS:
             raise unknown_choice("prune_targets", target, PRUNE_TARGETS)
-    _require(
-        s.importance != "cosine" or s.target_sparsity is None or set(s.prune_targets) == {"sublayers"},
-        f"importance: cosine scores whole sublayers, but prune_targets={s.prune_targets}. "
-        "Set prune_targets: [sublayers], or another importance.",
-    )
+    if s.target_sparsity is not None and s.importance in ("cosine", "nri"):
+        _check_sublayer_scores(s)
     counts = ("num_pruning_events", "observe_every", "round_to", "min_hidden", "calibration_samples")
     for name in (*counts, "calibration_batch_size", "reference_batch_size", "reference_length"):
         value = getattr(s, name)
@@ -199,6 +200,19 @@ def _check_pruning(s: PruningSettings) -> None:
     _require(0 <= s.salience_decay < 1, f"salience_decay={s.salience_decay} must lie in [0, 1).")
     _require(0 < s.mask_step <= 1, f"mask_step={s.mask_step} must lie in (0, 1].")
     _require(s.mask_window >= 0, f"mask_window={s.mask_window} must not be negative; 0 cuts without fading.")
+
+
+def _check_sublayer_scores(s: PruningSettings) -> None:
+    _require(
+        set(s.prune_targets) == {"sublayers"},
+        f"importance: {s.importance} scores whole sublayers, but prune_targets={s.prune_targets}. "
+        "Set prune_targets: [sublayers], or another importance.",
+    )
+    _require(
+        s.importance != "nri" or s.pruning_time == "before",
+        f"importance: nri takes a pass over the calibration rows per sublayer, once, before the first step, but "
+        f"pruning_time={s.pruning_time!r}. Set pruning_time: before, or importance: cosine.",
+    )
 
 
 def _check_adapters(s: AdapterSettings) -> None:

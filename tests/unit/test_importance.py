@@ -30,6 +30,7 @@ from apt_trainer.importance import (
     Cosine,
     Importance,
     Magnitude,
+    Nri,
     Random,
     Salience,
     Taylor,
@@ -575,14 +576,21 @@ def test_random_scores_need_no_training_and_hook_nothing() -> None:
         rule.detach()
 
 
-@pytest.mark.parametrize("name", CHOICES["importance"])
+RULES = {"salience": Salience, "magnitude": Magnitude, "taylor": Taylor, "random": Random, "cosine": Cosine}
+
+
+def test_every_choice_makes_its_rule() -> None:
+    assert set(IMPORTANCES) == set(CHOICES["importance"]) == {*RULES, "nri"}
+    rule = make_importance(PruningSettings(importance="nri", nri_cost="memory"), seed=3)
+    assert isinstance(rule, Nri) and rule.cost == "memory" and rule.needs_data and not rule.densities
+
+
+@pytest.mark.parametrize("name", RULES)
 def test_every_rule_can_be_made_from_settings(name: str) -> None:
     rule = make_importance(PruningSettings(importance=name, salience_decay=0.5, outlier_weight=0.7), seed=3)
-    kinds = {"salience": Salience, "magnitude": Magnitude, "taylor": Taylor, "random": Random, "cosine": Cosine}
-    assert isinstance(rule, kinds[name])
+    assert isinstance(rule, RULES[name])
     assert rule.needs_data == (name not in ("magnitude", "random")) and (rule.decay == 0.5 or not rule.needs_data)
     assert getattr(rule, "outlier_weight", 0.7) == 0.7
-    assert set(IMPORTANCES) == set(CHOICES["importance"])
     model = tiny_model("bert").train()
     _, spaces, dense = parts(model)
     rule.attach(model, spaces, dense.counts)

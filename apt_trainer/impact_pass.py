@@ -1,0 +1,119 @@
+"""NRI of every sublayer of a dense model, measured before it trains: forward passes over rows of the training data.
+
+One pass with all sublayers and one without each of them, no gradient, no dropout. The definition is that of
+``sublayers.impact``, the loss the one that the model is going to be trained on. Losses are summed over what they are
+means of (predicted tokens, else rows) and over processes, so that all see the same numbers whatever their number. Not
+for choosing (``pruning.selection``), nor for scores from gradients (``importance.calibration``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from apt_trainer.errors import UserError
+from apt_trainer.importance import Reduce
+from apt_trainer.importance.calibration import NOT_FINITE, Batch
+from apt_trainer.models.shares import count
+from apt_trainer.settings import PruningSettings
+from apt_trainer.sublayers.costs import Shape, shares, unit_costs
+from apt_trainer.sublayers.gates import switched_off
+from apt_trainer.sublayers.impact import Impact
+from apt_trainer.sublayers.loss import bounded_exp
+from apt_trainer.sublayers.units import Unit, find_units
+
+_LARGEST = 700.0  # exp of more is no float
+
+
+class ImpactPass:
+    """Made from the plain dense ``model``: adapters that it gets later are no part of what its sublayers cost.
+
+    ``candidates``: the sublayers that may go. ``cost``: "params", "memory", "latency" or "none". Memory and seconds
+    are those of a forward pass at ``reference_batch_size`` × ``reference_length``; seconds are measured here, unless
+    the model is on the meta device, where there is nothing to time and nothing will be scored.
+    """
+
+    def __init__(self, model: Any, cost: str, settings: PruningSettings) -> None:
+        self.model, self.units = model, find_units(model)
+        self.candidates = [unit for unit in self.units.sublayers if unit not in self.units.protected]
+        timeless = cost == "latency" and next(model.parameters()).is_meta
+        shape = Shape(settings.reference_batch_size, settings.reference_length)
+        self._costs = unit_costs(model, self.units, "none" if timeless else cost, shape)
+
+    def measure(
+        self,
+        batches: Iterable[Batch | None],
+        loss_of: Callable[[Batch], torch.Tensor],
+        reduce: Reduce,
+    ) -> dict[str, float]:
+        """Space → NRI of its sublayer; infinite where the loss without it is not finite, or where it has to stay.
+
+        Args:
+            batches: This process' share; None: no rows are left for it.
+            loss_of: Mean loss of the model on a batch.
+            reduce: Sum over processes.
+
+        Raises:
+            UserError: in all processes, when the loss of the whole model is not finite.
+        """
+        device = next(self.model.parameters()).device
+        with _frozen(self.model):
+            shown = [(batch, self._weight(batch)) for batch in batches if batch is not None]
+
+            def total(off: Sequence[Unit]) -> torch.Tensor:
+                """[Σ loss, what it was summed over] of this process."""
+                sums = torch.zeros(2, dtype=torch.float64, device=device)
+                with switched_off(self.model, self.units, off):
+                    for batch, weight in shown:
+                        loss = loss_of(batch).double()
+                        sums += torch.stack([torch.where(weight > 0, loss * weight, 0.0), weight])
+                return sums
+
+            full = _mean(reduce(total(())))
+            if not math.isfinite(full):
+                raise UserError(NOT_FINITE)
+            without = reduce(torch.stack([total([unit]) for unit in self.candidates]))
+        share = self._shares(reduce)
+        found = dict.fromkeys((self._space(unit) for unit in self.units.sublayers), math.inf)
+        for unit, sums in zip(self.candidates, without, strict=True):
+            loss = _mean(sums)
+            relative = math.expm1(loss - full) if loss - full < _LARGEST else math.inf
+            found[self._space(unit)] = Impact(unit, bounded_exp(loss), relative, share[unit]).normalised
+        return found
+
+    def _shares(self, reduce: Reduce) -> dict[Unit, float]:
+        """Share of each sublayer in the cost of all; of seconds, which differ between processes, the sum counts."""
+        device = next(self.model.parameters()).device
+        costs = reduce(torch.tensor(list(self._costs.values()), dtype=torch.float64, device=device))
+        return shares(dict(zip(self._costs, costs.tolist(), strict=True)), self.units)
+
+    def _space(self, unit: Unit) -> str:
+        return self.units.members[unit][0].space
+
+    def _weight(self, batch: Batch) -> torch.Tensor:
+        """What the loss of ``batch`` is a mean of: predicted tokens, or rows where it is not per token."""
+        return count(batch, self.units.family, self.model)[0].double()
+
+
+def _mean(sums: torch.Tensor) -> float:
+    """Mean loss of [Σ loss, what it was summed over]; not a number where there was nothing to predict."""
+    total, number = sums.tolist()
+    return total / number if number else math.nan
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Neither dropout nor gradients; the modules then train as they did before."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,122 @@
+"""What the dry run says about memory and scoring, and what stops it as it would stop the run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from texts import TOKENS, word_tokenizer, words
+from tiny import ALL_TASKS, tiny_config
+from transformers import PreTrainedModel
+
+from apt_trainer import APTConfig, UserError, dry_run
+from apt_trainer.dry_run import memory_estimate
+from apt_trainer.preflight import check_attention
+from apt_trainer.recipe import Recipe
+from apt_trainer.run import train
+from apt_trainer.settings import DataSettings, ModelSettings
+from integration.factories import DEFAULTS, config
+from integration.test_nri_before import NRI
+
+
+@pytest.fixture
+def ready(tmp_path: Path) -> Recipe:
+    """A language model that would be trained on blocks of 8 tokens, in batches of 8."""
+    settings = tiny_config("llama")
+    settings.vocab_size = len(TOKENS)
+    ALL_TASKS["ForCausalLM"].from_config(settings).save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    text = str(tmp_path / "text.txt")
+    Path(text).write_text("\n".join(words(7, i) for i in range(100)))
+    training = APTConfig(output_dir=str(tmp_path / "out"), **{**DEFAULTS, **NRI, "measure_latency": False})
+    training.reference_length = 8
+    data = DataSettings(task="language_modeling", train_file=text, validation_file=text, max_length=8)
+    return Recipe(ModelSettings(str(tmp_path / "model")), data, training, path=None, given={})
+
+
+def refused(recipe: Recipe, message: str) -> None:
+    """By the dry run and by the run itself, before anything is written."""
+    for start in (dry_run.plan, train):
+        with pytest.raises(UserError, match=message):
+            start(recipe)
+    assert not Path(str(recipe.training.output_dir)).exists()
+
+
+# ---------------------------------------------------------------------------- attention
+
+
+def test_an_attention_that_nobody_knows_is_refused(ready: Recipe) -> None:
+    wrong = replace(ready.model, attn_implementation="sddpa")
+    refused(
+        replace(ready, model=wrong),
+        "attn_implementation='sddpa' is not known. Choose one of: eager.*Did you mean 'sdpa'",
+    )
+
+
+@pytest.mark.parametrize("name", ["sdpaa", "", "flash", "org/", "paged|flush"])
+def test_names_that_are_none(name: str) -> None:
+    with pytest.raises(UserError, match="Choose one of: eager, .*sdpa.*OWNER/KERNEL of the hub"):
+        check_attention(name)
+
+
+@pytest.mark.parametrize("name", [None, "eager", "sdpa", "flex_attention", "flash_attention_2", "paged|sdpa"])
+def test_names_that_transformers_knows(name: str | None) -> None:
+    check_attention(name)
+    check_attention("kernels-community/flash-attn@main:function")
+
+
+# ---------------------------------------------------------------------------- memory
+
+
+def on_meta(family: str, task: str, words: int, **sizes: Any) -> PreTrainedModel:
+    settings = tiny_config(family, tie_word_embeddings=True, **sizes)
+    settings.vocab_size = words
+    with torch.device("meta"):
+        model: PreTrainedModel = ALL_TASKS[task].from_config(settings)
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize(("family", "task"), [("llama", "ForCausalLM"), ("t5", "ForConditionalGeneration")])
+@pytest.mark.parametrize(("bf16", "bytes_per_logit"), [(False, 16), (True, 14)])
+def test_every_logit_counts(family: str, task: str, bf16: bool, bytes_per_logit: int, tmp_path: Path) -> None:
+    """The logit itself, and in float32 its log-probability and two gradients, for 8 rows of 5 predicted tokens."""
+    args, found = config(tmp_path, bf16=bf16), []
+    for number in (1000, 3000):
+        model = on_meta(family, task, number)
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        found.append(memory_estimate(model, args, 20, 5) - weights)
+    assert found[1] - found[0] == 2000 * 8 * 5 * bytes_per_logit
+
+
+def test_classes_are_no_words(tmp_path: Path) -> None:
+    args = config(tmp_path)
+    model = on_meta("bert", "ForSequenceClassification", 1000)
+    assert memory_estimate(model, args, 20, 5) == memory_estimate(model, args, 20, 500)
+
+
+def test_what_is_counted_is_said(ready: Recipe) -> None:
+    text = dry_run.plan(ready)
+    words = f"logits over {len(TOKENS)} words with log-probabilities and gradients)"
+    assert f"(weights, gradients, optimizer, activations, {words} of the dense model" in text
+    ready.training.distillation, ready.training.teacher_name_or_path = "model", "somewhere"
+    assert "gradients; without the teacher)" in dry_run.plan(ready)
+
+
+# ---------------------------------------------------------------------------- scoring
+
+
+@pytest.mark.parametrize("cost", ["params", "latency"])
+def test_the_passes_that_nri_takes_are_said(ready: Recipe, cost: str) -> None:
+    ready.training.nri_cost = cost
+    assert "scored on 24 training rows in 7 passes (whole, and without each sublayer) and cut" in dry_run.plan(ready)
+
+
+@pytest.mark.parametrize("cost", ["latency", "memory"])
+def test_a_length_that_costs_cannot_be_taken_at_is_refused(ready: Recipe, cost: str) -> None:
+    ready.training.reference_length = 50
+    assert dry_run.plan(ready)
+    ready.training.nri_cost = cost
+    refused(ready, "reference_length=50 is more than the 20 positions of the model. Lower reference_length")
