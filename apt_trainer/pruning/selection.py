@@ -107,7 +107,10 @@ def _core_density(
     """Score per cost of what goes last of a sublayer, fixed parts included; never below what has to go before it."""
     counts = current.counts
     saved = cost.total(counts | {space.name: len(core)}) - cost.total(counts | {space.name: 0})
-    own = float(core.mean()) if scores_are_densities else float(core.sum()) / saved
+    if scores_are_densities:
+        own = float(core.mean())
+    else:
+        own = float(core.sum()) / saved if saved > 0 else math.inf  # what costs nothing stays
     return max([own, *(density for density, _ in others)])
 
 

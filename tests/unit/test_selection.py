@@ -10,7 +10,7 @@ from tiny import LAYERS, parts, tiny_model
 
 from apt_trainer.errors import UserError
 from apt_trainer.models import HIDDEN, Space
-from apt_trainer.pruning.cost import CostModel, flops_cost, memory_cost, parameter_cost
+from apt_trainer.pruning.cost import CostModel, fitted_cost, flops_cost, memory_cost, parameter_cost
 from apt_trainer.pruning.limits import Limits
 from apt_trainer.pruning.plan import PruningPlan
 from apt_trainer.pruning.selection import select
@@ -170,6 +170,26 @@ def test_densities_are_ranked_as_they_are() -> None:
     assert ranked.kept[HIDDEN] == (1,) and ranked.kept["layers.0.heads"] == (1,)
     per_cost = select(swapped, spaces, dense, cost, 30, limits(hidden=0))
     assert per_cost.kept["layers.0.neurons"] == (0, 1, 2, 3)
+
+
+def test_a_sublayer_that_costs_nothing_stays() -> None:
+    """As a latency that is lost in noise makes it; the budget is met by the other kind."""
+    spaces, dense = hand_made()
+    cost = fitted_cost(spaces, {"layers.0.heads": 0.0, "layers.0.neurons": 1.0}, dict.fromkeys(dense.kept, 0.0))
+    plan = select(
+        hand_scores(),
+        spaces,
+        dense,
+        cost,
+        1.0,
+        Limits(
+            frozenset(),
+            {"heads": 1, "neurons": 1, "hidden": 1},
+            {"heads": 0, "neurons": 0, "hidden": 1},
+            sublayers=True,
+        ),
+    )
+    assert plan.kept["layers.0.heads"] == (0, 1, 2) and plan.kept["layers.0.neurons"] == ()
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6])
