@@ -7,7 +7,7 @@ collective. Uses names of torch that are not documented (:func:`missing_names`);
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,12 +58,18 @@ def reshard(model: nn.Module) -> None:
 
 
 def shard(
-    model: nn.Module, blocks: Sequence[nn.Module], mesh: Any, policy: Any, reshard_after_forward: bool
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    mesh: Any,
+    policy: Any,
+    reshard_after_forward: bool,
+    replace: Callable[[Mapping[int, nn.Parameter]], None] = lambda replaced: None,
 ) -> dict[int, nn.Parameter]:
     """Put FSDP2 on ``model``: each of ``blocks`` is whole for its own passes, all else for the whole step.
 
     Parameters may be ordinary ones, equal on all processes, or DTensors; of these one unit at a time is whole.
-    Returns the new parameter by the id of the old one.
+    Returns the new parameter by the id of the old one; ``replace`` is told so after each unit, whose old parts are
+    let go then.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -76,7 +82,9 @@ def shard(
         _make_plain(places, policy.param_dtype is not None)
         after_forward = {} if unit is model else {"reshard_after_forward": reshard_after_forward}
         fully_shard(unit, mesh=mesh, mp_policy=policy, **after_forward)
-        replaced |= {id(old): module._parameters[name] for module, name, old in places}  # type: ignore[misc]
+        of_unit: dict[int, nn.Parameter] = {id(old): module._parameters[name] for module, name, old in places}  # type: ignore[misc]
+        replace(of_unit)
+        replaced |= of_unit
     return replaced
 
 
@@ -104,6 +112,7 @@ def strip(model: nn.Module) -> None:
                     handle.remove()
             for parameter in group.fsdp_params:
                 parameter._post_load_hook_handle.remove()
+            group.fsdp_params.clear()  # they lie in cycles, and each refers to the parts of its parameter
     for module in model.modules():
         _take_off(module)
         _module_state_mapping.pop(module, None)

@@ -90,7 +90,10 @@ def reshape(trainer: Any, change: Callable[[], Edits]) -> None:
     engine.settle()
     schedule = trainer.lr_scheduler.state_dict()
     model = engine.loosen()
-    state = engine.carried(change())
+    edits = change()
+    if engine.leaves_cycles:
+        gc.collect()
+    state = engine.carried(edits)
     _agree_on_shape(trainer)
     engine.release()
     trainer.optimizer_ages = ages(state) if engine.groups_by_age else {}

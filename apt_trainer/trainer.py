@@ -110,7 +110,7 @@ class APTTrainer(BestWithinBudget):
         self.live_dataloader: Any = None
         self.optimizer_ages: dict[str, int] = {}
         self._restored: tuple[Mapping[str, Any], dict[str, torch.Tensor]] | None = None
-        self.losses = StepLosses(self.pruner.family, self.accelerator, args.average_tokens_across_devices)
+        self.step_losses = StepLosses(self.pruner.family, self.accelerator, args.average_tokens_across_devices)
         self._last_inputs: dict[str, Any] | None = None
         self._finished, self._stop = False, StopOnSignal()
         self.add_callback(MethodCallback(self))
@@ -134,13 +134,13 @@ class APTTrainer(BestWithinBudget):
     def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
         """As the Trainer's: the micro-batches of a step, whose losses are weighed together."""
         batches, number = super().get_batch_samples(*args)
-        self.losses.begin(batches, self.model)
+        self.step_losses.begin(batches, self.model)
         return batches, number
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         self._last_inputs = inputs
         loss = super().training_step(self.model_wrapped, inputs, num_items_in_batch)
-        self.losses.look_at(loss)
+        self.step_losses.look_at(loss)
         return loss
 
     def compute_loss(
@@ -150,7 +150,7 @@ class APTTrainer(BestWithinBudget):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         step, family, inputs = self.state.global_step, self.pruner.family, self._prepare_inputs(inputs)
         self.pruner.set_tokens(real_tokens(inputs, family))
-        shares = self.losses.shares(inputs, self.model)
+        shares = self.step_losses.shares(inputs, self.model)
         mu = self.schedule.mu(step) if self.distillation.ready else 0.0
         asked = dict(inputs)
         if mu > 0.0:
@@ -161,11 +161,11 @@ class APTTrainer(BestWithinBudget):
         if self.compute_loss_func is None:  # else that function has divided by num_items_in_batch
             loss = shares.of_task(loss)
         if self.args.distillation != "none":
-            self.losses.note("loss/task", loss, step)
+            self.step_losses.note("loss/task", loss, step)
         if mu > 0.0:
             alive = self.pruner.alive_layers()
             distance = self.distillation.loss(inputs, outputs, taught, self.model, family, alive, step, shares)
-            self.losses.note("loss/distillation", distance, step)
+            self.step_losses.note("loss/distillation", distance, step)
             loss = mu * distance + (1 - mu) * loss
         return (loss, outputs) if return_outputs else loss
 
@@ -185,7 +185,7 @@ class APTTrainer(BestWithinBudget):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self.check_finite()
-        logs |= self.losses.means()
+        logs |= self.step_losses.means()
         if self.pruner.settings.prunes and "loss" in logs:
             logs["pruning/sparsity"] = self.pruner.sparsity()
         super().log(logs, start_time)
@@ -216,7 +216,7 @@ class APTTrainer(BestWithinBudget):
 
     def check_finite(self) -> None:
         """Raise :class:`UserError` if any loss so far was not finite; waits for the device."""
-        self.losses.check_finite(self.state.global_step)
+        self.step_losses.check_finite(self.state.global_step)
 
     def before_step(self) -> None:
         """Before the first forward pass of an optimizer step."""
@@ -226,7 +226,7 @@ class APTTrainer(BestWithinBudget):
     def after_step(self) -> None:
         """After an optimizer step, before it is logged, evaluated and saved: shape changes, then snapshots."""
         step = self.state.global_step
-        self.losses.end()
+        self.step_losses.end()
         engine_of(self).settle()
         decision = self._decide(step)
         if decision is not None:

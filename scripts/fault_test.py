@@ -1,115 +1,59 @@
 """Whether a run that is killed, stopped or poisoned ends as the undisturbed one: real processes and signals.
 
     python scripts/fault_test.py --kills 20 --seed 1 [--processes 2] [--faults sigterm disk nan hang] [--output DIR]
+    python scripts/fault_test.py --kills 20 --seed 1 --processes 2 --engine zero3          # or zero2, fsdp2
 
 Trains a tiny model with ``apt-trainer train`` once undisturbed. Then, for each fault, starts the same run in a fresh
 folder, strikes one rank at a random moment, restarts until the run ends, and compares: plan, config, events and
-weights have to be equal bit by bit, every checkpoint that counts as whole has to equal the undisturbed one,
-and nothing temporary may be left. Prints a table; exit code 1 if a row is not as it should be. Moments are found from
-outside, by what a run prints and which folders appear. Not for faults of the machine itself, such as lost power.
+weights have to be equal bit by bit under every engine, every checkpoint that counts as whole has to equal the
+undisturbed one, and nothing temporary may be left. Prints a table; exit code 1 if a row is not as it should be.
+Moments are found from outside, by what a run prints and which folders appear. Not for faults of the machine itself,
+such as lost power.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import json
+import math
 import os
 import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
+from fault_runs import ENGINES, SAVE_EVERY, STEPS, Run, Setup, make_inputs, start, undisturbed
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-import apt_trainer.run  # noqa: F401 - imported before processes are forked
-from apt_trainer import cli
 from apt_trainer.callback import MethodCallback
 from apt_trainer.checkpoint import check_complete
 from apt_trainer.errors import UserError
 from apt_trainer.report.events import read_events
 from apt_trainer.whole_checkpoints import STAGED
 
-WORDS = [f"w{i}" for i in range(60)]
-STEPS, SAVE_EVERY = 24, 4
 KILLS = ("step", "event", "save")
 OTHERS = ("sigterm", "disk", "nan", "hang")
-IMPORTED = (
-    "apt_trainer",
-    "accelerate",
-    "datasets",
-    "deepspeed",
-    "matplotlib",
-    "peft",
-    "sklearn",
-    "torch",
-    "transformers",
-)
-PATIENCE = 120.0  # seconds for one start
-GRACE = 20.0  # seconds, for the others once a rank has ended
 HANG_TIMEOUT = 10  # seconds, as ddp_timeout, where a rank hangs
 TERMINATED = 128 + signal.SIGTERM
-RECIPE: dict[str, Any] = {
-    "task": "classification",
-    "max_length": 16,
-    "target_sparsity": 0.5,
-    "pruning_start": 3,
-    "pruning_end": 15,
-    "num_pruning_events": 4,
-    "mask_window": 2,
-    "distillation": "self",
-    "distillation_end": 19,
-    "tune_after_distillation": "full",
-    "round_to": 4,
-    "min_hidden": 16,
-    "lora_r": 2,
-    "lora_alpha": 4,
-    "max_rank": 8,
-    "max_steps": STEPS,
-    "save_strategy": "steps",
-    "save_steps": SAVE_EVERY,
-    "per_device_eval_batch_size": 16,
-    "learning_rate": 1e-3,
-    "logging_steps": 1,
-    "disable_tqdm": True,
-    "measure_latency": False,
-    "report_to": [],
-    "use_cpu": True,
-    "seed": 7,
-}
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Where the recipe and the undisturbed run are, and how long each of its steps took."""
-
-    folder: Path
-    processes: int
-    events: tuple[int, ...] = ()
-    gaps: tuple[float, ...] = ()
-
-    @property
-    def reference(self) -> Path:
-        return self.folder / "reference"
 
 
 @dataclass
 class Row:
-    """One fault and what came of it; ``problems`` is empty where all was as it should be."""
+    """One fault and what came of it.
+
+    ``distance``: relative, of the number farthest from that of the undisturbed run; ``problems``: empty where all was
+    as it should be.
+    """
 
     fault: str
     moment: str
@@ -117,164 +61,9 @@ class Row:
     code: int = 0
     resumed: list[int] = field(default_factory=list)
     cut_off: int = 0
-    equal: bool = False
+    distance: float = math.inf
     said: str = ""
     problems: list[str] = field(default_factory=list)
-
-
-class Run:
-    """One start of the command on all its processes. What they print goes to a file, which is read as it grows.
-
-    Each is forked from this process, which has imported everything: starting Python takes longer than the run.
-    """
-
-    def __init__(self, words: Sequence[str], log: Path, processes: int, setup_child: Callable[[int], None]) -> None:
-        self.lines: list[str] = []
-        self.times: list[float] = []
-        self.codes: dict[int, int] = {}
-        log.write_bytes(b"")
-        self._log, self._torn = log.open("rb"), b""
-        port = _free_port()
-        self.pids = []
-        for rank in range(processes):
-            sys.stdout.flush()
-            pid = os.fork()
-            if pid == 0:
-                _be_rank(rank, processes, port, log, words, setup_child)
-            self.pids.append(pid)
-
-    @property
-    def steps(self) -> int:
-        """Steps logged by this start."""
-        return len(self.times)
-
-    def poll(self) -> bool:
-        """Read what is new; whether all processes have ended."""
-        *whole, self._torn = (self._torn + self._log.read()).split(b"\n")
-        for line in whole:
-            self.lines.append(line.decode(errors="replace"))
-            if "'loss':" in self.lines[-1]:
-                self.times.append(time.perf_counter())
-        for rank, pid in enumerate(self.pids):
-            if rank not in self.codes:
-                ended, status = os.waitpid(pid, os.WNOHANG)
-                if ended:
-                    code = os.waitstatus_to_exitcode(status)
-                    self.codes[rank] = code if code >= 0 else 128 - code
-        return len(self.codes) == len(self.pids)
-
-    def wait_until(self, happened: Callable[[], bool]) -> bool:
-        """False where the run ended first."""
-        deadline = time.monotonic() + PATIENCE
-        while not happened():
-            if self.poll() or time.monotonic() > deadline:
-                return False
-            time.sleep(0.0005)
-        return True
-
-    def end(self) -> int:
-        """Exit code of the first process that failed, else 0; the others have :data:`GRACE` seconds from then on, as
-        under a cluster."""
-        first, deadline = 0, time.monotonic() + PATIENCE
-        while not self.poll() and time.monotonic() < deadline:
-            failed = [code for code in self.codes.values() if code]
-            if failed and not first:
-                first, deadline = failed[0], time.monotonic() + GRACE
-            time.sleep(0.002)
-        for rank, pid in enumerate(self.pids):
-            if rank not in self.codes:
-                os.kill(pid, signal.SIGKILL)
-        while not self.poll():
-            time.sleep(0.002)
-        self._log.close()
-        return first or next((code for code in self.codes.values() if code), 0)
-
-    def said(self) -> list[str]:
-        """Its error messages, each once."""
-        return list(dict.fromkeys(line.strip() for line in self.lines if line.startswith("error:")))
-
-
-def _be_rank(
-    rank: int, processes: int, port: int, log: Path, words: Sequence[str], setup_child: Callable[[int], None]
-) -> NoReturn:
-    """What a forked process does instead of going on with the script."""
-    code = 1
-    try:
-        os.setsid()
-        file = os.open(log, os.O_WRONLY | os.O_APPEND)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-        if processes > 1:
-            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-            os.environ |= {name: str(value) for name, value in names.items()}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-        setup_child(rank)
-        code = cli.main(list(words))
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    if rank == 0:
-        log.with_suffix(".modules").write_text("\n".join(sys.modules))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-# ---------------------------------------------------------------------- starting runs
-
-
-def make_inputs(folder: Path, processes: int) -> None:
-    """A tiny model with dropout, a tokenizer of whole words, rows and the recipe."""
-    torch.manual_seed(0)
-    special = {"pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "<s>", "sep_token": "</s>"}
-    tokens = {word: i for i, word in enumerate([*special.values(), *WORDS])}
-    core = Tokenizer(models.WordLevel(tokens, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(folder / "model")
-    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 3}
-    config = BertConfig(vocab_size=len(tokens), max_position_embeddings=20, pad_token_id=0, num_labels=3, **sizes)
-    BertForSequenceClassification(config).save_pretrained(folder / "model")
-    draw = random.Random(0)
-    rows = [{"text": " ".join(draw.choices(WORDS, k=draw.randint(5, 14))), "label": i % 3} for i in range(240)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    inputs = {"model_name_or_path": str(folder / "model"), "train_file": str(folder / "rows.jsonl")}
-    batch = {"per_device_train_batch_size": 8 // processes}
-    (folder / "recipe.yaml").write_text(json.dumps(RECIPE | inputs | batch))  # JSON is YAML
-
-
-def start(setup: Setup, output: Path, *words: str, setup_child: Callable[[int], None] = lambda rank: None) -> Run:
-    """``apt-trainer train`` on the recipe; ``setup_child`` is called with its rank in each process first."""
-    train = ["train", "--config", str(setup.folder / "recipe.yaml"), "--output_dir", str(output), *words]
-    return Run(train, setup.folder / "log.txt", setup.processes, setup_child)
-
-
-def undisturbed(folder: Path, processes: int) -> Setup:
-    """Train the reference; raises RuntimeError where that fails."""
-    setup = Setup(folder, processes)
-    run = start(setup, setup.reference)
-    if run.end() != 0 or run.steps != STEPS:
-        raise RuntimeError("The undisturbed run failed:\n" + "".join(run.lines[-40:]))
-    _import_what_it_did(setup.folder / "log.modules")
-    events = tuple(r["step"] for r in read_events(setup.reference / "events.jsonl") if r["kind"] == "prune")
-    gaps = tuple(after - before for before, after in zip(run.times, run.times[1:], strict=False))
-    return Setup(folder, processes, events, (gaps[0], *gaps, gaps[-1]))
-
-
-def _import_what_it_did(names: Path) -> None:
-    """So that later starts are forked with it."""
-    for name in names.read_text().split():
-        if name.partition(".")[0] in IMPORTED and name not in sys.modules:
-            with contextlib.suppress(Exception):
-                importlib.import_module(name)
 
 
 def go_on(setup: Setup, output: Path, row: Row) -> None:
@@ -291,26 +80,40 @@ def go_on(setup: Setup, output: Path, row: Row) -> None:
 # ---------------------------------------------------------------------- comparing
 
 
-def differences(setup: Setup, output: Path) -> list[str]:
-    """What a finished run holds that the undisturbed one does not, or the other way round."""
-    found = []
-    for name in ("pruning_plan.json", "config.json"):
-        texts = [
-            json.loads(file.read_text()) if (file := run / name).is_file() else None for run in _both(setup, output)
-        ]
-        if texts[0] != texts[1]:
-            found.append(f"{name} differs")
+def compare(setup: Setup, output: Path, row: Row) -> None:
+    """Note how far a finished run is from the undisturbed one, and whatever is more than that."""
     if not (output / "model.safetensors").is_file():
-        return [*found, "no model"]
-    found += _other_tensors(*(run / "model.safetensors" for run in _both(setup, output)))
-    records = [
-        [{k: v for k, v in record.items() if k != "seconds"} for record in read_events(run / "events.jsonl")]
-        for run in _both(setup, output)
-    ]
-    if records[0] != records[1]:
-        found.append("events.jsonl differs")
+        row.problems.append("no model")
+        return
+    distances = {
+        name: _distance(*(json.loads((run / name).read_text()) for run in _both(setup, output)))
+        for name in ("pruning_plan.json", "config.json")
+    }
+    distances["events.jsonl"] = _distance(*(_events(run) for run in _both(setup, output)))
+    weights = [load_file(run / "model.safetensors") for run in _both(setup, output)]
+    distances["model.safetensors"] = _distance(*weights)
+    row.distance = max(distances.values())
+    row.problems += [f"{name} differs, by {distance:.1e}" for name, distance in distances.items() if distance > 0]
     hidden = sorted(path.name for path in output.rglob(".*"))
-    return found + ([f"left behind: {', '.join(hidden)}"] if hidden else [])
+    row.problems += [f"left behind: {', '.join(hidden)}"] if hidden else []
+
+
+def _events(run: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in read_events(run / "events.jsonl")]
+
+
+def _distance(expected: Any, got: Any) -> float:
+    """Largest relative difference of the numbers in two values of the same form; infinite where they have another."""
+    if isinstance(expected, dict) and isinstance(got, dict) and expected.keys() == got.keys():
+        return max((_distance(value, got[key]) for key, value in expected.items()), default=0.0)
+    if isinstance(expected, list) and isinstance(got, list) and len(expected) == len(got):
+        return max((_distance(*pair) for pair in zip(expected, got, strict=True)), default=0.0)
+    if torch.is_tensor(expected) and expected.shape == got.shape:
+        apart = torch.where(expected == got, 0.0, (expected - got).abs() / expected.abs())
+        return float(apart.max()) if len(apart) else 0.0
+    if isinstance(expected, float) and isinstance(got, float):
+        return 0.0 if expected == got else abs(expected - got) / abs(expected) if expected else math.inf
+    return 0.0 if expected == got else math.inf
 
 
 def check_checkpoints(setup: Setup, output: Path, row: Row) -> int:
@@ -389,7 +192,7 @@ def strike(setup: Setup, name: str, kind: str, output: Path, draw: random.Random
 
 
 def poison(setup: Setup, output: Path, draw: random.Random) -> Row:
-    """One gradient of one rank is not a number in one step, right before a checkpoint is due or elsewhere."""
+    """The gradients of one rank are no numbers in one step, right before a checkpoint is due or elsewhere."""
     rank, step = draw.randrange(setup.processes), draw.choice([2 * SAVE_EVERY, draw.randrange(SAVE_EVERY + 1, STEPS)])
 
     def poisoned(own: int) -> None:
@@ -405,15 +208,20 @@ def poison(setup: Setup, output: Path, draw: random.Random) -> Row:
 
 
 def _poison_step(step: int) -> None:
-    """Have the gradient of the first trained parameter be NaN in one step of this process."""
+    """Have the gradient of the logits be NaN in one step of this process, and so all that follow from it; parameters
+    have none of their own to spoil where an engine splits them."""
     begin = MethodCallback.on_step_begin
+
+    def poison_logits(model: Any, inputs: Any, output: Any) -> None:
+        handles.pop().remove()
+        output.logits.register_hook(lambda gradient: torch.full_like(gradient, float("nan")))
 
     def begin_poisoned(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         begin(self, args, state, control, **kwargs)
         if state.global_step + 1 == step:
-            parameter = next(p for p in self.trainer.model.parameters() if p.requires_grad)
-            parameter.register_hook(lambda gradient: torch.full_like(gradient, float("nan")))
+            handles.append(self.trainer.model.register_forward_hook(poison_logits))
 
+    handles: list[Any] = []
     MethodCallback.on_step_begin = begin_poisoned  # type: ignore[method-assign]
 
 
@@ -472,9 +280,7 @@ def test_fault(setup: Setup, fault: str, output: Path, draw: random.Random) -> R
         go_on(setup, output, row)
         if row.resumed[0] != last:
             row.problems.append(f"went on from {row.resumed[0]} instead of {last}")
-        found = differences(setup, output)
-    row.equal = not found
-    row.problems += found
+        compare(setup, output, row)
     if not row.problems:
         shutil.rmtree(output, ignore_errors=True)
     return row
@@ -487,11 +293,12 @@ def table(rows: Sequence[Row]) -> str:
     """Markdown."""
     lines = ["| fault | moment | rank | exit code | resumed from | equal | said |", "|---|---|---|---:|---:|---|---|"]
     for row in rows:
-        resumed, equal = ", ".join(map(str, row.resumed)), "yes" if row.equal else "no"
+        resumed = ", ".join(map(str, row.resumed))
+        equal = "bit by bit" if row.distance == 0 else f"no, {row.distance:.1e} apart"
         lines.append(f"| {row.fault} | {row.moment} | {row.rank} | {row.code} | {resumed} | {equal} | {row.said} |")
-    equal, cut_off = sum(row.equal for row in rows), sum(row.cut_off for row in rows)
+    equal, cut_off = sum(row.distance == 0 for row in rows), sum(row.cut_off for row in rows)
     good = sum(not row.problems for row in rows)
-    lines += ["", f"{len(rows)} faults: {equal} equal to the undisturbed run, {good} without any remark."]
+    lines += ["", f"{len(rows)} faults: {equal} equal to the undisturbed run bit by bit, {good} without any remark."]
     lines.append(f"{cut_off} checkpoints were cut off; none of them was resumed from.")
     lines += [f"- {row.fault}, {row.moment}, rank {row.rank}: {text}" for row in rows for text in row.problems]
     return "\n".join(lines)
@@ -502,7 +309,8 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=6, help="SIGKILLs, in turn at a step, an event and a save")
     parser.add_argument("--seed", type=int, default=0, help="of ranks and moments")
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1)
-    parser.add_argument("--faults", nargs="*", choices=OTHERS, default=[], help="others, one of each")
+    parser.add_argument("--engine", choices=ENGINES, default="ddp", help="all on CPUs")
+    parser.add_argument("--faults", nargs="*", choices=(*KILLS, *OTHERS), default=[], help="more, one of each")
     parser.add_argument("--output", type=Path, help="keep runs here that were not equal, and the table")
     args = parser.parse_args()
     if "hang" in args.faults and args.processes == 1:
@@ -513,8 +321,9 @@ def main() -> int:
         if folder.is_dir() and any(folder.iterdir()):
             parser.error(f"{folder} is not empty")
         folder.mkdir(parents=True, exist_ok=True)
-        make_inputs(folder, args.processes)
-        setup = undisturbed(folder, args.processes)
+        setup = Setup(folder, args.processes, args.engine)
+        make_inputs(setup)
+        setup = undisturbed(setup)
         faults = [KILLS[i % len(KILLS)] for i in range(args.kills)] + args.faults
         for number, fault in enumerate(faults):
             started = time.monotonic()

@@ -3,11 +3,14 @@
     python scripts/measure_engines.py --model minilm                # DDP, ZeRO-1, -2, -3, two processes on a CPU
     python scripts/measure_engines.py --model smollm2
     python scripts/measure_engines.py --profiles zero2 zero3 --processes 1 --bf16        # on an accelerator
+    python scripts/measure_engines.py --memory --profiles ddp_cpu zero2_cpu zero3_cpu fsdp2_cpu
 
 Every run sees the same rows in the same order, prunes early and distils from itself. Prints a table: the largest
 relative difference of the loss curve and of the logits of the finished model, whether the same units were kept,
-seconds of a step, of a pruning event, of a checkpoint, and the share of the steps that reductions of scores take. Data
-as the recipes. Not for speed: on one machine the processes share its cores.
+seconds of a step, of a pruning event, of a checkpoint, and the share of the steps that reductions of scores take.
+With ``--memory``, instead of the seconds, bytes of live tensors in one process: before, at the most during and after
+the change of shape that takes most above both, how much that is, and what the largest layer would take. Data as the
+recipes. Not for speed: on one machine the processes share its cores.
 """
 
 from __future__ import annotations
@@ -22,11 +25,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from event_memory import ChangeOfShape, watch_changes
 
 from apt_trainer import APTTrainer, run
 from apt_trainer.cli.launch import count_processes, launch_environment, profile_path, read_profile
@@ -79,6 +84,23 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """Recipe that a model is trained with, and what changes for this."""
+COLUMNS: dict[str, Callable[[Any], str]] = {
+    "profile": str,
+    "engine": str,
+    "loss": "{:.1e}".format,
+    "same units": {True: "yes", False: "no"}.__getitem__,
+    "logits": "{:.1e}".format,
+}
+OF_TIME: dict[str, Callable[[Any], str]] = {
+    "step": "{:.3f} s".format,
+    "event": "{:.2f} s".format,
+    "checkpoint": "{:.2f} s".format,
+    "reductions": "{:.1%}".format,
+}
+OF_MEMORY: dict[str, Callable[[Any], str]] = {
+    name: lambda number: f"{number / 1e6:.1f} MB" for name in ("before", "most", "after", "more", "layer")
+}
+"""Name of a column, which is that of the measure too → how it is printed."""
 
 
 class TimedTrainer(APTTrainer):
@@ -120,25 +142,33 @@ def main() -> None:
     parser.add_argument("--profiles", nargs="+", default=["ddp_cpu", "zero1_cpu", "zero2_cpu", "zero3_cpu"])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--memory", action="store_true", help="bytes at changes of shape instead of seconds")
     parser.add_argument("--output", help="JSON file, beside what is printed")
     parser.add_argument("--worker", metavar="RECIPE", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        work(Path(args.worker))
+        work(Path(args.worker), args.memory)
         return
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(args, Path(folder))
-    _print(rows)
+    _print(rows, COLUMNS | (OF_MEMORY if args.memory else OF_TIME))
     if args.output:
         Path(args.output).write_text(json.dumps(rows, indent=1))
 
 
-def work(recipe: Path) -> None:
+def work(recipe: Path, memory: bool) -> None:
     """What every process of a run does."""
-    run.APTTrainer = TimedTrainer  # type: ignore[misc]
+    changes: list[ChangeOfShape] = []
+    if memory:
+        changes = watch_changes()
+    else:
+        run.APTTrainer = TimedTrainer  # type: ignore[misc]
     loaded = load_recipe(str(recipe))
     run.train(loaded)
-    if loaded.training.should_save:
+    if memory:
+        described = [asdict(change) | {"more": change.more} for change in changes]
+        (recipe.parent / f"memory.{loaded.training.process_index}.json").write_text(json.dumps(described))
+    elif loaded.training.should_save:
         (recipe.parent / "seconds.json").write_text(json.dumps(TimedTrainer.seconds))
 
 
@@ -152,19 +182,21 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         file = place / "recipe.json"
         size = ROWS_PER_STEP // (1 if alone else args.processes)
         file.write_text(json.dumps(recipe | {"output_dir": str(place / "run"), "per_device_train_batch_size": size}))
-        command = [sys.executable, __file__, "--worker", str(file)]
+        asked = ["--worker", str(file), *(["--memory"] if args.memory else [])]
+        command = [sys.executable, __file__, *asked]
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         if not alone:
             config = profile_path(profile)
             content = read_profile(config)
             number = count_processes(config, content, args.processes)
             command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
-            command += ["--num_processes", str(number), __file__, "--worker", str(file)]
+            command += ["--num_processes", str(number), __file__, *asked]
             environment = launch_environment(content, number)
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
         first = first or place
         engine = json.loads((place / "run" / "metrics.json").read_text())["engine"]
-        rows.append({"profile": profile, "engine": engine} | _differences(first, place) | _seconds(place))
+        measured = _bytes(place) if args.memory else _seconds(place)
+        rows.append({"profile": profile, "engine": engine} | _differences(first, place) | measured)
     return rows
 
 
@@ -188,7 +220,7 @@ def _differences(first: Path, other: Path) -> dict[str, Any]:
     logits = [_logits(place / "run") for place in (first, other)] if plans[0] == plans[1] else None
     return {
         "loss": max(abs(a - b) / abs(a) for a, b in zip(*curves, strict=True)),
-        "same_plan": plans[0] == plans[1],
+        "same units": plans[0] == plans[1],
         "logits": None if logits is None else float((logits[0] - logits[1]).norm() / logits[0].norm()),
     }
 
@@ -206,24 +238,25 @@ def _logits(path: Path) -> torch.Tensor:
 def _seconds(place: Path) -> dict[str, Any]:
     seconds = json.loads((place / "seconds.json").read_text())
     return {
-        "step_seconds": statistics.median(seconds["step"]),
-        "event_seconds": statistics.median(seconds["event"]),
-        "checkpoint_seconds": statistics.median(seconds["checkpoint"]),
-        "reductions_share": sum(seconds.get("reduction", [])) / sum(seconds["step"]),
+        "step": statistics.median(seconds["step"]),
+        "event": statistics.median(seconds["event"]),
+        "checkpoint": statistics.median(seconds["checkpoint"]),
+        "reductions": sum(seconds.get("reduction", [])) / sum(seconds["step"]),
     }
 
 
-def _print(rows: list[dict[str, Any]]) -> None:
-    print("| profile | engine | loss curve | same units | logits | step | event | checkpoint | reductions |")
-    print("|---|---|---:|---|---:|---:|---:|---:|---:|")
+def _bytes(place: Path) -> dict[str, Any]:
+    """Of the change of shape, in all processes, that takes most above what is there anyway."""
+    changes = [change for file in sorted(place.glob("memory.*.json")) for change in json.loads(file.read_text())]
+    worst: dict[str, Any] = max(changes, key=lambda change: change["more"])
+    return worst
+
+
+def _print(rows: list[dict[str, Any]], columns: dict[str, Callable[[Any], str]]) -> None:
+    print(f"| {' | '.join(columns)} |")
+    print(f"|---|---|{'---:|' * (len(columns) - 2)}")
     for row in rows:
-        logits = "" if row["logits"] is None else f"{row['logits']:.1e}"
-        print(
-            f"| {row['profile']} | {row['engine']} | {row['loss']:.1e} | {'yes' if row['same_plan'] else 'no'} "
-            f"| {logits} "
-            f"| {row['step_seconds']:.3f} s | {row['event_seconds']:.2f} s | {row['checkpoint_seconds']:.2f} s "
-            f"| {row['reductions_share']:.1%} |"
-        )
+        print(f"| {' | '.join('' if row[name] is None else form(row[name]) for name, form in columns.items())} |")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,9 @@ class Engine:
     groups_by_age = False
     """Whether parameters that trained for different numbers of steps must be in different groups."""
 
+    leaves_cycles = False
+    """Whether parameters that are cut lie in cycles of references, so that only the garbage collector frees them."""
+
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self._state: State = {}

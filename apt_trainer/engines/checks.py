@@ -52,7 +52,7 @@ def before_processes_join(args: Any) -> None:
 def join_processes(args: Any) -> None:
     """Join processes on CPUs here, for transformers leaves ``ddp_timeout`` out there: a process that hangs would be
     waited for half an hour whatever it says."""
-    if uses_cpu(args) and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not wants_deepspeed(args):
+    if uses_cpu(args) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         PartialState(cpu=True, backend=args.ddp_backend, timeout=timedelta(seconds=args.ddp_timeout))
 
 
@@ -71,6 +71,8 @@ def check_deepspeed(args: Any) -> None:
         )
     if plugin.zero_stage == 3:
         _check_stage_3(plugin.deepspeed_config["zero_optimization"])
+    if args.use_cpu:  # else, with offload, DeepSpeed would compile an Adam of its own, for minutes
+        plugin.deepspeed_config.setdefault("zero_force_ds_cpu_optimizer", False)
     for section in ("optimizer", "scheduler"):
         if section in plugin.deepspeed_config:
             raise UserError(

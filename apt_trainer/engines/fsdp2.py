@@ -59,8 +59,8 @@ class Fsdp2Engine(Engine):
         plugin.auto_wrap_policy = None  # or accelerate would look for layers by the names of their classes
         blocks = [model.get_submodule(path) for path in trainer.pruner.family.block_modules(model)]
         mesh, policy = self._mesh(model), self._policy()
-        replaced = fully_sharded.shard(model, blocks, mesh, policy, bool(plugin.reshard_after_forward))
-        trainer.distillation.teacher.replace(replaced)
+        replace = trainer.distillation.teacher.replace
+        fully_sharded.shard(model, blocks, mesh, policy, bool(plugin.reshard_after_forward), replace)
         if policy.param_dtype is not None:
             _autocast(model, trainer.accelerator)
 

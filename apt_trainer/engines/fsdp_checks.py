@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 
 from apt_trainer.errors import UserError
 
@@ -31,12 +32,12 @@ def check_fsdp_launch(args: Any) -> None:
     """Must come before the processes join.
 
     Raises:
-        UserError: where accelerate would train without FSDP, or there is no launcher.
+        UserError: where there is neither an accelerator nor a wish for CPUs, or no launcher.
     """
-    if not has_accelerators(args):
+    if not torch.accelerator.is_available() and not uses_cpu(args):
         raise UserError(
-            "FSDP needs accelerators; on CPUs accelerate would silently train under DDP instead. Use ddp_cpu, or "
-            "zero3_cpu to split parameters."
+            "FSDP is asked for, but this machine has no accelerator. To try it out on CPUs, set use_cpu: true or take "
+            "--accelerate_config fsdp2_cpu."
         )
     if "RANK" not in os.environ:
         raise UserError(
@@ -45,19 +46,30 @@ def check_fsdp_launch(args: Any) -> None:
         )
 
 
-def has_accelerators(args: Any) -> bool:
-    """Whether this process trains on one."""
-    return torch.accelerator.is_available() and not uses_cpu(args)
-
-
 def check_fsdp(args: Any) -> None:
-    """Refuse what does not work under FSDP; ``args`` are complete.
+    """Refuse what does not work under FSDP, and on CPUs have accelerate switch it on; ``args`` are complete.
 
     Raises:
         UserError: naming the setting.
     """
     if not wants_fsdp(args):
         return
+    _check_settings(args)
+    _check_training(args)
+    _switch_on_for_cpus(args.distributed_state)
+
+
+def _switch_on_for_cpus(state: Any) -> None:
+    """accelerate has a list of the kinds of processes that it switches FSDP on for, without CPUs, which it leaves to
+    DDP and says nothing. Processes of a kind on that list they are until it has made FSDP of that, moments later.
+
+    Experimental. Should accelerate change, ``runtime.check_options`` finds FSDP switched off.
+    """
+    if state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.MULTI_GPU
+
+
+def _check_settings(args: Any) -> None:
     if _setting(args, "fsdp_version", "FSDP_VERSION") != "2":
         raise UserError("Shapes cannot change under FSDP1. Set fsdp_version: 2, as the profile fsdp2 does.")
     for name, variable, instead in (
@@ -71,7 +83,6 @@ def check_fsdp(args: Any) -> None:
         raise UserError("Shapes cannot change under FSDP with ignored_modules. Remove the setting.")
     if args.parallelism_config is not None or _variable("ACCELERATE_USE_PARALLELISM_CONFIG") in _TRUE:
         raise UserError("Shapes cannot change under FSDP with a parallelism_config. Remove it: all processes split.")
-    _check_training(args)
 
 
 def _check_training(args: Any) -> None:

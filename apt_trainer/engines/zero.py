@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.nn import functional as F
+from transformers import TrainerCallback
 
 from apt_trainer.engines.base import Engine, fresh_leaves
 from apt_trainer.engines.state import MASTER, STEP, Edits, State, follow, follow_master, step_tensor
@@ -45,8 +48,28 @@ class Shard:
         return torch.cat(parts)[: self.shape.numel()].view(self.shape)
 
 
-OF_ENGINE = ("module_forward_pre_hook", "module_forward_post_hook", "basic_optimizer", "client_optimizer")
+OF_ENGINE = (
+    "module_forward_pre_hook",
+    "module_forward_post_hook",
+    "basic_optimizer",
+    "client_optimizer",
+    "seq_data_parallel_group",
+)
 """Undocumented attributes of DeepSpeed's engine that are used here."""
+
+
+class EndAtSkippedStep(TrainerCallback):
+    """Ends a run whose gradients are not finite: DeepSpeed leaves such a step out and goes on without a word, where in
+    other engines the loss shows it."""
+
+    def on_optimizer_step(
+        self, args: Any, state: Any, control: Any, optimizer: AcceleratedOptimizer, **kwargs: Any
+    ) -> None:
+        if optimizer.step_was_skipped:
+            raise UserError(
+                f"The gradient is not finite at step {state.global_step + 1}; nothing was saved since the last "
+                "checkpoint. Lower learning_rate or full_learning_rate, or look at the data."
+            )
 
 
 class ZeroEngine(Engine):
@@ -86,6 +109,11 @@ class ZeroEngine(Engine):
                 f"deepspeed {version('deepspeed')} has no {', '.join(missing)}, which changing shapes needs. "
                 "Install deepspeed 0.19.8, or use DDP."
             )
+        # DeepSpeed works in a copy of the group of all processes, which has torch's own time-out.
+        timeout = timedelta(seconds=self.trainer.args.ddp_timeout)
+        dist.distributed_c10d._set_pg_timeout(timeout, self._engine.seq_data_parallel_group)
+        self.trainer.remove_callback(EndAtSkippedStep)
+        self.trainer.add_callback(EndAtSkippedStep)
 
     def loosen(self) -> Any:
         model = self.model

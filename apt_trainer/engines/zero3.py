@@ -32,6 +32,7 @@ from apt_trainer.partition import make_whole, move_buffers, numel_of, shape_of, 
 class Zero3Engine(ZeroEngine):
     """ZeRO-3."""
 
+    leaves_cycles = True
     of_optimizer = ("fp16_groups", "fp32_partitioned_groups_flat", "parameter_offload", "persistent_parameters")
 
     def split(self) -> None:

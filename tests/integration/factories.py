@@ -55,6 +55,12 @@ SHORT = {"max_steps": 12, "num_pruning_events": 2, "pruning_start": 2, "pruning_
 SHORT |= {"distillation_end": 10}
 EVENTS = (14, 22, 30)
 
+GLOBAL_BATCH = 8
+CHANGES: dict[str, Any] = {**SHORT, "max_steps": 20, "pruning_end": 14, "distillation_end": 17, "mask_window": 4}
+CHANGES |= {"tune_after_distillation": "full", "max_grad_norm": 1.0}
+SAVED = (6, 10)
+"""In the first mask window with a teacher; after the first event."""
+
 
 class Rows(Dataset[dict[str, torch.Tensor]]):
     """Random token rows with labels of one task ("classification", "regression", "tokens", "answers", "text" after a
@@ -138,6 +144,29 @@ def make_trainer(
     model = tiny_model("bert") if model is None else model
     data = Rows() if data is None else data
     return APTTrainer(model, config(output_dir, **changes), data, **(options or {}))
+
+
+def comparable(
+    output_dir: Path, saved: Iterable[int] = (), callbacks: Iterable[Any] = (), dropout: float = 0.0, **changes: Any
+) -> APTTrainer:
+    """Trainer of a run that is the same however its batches are cut: rows without padding, a multiple of the batch.
+
+    Events, a transform that comes and goes, merged adapters, clipping and evaluations; checkpoints after ``saved``.
+    """
+    options: dict[str, Any] = {"heldout_dataset": Rows(16, padded=False), "eval_dataset": Rows(32, padded=False)}
+    options["callbacks"] = [SaveAt(saved), *callbacks]
+    model = tiny_model("bert", dropout=dropout)
+    evaluated = {"eval_strategy": "steps", "eval_steps": 7}
+    return make_trainer(output_dir, model, Rows(96, padded=False), options, **{**CHANGES, **evaluated, **changes})
+
+
+def trained(
+    output_dir: Path, saved: Iterable[int] = (), resume: Path | None = None, dropout: float = 0.0, **changes: Any
+) -> APTTrainer:
+    """What :func:`comparable` gives, trained from the start or from the checkpoint ``resume``."""
+    trainer = comparable(output_dir, saved, dropout=dropout, **changes)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return trainer
 
 
 def unpadded(name: str) -> tuple[PreTrainedModel, Rows, dict[str, Any]]:

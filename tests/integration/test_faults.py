@@ -131,9 +131,20 @@ def test_the_rank_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_killed_runs_end_equal() -> None:
-    script = [sys.executable, str(ROOT / "scripts/fault_test.py"), "--kills", "2", "--seed", "2", "--processes", "2"]
+@pytest.mark.parametrize(
+    ("engine", "faults"), [("ddp", ["step", "event"]), ("zero2", ["save", "event"]), ("zero3", ["event"])]
+)
+def test_killed_runs_end_equal(engine: str, faults: list[str]) -> None:
+    script = [sys.executable, str(ROOT / "scripts/fault_test.py"), "--engine", engine, "--processes", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=280)
+    ended = subprocess.run(
+        [*script, "--kills", "0", "--seed", "2", "--faults", *faults],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "2 faults: 2 equal to the undisturbed run, 2 without any remark." in ended.stdout
+    number = len(faults)
+    equal = f"{number} equal to the undisturbed run bit by bit, {number} without any remark."
+    assert f"{number} faults: {equal}" in ended.stdout

@@ -1,4 +1,5 @@
-"""``scripts/train.py`` under the launchers of others: torchrun, accelerate and deepspeed start two real processes."""
+"""Two real processes: ``scripts/train.py`` under the launchers of others (torchrun, accelerate and deepspeed), and
+``apt-trainer train`` with the profiles that no other test starts."""
 
 from __future__ import annotations
 
@@ -172,3 +173,35 @@ def test_zero_2_in_bfloat16_with_gradient_checkpointing(launcher: str, tmp_path:
     model = load_pruned(output).eval()
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
     assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, min_new_tokens=4).shape == (1, 7)
+
+
+PROFILES = {"zero3_offload_cpu": "zero3", "fsdp2_cpu": "fsdp2"}
+
+
+def trained(folder: Path, *words: str) -> tuple[dict[str, Any], dict[int, float]]:
+    """(metrics, loss by step) of ``apt-trainer train`` in an environment that says nothing about CPUs."""
+    unset = ("ACCELERATE_USE_CPU", "DS_ACCELERATOR")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "apt_trainer", "train", "--config", str(folder / "recipe.json"), *words]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stderr[-4000:]
+    output = Path(words[words.index("--output_dir") + 1])
+    return json.loads((output / "metrics.json").read_text()), logged(output, "loss")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_profile_without_accelerators_gives_the_run_of_one_process(profile: str, tmp_path: Path) -> None:
+    save_dense(tmp_path, "")
+    rows = [{"prompt": words(5, seed), "completion": words(4, seed)} for seed in range(90)]
+    recipe(tmp_path, rows, task="instruction_tuning", use_cpu=False)
+    alone, losses = trained(
+        tmp_path, "--use_cpu", "true", "--per_device_train_batch_size", "8", "--output_dir", str(tmp_path / "alone")
+    )
+    metrics, others = trained(tmp_path, "--accelerate_config", profile, "--output_dir", str(tmp_path / "out"))
+    assert check_saved(tmp_path / "out") == metrics
+    assert (alone["engine"], metrics["engine"]) == ("one process", PROFILES[profile])
+    plans = [json.loads((tmp_path / name / "pruning_plan.json").read_text()) for name in ("alone", "out")]
+    assert plans[0] == plans[1]
+    assert others == pytest.approx(losses, rel=1e-5) and len(losses) == 12

@@ -20,23 +20,19 @@ from transformers import TrainerCallback
 import apt_trainer
 from apt_trainer import APTTrainer
 from integration.factories import (
-    SHORT,
+    CHANGES,
+    GLOBAL_BATCH,
     Fixed,
     Rows,
-    SaveAt,
     events_of,
     losses_of,
     make_trainer,
     target_of,
+    trained,
     weights_of,
 )
 
 ROOT = Path(apt_trainer.__file__).parents[1]
-GLOBAL_BATCH = 8
-CHANGES: dict[str, Any] = {**SHORT, "max_steps": 20, "pruning_end": 14, "distillation_end": 17, "mask_window": 4}
-CHANGES |= {"tune_after_distillation": "full", "max_grad_norm": 1.0}
-SAVED = (6, 10)
-"""In the first mask window with a teacher; after the first event."""
 WORLDS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "straight": (None, {}),
     "accumulated": (None, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
@@ -45,17 +41,6 @@ WORLDS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "to_zero2": ("straight/checkpoint-6", {"deepspeed": 2}),
 }
 """Runs of two processes, in batches of 4: name → (the checkpoint that it goes on from, other settings)."""
-
-
-def _trained(
-    folder: Path, dropout: float = 0.0, saved: tuple[int, ...] = (), resume: Path | None = None, **changes: Any
-) -> APTTrainer:
-    """Rows without padding and their number a multiple of the batch, so that all ways to cut them are equal."""
-    model = tiny_model("bert", dropout=dropout)
-    options = {"heldout_dataset": Rows(16, padded=False), "callbacks": [SaveAt(saved)]}
-    trainer = make_trainer(folder, model, Rows(96, padded=False), options, **{**CHANGES, **changes})
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    return trainer
 
 
 # Biases of keys are left out where weights are compared: softmax cancels them, so their gradient is rounding noise,
@@ -74,20 +59,12 @@ def _assert_close(one: APTTrainer, other: APTTrainer, tolerance: float, since: i
         assert name.endswith("key.bias") or torch.allclose(weight, other.model.get_parameter(name), atol=tolerance)
 
 
-@pytest.fixture(scope="module")
-def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, APTTrainer]:
-    folder = tmp_path_factory.mktemp("single")
-    trainer = _trained(folder, saved=SAVED, per_device_train_batch_size=GLOBAL_BATCH)
-    assert trainer.pruner.sparsity() >= 0.5
-    return folder, trainer
-
-
 @pytest.mark.parametrize("micro_batch", [1, 2])
 def test_accumulated_batches_equal_one_batch(
     single: tuple[Path, APTTrainer], tmp_path: Path, micro_batch: int
 ) -> None:
     steps = GLOBAL_BATCH // micro_batch
-    other = _trained(tmp_path, per_device_train_batch_size=micro_batch, gradient_accumulation_steps=steps)
+    other = trained(tmp_path, per_device_train_batch_size=micro_batch, gradient_accumulation_steps=steps)
     _assert_close(single[1], other, 1e-5)
     expected, got = (events_of(folder, "prune") for folder in (single[0], tmp_path))
     assert [record["ranks"] for record in expected] == [record["ranks"] for record in got]
@@ -95,8 +72,8 @@ def test_accumulated_batches_equal_one_batch(
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path, dropout: float) -> None:
-    one = _trained(tmp_path / "off", dropout)
-    other = _trained(tmp_path / "on", dropout, activation_checkpointing=True)
+    one = trained(tmp_path / "off", dropout=dropout)
+    other = trained(tmp_path / "on", dropout=dropout, activation_checkpointing=True)
     assert other.model.is_activation_checkpointing
     _assert_close(one, other, 1e-5)
 
@@ -104,7 +81,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, dropout: float) 
 def test_rank_scores_and_other_rules_do_not_depend_on_accumulation(tmp_path: Path) -> None:
     """Rules that see each micro-batch, and rank scores from parameter gradients."""
     runs = [
-        _trained(
+        trained(
             tmp_path / str(size),
             per_device_train_batch_size=size,
             gradient_accumulation_steps=GLOBAL_BATCH // size,
@@ -147,8 +124,8 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from safetensors.torch import save_file
-from integration.factories import losses_of, weights_of
-from integration.test_processes import SAVED, WORLDS, _trained
+from integration.factories import SAVED, losses_of, trained, weights_of
+from integration.test_processes import WORLDS
 from integration.test_zero import deepspeed_config
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
@@ -156,7 +133,7 @@ for name, (source, changes) in WORLDS.items():
     changes = {{"ddp_backend": "gloo", "per_device_train_batch_size": 4}} | changes
     if "deepspeed" in changes:
         changes["deepspeed"] = deepspeed_config(changes["deepspeed"])
-    trainer = _trained(folder / name, 0.0, SAVED, None if source is None else folder / source, **changes)
+    trainer = trained(folder / name, SAVED, None if source is None else folder / source, **changes)
     save_file(weights_of(trainer.model), folder / f"{{name}}.{{rank}}.safetensors")
     trainer.save_model(str(folder / name / "model"))
     result = {{
@@ -221,7 +198,7 @@ def test_two_processes_equal_one_and_go_on_from_each_other(single: tuple[Path, A
     assert [key for key, weight in weights.items() if not torch.equal(weight, others[key])] == []
 
     for source in ("straight/checkpoint-6", "straight/checkpoint-10", "to_zero2/checkpoint-10"):  # back to one process
-        back = _trained(tmp_path / "back" / source, resume=tmp_path / source, per_device_train_batch_size=GLOBAL_BATCH)
+        back = trained(tmp_path / "back" / source, resume=tmp_path / source, per_device_train_batch_size=GLOBAL_BATCH)
         assert back.args.world_size == 1
         _assert_close(expected, back, 1e-4, since=int(source[-2:].strip("-")))
 

@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 from apt_trainer import APTTrainer, partition
 from apt_trainer.models import family_of
 from apt_trainer.partition import shape_of
-from integration.factories import SHORT, losses_of, make_trainer, unpadded
-from integration.test_processes import GLOBAL_BATCH, two_processes
+from integration.factories import GLOBAL_BATCH, SHORT, losses_of, make_trainer, unpadded
+from integration.test_processes import two_processes
 from integration.test_pruned_before import BEFORE
 
 CASES: dict[str, dict[str, Any]] = {
@@ -105,9 +105,9 @@ sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from integration.factories import losses_of
+from integration.factories import GLOBAL_BATCH, losses_of
 from integration.test_zero import deepspeed_config
-from integration.test_zero3 import GLOBAL_BATCH, HALVES, Held, trained
+from integration.test_zero3 import HALVES, Held, trained
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 for name in HALVES["@"]:

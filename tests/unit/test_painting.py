@@ -34,7 +34,7 @@ from apt_trainer.painting.scores import Benchmark, benchmarks_of, measured, summ
 from apt_trainer.pruned_model import dense_copy
 from apt_trainer.report.painting import paint_markdown, plot_paint
 from apt_trainer.sublayers.drop import drop
-from apt_trainer.sublayers.loss import exp_loss
+from apt_trainer.sublayers.loss import exp_loss, loss_sums
 from apt_trainer.sublayers.units import Unit, find_units
 from apt_trainer.sublayers.windows import from_text
 
@@ -515,9 +515,9 @@ def test_sweep_stops_goes_on_and_grows(saved: Path, tmp_path: Path, monkeypatch:
         calls.append(1)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return exp_loss(*args)
+        return loss_sums(*args)
 
-    monkeypatch.setattr(verb, "exp_loss", interrupted)
+    monkeypatch.setattr(verb, "loss_sums", interrupted)
     sweep = command(saved, out, "--seeds", "2", "--loops", "2", "3")
     assert cli.main(sweep) == 130 and not (out / "summary.json").exists()
     assert len((out / "results.jsonl").read_text().splitlines()) == 1 + 4
@@ -678,14 +678,15 @@ def test_losses_that_are_not_finite(saved: Path, tmp_path: Path, monkeypatch: py
     from apt_trainer.depth import paint as verb
 
     out = tmp_path / "out"
+    monkeypatch.setattr(verb, "loss_sums", lambda *args: [(math.inf, 1)])
     monkeypatch.setattr(verb, "exp_loss", lambda *args: math.inf)
     assert cli.main(command(saved, out)) == 2
     assert "perplexity of the full model is not finite" in capsys.readouterr().err and not out.exists()
     (tmp_path / "plan.json").write_text(json.dumps(named.reverse(4, 0).to_json("llama")))
     assert cli.main(command(saved, out, "--keep", str(tmp_path / "plan.json"))) == 2
     assert "under this plan the perplexity is not finite" in capsys.readouterr().err and not out.exists()
-    values = iter([3.0, math.inf, 9.0])
-    monkeypatch.setattr(verb, "exp_loss", lambda *args: next(values))
+    losses = iter([math.log(3.0), math.inf, math.log(9.0)])
+    monkeypatch.setattr(verb, "loss_sums", lambda *args: [(next(losses), 1)])
     assert cli.main(command(saved, out, "--methods", "skip", "reverse", "--starts", "0")) == 0
     assert "not finite under 1 plans, such as skip, start 0" in capsys.readouterr().err
     found = json.loads((out / "summary.json").read_text())
