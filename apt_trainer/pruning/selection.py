@@ -107,10 +107,8 @@ def _core_density(
     """Score per cost of what goes last of a sublayer, fixed parts included; never below what has to go before it."""
     counts = current.counts
     saved = cost.total(counts | {space.name: len(core)}) - cost.total(counts | {space.name: 0})
-    if scores_are_densities:
-        own = float(core.mean())
-    else:
-        own = float(core.sum()) / saved if saved > 0 else math.inf  # what costs nothing stays
+    per_cost = float(core.sum()) / saved if saved > 0 else math.inf  # what costs nothing stays
+    own = float(core.mean()) if scores_are_densities else per_cost
     return max([own, *(density for density, _ in others)])
 
 
