@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--accelerate_config",
         metavar="NAME_OR_PATH",
-        help="start through accelerate: single_gpu; ddp, zero1, zero2, zero3 (these also with _cpu); zero3_offload; "
-        "fsdp2 (experimental); or the path of an accelerate config file",
+        help="start through accelerate: single_gpu; ddp, zero1, zero2, zero3, zero3_offload or fsdp2 (experimental), "
+        "all of them also with _cpu; or the path of an accelerate config file",
     )
     parser.add_argument(
         "--num_processes", type=int, metavar="N", help="number of processes; needs --accelerate_config"
