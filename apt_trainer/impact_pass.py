@@ -27,8 +27,6 @@ from apt_trainer.sublayers.impact import Impact
 from apt_trainer.sublayers.loss import bounded_exp
 from apt_trainer.sublayers.units import Unit, find_units
 
-_LARGEST = 700.0  # exp of more is no float
-
 
 class ImpactPass:
     """Made from the plain dense ``model``: adapters that it gets later are no part of what its sublayers cost.
@@ -82,7 +80,7 @@ class ImpactPass:
         found = dict.fromkeys((self._space(unit) for unit in self.units.sublayers), math.inf)
         for unit, sums in zip(self.candidates, without, strict=True):
             loss = _mean(sums)
-            relative = math.expm1(loss - full) if loss - full < _LARGEST else math.inf
+            relative = math.expm1(loss - full) if math.isfinite(bounded_exp(loss - full)) else math.inf
             found[self._space(unit)] = Impact(unit, bounded_exp(loss), relative, share[unit]).normalised
         return found
 

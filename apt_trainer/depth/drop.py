@@ -125,7 +125,6 @@ def drop_units(
     analysed = None if request.scores is None else analysed_losses(at, request.scores)
     measures = HeldOut(at, held_out)
     folder = open_folder(output, resume)
-    (folder / METRICS_FILE).unlink(missing_ok=True)  # of an earlier drop
     at.load(device)
     started = time.perf_counter()
     report: dict[str, Any] = {**at.described(), **{k: v for k, v in asdict(request).items() if v is not None}}
@@ -159,6 +158,7 @@ def drop_units(
     measures.see_full()
     plan = drop(at.model, at.units, dropped)
     report["parameters_after"] = count_parameters(at.model)
+    (folder / METRICS_FILE).unlink(missing_ok=True)  # of the model that is replaced now
     report["reload_difference"] = save_pruned(at.model, folder, plan, at.tokenizer)
     write_json(folder / REPORT_FILE, report)
     write_json(folder / LIST_FILE, report["drop_list"])
