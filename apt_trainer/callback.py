@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from apt_trainer import norms
+
 
 class MethodCallback(TrainerCallback):
     """``trainer``: has ``start``, ``before_step``, ``after_step`` and a ``pruner``."""
@@ -14,7 +16,12 @@ class MethodCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.trainer.args.recompute_norms:
+            norms.recompute(self.trainer.model, self.trainer.pruner.norm_paths())
         self.trainer.start()
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        norms.plain(self.trainer.model)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.before_step()

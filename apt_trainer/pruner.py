@@ -210,8 +210,7 @@ class AdaptivePruner:
         if tune == "full" and self.tune != "full":
             lora.merge_adapters(self.model)
         self.tune = tune
-        norms = [path for space in self.spaces for path in space.norms]
-        set_trainable(self.model, self.family, tune, self.settings, norms)
+        set_trainable(self.model, self.family, tune, self.settings, self.norm_paths())
 
     def detach(self) -> None:
         """Take every observing hook out of the model (masks excepted)."""
@@ -223,6 +222,10 @@ class AdaptivePruner:
     def sparsity(self) -> float:
         """Share of the prunable budget removed so far, in the unit of ``sparsity_metric``."""
         return 1 - self.cost.total(self.plan.counts) / self.cost.total(self.dense_plan.counts)
+
+    def norm_paths(self) -> list[str]:
+        """Norms on the residual stream and inside attentions of the dense model."""
+        return [path for space in self.spaces for path in space.norms]
 
     def alive_layers(self) -> dict[Stack, list[bool]]:
         """Per stack, which layers still have every sublayer."""

@@ -108,6 +108,11 @@ class AdapterSettings:
     full_learning_rate: float | None = setting(
         None, "Learning rate of base weights where they train. Default: learning_rate (of adapters and head)."
     )
+    recompute_norms: bool = setting(
+        True,
+        "In half precision, keep the input of each RMS norm for the backward pass instead of its float32 copy, and "
+        "normalise again there: the same numbers in less memory.",
+    )
     train_head: bool = setting(True, "Train the task head. The official code keeps it frozen at random values.")
 
 
