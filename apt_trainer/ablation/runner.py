@@ -15,13 +15,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from apt_trainer.ablation.order import find_needs, name_of
 from apt_trainer.ablation.study import Run, Study
-from apt_trainer.errors import UserError
+from apt_trainer.errors import UserError, unknown_choice
 from apt_trainer.report.comparison import METRICS_FILE, RECIPE_FILE, RESULTS_FILE, read_json, run_record
 from apt_trainer.report.events import append_event, read_events, write_json
 
@@ -31,29 +31,42 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 _Results = dict[tuple[str, int], dict[str, Any]]
 
 
-def run_study(study: Study, jobs: int = 1, tell: Callable[[str], object] = lambda line: None) -> dict[str, str]:
+def run_study(
+    study: Study,
+    jobs: int = 1,
+    tell: Callable[[str], object] = lambda line: None,
+    variants: Sequence[str] | None = None,
+) -> dict[str, str]:
     """Run what is not finished yet, ``jobs`` runs at a time; finished runs are skipped, begun ones resumed.
 
     A run starts once those that it needs have finished, and not at all where one of them failed.
+
+    Args:
+        study: As :func:`~apt_trainer.ablation.study.read_study` reads it.
+        jobs: Runs at a time.
+        tell: Takes a line about what happens.
+        variants: Run these alone, and what they need. Default: all.
 
     Returns:
         The end of the log of each run that failed, or why it was not started; empty if all have finished.
 
     Raises:
-        UserError: before anything runs, if the folder holds something else or is in use, or runs need each other.
+        UserError: before anything runs, if the folder holds something else or is in use, runs need each other, or for
+            an unknown variant.
     """
     if jobs < 1:
         raise UserError(f"jobs={jobs} must be at least 1.")
     needs = find_needs(study)
+    asked = study.runs if variants is None else _with_needs(study, variants, needs)
     study.output_dir.mkdir(parents=True, exist_ok=True)
     failures: dict[str, str] = {}
     running: dict[subprocess.Popen[bytes], Run] = {}
     with _locked(study.output_dir) as lock:
         results = _read_results(study)
-        waiting = [run for run in study.runs if not _is_finished(run)]
-        done = set(study.runs).difference(waiting)
+        done = {run for run in study.runs if _is_finished(run)}
+        waiting = [run for run in asked if run not in done]
         _add_results(study, results, [run for run in study.runs if run in done])
-        tell(f"{len(study.runs)} runs, {len(study.runs) - len(waiting)} of them finished earlier")
+        tell(f"{len(asked)} runs, {len(asked) - len(waiting)} of them finished earlier")
         try:
             while waiting or running:
                 _give_up(waiting, needs, failures, tell)
@@ -76,6 +89,18 @@ def run_study(study: Study, jobs: int = 1, tell: Callable[[str], object] = lambd
         finally:
             _stop(list(running))
     return failures
+
+
+def _with_needs(study: Study, variants: Sequence[str], needs: Mapping[Run, list[Run]]) -> list[Run]:
+    """Runs of ``variants`` and, in turn, those whose results they read."""
+    known = {run.variant for run in study.runs}
+    for variant in variants:
+        if variant not in known:
+            raise unknown_choice("variant", variant, sorted(known))
+    found = {run for run in study.runs if run.variant in variants}
+    while more := {need for run in found for need in needs[run]} - found:
+        found |= more
+    return [run for run in study.runs if run in found]
 
 
 def _give_up(

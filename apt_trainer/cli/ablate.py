@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1); more distort each other's times"
     )
     parser.add_argument("--output_dir", metavar="DIR", help="overrides that of the study")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="run these and what they need (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="override those of the study")
 
 
@@ -39,9 +40,9 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     study = read_study(args.study, args.output_dir, args.seeds, overrides, study_commands())
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))  # through the clean-up, as for SIGINT
-    failures = run_study(study, args.jobs, lambda line: print(line, file=sys.stderr, flush=True))
+    failures = run_study(study, args.jobs, lambda line: print(line, file=sys.stderr, flush=True), args.variants)
     if (study.output_dir / RESULTS_FILE).is_file():
-        print(to_markdown(compare(read_results([str(study.output_dir)]), study.baseline)))
+        print(to_markdown(compare(read_results([str(study.output_dir)]))))
     for name, log in failures.items():
         print(f"\nfailed: {name}\n{log}", file=sys.stderr)
     return 1 if failures else 0

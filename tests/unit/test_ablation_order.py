@@ -14,6 +14,7 @@ from apt_trainer.ablation import runner
 from apt_trainer.ablation.order import find_needs, name_of
 from apt_trainer.ablation.study import TRAIN, Run, Study, read_study
 from apt_trainer.errors import UserError
+from apt_trainer.report.events import read_events
 
 SHORT = {"target_sparsity": None, "distillation": "none"}
 
@@ -186,3 +187,34 @@ def test_a_teacher_is_trained_before_its_student_in_real_runs(tmp_path: Path) ->
     assert code == 0, errors + "".join(path.read_text() for path in tmp_path.rglob("*.log"))
     lines = [re.sub(r";.*", "", line) for line in errors.splitlines() if "seed 1" in line]
     assert lines == [f"{name}, seed 1: {what}" for name in ("full", "taught") for what in ("started", "finished")]
+
+
+# ---------------------------------------------------------------------------------------- some of the variants
+
+
+def test_named_variants_run_with_what_they_need_and_the_others_later(tmp_path: Path, started: Processes) -> None:
+    out = tmp_path / "out"
+    variants = {
+        "pupil": taught_by(out / "student/seed-1"),
+        "other": {"target_sparsity": 0.4},
+        "student": taught_by(out / "full/seed-1", max_steps=7),
+        "full": SHORT,
+    }
+    study = study_of(tmp_path, variants, baseline="other")
+    assert runner.run_study(study, 2, variants=["pupil"]) == {}
+    assert [event for event in started.events if event.startswith("start")] == [
+        "start full",
+        "start student",
+        "start pupil",
+    ]
+    assert [record["variant"] for record in read_events(out / "results.jsonl")] == ["pupil", "student", "full"]
+    assert runner.run_study(study) == {}
+    assert started.events[-2:] == ["start other", "end other"]
+    assert len(read_events(out / "results.jsonl")) == 4
+
+
+def test_an_unknown_variant_is_refused_before_anything_runs(tmp_path: Path, started: Processes) -> None:
+    study = study_of(tmp_path, {"full": SHORT, "other": {}})
+    with pytest.raises(UserError, match="variant='ful' is not known. Choose one of: full, other. Did you mean 'full'"):
+        runner.run_study(study, variants=["other", "ful"])
+    assert started.events == [] and not (tmp_path / "out").exists()
