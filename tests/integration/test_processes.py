@@ -4,9 +4,11 @@ their checkpoints go on in each other."""
 from __future__ import annotations
 
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
+import runpy
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -147,22 +149,53 @@ os._exit(0)
 """
 
 
+PRELOADED = [
+    "apt_trainer.run",
+    "datasets",
+    "deepspeed",
+    "matplotlib",
+    "peft",
+    "sklearn",
+    "torch",
+    "transformers.trainer",
+]
+"""What takes long to import."""
+
+
 def two_processes(folder: Path, code: str, *results: str) -> None:
-    """Let two processes run ``code`` with ``folder`` as argument; it must write the files ``results``."""
+    """Let two processes run ``code`` with ``folder`` as argument; it must write the files ``results``.
+
+    They are forked from a process that has imported ``PRELOADED`` and done nothing else: starting Python takes longer
+    than most of these runs. Launchers are in ``test_launchers``.
+    """
     worker = folder / "worker.py"
     worker.write_text(code.format(root=str(ROOT), tests=str(Path(__file__).parents[1])))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    result = subprocess.run(
-        [*command, str(worker), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert all((folder / name).exists() for name in results), result.stderr[-4000:]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    ranks = [context.Process(target=be_rank, args=(rank, port, worker, folder)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    multiprocessing.connection.wait([rank.sentinel for rank in ranks], timeout=280)
+    for rank in ranks:  # once one has failed, the other waits for it in vain
+        rank.join(timeout=60)
+        rank.kill()
+    logs = "\n".join((folder / f"{rank}.log").read_text()[-4000:] for rank in range(2))
+    assert all((folder / name).exists() for name in results), logs
+
+
+def be_rank(rank: int, port: str, worker: Path, folder: Path) -> None:
+    """Run ``worker`` as a launcher starts it; what it prints goes to a file."""
+    log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update({name: str(number) for name, number in place.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1")
+    sys.argv = [str(worker), str(folder)]
+    runpy.run_path(str(worker), run_name="__main__")
 
 
 def _read(folder: Path, name: str, rank: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
