@@ -7,7 +7,7 @@ collective. Uses names of torch that are not documented (:func:`missing_names`);
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,6 +43,18 @@ def part_of(value: torch.Tensor, like: Any) -> torch.Tensor:
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
+def cut_part(tensor: Any, dim: int, index: torch.Tensor) -> torch.Tensor:
+    """A DTensor without all but ``index`` along ``dim``, which is not split: each process cuts its own part."""
+    from torch.distributed.tensor import DTensor
+
+    local = tensor.detach().to_local().index_select(dim, index.to(tensor.device))
+    shape = torch.Size(len(index) if number == dim else size for number, size in enumerate(tensor.shape))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride
+    )
+
+
 def is_held(model: nn.Module) -> bool:
     """Whether FSDP2 holds ``model``."""
     return hasattr(model, _ON_MODULES[0])
@@ -57,46 +69,46 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def shard(
-    model: nn.Module,
-    blocks: Sequence[nn.Module],
-    mesh: Any,
-    policy: Any,
-    reshard_after_forward: bool,
-    replace: Callable[[Mapping[int, nn.Parameter]], None] = lambda replaced: None,
-) -> dict[int, nn.Parameter]:
+def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: Any, policy: Any, reshard_after_forward: bool) -> None:
     """Put FSDP2 on ``model``: each of ``blocks`` is whole for its own passes, all else for the whole step.
 
-    Parameters may be ordinary ones, equal on all processes, or DTensors; of these one unit at a time is whole.
-    Returns the new parameter by the id of the old one; ``replace`` is told so after each unit, whose old parts are
-    let go then.
+    Parameters may be ordinary ones, equal on all processes, or DTensors split on ``mesh``. These stay the objects that
+    they are, and nothing is gathered: as in a model made on the meta device, FSDP2 sees their shapes, and takes the
+    parts that it finds when it runs first.
     """
     from torch.distributed.fsdp import fully_shard
 
-    replaced: dict[int, nn.Parameter] = {}
     done: set[int] = set()
     for unit in (*blocks, model):
         modules = [module for module in unit.modules() if id(module) not in done]
         done.update(map(id, modules))
         places = [(m, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
-        _make_plain(places, policy.param_dtype is not None)
+        parts = _make_plain(places, policy.param_dtype is not None)
         after_forward = {} if unit is model else {"reshard_after_forward": reshard_after_forward}
         fully_shard(unit, mesh=mesh, mp_policy=policy, **after_forward)
-        of_unit: dict[int, nn.Parameter] = {id(old): module._parameters[name] for module, name, old in places}  # type: ignore[misc]
-        replace(of_unit)
-        replaced |= of_unit
-    return replaced
+        for module, name, part in parts:
+            module._parameters[name] = part
 
 
-def _make_plain(places: list[tuple[nn.Module, str, nn.Parameter]], in_float32: bool) -> None:
-    """Put whole parameters in ``places``; with ``in_float32`` what trains has that type."""
-    plain: dict[int, nn.Parameter] = {}
+_Place = tuple[nn.Module, str, nn.Parameter]
+
+
+def _make_plain(places: list[_Place], in_float32: bool) -> list[_Place]:
+    """Put ordinary parameters in ``places``, of DTensors the shape alone; returns where these belong afterwards. With
+    ``in_float32`` what trains has that type."""
+    parts: list[_Place] = []
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # what is kept, and what FSDP2 gets to see
     for module, name, old in places:
-        if id(old) not in plain:
-            value = whole_of(old) if is_dtensor(old) else old.detach()
-            value = value.float() if in_float32 and old.requires_grad else value
-            plain[id(old)] = nn.Parameter(value.contiguous(), old.requires_grad)
-        module._parameters[name] = plain[id(old)]
+        if id(old) not in made:
+            dtype = torch.float32 if in_float32 and old.requires_grad else old.dtype
+            kept = old if old.dtype == dtype else nn.Parameter(old.detach().to(dtype), old.requires_grad)
+            shape = torch.empty(old.shape, dtype=dtype, device="meta")
+            seen = shape if is_dtensor(old) else kept.detach().contiguous()
+            made[id(old)] = kept, nn.Parameter(seen, old.requires_grad)
+        kept, module._parameters[name] = made[id(old)]
+        if is_dtensor(old):
+            parts.append((module, name, kept))
+    return parts
 
 
 def strip(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ DeepSpeed that are not documented (checked with 0.19.8) but does not import it; 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from apt_trainer.fully_sharded import is_dtensor, part_of, whole_of
+from apt_trainer.fully_sharded import cut_part, is_dtensor, part_of, whole_of
+
+_ROWS = 64
+"""How many rows of a matrix are copied at once where it is cut in its own memory."""
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
@@ -93,6 +97,42 @@ def parameter_like(old: nn.Parameter, value: torch.Tensor, requires_grad: bool |
         new = nn.Parameter(new.detach().clone(memory_format=torch.contiguous_format), new.requires_grad)
         old.convert_to_zero_parameters([new])  # type: ignore[attr-defined]
     return new
+
+
+def cut(old: nn.Parameter, dim: int, index: torch.Tensor, shared: bool) -> nn.Parameter:
+    """``old`` without all but ``index`` (increasing) along ``dim``, split as it is; collective.
+
+    FSDP2 splits the first dimension, so that along others each process cuts its own part. What ZeRO-3 gathers is cut
+    in the memory it was gathered in, so that there are never two whole matrices.
+    ``shared``: ``old`` goes on to be used elsewhere. If not, ZeRO-3's part of it is freed before there is a new one.
+    That takes more than to drop the reference: DeepSpeed puts functions on a parameter that refer back to it, and its
+    engine refers to it too. Parameters of other kinds go when nothing refers to them any longer.
+    """
+    if is_dtensor(old) and dim > 0:
+        return nn.Parameter(cut_part(old, dim, index), old.requires_grad)
+    if not hasattr(old, "ds_id"):
+        with whole(old) as (value,):
+            return parameter_like(old, value.index_select(dim, index.to(value.device)))
+    was_whole, part = _status(old) == "AVAILABLE", old.ds_tensor.untyped_storage()  # type: ignore[attr-defined]
+    with whole(old) as (value,):
+        is_copy = not was_whole and value.untyped_storage().data_ptr() != part.data_ptr()  # not so in one process
+        value = _moved_together(value if is_copy else value.clone(), dim, index.to(value.device))
+    if not shared:
+        del old.ds_tensor, part  # type: ignore[attr-defined]
+    new = nn.Parameter(value, old.requires_grad)
+    old.convert_to_zero_parameters([new])  # type: ignore[attr-defined]
+    return new
+
+
+def _moved_together(value: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+    """``value.index_select(dim, index)`` in the memory of ``value``, which is lost: what stays only moves forwards."""
+    assert bool((index.diff() > 0).all()), "units keep their order"
+    shape = [len(index) if number == dim else size for number, size in enumerate(value.shape)]
+    result = value.view(-1)[: math.prod(shape)].view(shape)
+    for start in range(0, shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        result[rows] = value[index[rows]] if dim == 0 else value[rows].index_select(dim, index)
+    return result
 
 
 def copy_of(parameter: nn.Parameter, requires_grad: bool) -> nn.Parameter:

@@ -8,7 +8,7 @@ Not for data, logging, saving or processes: those are the Trainer's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -186,11 +186,11 @@ class AdaptivePruner:
             return None
         return Decision(plan, ranks, tune, "prune" if cuts else "grow" if ranks else "phase")
 
-    def apply(self, decision: Decision, step: int) -> PruningEvent:
-        """Carry ``decision`` out on the plain model."""
+    def apply(self, decision: Decision, step: int, shared: Collection[int] = ()) -> PruningEvent:
+        """Carry ``decision`` out on the plain model. ``shared``: see ``EditLog``."""
         self.detach()
         self.masks.close()
-        log = EditLog()
+        log = EditLog(shared)
         survivors = apply_plan(self.model, self.family, self.spaces, self.plan, decision.plan, log)
         if not self.settings.prunes_before:  # else scores have served their purpose
             followed = {name: index for name, index in survivors.items() if name in self._scored_names()}

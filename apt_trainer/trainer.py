@@ -265,7 +265,7 @@ class APTTrainer(BestWithinBudget):
         growth = mean_growth(lora.ranks(self.model), decision.ranks)
 
         def change() -> runtime.Edits:
-            event = self.pruner.apply(decision, step)
+            event = self.pruner.apply(decision, step, self.distillation.teacher.parameter_ids())
             edits: dict[str, list[Keep | Grow]] = dict(event.edits)
             return edits | self.distillation.follow(self.model, event.survivors, growth)
 

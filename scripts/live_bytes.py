@@ -58,9 +58,11 @@ class LiveBytes(TorchDispatchMode):
 
     def _note(self, tensor: torch.Tensor) -> bool:
         """Whether its storage is new, or of another size than when it was last seen."""
-        if hasattr(tensor, "__tensor_flatten__") or tensor.device.type == "meta":
+        if hasattr(tensor, "__tensor_flatten__"):
             return False
         storage = tensor.untyped_storage()
+        if storage.device.type == "meta":  # also of fake tensors, which name another device
+            return False
         key, size = storage._cdata, storage.nbytes()
         if key in self._storages and self._sizes[key] == size:
             return False

@@ -140,12 +140,9 @@ class Teacher:
                     copies[id(shared)] = copy_of(shared, requires_grad=False)
                 module._parameters[name] = copies[id(shared)]
 
-    def replace(self, replaced: Mapping[int, nn.Parameter]) -> None:
-        """Go on sharing what the student has in new tensors; ``replaced`` has them by the id of the old ones."""
-        for module in () if self.model is None else self.model.modules():
-            for name, shared in module._parameters.items():
-                if shared is not None and id(shared) in replaced:
-                    module._parameters[name] = replaced[id(shared)]
+    def parameter_ids(self) -> set[int]:
+        """Of all that it uses; those that are the student's too must outlive what happens to the student."""
+        return set() if self.model is None else {id(parameter) for parameter in self.model.parameters()}
 
     def join(self, student: Any, one_dtype: bool) -> None:
         """Once an engine holds ``student``: if it gave all parameters ``one_dtype``, do so with a snapshot that was

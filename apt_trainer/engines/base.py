@@ -78,17 +78,18 @@ class Engine:
         if any(p in optimizer.state and name not in self._state for name, p in model.named_parameters()):
             _log.warning_once(_STARTS_AFRESH.format(type(optimizer).__name__))
         optimizer.state.clear()
+        optimizer.param_groups.clear()
         fresh_leaves(model)
         return model
 
     def carried(self, edits: Edits) -> State:
-        """Optimizer state after ``edits``."""
-        return carry(self._state, edits)
+        """Optimizer state after ``edits``; that from before goes as it is carried, so that it is not there twice."""
+        state, self._state = self._state, {}
+        return {name: carry({name: state.pop(name)}, edits)[name] for name in list(state)}
 
     def release(self) -> None:
         """Drop what the old engine holds, which frames of the training loop may still refer to."""
         self._state = {}
-        plain_optimizer(self.trainer).param_groups.clear()
 
     def give(self, state: State) -> None:
         """Put ``state`` from :meth:`carried` of the old engine into this one."""

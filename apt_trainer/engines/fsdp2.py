@@ -3,12 +3,12 @@
 What is whole, and when. At start each process has the whole model (and an external teacher) in host memory, as it was
 loaded; for a cut before training it is on the device as a whole. From the first engine on, a block is whole while it
 runs, forwards or backwards, and all that is in no block (embeddings, last norm, head) during the whole step. At a
-change of shape the model leaves FSDP2 with its parameters split as they are; each that is cut, grown or merged is
-whole on every process meanwhile, and each state tensor that follows it; then one block after the other is whole while
-FSDP2 is put on it again. The teacher shares the parts of frozen weights and has parts of its own of the rest; the
-parameters of each of its modules are whole while that runs. In a checkpoint the process that writes it collects all
-weights, the teacher's too, in host memory, and a resumed run begins with both whole on each process there. After
-training the finished model is whole on every process and on its device.
+change of shape the model leaves FSDP2 with its parameters split as they are. One after the other, those that are
+grown, merged or cut along their first dimension are whole on every process meanwhile, and their state; along other
+dimensions each process cuts its own part. FSDP2 then takes over the parts. The teacher shares those of frozen weights
+and has parts of its own of the rest; the parameters of each of its modules are whole while that runs. In a checkpoint
+the process that writes it collects all weights, the teacher's too, in host memory, and a resumed run begins with both
+whole on each process there. After training the finished model is whole on every process and on its device.
 
 With bf16, parameters are kept and gradients summed in float32; what becomes whole for a step is bfloat16, and torch's
 autocast decides by operation what computes in it, as under DDP, which leaves norms and embeddings in float32.
@@ -36,6 +36,7 @@ from apt_trainer.engines.groups import parameter_groups
 from apt_trainer.engines.state import Edits, State, follow
 from apt_trainer.errors import UserError
 from apt_trainer.partition import make_whole, split_as, whole_value
+from apt_trainer.pruning.slicing import Keep
 from apt_trainer.tuning import base_weight_names
 
 
@@ -59,8 +60,7 @@ class Fsdp2Engine(Engine):
         plugin.auto_wrap_policy = None  # or accelerate would look for layers by the names of their classes
         blocks = [model.get_submodule(path) for path in trainer.pruner.family.block_modules(model)]
         mesh, policy = self._mesh(model), self._policy()
-        replace = trainer.distillation.teacher.replace
-        fully_sharded.shard(model, blocks, mesh, policy, bool(plugin.reshard_after_forward), replace)
+        fully_sharded.shard(model, blocks, mesh, policy, bool(plugin.reshard_after_forward))
         if policy.param_dtype is not None:
             _autocast(model, trainer.accelerator)
 
@@ -93,11 +93,14 @@ class Fsdp2Engine(Engine):
 
     def carried(self, edits: Edits) -> State:
         names = {name for name, _ in self.model.named_parameters()}
-        return {
-            name: {key: _followed(value, key, edits.get(name, [])) for key, value in of_parameter.items()}
-            for name, of_parameter in self._state.items()
-            if name in names
-        }
+        state, self._state = self._state, {}
+        carried: State = {}
+        for name in list(state):
+            of_parameter = state.pop(name)
+            if name in names:
+                of_edits = edits.get(name, [])
+                carried[name] = {key: _followed(value, key, of_edits) for key, value in of_parameter.items()}
+        return carried
 
     def leave(self) -> Any:
         """The plain model, whole on every process."""
@@ -147,7 +150,12 @@ def _autocast(model: nn.Module, accelerator: Any) -> None:
 
 
 def _followed(value: Any, key: str, edits: list[Any]) -> Any:
-    """A state tensor after ``edits``, split again; whole for a moment."""
-    if not edits or not torch.is_tensor(value):
+    """A state tensor after ``edits``, split again; as its parameter whole for a moment where it has to be."""
+    if not torch.is_tensor(value):
         return value
-    return split_as(follow(whole_value(value), key, edits), value)
+    for edit in edits:
+        if fully_sharded.is_dtensor(value) and isinstance(edit, Keep) and edit.dim > 0:
+            value = fully_sharded.cut_part(value, edit.dim, edit.index)
+        else:
+            value = split_as(follow(whole_value(value), key, [edit]), value)
+    return value

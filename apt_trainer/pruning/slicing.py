@@ -5,7 +5,8 @@ To support another type register a function on :func:`slice_module`.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import singledispatch
 
@@ -15,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from apt_trainer.models.base import Side
-from apt_trainer.partition import parameter_like, shape_of, whole
+from apt_trainer.partition import cut, shape_of
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,21 @@ class Grow:
 
 @dataclass
 class EditLog:
-    """What happened to each parameter, by name, so that optimizer state can follow; also keeps tied weights tied."""
+    """What happened to each parameter, by name, so that optimizer state can follow; also keeps tied weights tied.
 
+    ``shared``: ids of parameters that are used outside the model too, as frozen ones by a teacher. Of the others only
+    tied ones are kept until all is cut; the rest is let go one by one.
+    """
+
+    shared: Collection[int] = ()
     edits: dict[str, list[Keep | Grow]] = field(default_factory=lambda: defaultdict(list))
+    _tied: set[int] = field(default_factory=set)
     _done: dict[tuple[int, int], tuple[nn.Parameter, nn.Parameter]] = field(default_factory=dict)
+
+    def expect_ties(self, model: nn.Module) -> None:
+        """Find the parameters that are in several places of ``model``."""
+        places = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+        self._tied |= {key for key, number in places.items() if number > 1}
 
     def keep(self, module: nn.Module, path: str, name: str, dim: int, index: torch.Tensor) -> None:
         """Cut parameter ``name`` of ``module`` to ``index`` along ``dim``; a parameter tied to it is cut once."""
@@ -48,13 +60,10 @@ class EditLog:
             return
         self.edits[f"{path}.{name}"].append(Keep(dim, index))
         done = self._done.get((id(old), dim))
-        if done is None:
-            with whole(old) as (value,):
-                selected = value.index_select(dim, index.to(old.device))
-            new = parameter_like(old, selected)
+        new = cut(old, dim, index, id(old) in self.shared) if done is None else done[1]
+        if id(old) in self._tied:
             self._done[id(old), dim] = (old, new)  # the reference to old keeps its id from being reused
-        else:
-            new = done[1]
+            self._tied.add(id(new))
         module._parameters[name] = new
 
     def grow(self, name: str, dim: int, extra: int) -> None:

@@ -32,6 +32,7 @@ def apply_plan(
     ``current``; edits of every parameter are appended to ``log``.
     """
     log = EditLog() if log is None else log
+    log.expect_ties(model)
     survivors = current.survivors(new)
     gone = _remove_sublayers(model, family.sublayers(model), current, new)
     for space in spaces:

@@ -16,6 +16,7 @@ from apt_trainer import APTTrainer, partition
 from apt_trainer.models import family_of
 from apt_trainer.partition import shape_of
 from integration.factories import GLOBAL_BATCH, SHORT, losses_of, make_trainer, unpadded
+from integration.test_nri_before import NRI
 from integration.test_processes import two_processes
 from integration.test_pruned_before import BEFORE
 
@@ -24,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "t5": {},
     "before": {**BEFORE, "importance": "magnitude"},
+    "nri": NRI,
     "teacher": {"distillation": "model", "teacher_name_or_path": "given"},
     "norms": {"tune": "adapters_and_norms", "activation_checkpointing": True, "importance": "taylor"},
     "full": {"tune": "full", "tune_embeddings": True, "rank_growth": "none", "distillation_transform": "identity"},
@@ -135,8 +137,9 @@ def test_other_models_and_settings_equal_one_process(half: str, tmp_path: Path) 
         for rank in (0, 1):
             result = json.loads((tmp_path / f"{name}.{rank}.json").read_text())
             assert result["plan"] == expected.pruner.plan.to_json(), name
+            assert name != "nri" or 0 in expected.pruner.plan.counts.values()
             assert result["whole"] == [], name
-            if name != "before":  # where the dense model is whole while it is scored
+            if name not in ("before", "nri"):  # where the dense model is whole while it is scored
                 assert 0 < result["most"] <= largest_layer(unpadded(name)[0]), name
             assert (result["shared"] > 10) == (name in ("llama", "gpt2", "t5", "norms")), (name, result["shared"])
             assert len(losses) == 12
