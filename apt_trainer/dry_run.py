@@ -37,7 +37,8 @@ def plan(recipe: Recipe) -> str:
     _, config, data = load_inputs(recipe.model, recipe)
     set_task_arguments(args, data, recipe.given)
     check_before_loading(recipe, config, data)
-    model = build_model(config, data, "cpu" if args.sparsity_metric == "latency" else "meta")
+    device = "cpu" if args.sparsity_metric == "latency" else "meta"
+    model = build_model(config, data, device, recipe.model.dtype)
     pruner = AdaptivePruner(model, args, seed=args.seed)
     schedule = make_schedule(args, args.total_steps(len(data.train) - args.heldout_rows(len(data.train))))
     predicted = recipe.data.max_target_length if model.config.is_encoder_decoder else recipe.data.max_length

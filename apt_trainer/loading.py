@@ -98,10 +98,9 @@ def read_config(settings: ModelSettings) -> Any:
     """The config, whatever it says; raises :class:`UserError` where there is none, or for an attention that cannot
     compute in the type of the weights."""
     config = _from_hub(AutoConfig.from_pretrained, source_of(settings), **_trust(settings))
-    attention, dtype = settings.attn_implementation or "", settings.dtype
-    if dtype == "auto":
-        dtype = str(getattr(config, "dtype", None) or torch.float32).removeprefix("torch.")
-    if "flash" in attention and dtype == "float32":  # under bf16: true it would fail once training is over
+    attention = settings.attn_implementation or ""
+    # under bf16: true it would fail once training is over
+    if "flash" in attention and _dtype(config, settings.dtype) == torch.float32:
         raise UserError(
             f"attn_implementation={attention!r} computes in bfloat16 and float16 only, and dtype is float32. "
             "Set dtype: bfloat16, or attn_implementation: sdpa."
@@ -125,13 +124,14 @@ def refuse_quantised(config: Any, path: str) -> None:
     )
 
 
-def build_model(config: Any, data: TaskData, device: str) -> PreTrainedModel:
-    """A model for the task on ``device`` ("meta" for shapes alone), without loading weights."""
+def build_model(config: Any, data: TaskData, device: str, dtype: str = "auto") -> PreTrainedModel:
+    """A model for the task on ``device`` ("meta" for shapes alone), without loading weights; ``dtype``: theirs."""
     config = copy.deepcopy(config)
     for name, value in data.model_kwargs.items():
         setattr(config, name, value)
     with torch.device(device):
-        return getattr(transformers, data.model_class).from_config(config)  # type: ignore[no-any-return]
+        model = getattr(transformers, data.model_class).from_config(config)
+    return model.to(_dtype(config, dtype))  # type: ignore[no-any-return]
 
 
 def load_model(settings: ModelSettings, data: TaskData, path: str | None = None) -> PreTrainedModel:
@@ -159,9 +159,14 @@ def load_dense_shape(settings: ModelSettings) -> PreTrainedModel:
         config._attn_implementation = settings.attn_implementation
     cls, stock = dense_shape(config)
     cls = cls or _saved_class(config, source, None)
-    dtype = getattr(config, "dtype", None) or torch.float32
-    dtype = dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    return (cls(stock) if issubclass(cls, PreTrainedModel) else cls.from_config(stock)).to(dtype)  # type: ignore[union-attr]
+    model = cls(stock) if issubclass(cls, PreTrainedModel) else cls.from_config(stock)
+    return model.to(_dtype(config, settings.dtype))  # type: ignore[no-any-return]
+
+
+def _dtype(config: Any, asked: str) -> torch.dtype:
+    """Type of weights; "auto" is what they were saved in, as ``config`` says."""
+    found = getattr(config, "dtype", None) if asked == "auto" else asked
+    return getattr(torch, str(found or torch.float32).removeprefix("torch."))  # type: ignore[no-any-return]
 
 
 def _saved_class(config: Any, source: Source, data: TaskData | None) -> Any:

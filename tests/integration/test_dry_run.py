@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from apt_trainer import APTConfig, UserError, dry_run
 from apt_trainer.dry_run import memory_estimate
+from apt_trainer.loading import load_inputs, load_model
 from apt_trainer.preflight import check_attention
 from apt_trainer.recipe import Recipe
 from apt_trainer.run import train
@@ -103,6 +104,16 @@ def test_what_is_counted_is_said(ready: Recipe) -> None:
     assert f"(weights, gradients, optimizer, activations, {words} of the dense model" in text
     ready.training.distillation, ready.training.teacher_name_or_path = "model", "somewhere"
     assert "gradients; without the teacher)" in dry_run.plan(ready)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_weights_count_in_the_type_they_are_loaded_in(
+    ready: Recipe, dtype: str, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready.model.dtype, seen = dtype, []
+    monkeypatch.setattr(dry_run, "memory_estimate", lambda model, *rest: seen.append(model.dtype) or 0)
+    dry_run.plan(ready)
+    assert seen == [expected] == [load_model(ready.model, load_inputs(ready.model, ready)[2]).dtype]
 
 
 # ---------------------------------------------------------------------------- scoring
