@@ -1,7 +1,8 @@
 """The format of a finished model, and how it loads: stock modelling code, other sizes, equal logits.
 
 ``config.json`` carries the stock config under an own model type ("apt_" + base) plus ``apt_structure``: parameter
-shapes, size attributes and no-op modules that differ from the dense model. A stock loader does not know the type and
+shapes, size attributes and no-op modules that differ from the dense model; ``apt_post_norm_policy``, where it is not
+the default, says which no-ops those are to be (``models.family``). A stock loader does not know the type and
 fails loudly instead of filling missing weights at random. Loading builds the stock class on the meta device, applies
 the structure and lets Hugging Face fill it; it needs no remote code. With ``apt_plan`` the layers run by an execution
 plan (``painting``); the rest of the config is then still that of the layers, one after the other.
@@ -101,6 +102,7 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
             raise UserError(
                 f"The checkpoint has format {version}, this version of apt_trainer reads up to {FORMAT_VERSION}."
             )
+        FAMILIES[model_type].keeps_norms(self)
         self.describe(architecture, structure, plan)
 
     def describe(self: Any, architecture: str | None, structure: Any, plan: Any = None) -> None:

@@ -92,6 +92,7 @@ class AdaptivePruner:
             )
         self.model, self.settings, self.seed = model, settings, seed
         self.family = family_of(model.config)
+        self.family.set_post_norm_policy(model.config, settings.post_norm_policy)
         self.spaces = self.family.spaces(model)
         self.sublayers = self.family.sublayers(model)
         self.plan = self.dense_plan = PruningPlan.dense(self.spaces)

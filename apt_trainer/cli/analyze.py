@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from apt_trainer.cli.benchmark import positive
+from apt_trainer.settings.choices import POST_NORM_POLICIES
 from apt_trainer.sublayers.choices import COSTS
 
 HELP = "Score every attention, feed-forward and layer of a model on a text: cosine importance, impact, similarity."
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cost", choices=COSTS, default="params", help="what relative impact is divided by (default: params)"
     )
+    add_policy_argument(parser)
     add_output_arguments(parser, "folder of scores.json, scores.md and scores.png")
 
 
@@ -32,6 +34,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="type of the weights (default: as saved)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda … (default: the accelerator if there is one)")
+
+
+def add_policy_argument(parser: Any) -> None:
+    """``parser``: or a group of one."""
+    parser.add_argument(
+        "--post_norm_policy",
+        choices=POST_NORM_POLICIES,
+        default=POST_NORM_POLICIES[0],
+        help="BERT, RoBERTa, XLM-RoBERTa, DistilBERT: a sublayer without which the model runs goes with its norm, "
+        "y = x (default), or leaves it, y = norm(x)",
+    )
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -119,6 +132,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         device=args.device,
         resume=args.resume,
         watch=progress,
+        post_norm_policy=args.post_norm_policy,
     )
     print(scores_markdown(found))
     print(f"wrote {SCORES_FILE}, {TABLE_FILE} and {PLOT_FILE} to {args.output}")

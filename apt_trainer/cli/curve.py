@@ -10,6 +10,7 @@ from apt_trainer.cli.analyze import (
     add_held_out_arguments,
     add_model_arguments,
     add_output_arguments,
+    add_policy_argument,
     data_request,
     held_out_options,
     progress,
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     drops.add_argument(
         "--protect", type=int, nargs="+", default=[], metavar="LAYER", help="layers that stay; -1 is the last"
     )
+    add_policy_argument(drops)
     add_held_out_arguments(parser, required=True)
     measures = parser.add_argument_group("what else is measured")
     measures.add_argument(
@@ -76,6 +78,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         protect=args.protect,
         speed=args.speed,
         task_counts=args.task_counts,
+        post_norm_policy=args.post_norm_policy,
         **options,
     )
     data = data_request(args)

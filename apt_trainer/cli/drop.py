@@ -12,6 +12,7 @@ from apt_trainer.cli.analyze import (
     add_held_out_arguments,
     add_model_arguments,
     add_output_arguments,
+    add_policy_argument,
     data_request,
     held_out_options,
     progress,
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--protect", type=int, nargs="+", default=[], metavar="LAYER", help="layers that stay; -1 is the last"
     )
+    add_policy_argument(parser)
     add_data_arguments(parser, required=False)
     add_held_out_arguments(parser)
     parser.add_argument("--speed", action="store_true", help="time both models side by side; with tasks also SDR")
@@ -89,6 +91,7 @@ def _request(args: argparse.Namespace) -> DropRequest:
         drop_list=args.drop_list,
         scores=args.scores,
         seed=args.seed,
+        post_norm_policy=args.post_norm_policy,
     )
 
 

@@ -11,6 +11,7 @@ import torch
 
 from apt_trainer.depth.inputs import (
     PROGRESS_FILE,
+    REMOVE_NORM,
     DataRequest,
     Loaded,
     open_folder,
@@ -42,6 +43,7 @@ def analyze(
     device: str | None = None,
     resume: bool = False,
     watch: Watch = unwatched,
+    post_norm_policy: str = REMOVE_NORM,
 ) -> dict[str, Any]:
     """Score every unit of a model; writes ``scores.json``, ``scores.md`` and ``scores.png`` to ``output``.
 
@@ -54,6 +56,7 @@ def analyze(
         device: Default: the accelerator if there is one.
         resume: Go on with a measurement that was stopped in ``output``.
         watch: Shows progress.
+        post_norm_policy: What is left of a sublayer without which the loss is measured.
 
     Returns:
         The content of ``scores.json``.
@@ -67,7 +70,7 @@ def analyze(
             raise unknown_choice("methods", method, ("cosine", "nri"))
     if cost not in COSTS:
         raise unknown_choice("cost", cost, COSTS)
-    at = prepare(settings, request)
+    at = prepare(settings, request, post_norm_policy)
     assert at.calibration is not None
     if "nri" in methods and not at.calibration.has_labels:
         raise UserError(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from apt_trainer.depth.held_out import no_loss_on_text
-from apt_trainer.depth.inputs import DataRequest, Loaded, check_folder, prepare, stored_losses
+from apt_trainer.depth.inputs import REMOVE_NORM, DataRequest, Loaded, check_folder, prepare, stored_losses
 from apt_trainer.depth.speed import composition, speedups
 from apt_trainer.errors import UserError, unknown_choice
 from apt_trainer.evaluation.harness import run_tasks
@@ -25,7 +25,7 @@ from apt_trainer.report.events import append_event, read_events, write_json
 from apt_trainer.settings import ModelSettings
 from apt_trainer.sublayers.choices import COSTS, CURVE_KINDS, DEFAULT_CURVE_KINDS, METHODS, NO_COSINE, STRATEGIES
 from apt_trainer.sublayers.cosine import Watch, unwatched
-from apt_trainer.sublayers.costs import Shape, shares, unit_costs
+from apt_trainer.sublayers.costs import block_shares, shares, unit_costs
 from apt_trainer.sublayers.gates import switched_off
 from apt_trainer.sublayers.impact import Losses
 from apt_trainer.sublayers.loss import exp_loss, loss_name, refuse_broken
@@ -84,7 +84,7 @@ class CurveRequest:
     ``rankings``: texts of :class:`Ranking`; ``seeds``: how many random orders; ``speed``: time the smaller models;
     ``tasks`` to ``num_fewshot``: those of :func:`~apt_trainer.evaluation.harness.run_tasks`, also for the full model.
     Speed and tasks are measured with ``task_counts`` units dropped (None: all counts). ``head_counts``: counts of kind
-    heads (None: ``counts``).
+    heads (None: ``counts``). ``post_norm_policy``: what is left of a sublayer that is off.
     """
 
     kinds: Sequence[str] = DEFAULT_CURVE_KINDS
@@ -100,6 +100,7 @@ class CurveRequest:
     limit: int | None = None
     num_fewshot: int | None = None
     batch_size: int = 1
+    post_norm_policy: str = REMOVE_NORM
 
     def read(self) -> list[Ranking]:
         """The rankings; raises :class:`UserError` for what cannot work whatever the model."""
@@ -163,7 +164,7 @@ def measure_curves(
         UserError: anything that cannot work, before anything is written.
     """
     rankings = request.read()
-    at = prepare(settings, data)
+    at = prepare(settings, data, request.post_norm_policy)
     held_out = at.read(test)
     if not held_out.has_labels:
         raise no_loss_on_text(at)
@@ -319,7 +320,7 @@ def _in_full(request: CurveRequest, count: int) -> bool:
 
 
 def _summary(at: Loaded, request: CurveRequest, points: Sequence[Point], results: _Results) -> dict[str, Any]:
-    share = shares(unit_costs(at.model, at.units, "params", Shape(), heads=True), at.units)
+    share = block_shares(at.model, at.units)
     curves: dict[tuple[str, str, int], list[Point]] = {}
     for point in points:
         curves.setdefault((point.kind, str(point.ranking), point.count), []).append(point)

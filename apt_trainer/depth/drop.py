@@ -13,6 +13,7 @@ from apt_trainer.checkpoint import save_pruned
 from apt_trainer.depth.held_out import HeldOut, HeldOutRequest
 from apt_trainer.depth.inputs import (
     PROGRESS_FILE,
+    REMOVE_NORM,
     DataRequest,
     Loaded,
     analysed_losses,
@@ -28,7 +29,7 @@ from apt_trainer.settings import ModelSettings
 from apt_trainer.sublayers import lists
 from apt_trainer.sublayers.choices import BASELINES, COSTS, FRACTIONS, METHODS, NO_COSINE
 from apt_trainer.sublayers.cosine import Watch, cosine_scores, unwatched
-from apt_trainer.sublayers.costs import Shape, cache_bytes, shares, unit_costs
+from apt_trainer.sublayers.costs import Shape, block_shares, cache_bytes, shares, unit_costs
 from apt_trainer.sublayers.drop import collapse_warning, depth_share, depth_warning, drop, head_share
 from apt_trainer.sublayers.gates import switched_off
 from apt_trainer.sublayers.impact import Losses
@@ -54,8 +55,11 @@ NOTHING = HeldOutRequest()
 
 @dataclass(frozen=True)
 class DropRequest:
-    """What to drop, by which score; see ``sublayers.choices`` for the names. ``drop_list`` replaces all of it.
-    ``scores``: a ``scores.json`` of ``analyze`` on the same model and data, whose losses nri does not measure anew."""
+    """What to drop, by which score; see ``sublayers.choices`` for the names.
+
+    ``drop_list`` replaces all of it but ``post_norm_policy``, which says what is left of a sublayer. ``scores``: a
+    ``scores.json`` of ``analyze`` on the same model and data, whose losses nri does not measure anew.
+    """
 
     kind: str = "attention"
     count: int | None = None
@@ -69,6 +73,7 @@ class DropRequest:
     drop_list: str | None = None
     scores: str | None = None
     seed: int = 0
+    post_norm_policy: str = REMOVE_NORM
 
     def check(self, has_data: bool) -> None:
         """Raise :class:`UserError` for what cannot work whatever the model."""
@@ -120,7 +125,7 @@ def drop_units(
         UserError: anything that cannot work.
     """
     request.check(data is not None)
-    at = prepare(settings, data)
+    at = prepare(settings, data, request.post_norm_policy)
     listed, candidates, budget = _asked(at, request)
     analysed = None if request.scores is None else analysed_losses(at, request.scores)
     measures = HeldOut(at, held_out)
@@ -179,7 +184,7 @@ def _asked(at: Loaded, request: DropRequest) -> tuple[tuple[Unit, ...] | None, t
     """(units of a list, candidates, budget); raises :class:`UserError` for what this model cannot give."""
     if request.drop_list is not None:
         return lists.read(request.drop_list, at.units, at.model_type), (), Budget(count=1)
-    share = shares(unit_costs(at.model, at.units, "params", at.shape, heads=True), at.units)
+    share = block_shares(at.model, at.units)
     budget = Budget(request.count, request.fraction, share, at.units)
     candidates = candidates_of(at.units, request.kind, request.protect)
     if request.fraction is None or request.fraction_of == "params":
@@ -231,7 +236,7 @@ def _unmeasured(at: Loaded) -> str:
 
 def _sizes(at: Loaded, dropped: Sequence[Unit]) -> dict[str, Any]:
     """How much goes: share of the parameters in blocks, of the sublayers, of the heads, and of the cache per token."""
-    share = shares(unit_costs(at.model, at.units, "params", Shape(), heads=True), at.units)
+    share = block_shares(at.model, at.units)
     parts = at.units.parts(dropped)
     found: dict[str, Any] = {
         "depth_share": depth_share(at.units, dropped),

@@ -24,6 +24,7 @@ from apt_trainer.measure import count_parameters
 from apt_trainer.models import family_of
 from apt_trainer.report.events import append_event, read_events
 from apt_trainer.settings import ModelSettings, resolve_path
+from apt_trainer.settings.choices import POST_NORM_POLICIES
 from apt_trainer.sublayers.costs import Shape
 from apt_trainer.sublayers.impact import Key, Losses
 from apt_trainer.sublayers.loss import loss_name, refuse_broken
@@ -32,6 +33,7 @@ from apt_trainer.sublayers.windows import Calibration, from_rows, from_text
 
 PROGRESS_FILE = "impact.jsonl"
 LONGEST_WINDOW = 512
+REMOVE_NORM = POST_NORM_POLICIES[0]
 
 
 @dataclass(frozen=True)
@@ -48,17 +50,22 @@ class DataRequest:
 
 @dataclass
 class Loaded:
-    """A model on the meta device first, with weights once :meth:`load` was called."""
+    """A model on the meta device first, with weights once :meth:`load` was called.
+
+    ``post_norm_policy``: what is left of a sublayer that is off or dropped (``models.family``).
+    """
 
     settings: ModelSettings
     tokenizer: Any
     model: Any
     units: Units
     calibration: Calibration | None
+    post_norm_policy: str = REMOVE_NORM
 
     def load(self, device: str | None) -> None:
         place = choose_device(device)
         self.model = load_saved(self.settings).to(place).eval()
+        self.units.family.set_post_norm_policy(self.model.config, self.post_norm_policy)
 
     def read(self, data: DataRequest, content: str | None = None) -> Calibration:
         """Data as batches of this model, which may be without weights; ``content``: what the file holds, if known."""
@@ -89,7 +96,9 @@ class Loaded:
     def described(self) -> dict[str, Any]:
         """The calibration and the model, for reports and for telling whether a run goes on with the same."""
         data = self.calibration
+        policy = self.post_norm_policy
         return {
+            **({} if policy == REMOVE_NORM else {"post_norm_policy": policy}),
             "model": self.settings.model_name_or_path,
             "model_type": self.model_type,
             "parameters": count_parameters(self.model),
@@ -98,12 +107,13 @@ class Loaded:
         }
 
 
-def prepare(settings: ModelSettings, data: DataRequest | None) -> Loaded:
-    """Tokenizer, shapes and data; no weights."""
+def prepare(settings: ModelSettings, data: DataRequest | None, post_norm_policy: str = REMOVE_NORM) -> Loaded:
+    """Tokenizer, shapes and data; no weights. ``post_norm_policy``: what is left of a sublayer that goes."""
     content = None if data is None else _read(data.data)
     config = read_config(settings)
     refuse_quantised(config, str(settings.model_name_or_path))
-    family_of(config)
+    family = family_of(config)
+    family.set_post_norm_policy(config, post_norm_policy)
     if getattr(config, "apt_structure", None) is not None:
         raise UserError(
             f"{settings.model_name_or_path} is a pruned model already. Start from the dense model it was made from."
@@ -111,8 +121,8 @@ def prepare(settings: ModelSettings, data: DataRequest | None) -> Loaded:
     tokenizer = load_tokenizer(settings)
     with torch.device("meta"):
         model = load_dense_shape(settings)
-    units = find_units(model)
-    at = Loaded(settings, tokenizer, model, units, None)
+    family.set_post_norm_policy(model.config, post_norm_policy)
+    at = Loaded(settings, tokenizer, model, find_units(model), None, post_norm_policy)
     if data is not None and content is not None:
         at.calibration = at.read(data, content)
     return at
@@ -196,6 +206,7 @@ def analysed_losses(at: Loaded, path: str) -> dict[Key, float]:
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         same = all(found[key] == value for key, value in at.described().items())
+        same = same and found.get("post_norm_policy", REMOVE_NORM) == at.post_norm_policy
         rows = {row["name"]: row for row in found["units"]}
         dense = float(found["loss_dense"])
     except OSError as error:
@@ -206,8 +217,8 @@ def analysed_losses(at: Loaded, path: str) -> dict[Key, float]:
         ) from error
     if not same:
         raise UserError(
-            f"{path} is of another model or other data. Give the model, dtype, data, samples, length and seed that it "
-            "was made with, or leave scores out."
+            f"{path} is of another model or other data. Give the model, dtype, data, samples, length, seed and "
+            "post_norm_policy that it was made with, or leave scores out."
         )
     losses: dict[Key, float] = {(): dense}
     for unit in at.units.members:

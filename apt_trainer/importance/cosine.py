@@ -42,7 +42,8 @@ class Cosine(Observing):
         self._sums = {name: torch.zeros(2, dtype=torch.float64, device=device) for name in self._counts}
         for name in self._counts:  # [Σ (1 − cos), tokens]
             self._average.setdefault(name, torch.zeros(2, dtype=torch.float64, device=device))
-        sublayers = [sublayer for sublayer in self._family.sublayers(model) if sublayer.space in self._counts]
+        follows = self._family.keeps_norms(config)  # of a sublayer that is gone its norm is still on the way
+        sublayers = [one for one in self._family.sublayers(model) if follows or one.space in self._counts]
         for block, stack in dict.fromkeys((sublayer.block, sublayer.stack) for sublayer in sublayers):
             enter = partial(self._enter, stack)
             self._handles.append(model.get_submodule(block).register_forward_pre_hook(enter, with_kwargs=True))
@@ -95,10 +96,12 @@ class Cosine(Observing):
         before = self._stream[sublayer.stack]
         output = output.detach().reshape(before.shape)  # OPT runs its feed-forward on [tokens, hidden]
         after = output if self._family.post_norm else before + output
+        if not self._parallel:
+            self._stream[sublayer.stack] = after
+        if sublayer.space not in self._counts:
+            return
         turned = 1 - nn.functional.cosine_similarity(before.float(), after.float(), dim=-1).flatten()
         weights = self._context.weights(before, sublayer.stack)
         tokens = turned.new_tensor(turned.numel()) if weights is None else weights.sum()
         total = turned.sum() if weights is None else turned @ weights
         self._sums[sublayer.space] += torch.stack([total, tokens]).double()
-        if not self._parallel:
-            self._stream[sublayer.stack] = after

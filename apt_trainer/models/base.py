@@ -122,7 +122,7 @@ class Stub:
 
 @dataclass(frozen=True)
 class Sublayer:
-    """A whole attention or feed-forward, residual branch included: what vanishes with its last unit.
+    """A whole attention or feed-forward: what vanishes with its last unit, its residual branch and norm as a rule too.
 
     ``block``: path of its layer. ``output``: module whose output is added to the residual stream or, in a post-norm
     model, is the stream after the sublayer. ``crosses``: an attention that reads the other stack.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from apt_trainer.models.base import Stub
-from apt_trainer.models.family import Head, ModelFamily, StackTable, SublayerTable
+from apt_trainer.models.family import Head, ModelFamily, Removal, StackTable, SublayerTable
 
 
 def encoder_only(config: Any) -> str | None:
@@ -22,6 +22,13 @@ _ATTENTION = SublayerTable(
     writes="attention.output.dense",
     modules=("attention",),
     stubs=(Stub("attention", "pass_attention"),),
+    keeping_norm=Removal(
+        modules=("attention.self", "attention.output.dense"),
+        stubs=(
+            Stub("attention.self", "pass_attention", masked=False),
+            Stub("attention.output.dense", "zero_feed_forward"),
+        ),
+    ),
     norms=("attention.output.LayerNorm",),
     head_dim=("attention.self", "attention_head_size"),
     sizes=(
@@ -36,6 +43,10 @@ _MLP = SublayerTable(
     writes="output.dense",
     modules=("intermediate", "output"),
     stubs=(Stub("intermediate", "pass_first", masked=False), Stub("output", "pass_second")),
+    keeping_norm=Removal(
+        modules=("intermediate", "output.dense"),
+        stubs=(Stub("intermediate", "pass_first", masked=False), Stub("output.dense", "zero_feed_forward")),
+    ),
     norms=("output.LayerNorm",),
 )
 _STACKS = (StackTable("encoder.layer", (_ATTENTION, _MLP), embedding_norms=("embeddings.LayerNorm",)),)

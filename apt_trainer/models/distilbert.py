@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from apt_trainer.models.base import Stub
 from apt_trainer.models.bert import encoder_only
-from apt_trainer.models.family import Head, ModelFamily, StackTable, SublayerTable
+from apt_trainer.models.family import Head, ModelFamily, Removal, StackTable, SublayerTable
 
 _ATTENTION = SublayerTable(
     "heads",
@@ -13,6 +13,7 @@ _ATTENTION = SublayerTable(
     writes="attention.out_lin",
     modules=("attention", "sa_layer_norm"),
     stubs=(Stub("attention", "zero_attention"), Stub("sa_layer_norm", "pass_first")),
+    keeping_norm=Removal(modules=("attention",), stubs=(Stub("attention", "zero_attention"),)),
     norms=("sa_layer_norm",),
     head_dim=("attention", "attention_head_size"),
     sizes=(("attention", "n_heads", "units"), ("attention", "dim", "channels")),
@@ -24,6 +25,7 @@ _MLP = SublayerTable(
     writes="ffn.lin2",
     modules=("ffn", "output_layer_norm"),
     stubs=(Stub("ffn", "zero_feed_forward"), Stub("output_layer_norm", "pass_first")),
+    keeping_norm=Removal(modules=("ffn",), stubs=(Stub("ffn", "zero_feed_forward"),)),
     norms=("output_layer_norm",),
 )
 DISTILBERT = ModelFamily(

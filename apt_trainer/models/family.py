@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from apt_trainer.errors import UserError
+from apt_trainer.errors import UserError, unknown_choice
 from apt_trainer.models.base import (
     HIDDEN,
     SizeAttribute,
@@ -25,6 +25,10 @@ from apt_trainer.models.base import (
     exists,
     linear_shape,
 )
+from apt_trainer.settings.choices import POST_NORM_POLICIES
+
+POST_NORM_POLICY = "apt_post_norm_policy"
+"""Attribute of a model's config; absent where it is the default. Set by :meth:`ModelFamily.set_post_norm_policy`."""
 
 Reads = Mapping[str, tuple[str, ...]]
 """Module that makes the units → its consecutive parts. A part is a word of letters whose widths add up: "q" the query
@@ -35,12 +39,21 @@ Amount = Literal["units", "queries", "channels", "kept"]
 
 
 @dataclass(frozen=True)
+class Removal:
+    """What goes with the last unit of a sublayer, and the no-ops that then stand in its place."""
+
+    modules: tuple[str, ...]
+    stubs: tuple[Stub, ...]
+
+
+@dataclass(frozen=True)
 class SublayerTable:
     """Names inside one layer. ``reads`` take the hidden space in; ``writes`` gives it back.
 
     ``norms``: on the hidden space; ``closing``: those of them between ``writes`` and the residual stream.
     ``inner``: norms over the units themselves. ``head_dim`` and ``group`` (query heads per key and value head):
     (module, attribute) that holds the number. ``sizes``: (module, attribute, amount) that a forward pass reads.
+    ``keeping_norm``: what goes instead of ``modules`` where the residual and its norm stay: y = norm(x).
     ``stays``: the sublayer keeps a unit in the first or the last layer. ``crosses``: it reads the other stack.
     """
 
@@ -56,6 +69,7 @@ class SublayerTable:
     head_dim: tuple[str, str] | None = None
     group: tuple[str, str] | None = None
     sizes: tuple[tuple[str, str, Amount], ...] = ()
+    keeping_norm: Removal | None = None
     stays: Literal["first", "last"] | None = None
     crosses: bool = False
 
@@ -139,18 +153,48 @@ class ModelFamily:
         return [*(space for space, _ in self._described(model)), self._hidden(model)]
 
     def sublayers(self, model: nn.Module) -> list[Sublayer]:
+        """Every attention and feed-forward; what goes with each of them is as the config of ``model`` says."""
+        keeps_norms = self.keeps_norms(getattr(model, "config", None))
         found: list[Sublayer] = []
         for stack in self.stacks:
             for i, layer in enumerate(self._layers(model, stack)):
                 for table in stack.sublayers:
                     kind: Literal["attention", "mlp"] = "attention" if table.kind == "heads" else "mlp"
-                    modules = tuple(f"{layer}.{name}" for name in table.modules)
-                    stubs = tuple(Stub(f"{layer}.{s.module}", s.kind, s.masked) for s in table.stubs)
+                    gone = (table.keeping_norm if keeps_norms else None) or Removal(table.modules, table.stubs)
+                    modules = tuple(f"{layer}.{name}" for name in gone.modules)
+                    stubs = tuple(Stub(f"{layer}.{s.module}", s.kind, s.masked) for s in gone.stubs)
                     space = f"{stack.spaces}.{i}.{table.name}"
                     last = table.norms[-1] if self.post_norm else (*table.closing, table.writes)[0]
                     output = f"{layer}.{last}"
                     found.append(Sublayer(kind, i, space, modules, stubs, layer, output, stack.stack, table.crosses))
         return found
+
+    def keeps_norms(self, config: Any) -> bool:
+        """Whether a sublayer that is gone leaves its residual and norm in a model with ``config``.
+
+        Raises :class:`UserError` for a policy that is unknown, or not for this family.
+        """
+        policy = getattr(config, POST_NORM_POLICY, POST_NORM_POLICIES[0])
+        self._check_policy(policy)
+        return bool(policy == "keep_norm")
+
+    def set_post_norm_policy(self, config: Any, policy: str) -> None:
+        """Make ``config``, and with it its model, one of ``policy``; raises as :meth:`keeps_norms`."""
+        self._check_policy(policy)
+        if policy != POST_NORM_POLICIES[0]:
+            setattr(config, POST_NORM_POLICY, policy)
+        elif hasattr(config, POST_NORM_POLICY):
+            delattr(config, POST_NORM_POLICY)
+
+    def _check_policy(self, policy: Any) -> None:
+        if policy not in POST_NORM_POLICIES:
+            raise unknown_choice("post_norm_policy", policy, POST_NORM_POLICIES)
+        tables = [table for stack in self.stacks for table in stack.sublayers]
+        if policy == "keep_norm" and any(table.keeping_norm is None for table in tables):
+            raise UserError(
+                "post_norm_policy='keep_norm' is for models with a norm after each residual (BERT, RoBERTa, "
+                f"XLM-RoBERTa, DistilBERT), unlike {', '.join(self.model_types)}. Leave it out."
+            )
 
     def default_targets(self, model: nn.Module) -> tuple[str, ...]:
         """``adapter_targets`` that ``model`` has."""

@@ -22,13 +22,18 @@ class PruningSettings:
         ["heads", "neurons", "hidden"],
         "Kinds of units that may be removed: heads, neurons, hidden; sublayers: whole attentions and feed-forwards.",
     )
+    post_norm_policy: str = setting(
+        "remove_norm",
+        "What is left of an attention or a feed-forward that vanishes. remove_norm: nothing, y = x; keep_norm, for "
+        "models with a norm after each residual (BERT, RoBERTa, XLM-RoBERTa, DistilBERT): the norm, y = norm(x).",
+    )
     pruning_time: str = setting(
         "early",
         "before: once, before the first step (APT, for LLaMA); early: in the first part of training; late: in its "
         "second half; after: once, when training has ended.",
     )
     calibration_samples: int = setting(
-        256, "Rows of the training data that score the units where pruning_time is before. 256 (APT)."
+        256, "Rows of the training data that score the units where pruning_time is before, or by nri. 256 (APT)."
     )
     calibration_batch_size: int | None = setting(
         None, "Rows per batch of that scoring on one device. Default: per_device_train_batch_size."

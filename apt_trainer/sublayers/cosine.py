@@ -108,7 +108,7 @@ class _Observer:
             if unit.kind == "block":
                 block = model.get_submodule(parts[0].block)
                 self._handles.append(block.register_forward_pre_hook(self._enter, with_kwargs=True))
-            elif unit not in self._off:
+            elif unit not in self._off or self._units.family.post_norm:  # its norm may have stayed
                 output = model.get_submodule(parts[0].output)
                 self._handles.append(output.register_forward_hook(partial(self._pass, unit)))
         for unit, parts in self._units.members.items():
@@ -130,7 +130,8 @@ class _Observer:
         before = self._start if self._units.parallel else self._stream
         output = output.reshape(before.shape)  # OPT runs its feed-forward on [tokens, hidden]
         after = output if self._units.family.post_norm else before + output
-        self._add(unit, before, after)
+        if unit not in self._off:
+            self._add(unit, before, after)
         self._stream = after
 
     def _leave(self, unit: Unit, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -1,7 +1,7 @@
 """What a unit costs: parameters, seconds, bytes or nothing; and shares of it, by which impact is normalised.
 
-Shares are of the sum over all sublayers of the dense model. A head costs what its attention is smaller without it; the
-norm and the like go with the attention. Not for neurons (``pruning.cost``).
+Shares are of the sum over all sublayers of the dense model, or of all its layers. A head costs what its attention is
+smaller without it; the norm and the like go with the attention. Not for neurons (``pruning.cost``).
 """
 
 from __future__ import annotations
@@ -78,6 +78,14 @@ def _of_heads(
 def shares(costs: Mapping[Unit, float], units: Units) -> dict[Unit, float]:
     """Each cost divided by the sum over all sublayers."""
     total = sum(costs[unit] for unit in units.sublayers)
+    return {unit: cost / total for unit, cost in costs.items()}
+
+
+def block_shares(model: nn.Module, units: Units) -> dict[Unit, float]:
+    """Parameters of every unit, heads included, divided by those of all layers, of which a norm may stay."""
+    costs = unit_costs(model, units, "params", Shape(), heads=True)
+    blocks = [parts[0].block for unit, parts in units.members.items() if unit.kind == "block"]
+    total = sum(count_parameters(model.get_submodule(path)) for path in blocks)
     return {unit: cost / total for unit, cost in costs.items()}
 
 
