@@ -207,6 +207,8 @@ def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig)
     then = f"masks fade over {schedule.window} steps."
     if schedule.before:
         then = f"the dense model is {_scoring(pruner, args)}cut before the first step, after which only ranks grow."
+    elif pruner.impact is not None:
+        then = f"at each event the model is {_scoring(pruner, args)}cut, fewer from one to the next."
     lines = [
         markdown_table(rows, [(key, header, None) for key, header in columns]),
         "",

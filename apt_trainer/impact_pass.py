@@ -1,4 +1,4 @@
-"""NRI of every sublayer of a dense model, measured before it trains: forward passes over rows of the training data.
+"""NRI of every sublayer that a model has, before it trains or at an event: forward passes over rows of training data.
 
 One pass with all sublayers and one without each of them, no gradient, no dropout. The definition is that of
 ``sublayers.impact``, the loss the one that the model is going to be trained on. Losses are summed over what they are
@@ -9,7 +9,7 @@ for choosing (``pruning.selection``), nor for scores from gradients (``importanc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,20 +48,25 @@ class ImpactPass:
         batches: Iterable[Batch | None],
         loss_of: Callable[[Batch], torch.Tensor],
         reduce: Reduce,
+        counts: Mapping[str, int] | None = None,
     ) -> dict[str, float]:
         """Space → NRI of its sublayer; infinite where the loss without it is not finite, or where it has to stay.
 
         Args:
-            batches: This process' share; None: no rows are left for it.
+            batches: This process' share; None: no rows are left for it, and it computes another batch once more, as
+                all processes take part in a pass where an engine has split the model.
             loss_of: Mean loss of the model on a batch.
             reduce: Sum over processes.
+            counts: Units left per space; sublayers without any are left out. Default: all are there.
 
         Raises:
             UserError: in all processes, when the loss of the whole model is not finite.
         """
         device = next(self.model.parameters()).device
+        left = [unit for unit in self.units.sublayers if counts is None or counts[self._space(unit)] > 0]
+        candidates = [unit for unit in left if unit in self.candidates]
         with _frozen(self.model):
-            shown = [(batch, self._weight(batch)) for batch in batches if batch is not None]
+            shown = list(self._weighed(list(batches)))
 
             def total(off: Sequence[Unit]) -> torch.Tensor:
                 """[Σ loss, what it was summed over] of this process."""
@@ -75,10 +80,10 @@ class ImpactPass:
             full = _mean(reduce(total(())))
             if not math.isfinite(full):
                 raise UserError(NOT_FINITE)
-            without = reduce(torch.stack([total([unit]) for unit in self.candidates]))
+            without = reduce(torch.stack([total([unit]) for unit in candidates]))
         share = self._shares(reduce)
-        found = dict.fromkeys((self._space(unit) for unit in self.units.sublayers), math.inf)
-        for unit, sums in zip(self.candidates, without, strict=True):
+        found = dict.fromkeys(map(self._space, left), math.inf)
+        for unit, sums in zip(candidates, without, strict=True):
             loss = _mean(sums)
             relative = math.expm1(loss - full) if math.isfinite(bounded_exp(loss - full)) else math.inf
             found[self._space(unit)] = Impact(unit, bounded_exp(loss), relative, share[unit]).normalised
@@ -93,9 +98,15 @@ class ImpactPass:
     def _space(self, unit: Unit) -> str:
         return self.units.members[unit][0].space
 
-    def _weight(self, batch: Batch) -> torch.Tensor:
-        """What the loss of ``batch`` is a mean of: predicted tokens, or rows where it is not per token."""
-        return count(batch, self.units.family, self.model)[0].double()
+    def _weighed(self, batches: Sequence[Batch | None]) -> Iterator[tuple[Batch, torch.Tensor]]:
+        """Each batch, and what its loss is a mean of: predicted tokens, or rows where it is not per token; 0 for the
+        batch that stands in for one that is not there."""
+        spare = next((batch for batch in batches if batch is not None), None)
+        for batch in batches:
+            if batch is not None:
+                yield batch, count(batch, self.units.family, self.model)[0].double()
+            elif spare is not None:
+                yield spare, torch.zeros((), dtype=torch.float64, device=next(self.model.parameters()).device)
 
 
 def _mean(sums: torch.Tensor) -> float:

@@ -2,8 +2,8 @@
 
 In a plain loop: ``pruner.begin(t)``, forward, backward, ``pruner.observe()``, optimizer step, ``pruner.step(t + 1)``;
 when an event comes back, make a new optimizer and carry its state by ``event.edits`` (see ``engines.state.carry``).
-Where pruning_time is "before": ``pruner.calibrate(batches, loss_of)`` and ``pruner.step(0)`` come first.
-Not for data, logging, saving or processes: those are the Trainer's.
+Where pruning_time is "before": ``pruner.calibrate(batches, loss_of)`` and ``pruner.step(0)`` come first; with NRI else
+``pruner.measure_impact(batches, loss_of)`` where ``pruner.measures_impact(t)``. Not for data, logging or saving.
 """
 
 from __future__ import annotations
@@ -131,13 +131,23 @@ class AdaptivePruner:
         ``impact_pass``."""
         self.detach()
         self.importance.attach(self.model, self._scored(), self.plan.counts)
-        if isinstance(self.importance, Nri) and self.impact is not None:
-            impacts = self.impact.measure(batches, loss_of, self._reduce)
-            self.importance.take(impacts, saved_without(self._scored(), self.plan.counts, self.cost))
+        if self.impact is not None:
+            self.measure_impact(batches, loss_of)
         elif self.importance.needs_data:
             model, family, spaces = self.model, self.family, self.spaces
             calibrate(model, family, spaces, self.importance, batches, loss_of, self._reduce, self._processes)
         self.importance.detach()
+
+    def measures_impact(self, step: int) -> bool:
+        """Whether :meth:`measure_impact` is due after ``step`` completed steps, while the model trains."""
+        schedule, watched = self.schedule, self.impact is not None and not self.settings.prunes_before
+        return watched and schedule is not None and schedule.event_at(step) is not None
+
+    def measure_impact(self, batches: Iterable[Batch | None], loss_of: Callable[[Batch], torch.Tensor]) -> None:
+        """Score the sublayers that are left by NRI on ``batches``; see ``impact_pass``."""
+        assert self.impact is not None and isinstance(self.importance, Nri)
+        impacts = self.impact.measure(batches, loss_of, self._reduce, self.plan.counts)
+        self.importance.take(impacts, saved_without(self._scored(), self.plan.counts, self.cost))
 
     def begin(self, step: int) -> None:
         """Before the forward pass of step ``step`` + 1: attach what the schedule needs and move masks."""
@@ -145,7 +155,7 @@ class AdaptivePruner:
         self._follow_schedule(step)
         self._rest(not self.schedule.observes(step))
         event = self.schedule.in_window(step)
-        if event is not None:
+        if event is not None and self.impact is None:  # NRI is there at the event alone
             if not self.masks.is_open:
                 self.masks.open(self.plan.counts, self.limits.kinds)
             if step > self.schedule.start:

@@ -228,9 +228,9 @@ class APTTrainer(BestWithinBudget):
         step = self.state.global_step
         self.step_losses.end()
         engine_of(self).settle()
-        decision = self._decide(step)
+        started, decision = time.perf_counter(), self._decide(step)
         if decision is not None:
-            self._change_shape(decision, step)
+            self._change_shape(decision, step, started)
         if self.distillation.snapshot_due(self.schedule, step):
             self._offer_snapshot(step)
         if self.distillation.transform_due(self.model, self.schedule, step):
@@ -253,15 +253,17 @@ class APTTrainer(BestWithinBudget):
         self._change_shape(decision, 0, started)
 
     def _decide(self, step: int) -> Decision | None:
+        if self.pruner.measures_impact(step):
+            self.pruner.measure_impact(self._calibration_batches(), self._calibration_loss)
         decision = self.pruner.decide(step)
         if decision is not None or self.schedule.event_at(step) is not None:
             agree("what to prune", step, None if decision is None else decision.digest())
         return decision
 
-    def _change_shape(self, decision: Decision, step: int, started: float | None = None) -> None:
-        """``started``: when what led to the decision began, if that was before this call."""
+    def _change_shape(self, decision: Decision, step: int, started: float) -> None:
+        """``started``: when what led to the decision began."""
         self.check_finite()
-        started, loss_before = started or time.perf_counter(), self._probe_loss()
+        loss_before = self._probe_loss()
         growth = mean_growth(lora.ranks(self.model), decision.ranks)
 
         def change() -> runtime.Edits:

@@ -1,12 +1,12 @@
 """NRI of whole sublayers (``sublayers.impact``): harm of going without one, relative to its cost.
 
-Losses are not this file's: each takes a pass over the data, which ``impact_pass`` makes before the first step. Here
-they become scores. Selection divides the score of a sublayer by what the budget saves without it, but NRI is a
-quotient already and must not be divided twice. So the score is NRI times that saving: whatever ``nri_cost`` and
-``sparsity_metric`` are, the division gives NRI back, and where both count the same the score is the relative impact
-itself, up to a constant. Two departures keep the sums sensible that selection compares: where removal helps (NRI
-below 0) all NRI are raised until the least is 0, and a sublayer without which the model breaks down is worth more than
-all others together. Not for heads and neurons, among which it cannot choose.
+Losses are not this file's: each takes a pass over the data, which ``impact_pass`` makes before the first step or at
+each event. Here they become scores. Selection divides the score of a sublayer by what the budget saves without it, but
+NRI is a quotient already and must not be divided twice. So the score is NRI times that saving: whatever ``nri_cost``
+and ``sparsity_metric`` are, the division gives NRI back, and where both count the same the score is the relative
+impact itself, up to a constant. Two departures keep the sums sensible that selection compares: where removal helps
+(NRI below 0) all NRI are raised until the least is 0, and a sublayer without which the model breaks down is worth more
+than all others together. Not for heads and neurons, among which it cannot choose.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Nri(Importance):
         """Space → [units left] float64, equal shares of the score of the sublayer."""
         if not self._impacts:
             raise UserError(
-                "NRI has not been measured, which is done once, before the first step. Set pruning_time: before."
+                "NRI has not been measured. In a loop of your own call AdaptivePruner.calibrate before the first step "
+                "where pruning_time is before, else AdaptivePruner.measure_impact before each event."
             )
         densities = self._densities()
         return {

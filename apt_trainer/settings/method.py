@@ -56,8 +56,8 @@ class PruningSettings:
     )
     importance: str = setting(
         "salience",
-        "Scoring rule: salience (APT), magnitude, taylor, random; for sublayers only: cosine (LLM-Drop), and where "
-        "pruning_time is before nri (loss without each of them, relative to its cost).",
+        "Scoring rule: salience (APT), magnitude, taylor, random; for sublayers only: cosine (LLM-Drop) and nri (loss "
+        "without each of them, relative to its cost; measured on calibration_samples rows at every cut, no masks).",
     )
     nri_cost: str = setting("params", "What nri divides the loss by: params, latency (measured), memory, none.")
     salience_decay: float = setting(
@@ -134,7 +134,9 @@ class DistillationSettings:
         None, "Last step with a distillation loss. Default: 0.6 of all steps, or pruning_end if later."
     )
     distillation_weight: float = setting(
-        1.0, "Largest weight of the distillation loss against the task loss; reached at pruning_end. 1 (APT)."
+        0.5,
+        "Largest weight of the distillation loss against the task loss; reached at pruning_end. With 1 (APT) labels "
+        "are soon left out, and only a teacher that is no good yet, or was not tuned on the data, is learnt from.",
     )
     distillation_temperature: float = setting(2.0, "Softening of the predictions. The official code divides by 2/3.")
     prediction_weight: float = setting(1.0, "Weight of the prediction loss. 1 (APT).")
@@ -217,11 +219,6 @@ def _check_sublayer_scores(s: PruningSettings) -> None:
         set(s.prune_targets) == {"sublayers"},
         f"importance: {s.importance} scores whole sublayers, but prune_targets={s.prune_targets}. "
         "Set prune_targets: [sublayers], or another importance.",
-    )
-    _require(
-        s.importance != "nri" or s.pruning_time == "before",
-        f"importance: nri takes a pass over the calibration rows per sublayer, once, before the first step, but "
-        f"pruning_time={s.pruning_time!r}. Set pruning_time: before, or importance: cosine.",
     )
 
 

@@ -37,6 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "pruning_end": 30,
     "mask_window": 4,
     "distillation_end": 40,
+    "distillation_weight": 1.0,
     "round_to": 4,
     "min_hidden": 8,
     "lora_r": 2,

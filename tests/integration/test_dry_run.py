@@ -125,6 +125,16 @@ def test_the_passes_that_nri_takes_are_said(ready: Recipe, cost: str) -> None:
     assert "scored on 24 training rows in 7 passes (whole, and without each sublayer) and cut" in dry_run.plan(ready)
 
 
+def test_passes_at_each_event_are_said(ready: Recipe) -> None:
+    changes = {"pruning_time": "early", "pruning_end": 30, "num_pruning_events": 2, "max_steps": 40}
+    for name, value in changes.items():
+        setattr(ready.training, name, value)
+    words = (
+        "at each event the model is scored on 24 training rows in 7 passes (whole, and without each sublayer) and cut"
+    )
+    assert words in dry_run.plan(ready)
+
+
 @pytest.mark.parametrize("cost", ["latency", "memory"])
 def test_a_length_that_costs_cannot_be_taken_at_is_refused(ready: Recipe, cost: str) -> None:
     ready.training.reference_length = 50

@@ -34,6 +34,7 @@ from integration.factories import (
     weights_of,
 )
 from integration.test_nri_before import NRI
+from integration.test_nri_during import DURING
 from integration.test_processes import ROOT, two_processes
 from integration.test_pruned_before import BEFORE
 from integration.test_zero import logits_of
@@ -259,6 +260,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "t5": {},
     "before": {**BEFORE, "importance": "magnitude"},
     "nri": NRI,
+    "nri during": {**DURING, "distillation": "none", "calibration_samples": 17},  # the last row is of one process
     "bf16": {"bf16": True},
     "teacher": {"distillation": "model", "teacher_name_or_path": "given"},
     "norms": {"tune": "adapters_and_norms", "activation_checkpointing": True, "importance": "taylor"},

@@ -12,7 +12,8 @@ from apt_trainer.settings import MethodSettings
 
 
 def schedule(total: int = 1000, **settings: object) -> Schedule:
-    return make_schedule(MethodSettings(**settings), total)  # type: ignore[arg-type]
+    """The weight of distillation is that of APT."""
+    return make_schedule(MethodSettings(**{"distillation_weight": 1.0, **settings}), total)  # type: ignore[arg-type]
 
 
 def test_defaults_of_early_pruning() -> None:
