@@ -1,7 +1,8 @@
-"""One thread per test process and the same random numbers in every test."""
+"""One thread per test process, the same random numbers in every test, and quick garbage collection."""
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -10,6 +11,12 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: runs, which collect garbage at every change of shape, need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

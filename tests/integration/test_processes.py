@@ -3,6 +3,7 @@ their checkpoints go on in each other."""
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -195,6 +196,7 @@ def be_rank(rank: int, port: str, worker: Path, folder: Path) -> None:
     os.environ.update({name: str(number) for name, number in place.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1")
     sys.argv = [str(worker), str(folder)]
+    gc.freeze()  # what was imported: runs collect garbage at every change of shape
     runpy.run_path(str(worker), run_name="__main__")
 
 
