@@ -56,11 +56,6 @@ class APTConfig(MethodSettings, MeasureSettings, Seq2SeqTrainingArguments):
             raise UserError(
                 "logging_nan_inf_filter hides losses that are not finite; they must stop the run. Remove it."
             )
-        if self.importance == "nri" and not self.prunes_before and self.calibration_samples < self.world_size:
-            raise UserError(
-                f"calibration_samples={self.calibration_samples} gives no row to some of the {self.world_size} "
-                "processes, but each takes part in what nri measures. Raise calibration_samples."
-            )
         if self.reference_metric is not None and self.eval_strategy == "no":
             raise UserError(
                 "reference_metric needs evaluations during training, but eval_strategy is no. Set eval_strategy: "

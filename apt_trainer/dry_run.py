@@ -208,7 +208,7 @@ def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig)
     if schedule.before:
         then = f"the dense model is {_scoring(pruner, args)}cut before the first step, after which only ranks grow."
     elif pruner.impact is not None:
-        then = f"at each event the model is {_scoring(pruner, args)}cut, fewer from one to the next."
+        then = f"at each event the model is {_scoring(pruner, args)}cut; with fewer sublayers left, passes are fewer."
     lines = [
         markdown_table(rows, [(key, header, None) for key, header in columns]),
         "",
@@ -223,7 +223,7 @@ def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig)
 
 
 def _scoring(pruner: AdaptivePruner, args: APTConfig) -> str:
-    """What is done to the dense model before it is cut."""
+    """What is done to the model before it is cut."""
     if not pruner.importance.needs_data:
         return ""
     rows = f"scored on {args.calibration_samples} training rows"

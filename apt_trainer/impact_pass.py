@@ -60,12 +60,15 @@ class ImpactPass:
             counts: Units left per space; sublayers without any are left out. Default: all are there.
 
         Raises:
-            UserError: in all processes, when the loss of the whole model is not finite.
+            UserError: in all processes, when the loss of the whole model is not finite. Nothing is measured where no
+                sublayer is left that could go.
         """
         device = next(self.model.parameters()).device
         left = [unit for unit in self.units.sublayers if counts is None or counts[self._space(unit)] > 0]
         candidates = [unit for unit in left if unit in self.candidates]
-        with _frozen(self.model):
+        if not candidates:
+            return dict.fromkeys(map(self._space, left), math.inf)
+        with torch.random.fork_rng(devices=[]), _frozen(self.model):  # what follows does not depend on the batches
             shown = list(self._weighed(list(batches)))
 
             def total(off: Sequence[Unit]) -> torch.Tensor:

@@ -3,7 +3,7 @@
 In a plain loop: ``pruner.begin(t)``, forward, backward, ``pruner.observe()``, optimizer step, ``pruner.step(t + 1)``;
 when an event comes back, make a new optimizer and carry its state by ``event.edits`` (see ``engines.state.carry``).
 Where pruning_time is "before": ``pruner.calibrate(batches, loss_of)`` and ``pruner.step(0)`` come first; with NRI else
-``pruner.measure_impact(batches, loss_of)`` where ``pruner.measures_impact(t)``. Not for data, logging or saving.
+``pruner.measure_impact(batches, loss_of)`` before it where ``pruner.measures_impact(t + 1)``. Not for data or saving.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from apt_trainer.impact_pass import ImpactPass
 from apt_trainer.importance import Importance, Nri, Reduce, make_importance
 from apt_trainer.importance.calibration import Batch, calibrate
 from apt_trainer.measure import trainable_parameters
-from apt_trainer.models import HIDDEN, ModelFamily, Space, Stack, family_of
+from apt_trainer.models import ModelFamily, Space, Stack, family_of
 from apt_trainer.models.batch import Tokens
 from apt_trainer.partition import is_partitioned
 from apt_trainer.pruning.cost import parameter_cost
@@ -145,7 +145,8 @@ class AdaptivePruner:
 
     def measure_impact(self, batches: Iterable[Batch | None], loss_of: Callable[[Batch], torch.Tensor]) -> None:
         """Score the sublayers that are left by NRI on ``batches``; see ``impact_pass``."""
-        assert self.impact is not None and isinstance(self.importance, Nri)
+        if self.impact is None or not isinstance(self.importance, Nri):
+            raise UserError("measure_impact is for importance: nri; other rules observe the steps themselves.")
         impacts = self.impact.measure(batches, loss_of, self._reduce, self.plan.counts)
         self.importance.take(impacts, saved_without(self._scored(), self.plan.counts, self.cost))
 
@@ -235,7 +236,7 @@ class AdaptivePruner:
         return 1 - self.cost.total(self.plan.counts) / self.cost.total(self.dense_plan.counts)
 
     def norm_paths(self) -> list[str]:
-        """Norms on the residual stream and inside attentions of the dense model."""
+        """Norms of the dense model on the residual stream and over all heads of an attention together."""
         return [path for space in self.spaces for path in space.norms]
 
     def alive_layers(self) -> dict[Stack, list[bool]]:
@@ -254,8 +255,8 @@ class AdaptivePruner:
             "sparsity": self.sparsity(),
             "block_params": int(self.block_cost.total(self.plan.counts)),
             "trainable_params": trainable_parameters(self.model),
-            **_units(self.spaces, self.plan),
-            "dense": _units(self.spaces, self.dense_plan),
+            **self.plan.by_kind(self.spaces),
+            "dense": self.dense_plan.by_kind(self.spaces),
             "ranks": lora.ranks(self.model),
             "tune": self.tune,
         }
@@ -388,13 +389,3 @@ def give_shapes(
     if description["tune"] == "full":
         lora.merge_adapters(model)
     return plan
-
-
-def _units(spaces: list[Space], plan: PruningPlan) -> dict[str, Any]:
-    units: dict[str, Any] = {"heads": {}, "neurons": {}}
-    for space in spaces:
-        if space.name == HIDDEN:
-            units["hidden"] = plan.counts[HIDDEN]
-        else:
-            units[space.kind][space.label] = plan.counts[space.name]
-    return units

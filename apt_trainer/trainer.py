@@ -312,7 +312,7 @@ class APTTrainer(BestWithinBudget):
             truncate_after(Path(str(self.args.output_dir)) / EVENTS_FILE, step)
 
     def _calibration_batches(self) -> Iterator[Batch | None]:
-        """This process' share of the rows that score the dense model; None where its rows have run out."""
+        """This process' share of the rows that score the model; None where its rows have run out."""
         args, data = self.args, self.train_dataset
         collate = self._get_collator_with_removed_columns(self.data_collator, "Calibration")
         size = args.calibration_batch_size or args.train_batch_size
@@ -320,7 +320,7 @@ class APTTrainer(BestWithinBudget):
             yield self._prepare_inputs(collate([data[row] for row in rows])) if rows else None
 
     def _calibration_loss(self, batch: Batch) -> torch.Tensor:
-        """Task loss of the model, which accelerate has not wrapped yet. Gradients in float16 would need its scaler."""
+        """Task loss of the plain model. Gradients in float16 would need the scaler of accelerate."""
         with nullcontext() if self.args.fp16 else self.accelerator.autocast():
             return super().compute_loss(self.model, dict(batch))  # type: ignore[no-any-return]
 

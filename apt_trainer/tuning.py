@@ -21,7 +21,7 @@ def set_trainable(
 ) -> None:
     """Mark the parameters that train under ``tune`` ("adapters", "adapters_and_norms" or "full").
 
-    ``norms``: paths of the norms on the hidden dimension.
+    ``norms``: paths of the norms that "adapters_and_norms" trains.
     """
     heads = _below(family.trained_head(model)) if settings.train_head else ()
     # by identity, since a tied weight goes by the name of the head that shares it

@@ -205,8 +205,8 @@ def analysed_losses(at: Loaded, path: str) -> dict[Key, float]:
     """Losses in a ``scores.json`` of ``analyze``; raises :class:`UserError` for one of another model or other data."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-        same = all(found[key] == value for key, value in at.described().items())
-        same = same and found.get("post_norm_policy", REMOVE_NORM) == at.post_norm_policy
+        described = {"post_norm_policy": REMOVE_NORM} | at.described()
+        same = all({"post_norm_policy": REMOVE_NORM, **found}[key] == value for key, value in described.items())
         rows = {row["name"]: row for row in found["units"]}
         dense = float(found["loss_dense"])
     except OSError as error:

@@ -23,8 +23,8 @@ from apt_trainer.models.batch import real_tokens
 Batch = dict[str, Any]
 
 NOT_FINITE = (
-    "The loss of the dense model on the rows that calibration_samples draws is not finite, so nothing can be scored. "
-    "Look at the data and the model's dtype."
+    "The loss of the model on the rows that calibration_samples draws is not finite, so nothing can be scored. Look "
+    "at the data, the model's dtype and, where it has trained already, the learning rate."
 )
 
 

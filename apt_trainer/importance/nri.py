@@ -28,7 +28,7 @@ class Nri(Importance):
     def __init__(self, cost: str = "params") -> None:
         self.cost = cost
         self._counts: dict[str, int] = {}
-        self._impacts: dict[str, float] = {}
+        self._impacts: dict[str, float] | None = None
         self._saved: dict[str, float] = {}
 
     def attach(self, model: nn.Module, spaces: Sequence[Space], counts: Mapping[str, int]) -> None:
@@ -45,29 +45,34 @@ class Nri(Importance):
 
     def scores(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Space → [units left] float64, equal shares of the score of the sublayer."""
-        if not self._impacts:
+        if self._impacts is None:
             raise UserError(
-                "NRI has not been measured. In a loop of your own call AdaptivePruner.calibrate before the first step "
-                "where pruning_time is before, else AdaptivePruner.measure_impact before each event."
+                "NRI has not been measured since the last cut. In a loop of your own call AdaptivePruner.calibrate "
+                "before the first step where pruning_time is before, else AdaptivePruner.measure_impact before each "
+                "event."
             )
-        densities = self._densities()
+        densities = self._densities(self._impacts)
         return {
             name: torch.full((count,), densities[name] * self._saved[name] / count, dtype=torch.float64)
             for name, count in self._counts.items()
         }
 
-    def _densities(self) -> dict[str, float]:
+    def follow(self, survivors: Mapping[str, torch.Tensor]) -> None:
+        """What was measured is of the model before the cut."""
+        self._impacts = None
+
+    def _densities(self, impacts: Mapping[str, float]) -> dict[str, float]:
         """Space → NRI from 0 on, finite: score per saving of the budget."""
-        finite = {name: value for name, value in self._impacts.items() if math.isfinite(value)}
+        finite = {name: value for name, value in impacts.items() if math.isfinite(value)}
         lift = -min([0.0, *finite.values()])
         raised = {name: value + lift for name, value in finite.items()}
         together = sum(value * self._saved[name] for name, value in raised.items())
         least = min((saved for saved in self._saved.values() if saved > 0), default=1.0)
         staying = 1.0 + max([together / least, *raised.values()])
-        return {name: raised.get(name, staying) for name in self._impacts}
+        return {name: raised.get(name, staying) for name in impacts}
 
     def check_kept(self, counts: Mapping[str, int]) -> None:
-        broken = [name for name, value in self._impacts.items() if math.isinf(value) and counts[name] == 0]
+        broken = [name for name, value in (self._impacts or {}).items() if math.isinf(value) and counts[name] == 0]
         if broken:
             raise UserError(
                 f"The loss of the model without {broken[0]} is not finite, but the budget cannot be met by others "

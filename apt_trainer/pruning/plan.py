@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from apt_trainer.errors import UserError
-from apt_trainer.models import Space
+from apt_trainer.models import HIDDEN, Space
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,16 @@ class PruningPlan:
             units = kept[name]
             kept[name] = tuple(units[i] for i in sorted(index.tolist()))
         return PruningPlan(kept)
+
+    def by_kind(self, spaces: Sequence[Space]) -> dict[str, Any]:
+        """Units left: {"heads": by layer, "neurons": by layer, "hidden": number}, for records."""
+        units: dict[str, Any] = {"heads": {}, "neurons": {}}
+        for space in spaces:
+            if space.name == HIDDEN:
+                units["hidden"] = self.counts[HIDDEN]
+            else:
+                units[space.kind][space.label] = self.counts[space.name]
+        return units
 
     def digest(self) -> str:
         """Hash by which processes check that they decided the same."""

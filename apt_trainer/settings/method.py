@@ -49,7 +49,9 @@ class PruningSettings:
     )
     sparsity_schedule: str = setting("cubic", "Curve of sparsity over events: cubic (APT, App. C) or linear.")
     mask_window: float = setting(
-        200, "Steps before each event in which masks fade; at most the interval between events. 200 (official)."
+        200,
+        "Steps before each event in which masks fade; at most the interval between events. 200 (official). None with "
+        "importance: nri.",
     )
     mask_step: float = setting(
         0.01, "Least change of a mask per step; raised so that a mask can fade within half a window. 0.01 (official)."

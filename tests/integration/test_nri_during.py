@@ -12,6 +12,7 @@ from tiny import logits, tiny_batch, tiny_model
 
 from apt_trainer import APTTrainer, UserError, load_pruned
 from apt_trainer.importance import Nri
+from apt_trainer.schedule import make_schedule
 from apt_trainer.sublayers.gates import switched_off
 from integration.factories import (
     SHORT,
@@ -128,5 +129,37 @@ def test_an_object_is_as_good_as_a_setting(tmp_path: Path) -> None:
 
 def test_a_process_without_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("apt_trainer.config.APTConfig.world_size", 3, raising=False)
-    with pytest.raises(UserError, match="calibration_samples=2 gives no row to some of the 3 processes"):
-        during(tmp_path, "llama", calibration_samples=2)
+    for options in ({"importance": Nri()}, {}):
+        changes = {"importance": "magnitude"} if options else {}
+        with pytest.raises(UserError, match=r"give no row to some of the 3 processes \(2 rows\)"):
+            during(tmp_path, "llama", options, calibration_samples=2, **changes)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_target_that_takes_all_that_may_go_before_the_last_event(name: str, tmp_path: Path) -> None:
+    """Whole sublayers overshoot the targets of events; then there is nothing left to measure."""
+    trainer = during(tmp_path, name, num_pruning_events=4, target_sparsity=0.9, sparsity_schedule="cubic")
+    trainer.train()
+    assert trainer.pruner.sparsity() >= 0.9
+    assert len(events_of(tmp_path, "prune")) == 4
+
+
+def test_a_loop_that_forgets_to_measure_is_told(tmp_path: Path) -> None:
+    pruner = during(tmp_path, "llama").pruner
+    pruner.start(make_schedule(pruner.settings, 12))  # type: ignore[arg-type]
+    event = pruner.schedule.events[0]  # type: ignore[union-attr]
+    pruner.begin(event - 1)
+    assert pruner.measures_impact(event) and not pruner.measures_impact(event - 1)
+    with pytest.raises(UserError, match="NRI has not been measured since the last cut"):
+        pruner.step(event)
+    batch = tiny_batch(pruner.model)
+    pruner.measure_impact([batch], lambda inputs: pruner.model(**inputs).loss)
+    assert pruner.step(event) is not None
+    with pytest.raises(UserError, match="NRI has not been measured since the last cut"):
+        pruner.step(pruner.schedule.events[1])  # type: ignore[union-attr]
+
+
+def test_other_rules_measure_no_impact(tmp_path: Path) -> None:
+    pruner = during(tmp_path, "llama", importance="magnitude").pruner
+    with pytest.raises(UserError, match="measure_impact is for importance: nri"):
+        pruner.measure_impact([], lambda inputs: inputs["labels"])

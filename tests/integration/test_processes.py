@@ -167,7 +167,7 @@ def two_processes(folder: Path, code: str, *results: str) -> None:
     """Let two processes run ``code`` with ``folder`` as argument; it must write the files ``results``.
 
     They are forked from a process that has imported ``PRELOADED`` and done nothing else: starting Python takes longer
-    than most of these runs. Launchers are in ``test_launchers``.
+    than most of these runs. Its environment is that of the first call. Launchers are in ``test_launchers``.
     """
     worker = folder / "worker.py"
     worker.write_text(code.format(root=str(ROOT), tests=str(Path(__file__).parents[1])))
@@ -183,13 +183,15 @@ def two_processes(folder: Path, code: str, *results: str) -> None:
     for rank in ranks:  # once one has failed, the other waits for it in vain
         rank.join(timeout=60)
         rank.kill()
+        rank.join()
     logs = "\n".join((folder / f"{rank}.log").read_text()[-4000:] for rank in range(2))
+    assert [rank.exitcode for rank in ranks] == [0, 0], logs
     assert all((folder / name).exists() for name in results), logs
 
 
 def be_rank(rank: int, port: str, worker: Path, folder: Path) -> None:
     """Run ``worker`` as a launcher starts it; what it prints goes to a file."""
-    log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
+    log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}

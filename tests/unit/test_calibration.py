@@ -177,7 +177,7 @@ def test_a_loss_that_is_not_finite_is_a_user_error(bad: float) -> None:
     model = tiny_model("bert")
     pruner = pruner_of(model)
     losses = iter([1.0, bad, 1.0])
-    with pytest.raises(UserError, match="loss of the dense model on the rows that calibration_samples draws is not"):
+    with pytest.raises(UserError, match="loss of the model on the rows that calibration_samples draws is not"):
         pruner.calibrate(batches_of(model), lambda batch: model(**batch).loss * next(losses))
 
 

@@ -159,7 +159,7 @@ def test_processes_sum_what_they_saw() -> None:
 def test_a_loss_of_the_whole_model_that_is_not_finite_is_a_user_error() -> None:
     model = tiny_model("bert")
     losses = iter([1.0, math.nan, 1.0])
-    with pytest.raises(UserError, match="loss of the dense model on the rows that calibration_samples draws is not"):
+    with pytest.raises(UserError, match="loss of the model on the rows that calibration_samples draws is not"):
         pruner_of(model).calibrate(batches_of(model), lambda batch: model(**batch).loss * next(losses))
 
 

@@ -292,9 +292,13 @@ def test_the_commands_measure_and_save_by_the_policy(saved: Path, tmp_path: Path
     small = load_pruned(tmp_path / "small")
     assert count_parameters(small) == report["parameters_after"]
     assert small.config.apt_post_norm_policy == "keep_norm"
+    removing = {key: value for key, value in found.items() if key != "post_norm_policy"}
+    (tmp_path / "scores" / "removing.json").write_text(json.dumps(removing))
+    others = ("--scores", str(tmp_path / "scores" / "removing.json"))
     capsys.readouterr()
-    assert _on(saved, "drop", tmp_path / "no", *joint, *scores) == 2
-    assert "post_norm_policy" in capsys.readouterr().err and not (tmp_path / "no").exists()
+    for asked in ((*joint, *scores), (*joint, *others, *keep)):
+        assert _on(saved, "drop", tmp_path / "no", *asked) == 2
+        assert "of another model or other data" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
 def test_a_curve_by_the_policy(saved: Path, tmp_path: Path) -> None:
