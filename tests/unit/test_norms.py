@@ -5,12 +5,12 @@ import pickle
 
 import pytest
 import torch
+from tiny import LANGUAGE_MODELS, WIDTH, adapted, tiny_batch, tiny_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from apt_trainer import norms
 from apt_trainer.models import family_of
-from tests.tiny import LANGUAGE_MODELS, WIDTH, adapted, tiny_batch, tiny_model
 
 IN_PYTHON = ["llama", "qwen3", "gemma2", "olmo2", "mt5"]
 
