@@ -61,12 +61,11 @@ COMMON: dict[str, Any] = {
     "disable_tqdm": True,
 }
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    # without the layer loss, a mean over the tokens of each process, which have different numbers of them
-    "minilm": ("minilm/sst2.yaml", {"max_train_samples": 1000, "layer_weight": 0.0}),
+    "minilm": ("minilm/sst2.yaml", {"max_train_samples": 1000}),
     "smollm2": (
         "smollm2/gsm8k.yaml",
         {
-            "task": "language_modeling",  # windows of equal length: a mean over processes is one over tokens
+            "task": "language_modeling",
             "template": None,
             "train_file": "../shared/data/wikitext2/valid.txt",
             "test_file": "../shared/data/wikitext2/test.txt",
