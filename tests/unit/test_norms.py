@@ -65,13 +65,14 @@ def test_copies_are_plain_and_independent_and_norms_become_plain_again() -> None
     norms.recompute(model, norm_paths(model))
     norms.recompute(model, norm_paths(model))  # twice is once
     assert [type(module) for module in model.modules()] != classes
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert [type(module) for module in copied.modules()] == classes
-        norm = copied.get_submodule(norm_paths(model)[0])
-        with torch.no_grad():
-            norm.weight.zero_()
-            assert not norm(torch.ones(1, 1, WIDTH, dtype=torch.bfloat16)).any()
-            assert model.get_submodule(norm_paths(model)[0]).weight.any()
+    assert b"Recomputing" not in pickle.dumps(model)  # as torch.save writes a whole model
+    copied = copy.deepcopy(model)
+    assert [type(module) for module in copied.modules()] == classes
+    norm = copied.get_submodule(norm_paths(model)[0])
+    with torch.no_grad():
+        norm.weight.zero_()
+        assert not norm(torch.ones(1, 1, WIDTH, dtype=torch.bfloat16)).any()
+        assert model.get_submodule(norm_paths(model)[0]).weight.any()
     norms.plain(model)
     assert [type(module) for module in model.modules()] == classes
 
