@@ -379,9 +379,7 @@ def test_what_is_not_finite_stops_the_run(tmp_path: Path, what: str) -> None:
     if what == "loss":
         with torch.no_grad():
             trainer.model.bert.embeddings.word_embeddings.weight[5:] = float("inf")
-    with pytest.raises(
-        UserError, match="loss of the model" if what == "loss" else "Scores of .* are not finite"
-    ):
+    with pytest.raises(UserError, match="loss of the model" if what == "loss" else "Scores of .* are not finite"):
         trainer.train()
     assert not (tmp_path / "events.jsonl").exists()
 
