@@ -44,12 +44,13 @@ class LiveModel:
 
 def check_options(trainer: Any) -> None:
     """Raise :class:`UserError` for options of the Trainer under which shapes cannot change."""
-    rows = min(trainer.args.calibration_samples, len(trainer.train_dataset or ()))
-    if trainer.pruner.impact is not None and not trainer.args.prunes_before and rows < trainer.args.world_size:
-        raise UserError(
-            f"calibration_samples and the training data give no row to some of the {trainer.args.world_size} "
-            f"processes ({rows} rows), but each takes part in what nri measures. Raise calibration_samples."
-        )
+    if trainer.pruner.impact is not None and not trainer.args.prunes_before and trainer.train_dataset is not None:
+        rows = min(trainer.args.calibration_samples, len(trainer.train_dataset))
+        if rows < trainer.args.world_size:
+            raise UserError(
+                f"calibration_samples and the training data give no row to some of the {trainer.args.world_size} "
+                f"processes ({rows} rows), but each takes part in what nri measures. Raise calibration_samples."
+            )
     if trainer.args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
         raise UserError(
             f"lr_scheduler_type={str(trainer.args.lr_scheduler_type.value)!r} follows a metric, which a change of "

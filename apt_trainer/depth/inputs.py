@@ -205,8 +205,9 @@ def analysed_losses(at: Loaded, path: str) -> dict[Key, float]:
     """Losses in a ``scores.json`` of ``analyze``; raises :class:`UserError` for one of another model or other data."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-        described = {"post_norm_policy": REMOVE_NORM} | at.described()
-        same = all({"post_norm_policy": REMOVE_NORM, **found}[key] == value for key, value in described.items())
+        default = {"post_norm_policy": REMOVE_NORM}  # left out where it is that
+        made_with = default | found
+        same = all(made_with[key] == value for key, value in (default | at.described()).items())
         rows = {row["name"]: row for row in found["units"]}
         dense = float(found["loss_dense"])
     except OSError as error:
