@@ -31,17 +31,18 @@ from apt_trainer.sublayers.units import Unit, find_units
 class ImpactPass:
     """Made from the plain dense ``model``: adapters that it gets later are no part of what its sublayers cost.
 
-    ``candidates``: the sublayers that may go. ``cost``: "params", "memory", "latency" or "none". Memory and seconds
-    are those of a forward pass at ``reference_batch_size`` × ``reference_length``; seconds are measured here, unless
-    the model is on the meta device, where there is nothing to time and nothing will be scored.
+    ``candidates``: the sublayers that may go. ``cost``: "params", "memory", "latency" or "none"; ``costs``: that of
+    each sublayer. Memory and seconds are those of a forward pass at ``reference_batch_size`` × ``reference_length``;
+    seconds are measured here, unless the model is on the meta device, where there is nothing to time and nothing will
+    be scored. Other processes measure others: see ``agreed_seconds``.
     """
 
     def __init__(self, model: Any, cost: str, settings: PruningSettings) -> None:
-        self.model, self.units = model, find_units(model)
+        self.model, self.cost, self.units = model, cost, find_units(model)
         self.candidates = [unit for unit in self.units.sublayers if unit not in self.units.protected]
         timeless = cost == "latency" and next(model.parameters()).is_meta
         shape = Shape(settings.reference_batch_size, settings.reference_length)
-        self._costs = unit_costs(model, self.units, "none" if timeless else cost, shape)
+        self.costs: Mapping[Unit, float] = unit_costs(model, self.units, "none" if timeless else cost, shape)
 
     def measure(
         self,
@@ -84,19 +85,13 @@ class ImpactPass:
             if not math.isfinite(full):
                 raise UserError(NOT_FINITE)
             without = reduce(torch.stack([total([unit]) for unit in candidates]))
-        share = self._shares(reduce)
+        share = shares(self.costs, self.units)
         found = dict.fromkeys(map(self._space, left), math.inf)
         for unit, sums in zip(candidates, without, strict=True):
             loss = _mean(sums)
             relative = math.expm1(loss - full) if math.isfinite(bounded_exp(loss - full)) else math.inf
             found[self._space(unit)] = Impact(unit, bounded_exp(loss), relative, share[unit]).normalised
         return found
-
-    def _shares(self, reduce: Reduce) -> dict[Unit, float]:
-        """Share of each sublayer in the cost of all; of seconds, which differ between processes, the sum counts."""
-        device = next(self.model.parameters()).device
-        costs = reduce(torch.tensor(list(self._costs.values()), dtype=torch.float64, device=device))
-        return shares(dict(zip(self._costs, costs.tolist(), strict=True)), self.units)
 
     def _space(self, unit: Unit) -> str:
         return self.units.members[unit][0].space

@@ -17,6 +17,7 @@ from torch import nn
 
 from apt_trainer.adapters import allocation, lora
 from apt_trainer.adapters.rank_score import RankScore
+from apt_trainer.agreed_seconds import Seconds, mean_seconds, measured_seconds, use_seconds
 from apt_trainer.budget import check_budget, cost_of, saved_without
 from apt_trainer.errors import UserError
 from apt_trainer.impact_pass import ImpactPass
@@ -104,6 +105,7 @@ class AdaptivePruner:
         self.importance = importance or make_importance(settings, seed)
         nri = self.importance if settings.prunes and isinstance(self.importance, Nri) else None
         self.impact = None if nri is None else ImpactPass(model, nri.cost, settings)
+        self.seconds: Seconds | None = None
         self.tune = settings.tune
         self._insert_adapters()
         self.adapter_parameters_at_start = lora.adapter_parameters(model)
@@ -124,6 +126,9 @@ class AdaptivePruner:
         self.schedule, self._processes = schedule, processes
         if reduce is not None:
             self._reduce = reduce
+        if self.seconds is None:
+            device = next(self.model.parameters()).device
+            use_seconds(self, mean_seconds(measured_seconds(self), self._reduce, processes, device))
         self._follow_schedule(step)
 
     def calibrate(self, batches: Iterable[Batch | None], loss_of: Callable[[Batch], torch.Tensor]) -> None:
@@ -271,6 +276,7 @@ class AdaptivePruner:
             "tune": self.tune,
             "adapter_parameters_at_start": self.adapter_parameters_at_start,
             "observing": self._observing,
+            "seconds": self.seconds,
         }
         tensors = {f"masks/{name}": value for name, value in self.masks.state_dict().items()}
         if not self.settings.prunes_before:
@@ -282,6 +288,7 @@ class AdaptivePruner:
         """Give the freshly built dense model the shapes of a checkpoint, before its weights are loaded."""
         self.plan = give_shapes(self.model, self.family, self.spaces, self.plan, description)
         self.adapter_parameters_at_start = description["adapter_parameters_at_start"]
+        use_seconds(self, description["seconds"])
         self.tune = description["tune"]
         self.set_tune(self.tune)
 

@@ -56,6 +56,15 @@ class CostModel:
                         cost += product
         return cost
 
+    def coefficients(self) -> list[float]:
+        """All of them, in an order that the spaces of the model fix."""
+        return [coefficient for terms in self.terms.values() for coefficient in terms.values()]
+
+    def with_coefficients(self, coefficients: Sequence[float]) -> CostModel:
+        """The same terms with others than :meth:`coefficients`, in the same order."""
+        left = iter(coefficients)
+        return CostModel({guard: {term: next(left) for term in terms} for guard, terms in self.terms.items()})
+
 
 def parameter_cost(
     model: nn.Module,

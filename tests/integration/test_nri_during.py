@@ -70,7 +70,7 @@ class Watched:
             return sum(w * float(loss_of(b)) for w, b in zip(weights, batches, strict=True)) / sum(weights)
 
         full, found = loss(), {}
-        total = sum(impact._costs[unit] for unit in impact.units.sublayers)
+        total = sum(impact.costs[unit] for unit in impact.units.sublayers)
         for unit in impact.units.sublayers:
             space = impact._space(unit)
             if pruner.plan.counts[space] == 0:
@@ -78,7 +78,7 @@ class Watched:
             found[space] = math.inf
             if unit in impact.candidates:
                 with switched_off(pruner.model, impact.units, [unit]):
-                    relative, share = math.expm1(loss() - full), impact._costs[unit] / total
+                    relative, share = math.expm1(loss() - full), impact.costs[unit] / total
                 found[space] = relative / share if relative > 0 else relative * share
         return found
 

@@ -99,7 +99,7 @@ def test_seconds_are_shared_within_a_kind(monkeypatch: pytest.MonkeyPatch) -> No
 def test_nothing_is_timed_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = type(tiny_model("llama", "ForCausalLM"))(tiny_model("llama", "ForCausalLM").config)
-    assert set(pruner_of(model, nri_cost="latency").impact._costs.values()) == {1.0}  # type: ignore[union-attr]
+    assert set(pruner_of(model, nri_cost="latency").impact.costs.values()) == {1.0}  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "t5"])
