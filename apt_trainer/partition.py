@@ -116,7 +116,7 @@ def cut(old: nn.Parameter, dim: int, index: torch.Tensor, shared: bool) -> nn.Pa
     was_whole, part = _status(old) == "AVAILABLE", old.ds_tensor.untyped_storage()  # type: ignore[attr-defined]
     with whole(old) as (value,):
         is_copy = not was_whole and value.untyped_storage().data_ptr() != part.data_ptr()  # not so in one process
-        value = _moved_together(value if is_copy else value.clone(), dim, index.to(value.device))
+        value = cut_in_place(value if is_copy else value.clone(), dim, index.to(value.device))
     if not shared:
         del old.ds_tensor, part  # type: ignore[attr-defined]
     new = nn.Parameter(value, old.requires_grad)
@@ -124,8 +124,9 @@ def cut(old: nn.Parameter, dim: int, index: torch.Tensor, shared: bool) -> nn.Pa
     return new
 
 
-def _moved_together(value: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
-    """``value.index_select(dim, index)`` in the memory of ``value``, which is lost: what stays only moves forwards."""
+def cut_in_place(value: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+    """``value.index_select(dim, index)`` in the memory of ``value``, which is contiguous and is lost: ``index``
+    increases, so that what stays only moves forwards."""
     assert bool((index.diff() > 0).all()), "units keep their order"
     shape = [len(index) if number == dim else size for number, size in enumerate(value.shape)]
     result = value.view(-1)[: math.prod(shape)].view(shape)

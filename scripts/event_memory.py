@@ -18,10 +18,13 @@ from apt_trainer.partition import numel_of
 
 @dataclass(frozen=True)
 class ChangeOfShape:
-    """Bytes in one process: once the old engine has let go of all that it had made whole, at the most, and with the
-    new engine; and of the largest layer of the model, were it whole."""
+    """Bytes in one process: in the old engine, at the most while the model is taken out of it; once that engine has
+    let go of all that it had made whole, at the most from then on, and with the new engine; and of the largest layer
+    of the model, were it whole."""
 
     step: int
+    in_engine: int
+    taking_out: int
     before: int
     most: int
     after: int
@@ -30,7 +33,7 @@ class ChangeOfShape:
     @property
     def more(self) -> int:
         """Above what is there anyway, before or after."""
-        return self.most - max(self.before, self.after)
+        return max(self.taking_out - self.in_engine, self.most - max(self.before, self.after))
 
 
 def watch_changes() -> list[ChangeOfShape]:
@@ -39,15 +42,16 @@ def watch_changes() -> list[ChangeOfShape]:
     reshape = runtime.reshape
 
     def watched(trainer: Any, change: Callable[[], Any]) -> None:
-        layer, live = largest_layer(trainer), LiveBytes()
+        layer, live, first = largest_layer(trainer), LiveBytes(), []
 
         def changed() -> Any:
+            first.extend((live.before, live.most))
             live.forget_most()
             return change()
 
         with live:
             reshape(trainer, changed)
-        found.append(ChangeOfShape(trainer.state.global_step, live.before, live.most, live.after, layer))
+        found.append(ChangeOfShape(trainer.state.global_step, *first, live.before, live.most, live.after, layer))
 
     runtime.reshape = watched
     return found

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from apt_trainer.partition import cut_in_place
 from apt_trainer.pruning.slicing import Grow, Keep
 
 Edits = Mapping[str, list[Keep | Grow]]
@@ -47,13 +48,17 @@ def carry(state: State, edits: Edits) -> State:
     return carried
 
 
-def follow(value: Any, key: str, edits: list[Keep | Grow]) -> Any:
-    """One entry of :func:`carry`; numbers and tensors without dimensions stay as they are."""
+def follow(value: Any, key: str, edits: list[Keep | Grow], in_place: bool = False) -> Any:
+    """One entry of :func:`carry`; numbers and tensors without dimensions stay as they are.
+
+    ``in_place``: ``value`` is cut in its own memory, all of which the result then keeps.
+    """
     if not torch.is_tensor(value) or value.dim() == 0:
         return value
     for edit in edits:
         if isinstance(edit, Keep):
-            value = value.index_select(edit.dim, edit.index.to(value.device))
+            select = cut_in_place if in_place else torch.index_select
+            value = select(value, edit.dim, edit.index.to(value.device))
         else:
             shape = list(value.shape)
             shape[edit.dim] = edit.extra

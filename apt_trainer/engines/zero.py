@@ -7,7 +7,7 @@ groups. Uses names of DeepSpeed that are not documented; checked with deepspeed 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -17,18 +17,19 @@ import torch
 import torch.distributed as dist
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
-from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from apt_trainer.engines.base import Engine, fresh_leaves
 from apt_trainer.engines.state import MASTER, STEP, Edits, State, follow, follow_master, step_tensor
 from apt_trainer.errors import UserError
 from apt_trainer.partition import whole
+from apt_trainer.pruning.slicing import Grow
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of a tensor of shape ``shape`` that this process keeps while the engine is rebuilt, on the CPU."""
+    """The part of a tensor of shape ``shape`` that this process keeps while the engine is rebuilt, on the CPU; padded
+    with zeros, and cut as ZeRO-3 does."""
 
     part: torch.Tensor
     shape: torch.Size
@@ -36,10 +37,11 @@ class Shard:
     @classmethod
     def of(cls, whole: torch.Tensor) -> Shard:
         """``whole`` is equal on all processes."""
-        world = dist.get_world_size()
-        size = -(-whole.numel() // world)
-        flat = F.pad(whole.detach().flatten(), (0, size * world - whole.numel()))
-        return cls(flat.narrow(0, size * dist.get_rank(), size).cpu().clone(), whole.shape)
+        size = -(-whole.numel() // dist.get_world_size())
+        flat = whole.detach().flatten()[size * dist.get_rank() :][:size]
+        part = torch.zeros(size, dtype=whole.dtype)
+        part[: flat.numel()] = flat
+        return cls(part, whole.shape)
 
     def whole(self, device: torch.device) -> torch.Tensor:
         """The tensor again; all processes must ask for it."""
@@ -89,6 +91,7 @@ class ZeroEngine(Engine):
         super().__init__(trainer)
         self._engine: Any = trainer.model_wrapped
         self._trained: dict[str, nn.Parameter] = {}
+        self._moments: list[str] = []
 
     @property
     def model(self) -> Any:
@@ -119,26 +122,32 @@ class ZeroEngine(Engine):
         model = self.model
         self._unhook()
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._moments = self._moment_keys()
         fresh_leaves(model, copy=True)  # the old ones are views of the flat buffer
         return model
 
     def carried(self, edits: Edits) -> State:
-        new = dict(self.model.named_parameters())
-        carried: State = {}
-        for name, state in self.states():
-            if name in new and new[name].requires_grad:
-                carried[name] = {
-                    key: self._kept(value, key, edits.get(name, []), new[name]) for key, value in state.items()
-                }
+        """Of one tensor after the other, each whole for a moment."""
+        new = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        carried: State = {name: {} for name in self._trained if name in new}
+        for number, members in enumerate(self._named_groups(self._trained)):
+            for name, parameter in members:
+                for key in self._keys_of(number, parameter) if name in new else ():
+                    carried[name][key] = self._kept(number, parameter, key, edits.get(name, []), new[name])
+            self._let_go(number)
         return carried
 
-    def _kept(self, value: Any, key: str, edits: list[Any], new: nn.Parameter) -> Any:
-        if not torch.is_tensor(value):
-            return value
-        if key != MASTER:
-            return Shard.of(follow(value, key, edits))
-        with whole(new) as (current,):
-            return Shard.of(follow_master(value, edits, current))
+    def _kept(self, group: int, old: nn.Parameter, key: str, edits: list[Any], new: nn.Parameter) -> Any:
+        if key == STEP:
+            return self._steps(group)
+        value = self._read(old, key)
+        if key == MASTER and any(isinstance(edit, Grow) for edit in edits):
+            with whole(new) as (current,):
+                return Shard.of(follow_master(value, edits, current))
+        return Shard.of(follow(value, key, edits, in_place=True))
+
+    def _let_go(self, group: int) -> None:
+        """What the optimizer has kept of a group has been carried."""
 
     def release(self) -> None:
         zero, inner = self._zero, self._engine.basic_optimizer
@@ -154,32 +163,35 @@ class ZeroEngine(Engine):
         self.trainer.deepspeed = None
 
     def give(self, state: State) -> None:
-        """Collective: each parameter is whole for a moment."""
-        device = self._engine.device
-        self._fill(state, lambda value: value.whole(device))
+        """Collective; ``state`` is empty afterwards."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        keys = {key for of_parameter in state.values() for key in of_parameter} - {MASTER}
+        for numbers in self._filled_together():
+            for number in numbers if keys else ():
+                self._begin(number, keys, [state.get(names[id(p)], {}) for p in self._groups()[number]])
+            if keys:
+                self._link()
+            for parameter in [p for number in numbers for p in self._groups()[number]]:
+                for key, value in sorted(state.pop(names[id(parameter)], {}).items()):
+                    if key != STEP:
+                        self._write(parameter, value, key)
+        state.clear()
+        self._engine.global_steps = self.trainer.state.global_step
 
     # ------------------------------------------------------------------ checkpoints
 
     def states(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        trained = self._trained or {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        groups = {id(p): number for number, group in enumerate(self._groups()) for p in group}
-        keys = self._moment_keys()
-        if keys:
-            self._link()
-        for name, parameter in trained.items():
-            state: dict[str, Any] = {}
-            if parameter.dtype != torch.float32:
-                state[MASTER] = self._read(parameter, None)
-            if keys:
-                state |= {key: self._read(parameter, key) for key in keys}
-                inner = self._inner_state(groups[id(parameter)])
-                if STEP in inner:
-                    state[STEP] = int(inner[STEP])
-            yield name, state
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self._moments = self._moment_keys()
+        for number, members in enumerate(self._named_groups(trained)):
+            for name, parameter in members:
+                state: dict[str, Any] = {}
+                for key in self._keys_of(number, parameter):
+                    state[key] = self._steps(number) if key == STEP else self._read(parameter, key).cpu()
+                yield name, state
 
     def give_whole(self, state: State) -> None:
-        device = self._engine.device
-        self._fill(state, lambda value: value.to(device))
+        self.give(state)
 
     def leave(self) -> Any:
         model = self.loosen()
@@ -205,16 +217,34 @@ class ZeroEngine(Engine):
         """This process' flat float32 part of each group."""
         return self._zero.single_partition_of_fp32_groups  # type: ignore[no-any-return]
 
+    def _named_groups(self, trained: Mapping[str, nn.Parameter]) -> list[list[tuple[str, nn.Parameter]]]:
+        names = {id(parameter): name for name, parameter in trained.items()}
+        return [[(names[id(p)], p) for p in group] for group in self._groups()]
+
+    def _filled_together(self) -> list[range]:
+        """Numbers of groups whose state is made before any of it is written to: all, for :meth:`_link` wants them."""
+        return [range(len(self._groups()))]
+
     def _inner_state(self, group: int) -> dict[str, Any]:
         return self._zero.optimizer.state[self._flats()[group]]  # type: ignore[no-any-return]
 
     def _moment_keys(self) -> list[str]:
-        """Names of the state tensors; none before the first step."""
+        """Names of the state tensors, ready to be read; none before the first step."""
         if not any(flat in self._zero.optimizer.state for flat in self._flats()):
             return []
+        self._link()
         flat = self._flats()[0]
         state = self._inner_state(0)
         return sorted(key for key, value in state.items() if torch.is_tensor(value) and value.shape == flat.shape)
+
+    def _keys_of(self, group: int, parameter: nn.Parameter) -> list[str]:
+        """What there is to carry of a parameter, in the order in which all processes ask for it."""
+        masters = [MASTER] if parameter.dtype != torch.float32 else []
+        counts = [STEP] if self._moments and STEP in self._inner_state(group) else []
+        return masters + self._moments + counts
+
+    def _steps(self, group: int) -> int:
+        return int(self._inner_state(group)[STEP])
 
     def _link(self) -> None:
         """Link parameters with their parts of the state anew.
@@ -224,28 +254,15 @@ class ZeroEngine(Engine):
         self._zero._hp_optimizer_states_linked = False
         self._zero._lazy_init_hp_params_optimizer_state()
 
-    def _fill(self, state: State, whole: Any) -> None:
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        moments = sorted({key for of_parameter in state.values() for key in of_parameter} - {MASTER, STEP})
-        if moments:
-            self._begin(state, moments, names)
-        for name, parameter in self.model.named_parameters():
-            for key, value in sorted(state.get(name, {}).items()):
-                if key != STEP and parameter.requires_grad:
-                    self._write(parameter, whole(value).float(), None if key == MASTER else key)
-        self._engine.global_steps = self.trainer.state.global_step
-
-    def _begin(self, state: State, moments: list[str], names: dict[int, str]) -> None:
-        """Make the state of every group, which DeepSpeed would only do at its first step."""
-        counts = any(STEP in of_parameter for of_parameter in state.values())
-        for flat, members in zip(self._flats(), self._groups(), strict=True):
-            steps = {int(state.get(names[id(p)], {}).get(STEP, 0)) for p in members}
-            assert len(steps) == 1, f"parameters of {len(steps)} ages share a group"
-            inner = self._zero.optimizer.state[flat]
-            inner |= {key: torch.zeros_like(flat.data) for key in moments}
-            if counts:
-                inner[STEP] = self._step_value(steps.pop(), flat.device)
-        self._link()
+    def _begin(self, group: int, keys: set[str], states: list[dict[str, Any]]) -> None:
+        """Make the state of a group, which DeepSpeed would only do at its first step."""
+        flat = self._flats()[group]
+        steps = {int(of_parameter.get(STEP, 0)) for of_parameter in states}
+        assert len(steps) == 1, f"parameters of {len(steps)} ages share a group"
+        inner = self._zero.optimizer.state[flat]
+        inner |= {key: torch.zeros_like(flat.data) for key in sorted(keys - {STEP})}
+        if STEP in keys:
+            inner[STEP] = self._step_value(steps.pop(), flat.device)
 
     def _step_value(self, steps: int, device: torch.device) -> Any:
         # DeepSpeed's own Adam for the CPU counts in an int, torch's in a tensor
@@ -253,17 +270,20 @@ class ZeroEngine(Engine):
         is_torch = type(optimizer).__module__.startswith("torch.")
         return step_tensor(steps, optimizer.param_groups[0], device) if is_torch else steps
 
-    def _read(self, parameter: nn.Parameter, key: str | None) -> torch.Tensor:
+    def _read(self, parameter: nn.Parameter, key: str) -> torch.Tensor:
+        """Whole, in memory of its own."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        if key is None:
-            return safe_get_full_fp32_param(parameter).cpu()  # type: ignore[no-any-return]
-        return safe_get_full_optimizer_state(parameter, key).cpu()  # type: ignore[no-any-return]
+        if key == MASTER:
+            return safe_get_full_fp32_param(parameter)  # type: ignore[no-any-return]
+        return safe_get_full_optimizer_state(parameter, key)  # type: ignore[no-any-return]
 
-    def _write(self, parameter: nn.Parameter, value: torch.Tensor, key: str | None) -> None:
+    def _write(self, parameter: nn.Parameter, value: Shard | torch.Tensor, key: str) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        if key is None:
+        device = self._engine.device
+        value = (value.whole(device) if isinstance(value, Shard) else value.to(device)).float()
+        if key == MASTER:
             safe_set_full_fp32_param(parameter, value)
         else:
             safe_set_full_optimizer_state(parameter, value, key)

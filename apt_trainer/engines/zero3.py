@@ -10,6 +10,9 @@ rest; the parameters of each of its modules are whole while that runs. In a chec
 collects all weights, the teacher's too, in host memory, and a resumed run begins with both whole on each process
 there. After training the finished model is whole on every process and on its device.
 
+DeepSpeed keeps the weights that train, their gradients and each of their moments in flat buffers. At a change of shape
+the first two are let go at once, and moments group by group, for which groups are made as small as a layer.
+
 Uses names of DeepSpeed that are not documented; checked with deepspeed 0.19.8.
 """
 
@@ -25,15 +28,24 @@ from torch.nn import functional as F
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from apt_trainer import partition
-from apt_trainer.engines.zero import ZeroEngine
-from apt_trainer.partition import make_whole, move_buffers, numel_of, shape_of, whole
+from apt_trainer.engines.state import MASTER
+from apt_trainer.engines.zero import Shard, ZeroEngine
+from apt_trainer.partition import make_whole, move_buffers, shape_of, whole
 
 
 class Zero3Engine(ZeroEngine):
     """ZeRO-3."""
 
     leaves_cycles = True
-    of_optimizer = ("fp16_groups", "fp32_partitioned_groups_flat", "parameter_offload", "persistent_parameters")
+    of_optimizer = (
+        "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
+        "fp16_groups",
+        "fp16_partitioned_groups",
+        "fp16_partitioned_groups_flat",
+        "fp32_partitioned_groups_flat",
+        "parameter_offload",
+        "persistent_parameters",
+    )
 
     def split(self) -> None:
         """Partition the model parameter by parameter, in the type it trains in; DeepSpeed would put the whole of it on
@@ -45,6 +57,7 @@ class Zero3Engine(ZeroEngine):
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         zero = plugin.deepspeed_config["zero_optimization"]
+        zero.setdefault("sub_group_size", self._layer_part() // 2)  # two moments
         settings = {
             "train_batch_size": dist.get_world_size(),  # asked for, not used
             "bf16": {"enabled": dtype == torch.bfloat16},
@@ -76,7 +89,10 @@ class Zero3Engine(ZeroEngine):
         self._zero.parameter_offload.destroy()
         partition.strip_modules(self.model)
         FWD_MODULE_STACK.clear()
-        return super().loosen()
+        self._forget_gradients()
+        model = super().loosen()
+        self._forget_weights()
+        return model
 
     def release(self) -> None:
         dead, offload = list(self._trained.values()), self._zero.parameter_offload
@@ -126,6 +142,37 @@ class Zero3Engine(ZeroEngine):
                 parameter.ds_persist = True
                 self._zero.persistent_parameters.append(parameter)
 
+    def _layer_part(self) -> int:
+        """Entries of one layer of the dense model that one process has."""
+        pruner = self.trainer.pruner
+        layers = len(pruner.family.block_modules(self.trainer.model))
+        return max(2, int(pruner.block_cost.total(pruner.dense_plan.counts)) // (layers * dist.get_world_size()))
+
+    def _forget_gradients(self) -> None:
+        """All are nought between two steps."""
+        self._zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.clear()
+        self._zero.grad_partitions_flat_buffer = None
+        self._zero.ipg_buckets = {}
+
+    def _forget_weights(self) -> None:
+        """Those that train, of which the model has copies now; not the float32 ones beside half-precision ones."""
+        self._zero.fp16_partitioned_groups.clear()
+        self._zero.fp16_partitioned_groups_flat.clear()
+        self._zero.lp_param_buffer = None
+        for parameter in self._trained.values():
+            parameter.ds_tensor.data = parameter.ds_tensor.data[:0].clone()  # type: ignore[attr-defined]
+        for flat, members in zip(self._flats(), self._groups(), strict=True):
+            if members[0].dtype == torch.float32:
+                flat.data = flat.data[:0].clone()
+
+    def _let_go(self, group: int) -> None:
+        flat = self._flats()[group]
+        flat.data = flat.data[:0].clone()
+        self._inner_state(group).clear()
+
+    def _filled_together(self) -> list[range]:
+        return [range(number, number + 1) for number in range(len(self._groups()))]
+
     def _groups(self) -> list[list[nn.Parameter]]:
         return self._zero.fp16_groups  # type: ignore[no-any-return]
 
@@ -135,17 +182,13 @@ class Zero3Engine(ZeroEngine):
     def _link(self) -> None:
         """Nothing to link: parameters are found by their number."""
 
-    def _write(self, parameter: nn.Parameter, value: torch.Tensor, key: str | None) -> None:
+    def _write(self, parameter: nn.Parameter, value: Shard | torch.Tensor, key: str) -> None:
         # DeepSpeed's setters of whole values leave out the padding of sizes that processes do not divide.
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
-        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-        world, rank = (
-            self._zero._get_param_partition_world_size(parameter),
-            self._zero._get_param_partition_rank(parameter),
-        )
-        part = F.pad(value.flatten(), (0, size * world - numel_of(parameter))).narrow(0, size * rank, size)
-        if key is None:
+        part = (value if isinstance(value, Shard) else Shard.of(value)).part.float()
+        assert part.numel() == parameter.ds_tensor.numel(), "partitioned in another way"  # type: ignore[attr-defined]
+        if key == MASTER:
             safe_set_local_fp32_param(parameter, part)
         else:
             safe_set_local_optimizer_state(parameter, part, key)
