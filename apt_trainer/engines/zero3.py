@@ -3,12 +3,12 @@
 What is whole, and when. At start each process has the whole model (and an external teacher) in host memory, as it was
 loaded; for a cut before training the whole model is on the device while it is scored. From the first engine on, no
 process holds more than parts. In a step, DeepSpeed makes the parameters of one module whole at a time (and what it
-fetches ahead); vectors (norms, biases) stay whole. At a change of shape the engine is left with all parameters
-partitioned, and each that changes is whole on every process while it is cut, grown or merged (an adapter together with
-the weight it is merged into). The teacher shares the partitions of frozen weights and has partitions of its own of the
-rest; the parameters of each of its modules are whole while that runs. In a checkpoint the process that writes it
-collects all weights, the teacher's too, in host memory, and a resumed run begins with both whole on each process
-there. After training the finished model is whole on every process and on its device.
+fetches ahead). At a change of shape the engine is left with all parameters partitioned, and each that changes is whole
+on every process while it is cut, grown or merged (an adapter together with the weight it is merged into). The teacher
+shares the partitions of frozen weights and has partitions of its own of the rest; the parameters of each of its
+modules are whole while that runs. In a checkpoint the process that writes it collects all weights, the teacher's too,
+in host memory, and a resumed run begins with both whole on each process there. After training the finished model is
+whole on every process and on its device.
 
 DeepSpeed keeps the weights that train, their gradients and each of their moments in flat buffers. At a change of shape
 the first two are let go at once, and moments group by group, for which groups are made as small as a layer.
@@ -30,7 +30,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from apt_trainer import partition
 from apt_trainer.engines.state import MASTER
 from apt_trainer.engines.zero import Shard, ZeroEngine
-from apt_trainer.partition import make_whole, move_buffers, shape_of, whole
+from apt_trainer.partition import make_whole, move_buffers, whole
 
 
 class Zero3Engine(ZeroEngine):
@@ -44,7 +44,6 @@ class Zero3Engine(ZeroEngine):
         "fp16_partitioned_groups_flat",
         "fp32_partitioned_groups_flat",
         "parameter_offload",
-        "persistent_parameters",
     )
 
     def split(self) -> None:
@@ -75,7 +74,6 @@ class Zero3Engine(ZeroEngine):
         super().check()
         # Generation in an evaluation asks this for whether all processes must go on until the last one is done.
         set_hf_deepspeed_config(self.trainer.args.deepspeed_plugin.hf_ds_config)
-        self._keep_vectors()
 
     def settle(self) -> None:
         """Wait for parameters that were fetched ahead, and let go of them again."""
@@ -104,10 +102,6 @@ class Zero3Engine(ZeroEngine):
         offload.param_coordinator.__dict__.clear()
         offload.__dict__.clear()
 
-    def give(self, state: Any) -> None:
-        super().give(state)
-        self._keep_vectors()
-
     def leave(self) -> Any:
         """The plain model, whole on every process."""
         from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Patches
@@ -133,14 +127,6 @@ class Zero3Engine(ZeroEngine):
 
     def _coordinator(self) -> Any:
         return self._zero.parameter_offload.get_param_coordinator()
-
-    def _keep_vectors(self) -> None:
-        """Let vectors stay whole between uses: a mask of hidden dimensions reads the weights of a norm after its
-        forward pass, when they would be partitioned again."""
-        for parameter in self.model.parameters():
-            if len(shape_of(parameter)) <= 1 and not parameter.ds_persist:
-                parameter.ds_persist = True
-                self._zero.persistent_parameters.append(parameter)
 
     def _layer_part(self) -> int:
         """Entries of one layer of the dense model that one process has."""

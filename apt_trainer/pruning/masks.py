@@ -99,7 +99,8 @@ class MaskStore:
             for path in space.norms:
                 if path in present:
                     mask = self._mask(name, space.width(path))
-                    self._handles.append(present[path].register_forward_hook(self._norm(name, mask)))
+                    # First: the output it replaces is for no other hook, and ZeRO-3 lets go of weights in one.
+                    self._handles.append(present[path].register_forward_hook(self._norm(name, mask), prepend=True))
             for path in space.writers:
                 if path in present:
                     self._handles.append(present[path].register_forward_hook(self._writer(name, self._mask(name, 1))))

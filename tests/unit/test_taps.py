@@ -7,11 +7,13 @@ from functools import partial
 
 import pytest
 import torch
-from tiny import FAMILY_NAMES, HEADS, adapted, hooks, parts, tiny_batch, tiny_model
+from tiny import FAMILY_NAMES, HEADS, LANGUAGE_MODELS, adapted, hooks, parts, tiny_batch, tiny_model
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from apt_trainer.importance.taps import Tap, TapContext
+from apt_trainer.pruning.masks import MaskStore
 from apt_trainer.settings import AdapterSettings
 from apt_trainer.tuning import set_trainable
 
@@ -64,8 +66,9 @@ def tap_all(
     sums, taps = {}, []
     for path, side in places:
         module = model.get_submodule(path)
-        weight = getattr(module, "base_layer", module).weight
-        width = weight.shape[1] if side == "input" else weight.shape[0]
+        layer = getattr(module, "base_layer", module)
+        rows, columns = layer.weight.shape if layer.weight.dim() == 2 else (len(layer.weight), 0)
+        width = rows if (side == "input") == isinstance(layer, Conv1D) else columns
         sums[path, side] = torch.zeros(3, width) if measure == "magnitudes" else torch.zeros(1, units or width)
         taps.append(Tap(module, side, measure, sums[path, side], context))
     return sums, taps
@@ -278,3 +281,24 @@ def test_sums_are_single_precision_whatever_the_activations_are(measure: str) ->
     else:
         expected = (value * gradient).sum(1).abs().sum(0)[None]
     assert torch.allclose(sums.double(), expected, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", [*FAMILY_NAMES, *LANGUAGE_MODELS])
+def test_what_fades_is_observed_as_it_is_computed_with(name: str) -> None:
+    """A tap that is put on before masks still sees every place; masks next to 1 change what it sees by little."""
+    model = tiny_model(name, LANGUAGE_MODELS.get(name, "ForSequenceClassification")).train()
+    batch, (family, spaces, dense) = tiny_batch(model), parts(model)
+    sums, taps = tap_all(model, places_of(model), TapContext())
+    model(**batch).loss.backward()
+    plain = {place: of_place.clone() for place, of_place in sums.items()}
+    masks = MaskStore(model, spaces, family.sublayers(model))
+    masks.open(dense.counts)
+    masks.move({space.name: torch.arange(1) for space in spaces}, 1e-4)
+    for of_place in sums.values():
+        of_place.zero_()
+    model(**batch).loss.backward()
+    for place, of_place in sums.items():
+        torch.testing.assert_close(of_place, plain[place], rtol=0.02, atol=2e-3 * float(plain[place].abs().max()))
+    assert any(not torch.equal(of_place, plain[place]) for place, of_place in sums.items())
+    for tap in taps:
+        tap.remove()
