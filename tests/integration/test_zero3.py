@@ -150,6 +150,6 @@ def test_other_models_and_settings_equal_one_process(half: str, tmp_path: Path) 
             )
             assert len(losses) == 12
             for step, values in losses.items():
-                # rounding of the gradients of norms, which Adam scales up
-                tolerance = 1e-5 if name == "norms" else 1e-6
+                # rounding of the gradients of norms, which Adam scales up, and of losses that have become small
+                tolerance = 1e-5 if name in ("norms", "faded") else 1e-6
                 assert result["losses"][str(step)][0] == pytest.approx(values[0], rel=tolerance), (name, step)
