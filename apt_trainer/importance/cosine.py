@@ -2,8 +2,9 @@
 
 X and Y are the stream before and after an attention or a feed-forward, as in ``sublayers.cosine``, which scores a
 model that does not train. Here it is a moving average over observed steps, in the model as it trains, dropout and
-fading masks included. All units of a sublayer get the same share of its score, so their sum is the score. Not for
-choosing among heads or neurons, which it cannot tell apart.
+fading masks included. The pass that follows :meth:`Cosine.set_tokens` is observed, not one that computes layers again
+for the backward pass, nor an evaluation. All units of a sublayer get the same share of its score, so their sum is the
+score. Not for choosing among heads or neurons, which it cannot tell apart.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from apt_trainer.importance.base import Reduce
 from apt_trainer.importance.observing import Observing
 from apt_trainer.models import ModelFamily, Space, Stack, Sublayer, family_of
+from apt_trainer.models.batch import Tokens
 
 
 class Cosine(Observing):
@@ -30,7 +32,13 @@ class Cosine(Observing):
         self._average: dict[str, torch.Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._family: ModelFamily | None = None
+        self._counts: dict[str, int] = {}
         self._stream: dict[Stack, torch.Tensor] = {}
+        self._awaited: set[str] = set()
+
+    def set_tokens(self, mask: Tokens) -> None:
+        super().set_tokens(mask)
+        self._awaited = set(self._counts)
 
     def attach(self, model: nn.Module, spaces: Sequence[Space], counts: Mapping[str, int]) -> None:
         self.detach()
@@ -85,12 +93,12 @@ class Cosine(Observing):
             self._average[name].copy_(value)
 
     def _enter(self, stack: Stack, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._context.resting:
+        if self._awaited and not self._context.resting:
             self._stream[stack] = (args[0] if args else kwargs["hidden_states"]).detach()
 
     @torch.no_grad()
     def _pass(self, sublayer: Sublayer, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        if self._context.resting:
+        if not self._awaited or self._context.resting:
             return
         assert self._family is not None
         before = self._stream[sublayer.stack]
@@ -98,8 +106,9 @@ class Cosine(Observing):
         after = output if self._family.post_norm else before + output
         if not self._parallel:
             self._stream[sublayer.stack] = after
-        if sublayer.space not in self._counts:
+        if sublayer.space not in self._awaited:
             return
+        self._awaited.remove(sublayer.space)
         turned = 1 - nn.functional.cosine_similarity(before.float(), after.float(), dim=-1).flatten()
         weights = self._context.weights(before, sublayer.stack)
         tokens = turned.new_tensor(turned.numel()) if weights is None else weights.sum()

@@ -89,6 +89,32 @@ def test_cosine_importance_is_that_of_the_frozen_model(name: str) -> None:
         assert found[units.members[unit][0].space] == pytest.approx(expected[unit], abs=1e-6)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["bert", "llama", "opt", "t5"])
+def test_cosine_counts_each_batch_of_training_once(name: str, reentrant: bool) -> None:
+    """Neither layers that are computed again for the backward pass nor an evaluation change the scores."""
+    found = []
+    for disturbed in (False, True):
+        model = tiny_model(name, LANGUAGE_MODELS.get(name, "ForSequenceClassification")).train()
+        model.enable_input_require_grads()
+        if disturbed:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        family, spaces, dense = parts(model)
+        rule = Cosine(decay=0.0)
+        rule.attach(model, [space for space in spaces if space.name != HIDDEN], dense.counts)
+        for size in (2, 4):
+            batch = tiny_batch(model, size=size)
+            rule.set_tokens(real_tokens(batch, family))
+            model(**batch).loss.backward()
+            if disturbed:
+                with torch.no_grad():
+                    model.eval()(**tiny_batch(model, size=3))
+                model.train()
+        rule.update(lambda tensor: tensor, 1)
+        found.append({space: scores.sum() for space, scores in rule.scores(model).items()})
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_cosine_is_for_sublayers_alone() -> None:
     with pytest.raises(UserError, match=r"Set prune_targets: \[sublayers\]"):
         MethodSettings(importance="cosine", target_sparsity=0.5, prune_targets=["heads", "sublayers"]).check()
