@@ -1,5 +1,5 @@
-"""Seconds by which a run chooses what goes: all processes take the mean of what each has measured, once, and a resumed
-run goes on with it, on whatever machine.
+"""Seconds by which a run chooses what goes: all processes take the mean of what each has measured when it begins, and
+a resumed run goes on with that, on whatever machine.
 
 Not for measuring (``pruning.latency_cost``, ``sublayers.costs``).
 """

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
+from apt_trainer.errors import UserError
 from apt_trainer.models import ModelFamily, Space
 from apt_trainer.pruning.cost import CostModel, flops_cost, memory_cost, parameter_cost
 from apt_trainer.pruning.latency_cost import latency_cost
@@ -33,9 +34,17 @@ def cost_of(model: nn.Module, family: ModelFamily, spaces: list[Space], settings
 
 
 def check_budget(
-    spaces: Sequence[Space], dense: PruningPlan, cost: CostModel, limits: Limits, sparsity: float
+    spaces: Sequence[Space], dense: PruningPlan, cost: CostModel, limits: Limits, sparsity: float | None
 ) -> None:
-    """Raise :class:`UserError` where ``sparsity`` is more than ``limits`` let go."""
+    """Raise :class:`UserError` where ``sparsity`` (None: nothing is pruned) is more than ``limits`` let go, or where
+    what could go costs nothing."""
+    if sparsity is None:
+        return
+    if cost.total(dense.counts) <= 0:
+        raise UserError(
+            "Neither heads nor neurons take time that can be measured at reference_batch_size × reference_length. "
+            "Raise these, or choose another sparsity_metric."
+        )
     zeros = {space.name: torch.zeros(space.size) for space in spaces}
     select(zeros, spaces, dense, cost, (1 - sparsity) * cost.total(dense.counts), limits)
 

@@ -2,9 +2,9 @@
 
 The method asks here for values and sizes instead of reading ``parameter.shape`` or ``parameter.data``: of a parameter
 that ZeRO-3 partitions they are those of an empty tensor, and one that FSDP2 splits cannot meet ordinary ones.
-All calls but the questions of size are collective: every process must make them in the same order. Knows names of
-DeepSpeed that are not documented (checked with 0.19.8) but does not import it; what torch makes of FSDP2 is in
-``fully_sharded``. Not for moments of the optimizer (``engines``).
+All calls but questions of size and :func:`cut_in_place` are collective: every process must make them in the same
+order. Knows names of DeepSpeed that are not documented (checked with 0.19.8) but does not import it; what torch makes
+of FSDP2 is in ``fully_sharded``. Not for moments of the optimizer (``engines``).
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ class AdaptivePruner:
         self.block_cost = parameter_cost(model, self.family, self.spaces)
         self.cost = cost_of(model, self.family, self.spaces, settings)
         self.limits = limits_of(settings)
-        if settings.target_sparsity is not None:
+        if settings.sparsity_metric != "latency":  # else once processes have agreed on seconds
             check_budget(self.spaces, self.plan, self.cost, self.limits, settings.target_sparsity)
         self.importance = importance or make_importance(settings, seed)
         nri = self.importance if settings.prunes and isinstance(self.importance, Nri) else None
@@ -129,6 +129,7 @@ class AdaptivePruner:
         if self.seconds is None:
             device = next(self.model.parameters()).device
             use_seconds(self, mean_seconds(measured_seconds(self), self._reduce, processes, device))
+            check_budget(self.spaces, self.dense_plan, self.cost, self.limits, self.settings.target_sparsity)
         self._follow_schedule(step)
 
     def calibrate(self, batches: Iterable[Batch | None], loss_of: Callable[[Batch], torch.Tensor]) -> None:
@@ -288,7 +289,8 @@ class AdaptivePruner:
         """Give the freshly built dense model the shapes of a checkpoint, before its weights are loaded."""
         self.plan = give_shapes(self.model, self.family, self.spaces, self.plan, description)
         self.adapter_parameters_at_start = description["adapter_parameters_at_start"]
-        use_seconds(self, description["seconds"])
+        if description.get("seconds") is not None:
+            use_seconds(self, description["seconds"])
         self.tune = description["tune"]
         self.set_tune(self.tune)
 

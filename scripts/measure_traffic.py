@@ -12,10 +12,11 @@ the formulas say, and what they give for larger models and clusters. Formulas, f
 
 Under ZeRO-1 and ZeRO-2 (--engine zero2) what is updated is gathered, too, and at an event float32 values and both
 moments of what trains before (T) and after (T'); under ZeRO-3 parameters are gathered for each pass, at most twice a
-step, and at an event for the cut, the new engine and two looks at the loss, at most six times:
+step, and at an event for the cut, the new engine and two looks at the loss, at most six times, with the optimizer's
+state of what is cut:
 
     step        ZeRO-2: 3 (n - 1) / n · 4 T      ZeRO-3: at most (n - 1) / n · (2 b P + 2 · 4 T)
-    event       ZeRO-2: + (n - 1) / n · (b P + 12 (T + T'))      ZeRO-3: at most + 6 (n - 1) / n · b P
+    event       ZeRO-2: + (n - 1) / n · (b P + 12 (T + T'))      ZeRO-3: at most + (n - 1) / n · (6 b P + 12 T)
 
 FSDP2 gathers blocks for each pass and scatters the sums of gradients:
 
@@ -86,7 +87,7 @@ class Traffic(TrainerCallback):
         whole, _ = _sizes(self.trainer.model)
         if stage == 3 or self.trainer.is_fsdp_enabled:
             gradients = 8 * trained if stage == 3 else 4 * trained
-            return sums + 2 * self._whole + gradients + (6 * self._whole if is_event else 0)
+            return sums + 2 * self._whole + gradients + (6 * self._whole + 12 * trained if is_event else 0)
         if stage:
             states = 12 * (trained + _sizes(self.trainer.model)[1])
             return sums + 12 * trained + (whole + states if is_event else 0)

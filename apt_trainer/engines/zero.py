@@ -232,10 +232,11 @@ class ZeroEngine(Engine):
         """Names of the state tensors, ready to be read; none before the first step."""
         if not any(flat in self._zero.optimizer.state for flat in self._flats()):
             return []
-        self._link()
-        flat = self._flats()[0]
-        state = self._inner_state(0)
-        return sorted(key for key, value in state.items() if torch.is_tensor(value) and value.shape == flat.shape)
+        flat, state = self._flats()[0], self._inner_state(0)
+        keys = sorted(key for key, value in state.items() if torch.is_tensor(value) and value.shape == flat.shape)
+        if keys:
+            self._link()
+        return keys
 
     def _keys_of(self, group: int, parameter: nn.Parameter) -> list[str]:
         """What there is to carry of a parameter, in the order in which all processes ask for it."""

@@ -11,7 +11,9 @@ in host memory, and a resumed run begins with both whole on each process there. 
 whole on every process and on its device.
 
 DeepSpeed keeps the weights that train, their gradients and each of their moments in flat buffers. At a change of shape
-the first two are let go at once, and moments group by group, for which groups are made as small as a layer.
+the first two are let go at once (weights that are offloaded, with the engine), and moments group by group. For that
+groups of the optimizer are made no larger than a layer, where ``sub_group_size`` is not given; a step then takes one
+small reduction per group, for the norm of the gradients. Moments of what did not change stay in their parts.
 
 Uses names of DeepSpeed that are not documented; checked with deepspeed 0.19.8.
 """
@@ -28,9 +30,9 @@ from torch.nn import functional as F
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from apt_trainer import partition
-from apt_trainer.engines.state import MASTER
+from apt_trainer.engines.state import MASTER, STEP
 from apt_trainer.engines.zero import Shard, ZeroEngine
-from apt_trainer.partition import make_whole, move_buffers, whole
+from apt_trainer.partition import make_whole, move_buffers, shape_of, whole
 
 
 class Zero3Engine(ZeroEngine):
@@ -56,7 +58,8 @@ class Zero3Engine(ZeroEngine):
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         zero = plugin.deepspeed_config["zero_optimization"]
-        zero.setdefault("sub_group_size", self._layer_part() // 2)  # two moments
+        carried = 3 if self.trainer.args.bf16 else 2  # two moments, and values in float32
+        zero.setdefault("sub_group_size", max(1, self._layer_part() // carried))
         settings = {
             "train_batch_size": dist.get_world_size(),  # asked for, not used
             "bf16": {"enabled": dtype == torch.bfloat16},
@@ -132,13 +135,15 @@ class Zero3Engine(ZeroEngine):
         """Entries of one layer of the dense model that one process has."""
         pruner = self.trainer.pruner
         layers = len(pruner.family.block_modules(self.trainer.model))
-        return max(2, int(pruner.block_cost.total(pruner.dense_plan.counts)) // (layers * dist.get_world_size()))
+        return int(pruner.block_cost.total(pruner.dense_plan.counts)) // (layers * dist.get_world_size())
 
     def _forget_gradients(self) -> None:
         """All are nought between two steps."""
         self._zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.clear()
         self._zero.grad_partitions_flat_buffer = None
         self._zero.ipg_buckets = {}
+        for flat in self._flats():  # there if the optimizer is offloaded
+            flat.grad = None
 
     def _forget_weights(self) -> None:
         """Those that train, of which the model has copies now; not the float32 ones beside half-precision ones."""
@@ -150,6 +155,14 @@ class Zero3Engine(ZeroEngine):
         for flat, members in zip(self._flats(), self._groups(), strict=True):
             if members[0].dtype == torch.float32:
                 flat.data = flat.data[:0].clone()
+
+    def _kept(self, group: int, old: nn.Parameter, key: str, edits: list[Any], new: nn.Parameter) -> Any:
+        if edits or key == STEP:
+            return super()._kept(group, old, key, edits, new)
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        part = safe_get_local_fp32_param(old) if key == MASTER else safe_get_local_optimizer_state(old, key)
+        return Shard(part.detach().to("cpu", copy=True), shape_of(old))
 
     def _let_go(self, group: int) -> None:
         flat = self._flats()[group]

@@ -63,6 +63,7 @@ class CostModel:
     def with_coefficients(self, coefficients: Sequence[float]) -> CostModel:
         """The same terms with others than :meth:`coefficients`, in the same order."""
         left = iter(coefficients)
+        assert len(coefficients) == len(self.coefficients()), "seconds of another model"
         return CostModel({guard: {term: next(left) for term in terms} for guard, terms in self.terms.items()})
 
 

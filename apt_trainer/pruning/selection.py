@@ -47,8 +47,8 @@ def select(
     least = cost.total(counts)
     if least > budget:
         raise UserError(
-            f"The budget allows a cost of {budget:,.0f}, but the least that prune_targets, min_heads, min_neurons, "
-            f"min_hidden and round_to leave is {least:,.0f}. "
+            f"The budget allows a cost of {_amount(budget)}, but the least that prune_targets, min_heads, "
+            f"min_neurons, min_hidden and round_to leave is {_amount(least)}. "
             "Lower target_sparsity, widen prune_targets or lower a minimum."
         )
     chunks = _chunks(scores, spaces, current, cost, limits, counts, scores_are_densities)
@@ -165,3 +165,8 @@ def _fill(
             full.add(chunk.space)  # later chunks of a space are not smaller, but for its last one
     left_out = chunks[low]
     return chosen, [chunk for chunk in chunks[: low + 1] if chunk.space == left_out.space]
+
+
+def _amount(cost: float) -> str:
+    """Parameters, FLOPs and bytes without decimals; seconds with three digits."""
+    return f"{cost:,.0f}" if cost >= 100 else f"{cost:.3g}"

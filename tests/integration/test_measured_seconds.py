@@ -1,8 +1,7 @@
-"""Seconds that choices rest on are equal on all processes, and measured once in a run, however often it is resumed."""
+"""Seconds that choices rest on are equal on all processes, and those that a run began with when it is resumed."""
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any
 import pytest
 from torch import nn
 
-from apt_trainer import APTTrainer, impact_pass
+from apt_trainer import APTTrainer, UserError, impact_pass
 from apt_trainer.measure.latency import Latency
 from apt_trainer.pruning import latency_cost
-from apt_trainer.sublayers.units import Unit
+from apt_trainer.sublayers.costs import Shape
+from apt_trainer.sublayers.units import Unit, Units
 from integration.factories import losses_of, trained
 from integration.test_nri_during import during
 from integration.test_processes import two_processes
@@ -34,30 +34,53 @@ def clock_of(favoured: str) -> Callable[[dict[str, nn.Module], list[int], int], 
     return clock
 
 
+def still(models: dict[str, nn.Module], batch_sizes: list[int], length: int) -> dict[str, dict[int, Latency]]:
+    """A clock by which a model without heads or neurons takes as long as one with all."""
+    return {name: dict.fromkeys(batch_sizes, Latency(26.0, 0.0, 1)) for name in models}
+
+
+def costs_of(rank: int) -> Callable[..., dict[Unit, float]]:
+    """Seconds of sublayers as a process measures them: 1, 2, … in the first, one more each in the second."""
+
+    def costs(model: nn.Module, units: Units, cost: str, shape: Shape) -> dict[Unit, float]:
+        assert cost == "latency"
+        return {unit: 1.0 + number + rank for number, unit in enumerate(units.sublayers)}
+
+    return costs
+
+
 WORKER = """
 import json, os, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
+from apt_trainer import impact_pass
 from apt_trainer.pruning import latency_cost
-from integration.factories import make_trainer
-from integration.test_measured_seconds import LATENCY, clock_of, trained
+from integration.test_measured_seconds import LATENCY, clock_of, costs_of, during, trained
+from integration.test_zero import deepspeed_config
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 latency_cost.compare_latency = clock_of(("heads", "neurons")[rank])
-trainer = trained(folder / "run", **LATENCY, per_device_train_batch_size=4, ddp_backend="gloo")
-assert trainer.args.world_size == 2
-pruner = trainer.pruner
-seconds = pruner.cost.total(pruner.dense_plan.counts)
-(folder / f"{{rank}}.json").write_text(json.dumps([seconds, pruner.sparsity(), pruner.plan.to_json()]))
+found = {{}}
+for name, engine in (("ddp", {{"ddp_backend": "gloo"}}), ("zero3", {{"deepspeed": deepspeed_config(3)}})):
+    trainer = trained(folder / name, **LATENCY, **engine, per_device_train_batch_size=4)
+    assert trainer.args.world_size == 2
+    pruner = trainer.pruner
+    seconds = pruner.cost.total(pruner.dense_plan.counts)
+    found[name] = [seconds, pruner.sparsity(), pruner.plan.to_json()]
+impact_pass.unit_costs = costs_of(rank)
+trainer = during(folder / "nri", "bert", nri_cost="latency", reference_length=8, per_device_train_batch_size=4)
+trainer.train()
+found["nri"] = [list(trainer.pruner.impact.costs.values()), trainer.pruner.plan.to_json()]
+(folder / f"{{rank}}.json").write_text(json.dumps(found))
 os._exit(0)
 """
 
 
 @pytest.mark.distributed
 def test_processes_choose_by_the_mean_of_their_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each by its own clock would take other units."""
+    """Each by its own clock would take other units; also where NRI is relative to seconds."""
     plans = []
     for favoured in ("heads", "neurons"):
         monkeypatch.setattr(latency_cost, "compare_latency", clock_of(favoured))
@@ -66,8 +89,11 @@ def test_processes_choose_by_the_mean_of_their_seconds(tmp_path: Path, monkeypat
     two_processes(tmp_path, WORKER, "0.json", "1.json")
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
-    assert first[0] == pytest.approx(0.024 + 0.002, rel=1e-6)
-    assert 0.5 <= first[1] < 0.6
+    for engine in ("ddp", "zero3"):
+        seconds, sparsity, plan = first[engine]
+        assert seconds == pytest.approx(0.024 + 0.002, rel=1e-6) and 0.5 <= sparsity < 0.6
+        assert plan == first["ddp"][2]
+    assert first["nri"][0] == [number + 1.5 for number in range(6)]
 
 
 def test_a_resumed_run_goes_on_with_the_seconds_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,22 +104,21 @@ def test_a_resumed_run_goes_on_with_the_seconds_it_began_with(tmp_path: Path, mo
         resumed = trained(tmp_path / str(step), (), tmp_path / "whole" / f"checkpoint-{step}", **LATENCY)
         assert resumed.pruner.cost == whole.pruner.cost
         assert resumed.pruner.plan == whole.pruner.plan and losses_of(resumed) == losses_of(whole)
+    monkeypatch.setattr(latency_cost, "compare_latency", still)
+    resumed = trained(tmp_path / "still", (), tmp_path / "whole" / "checkpoint-12", **LATENCY)
+    assert resumed.pruner.plan == whole.pruner.plan
+    with pytest.raises(UserError, match="Neither heads nor neurons take time that can be measured"):
+        trained(tmp_path / "refused", **LATENCY)
+    monkeypatch.setattr(latency_cost, "compare_latency", clock_of("neurons"))
     other = trained(tmp_path / "other", **LATENCY)
     assert other.pruner.plan != whole.pruner.plan
 
 
 def test_nri_by_seconds_goes_on_with_those_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured at every event, by costs that were measured at first."""
-    numbers = itertools.count()
-
-    def costs(model: nn.Module, units: Any, cost: str, shape: Any) -> dict[Unit, float]:
-        """Other seconds each time they are measured."""
-        assert cost == "latency"
-        return {unit: 1.0 + (next(numbers) * 7) % 5 for unit in units.sublayers}
-
-    monkeypatch.setattr(impact_pass, "unit_costs", costs)
 
     def run(name: str) -> APTTrainer:
+        monkeypatch.setattr(impact_pass, "unit_costs", costs_of(("whole", "resumed").index(name)))
         return during(
             tmp_path / name, "bert", nri_cost="latency", reference_length=8, save_strategy="steps", save_steps=3
         )

@@ -67,7 +67,7 @@ def test_joined_a_minimum_holds_or_the_whole_goes(seed: int) -> None:
     "name", ["bert", "distilbert", "llama", "gemma2", "gpt2", "gpt_neox", "opt", "t5", "modernbert"]
 )
 def test_cosine_importance_is_that_of_the_frozen_model(name: str) -> None:
-    model = tiny_model(name, LANGUAGE_MODELS.get(name, "ForSequenceClassification"))
+    model = tiny_model(name, LANGUAGE_MODELS.get(name, "ForSequenceClassification")).train()
     batch = tiny_batch(model)
     family, spaces, dense = parts(model)
     rule = Cosine(decay=0.0)
@@ -78,6 +78,7 @@ def test_cosine_importance_is_that_of_the_frozen_model(name: str) -> None:
     found = {space: float(scores.sum()) for space, scores in rule.scores(model).items()}
     before = dict(rule.state_dict())
     rule.rest(True)
+    rule.set_tokens(real_tokens(batch, family))
     model(**batch)
     assert all(float(value) == 0 for sums in rule._sums.values() for value in sums)
     rule.detach()
@@ -113,6 +114,24 @@ def test_cosine_counts_each_batch_of_training_once(name: str, reentrant: bool) -
         rule.update(lambda tensor: tensor, 1)
         found.append({space: scores.sum() for space, scores in rule.scores(model).items()})
     torch.testing.assert_close(found[1], found[0])
+
+
+def test_cosine_observes_a_loop_that_tells_no_tokens() -> None:
+    """As in one that does, where all tokens are real."""
+    found = []
+    for told in (False, True):
+        model = tiny_model("bert").train()
+        batch, (_, spaces, dense) = tiny_batch(model, padded=False), parts(model)
+        rule = Cosine()
+        rule.attach(model, [space for space in spaces if space.name != HIDDEN], dense.counts)
+        for _ in range(2):
+            if told:
+                rule.set_tokens(batch.get("attention_mask"))
+            model(**batch).loss.backward()
+            rule.update(lambda tensor: tensor, 1)
+        found.append({space: scores.sum() for space, scores in rule.scores(model).items()})
+    torch.testing.assert_close(found[1], found[0])
+    assert all(score > 0 for score in found[0].values())
 
 
 def test_cosine_is_for_sublayers_alone() -> None:
