@@ -2,8 +2,8 @@
 
 X and Y are the stream before and after an attention or a feed-forward, as in ``sublayers.cosine``, which scores a
 model that does not train. Here it is a moving average over observed steps, in the model as it trains, dropout and
-fading masks included. One pass is observed after each :meth:`Cosine.set_tokens`, or per step where that is not called:
-neither those that compute layers again for the backward pass, nor evaluations. All units of a sublayer get the same
+fading masks included. One pass is observed after each call of ``set_tokens``, or per step where there is none: not
+those that compute layers again for the backward pass, nor evaluations. All units of a sublayer get the same
 share of its score, so their sum is the score. Not for choosing among heads or neurons, which it cannot tell apart.
 """
 
@@ -35,10 +35,11 @@ class Cosine(Observing):
         self._counts: dict[str, int] = {}
         self._stream: dict[Stack, torch.Tensor] = {}
         self._awaited: set[str] = set()
+        self._told = False
 
     def set_tokens(self, mask: Tokens) -> None:
         super().set_tokens(mask)
-        self._awaited = set(self._counts)
+        self._awaited, self._told = set(self._counts), True
 
     def attach(self, model: nn.Module, spaces: Sequence[Space], counts: Mapping[str, int]) -> None:
         self.detach()
@@ -47,7 +48,7 @@ class Cosine(Observing):
         self._parallel = self._family.parallel(config)
         self._counts = {space.name: counts[space.name] for space in spaces if counts[space.name] > 0}
         device = next(model.parameters()).device
-        self._awaited = set(self._counts)
+        self._await()
         self._sums = {name: torch.zeros(2, dtype=torch.float64, device=device) for name in self._counts}
         for name in self._counts:  # [Σ (1 − cos), tokens]
             self._average.setdefault(name, torch.zeros(2, dtype=torch.float64, device=device))
@@ -67,7 +68,7 @@ class Cosine(Observing):
         for name, step in zip(self._sums, flat, strict=True):
             self._average[name].lerp_(step, 1 - self.decay)
             self._sums[name].zero_()
-        self._awaited = set(self._counts)
+        self._await()
 
     def scores(self, model: nn.Module) -> dict[str, torch.Tensor]:
         scores = {}
@@ -95,15 +96,19 @@ class Cosine(Observing):
             self._average[name].copy_(value)
 
     def _enter(self, stack: Stack, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._observes(module):
+        if self._observes():
             self._stream[stack] = (args[0] if args else kwargs["hidden_states"]).detach()
 
-    def _observes(self, module: nn.Module) -> bool:
-        return module.training and bool(self._awaited) and not self._context.resting
+    def _await(self) -> None:
+        """A loop that tells no tokens has the first pass of each step observed."""
+        self._awaited = set() if self._told else set(self._counts)
+
+    def _observes(self) -> bool:
+        return bool(self._awaited) and not self._context.resting
 
     @torch.no_grad()
     def _pass(self, sublayer: Sublayer, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        if not self._observes(module):
+        if not self._observes():
             return
         assert self._family is not None
         before = self._stream[sublayer.stack]

@@ -9,6 +9,7 @@ from tiny import LANGUAGE_MODELS, hooks, parts, tiny_batch, tiny_model
 
 from apt_trainer.errors import UserError
 from apt_trainer.importance import Cosine
+from apt_trainer.importance.calibration import calibrate
 from apt_trainer.models import HIDDEN
 from apt_trainer.models.batch import real_tokens
 from apt_trainer.pruning.limits import Limits
@@ -114,6 +115,23 @@ def test_cosine_counts_each_batch_of_training_once(name: str, reentrant: bool) -
         rule.update(lambda tensor: tensor, 1)
         found.append({space: scores.sum() for space, scores in rule.scores(model).items()})
     torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_cosine_before_training_is_that_of_the_frozen_model(name: str, checkpointing: bool) -> None:
+    model = tiny_model(name, LANGUAGE_MODELS.get(name, "ForSequenceClassification"), dropout=0.1).train()
+    batch, (family, spaces, dense) = tiny_batch(model), parts(model)
+    expected = cosine_scores(model.eval(), find_units(model), [batch]).scores
+    if checkpointing:
+        model.train().activation_checkpointing_enable()
+    rule, spaces = Cosine(), [space for space in spaces if space.name != HIDDEN]
+    rule.attach(model, spaces, dense.counts)
+    calibrate(model, family, spaces, rule, [batch], lambda batch: model(**batch).loss, lambda tensor: tensor, 1)
+    found = {space: float(scores.sum()) for space, scores in rule.scores(model).items()}
+    units = find_units(model)
+    for unit in units.sublayers:
+        assert found[units.members[unit][0].space] == pytest.approx(expected[unit], abs=1e-6)
 
 
 def test_cosine_observes_a_loop_that_tells_no_tokens() -> None:
