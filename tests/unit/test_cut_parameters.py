@@ -25,14 +25,14 @@ def test_moving_together_is_selecting_without_memory_for_a_second_matrix(shape: 
         for index in (torch.arange(size), torch.arange(0, size, 3), torch.arange(size)[-2:]):
             value = torch.randn(shape)
             expected = value.index_select(dim, index)
-            result = partition._moved_together(value, dim, index)
+            result = partition.cut_in_place(value, dim, index)
             assert torch.equal(result, expected) and result.is_contiguous()
             assert result.data_ptr() == value.data_ptr()
 
 
 def test_units_out_of_order_are_not_moved_together() -> None:
     with pytest.raises(AssertionError, match="order"):
-        partition._moved_together(torch.randn(4), 0, torch.tensor([2, 1]))
+        partition.cut_in_place(torch.randn(4), 0, torch.tensor([2, 1]))
 
 
 @pytest.fixture
