@@ -16,22 +16,15 @@ Seconds = dict[str, list[float]]
 """What they are used for → seconds, in an order that the dense model fixes. For JSON."""
 
 
-def measured_seconds(pruner: Any) -> Seconds:
-    """Those that this process has measured: of the budget, and of sublayers where NRI is relative to them."""
-    seconds: Seconds = {}
-    if pruner.settings.sparsity_metric == "latency":
-        seconds["budget"] = pruner.cost.coefficients()
-    if pruner.impact is not None and pruner.impact.cost == "latency":
-        seconds["impact"] = list(pruner.impact.costs.values())
-    return seconds
-
-
-def mean_seconds(seconds: Seconds, reduce: Reduce, processes: int, device: torch.device) -> Seconds:
-    """Mean over ``processes``, of which ``reduce`` gives the sum; collective where there are several."""
-    if processes == 1:
-        return seconds
-    tensors = {name: torch.tensor(of_one, dtype=torch.float64, device=device) for name, of_one in seconds.items()}
-    return {name: (reduce(tensor) / processes).tolist() for name, tensor in tensors.items()}
+def agree_on_seconds(pruner: Any, reduce: Reduce, processes: int) -> None:
+    """Have ``pruner`` choose by the mean over ``processes``, of which ``reduce`` gives the sum; collective where there
+    are several."""
+    seconds = _measured(pruner)
+    if processes > 1:
+        device = next(pruner.model.parameters()).device
+        tensors = {name: torch.tensor(own, dtype=torch.float64, device=device) for name, own in seconds.items()}
+        seconds = {name: (reduce(tensor) / processes).tolist() for name, tensor in tensors.items()}
+    use_seconds(pruner, seconds)
 
 
 def use_seconds(pruner: Any, seconds: Seconds) -> None:
@@ -41,3 +34,13 @@ def use_seconds(pruner: Any, seconds: Seconds) -> None:
     if "impact" in seconds:
         pruner.impact.costs = dict(zip(pruner.impact.costs, seconds["impact"], strict=True))
     pruner.seconds = seconds
+
+
+def _measured(pruner: Any) -> Seconds:
+    """Those that this process has measured: of the budget, and of sublayers where NRI is relative to them."""
+    seconds: Seconds = {}
+    if pruner.settings.sparsity_metric == "latency":
+        seconds["budget"] = pruner.cost.coefficients()
+    if pruner.impact is not None and pruner.impact.cost == "latency":
+        seconds["impact"] = list(pruner.impact.costs.values())
+    return seconds

@@ -17,7 +17,7 @@ from torch import nn
 
 from apt_trainer.adapters import allocation, lora
 from apt_trainer.adapters.rank_score import RankScore
-from apt_trainer.agreed_seconds import Seconds, mean_seconds, measured_seconds, use_seconds
+from apt_trainer.agreed_seconds import Seconds, agree_on_seconds, use_seconds
 from apt_trainer.budget import check_budget, cost_of, saved_without
 from apt_trainer.errors import UserError
 from apt_trainer.impact_pass import ImpactPass
@@ -127,8 +127,7 @@ class AdaptivePruner:
         if reduce is not None:
             self._reduce = reduce
         if self.seconds is None:
-            device = next(self.model.parameters()).device
-            use_seconds(self, mean_seconds(measured_seconds(self), self._reduce, processes, device))
+            agree_on_seconds(self, self._reduce, processes)
             check_budget(self.spaces, self.dense_plan, self.cost, self.limits, self.settings.target_sparsity)
         self._follow_schedule(step)
 
