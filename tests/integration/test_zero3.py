@@ -149,10 +149,7 @@ def test_other_models_and_settings_equal_one_process(half: str, tmp_path: Path) 
             assert result["whole"] == [], name
             if name not in ("before", "nri"):  # where the dense model is whole while it is scored
                 assert 0 < result["most"] <= largest_layer(unpadded(name)[0]), name
-            assert (result["shared"] > 10) == (name in ("llama", "gpt2", "t5", "norms")), (
-                name,
-                result["shared"],
-            )
+            assert (result["shared"] > 10) == (name in ("llama", "gpt2", "t5", "norms")), (name, result["shared"])
             assert len(losses) == 12
             for step, values in losses.items():
                 # rounding of the gradients of norms, which Adam scales up
