@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
-    from apt_trainer.config import APTConfig
     from apt_trainer.errors import UserError
-    from apt_trainer.importance import IMPORTANCES, Importance
     from apt_trainer.models import FAMILIES, ModelFamily
-    from apt_trainer.painted_model import paint
-    from apt_trainer.painting.plan import Plan
-    from apt_trainer.pruned_model import load_pruned
-    from apt_trainer.pruner import AdaptivePruner
-    from apt_trainer.pruning.plan import PruningPlan
-    from apt_trainer.trainer import APTTrainer
+    from apt_trainer.models.execution_plan import Plan
+    from apt_trainer.plan.pruning_plan import PruningPlan
+    from apt_trainer.pruning.pruner import AdaptivePruner
+    from apt_trainer.scoring import IMPORTANCES, Importance
+    from apt_trainer.settings.config import APTConfig
+    from apt_trainer.store.painted_model import paint
+    from apt_trainer.store.saved_model import load_pruned
+    from apt_trainer.training.trainer import APTTrainer
 
 __version__ = "0.1.0"
 
