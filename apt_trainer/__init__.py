@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "APTConfig": "config",
-    "APTTrainer": "trainer",
-    "AdaptivePruner": "pruner",
+    "APTConfig": "settings.config",
+    "APTTrainer": "training.trainer",
+    "AdaptivePruner": "pruning.pruner",
     "FAMILIES": "models",
-    "IMPORTANCES": "importance",
-    "Importance": "importance",
+    "IMPORTANCES": "scoring",
+    "Importance": "scoring",
     "ModelFamily": "models",
-    "Plan": "painting.plan",
-    "PruningPlan": "pruning.plan",
+    "Plan": "models.execution_plan",
+    "PruningPlan": "plan.pruning_plan",
     "UserError": "errors",
-    "load_pruned": "pruned_model",
-    "paint": "painted_model",
+    "load_pruned": "store.saved_model",
+    "paint": "store.painted_model",
 }
 
 __all__ = [
@@ -64,4 +64,4 @@ def __getattr__(name: str) -> Any:
 
 @wrapt.when_imported("transformers.models.auto.modeling_auto")
 def _register(module: Any) -> None:
-    import_module(f"{__name__}.pruned_model").register()
+    import_module(f"{__name__}.store.saved_model").register()

@@ -1,9 +1,9 @@
 """NRI of every sublayer that a model has, before it trains or at an event: forward passes over rows of training data.
 
 One pass with all sublayers and one without each of them, no gradient, no dropout. The definition is that of
-``scoring.sublayers.impact``, the loss the one that the model is going to be trained on. Losses are summed over what they are
-means of (predicted tokens, else rows) and over processes, so that all see the same numbers whatever their number. Not
-for choosing (``plan.selection``), nor for scores from gradients (``scoring.calibration``).
+``scoring.sublayers.impact``, the loss the one that the model is going to be trained on. Losses are summed over what
+they are means of (predicted tokens, else rows) and over processes, so that all see the same numbers whatever their
+number. See ``plan.selection`` for choosing, ``scoring.calibration`` for scores from gradients.
 """
 
 from __future__ import annotations

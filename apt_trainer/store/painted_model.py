@@ -1,7 +1,7 @@
 """A model that keeps its execution plan: it trains, generates, saves and reloads as the plan runs it.
 
 For fine-tuning with a plan in place. Layers that a plan leaves out stay in memory and in the file and get no
-gradients; to be rid of them use ``apt-trainer drop --kind block``. Not for trying plans (``models.execution.painted``).
+gradients; to be rid of them use ``apt-trainer drop --kind block``. See ``models.execution.painted`` for trying plans.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ Scores = dict[str, Any]
 class HeldOutRequest:
     """What to measure: ``test``, held-out data; ``tasks`` to ``batch_size``, those of
     :func:`~apt_trainer.evaluate.harness.run_tasks`; ``speed`` of both models. ``quantize``: a form of
-    :mod:`apt_trainer.evaluate.quantization` that the smaller model takes before it is measured. ``full``: a ``metrics.json`` of
-    an earlier drop from this model, measured on the same, whose scores of the full model are taken."""
+    ``evaluate.quantization`` that the smaller model takes before it is measured. ``full``: a ``metrics.json`` of an
+    earlier drop from this model, measured on the same, whose scores of the full model are taken."""
 
     test: DataRequest | None = None
     tasks: Sequence[str] = ()

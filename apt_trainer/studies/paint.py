@@ -37,8 +37,8 @@ PLAN_FILE = "execution_plan.json"
 class PaintRequest:
     """Which plans to measure, and on which tasks besides the text.
 
-    ``methods`` to ``loops`` are those of :func:`~apt_trainer.studies.named_plans.sweep_points` (``seeds``: how many random
-    orders); ``plans``: files of further plans; ``tasks`` to ``num_fewshot`` those of
+    ``methods`` to ``loops`` are those of :func:`~apt_trainer.studies.named_plans.sweep_points` (``seeds``: how many
+    random orders); ``plans``: files of further plans; ``tasks`` to ``num_fewshot`` those of
     :func:`~apt_trainer.evaluate.harness.run_tasks`.
     """
 

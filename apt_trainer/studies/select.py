@@ -185,9 +185,9 @@ def consecutive_runs(
 ) -> list[list[Ranked]]:
     """Runs of neighbouring layers of the smallest length that can meet ``budget``, most alike ends first.
 
-    ``similarity`` per stack as :class:`~apt_trainer.scoring.sublayers.cosine.CosineScores` has it: a run of n layers from i
-    takes the stream from the input of layer i to that of layer i + n, so its entry is [i, i + n]. Every run is ranked
-    by 1 − that cosine, which each of its units carries.
+    ``similarity`` per stack as ``scoring.sublayers.cosine.CosineScores`` has it: a run of n layers from i takes the
+    stream from the input of layer i to that of layer i + n, so its entry is [i, i + n]. Every run is ranked by 1 − that
+    cosine, which each of its units carries.
     """
     budget.check(candidates, "consecutive")
     for length in range(1, len(candidates) + 1):

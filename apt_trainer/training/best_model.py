@@ -1,7 +1,7 @@
 """``load_best_model_at_end`` for a model that is cut while it trains: only evaluations within the final budget count.
 
 An evaluation before the last cut is one of a larger model, so it neither becomes the best nor keeps a checkpoint from
-being cleared away. Not for writing checkpoints (``training.checkpoint``), nor for choosing a teacher (``distillation``).
+being cleared away. See ``training.checkpoint`` for writing checkpoints, ``distillation`` for choosing a teacher.
 """
 
 from __future__ import annotations

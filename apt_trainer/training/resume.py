@@ -1,6 +1,6 @@
 """Gives a freshly built trainer the shapes, weights and teacher of a checkpoint, before an engine is made.
 
-Not for the optimizer (``training.engines.optimizer_file``), nor for scores and masks, which wait until the loop begins.
+The optimizer's state is read by ``training.engines.optimizer_file``; scores and masks wait until the loop begins.
 """
 
 from __future__ import annotations

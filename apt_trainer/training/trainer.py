@@ -1,8 +1,8 @@
 """``APTTrainer``: a Hugging Face Trainer whose model changes its shape while it trains.
 
 Data, logging, saving and processes stay Hugging Face's; scoring and cutting are the pruner's; rebuilding the engine
-is ``training.reshape``'s, the best checkpoint ``training.best_model``'s. Overrides documented methods of the Trainer and some private
-ones: those that prepare a run, run an epoch, read and write checkpoints and choose the best.
+is ``training.reshape``'s, the best checkpoint ``training.best_model``'s. Overrides documented methods of the Trainer
+and some private ones: those that prepare a run, run an epoch, read and write checkpoints and choose the best.
 """
 
 from __future__ import annotations
