@@ -1,7 +1,7 @@
 """One object that scores, decides and cuts; it needs no Trainer.
 
 In a plain loop: ``pruner.begin(t)``, forward, backward, ``pruner.observe()``, optimizer step, ``pruner.step(t + 1)``;
-when an event comes back, make a new optimizer and carry its state by ``event.edits`` (``training.engines.state.carry``).
+when an event comes back, make a new optimizer and carry its state by ``event.edits`` (see ``training.engines.state``).
 Where pruning_time is "before": ``pruner.calibrate(batches, loss_of)`` and ``pruner.step(0)`` come first; with NRI else
 ``pruner.measure_impact(batches, loss_of)`` before it where ``pruner.measures_impact(t + 1)``. Not for data or saving.
 """

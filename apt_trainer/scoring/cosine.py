@@ -1,8 +1,8 @@
 """Cosine importance of whole sublayers while a model trains (LLM-Drop, eq. 1–6): 1 − cos(X, Y) of the residual stream.
 
-X and Y are the stream before and after an attention or a feed-forward, as in ``scoring.sublayers.cosine``, which scores
-a model that does not train. Here it is a moving average over observed steps, in the model as it trains, dropout and
-fading masks included. One pass is observed after each call of ``set_tokens``, or per step where there is none: not
+X and Y are the stream before and after an attention or a feed-forward, as in ``scoring.sublayers.cosine``, which
+scores a model that does not train. Here it is a moving average over observed steps, in the model as it trains, dropout
+and fading masks included. One pass is observed after each call of ``set_tokens``, or per step where there is none: not
 those that compute layers again for the backward pass, nor evaluations. All units of a sublayer get the same
 share of its score, so their sum is the score. Not for choosing among heads or neurons, which it cannot tell apart.
 """

@@ -1,7 +1,7 @@
 """How much harm each drop does, by kind of unit, ranking and number of units: curves of one model in one sweep.
 
-Units are switched off by gates, which computes what the smaller model will (``scoring.sublayers.gates``), so nothing is
-saved and a sweep over hundreds of drops loads the model once. See ``studies.drop`` for making the smaller model.
+Units are switched off by gates, which computes what the smaller model will (``scoring.sublayers.gates``), so nothing
+is saved and a sweep over hundreds of drops loads the model once. See ``studies.drop`` for making the smaller model.
 """
 
 from __future__ import annotations

@@ -186,8 +186,8 @@ def consecutive_runs(
     """Runs of neighbouring layers of the smallest length that can meet ``budget``, most alike ends first.
 
     ``similarity`` per stack as ``scoring.sublayers.cosine.CosineScores`` has it: a run of n layers from i takes the
-    stream from the input of layer i to that of layer i + n, so its entry is [i, i + n]. Every run is ranked by 1 − that
-    cosine, which each of its units carries.
+    stream from the input of layer i to that of layer i + n, so its entry is [i, i + n]. Every run is ranked by 1 −
+    that cosine, which each of its units carries.
     """
     budget.check(candidates, "consecutive")
     for length in range(1, len(candidates) + 1):
