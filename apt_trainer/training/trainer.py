@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from apt_trainer.distillation.session import SelfDistillation, split_heldout
 from apt_trainer.errors import UserError
 from apt_trainer.models import HIDDEN
-from apt_trainer.models.batch import real_tokens
 from apt_trainer.plan.limits import warn_of_collapse
 from apt_trainer.plan.ranks import mean_growth
 from apt_trainer.plan.schedule import Schedule, make_schedule
@@ -45,6 +44,7 @@ from apt_trainer.training.engines.groups import parameter_groups
 from apt_trainer.training.engines.optimizer_file import read_optimizer, save_optimizer
 from apt_trainer.training.engines.silence import naming_the_silent
 from apt_trainer.training.engines.state import State
+from apt_trainer.training.micro_batch import MicroBatches
 from apt_trainer.training.resume import load_run
 from apt_trainer.training.step_losses import StepLosses
 from apt_trainer.training.termination import StopOnSignal
@@ -72,7 +72,6 @@ class APTTrainer(BestWithinBudget):
     model: Any
     model_wrapped: Any
     optimizer: Any
-    loss_is_scaled_for_ga = True  # by the shares of StepLosses
 
     def __init__(
         self,
@@ -112,7 +111,8 @@ class APTTrainer(BestWithinBudget):
         self.optimizer_ages: dict[str, int] = {}
         self._restored: tuple[Mapping[str, Any], dict[str, torch.Tensor]] | None = None
         self.step_losses = StepLosses(self.pruner.family, self.accelerator, args.average_tokens_across_devices)
-        self._last_inputs: dict[str, Any] | None = None
+        self.last_inputs: dict[str, Any] | None = None
+        self._micro_batches = MicroBatches(self)
         self._finished, self._stop = False, StopOnSignal()
         self.add_callback(MethodCallback(self))
         self.add_callback(self._stop)
@@ -131,44 +131,6 @@ class APTTrainer(BestWithinBudget):
         self._stop.leave()
         self.finish()
         return result
-
-    def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
-        """As the Trainer's: the micro-batches of a step, whose losses are weighed together."""
-        batches, number = super().get_batch_samples(*args)
-        self.step_losses.begin(batches, self.model)
-        return batches, number
-
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        self._last_inputs = inputs
-        loss = super().training_step(self.model_wrapped, inputs, num_items_in_batch)
-        self.step_losses.look_at(loss)
-        return loss
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        step, family, inputs = self.state.global_step, self.pruner.family, self._prepare_inputs(inputs)
-        self.pruner.set_tokens(real_tokens(inputs, family))
-        shares = self.step_losses.shares(inputs, self.model)
-        mu = self.schedule.mu(step) if self.distillation.ready else 0.0
-        asked = dict(inputs)
-        if mu > 0.0:
-            engine_of(self).settle()
-            taught = self.distillation.teach(inputs)
-            asked |= {"output_hidden_states": True} if self.distillation.uses_layers else {}
-        loss, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
-        if self.compute_loss_func is None:  # else that function has divided by num_items_in_batch
-            loss = shares.of_task(loss)
-        if self.args.distillation != "none":
-            self.step_losses.note("loss/task", loss, step)
-        if mu > 0.0:
-            alive = self.pruner.alive_layers()
-            distance = self.distillation.loss(inputs, outputs, taught, self.model, family, alive, step, shares)
-            self.step_losses.note("loss/distillation", distance, step)
-            loss = mu * distance + (1 - mu) * loss
-        return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Two learning rates: ``full_learning_rate`` for base weights, ``learning_rate`` for adapters and head.
@@ -247,8 +209,8 @@ class APTTrainer(BestWithinBudget):
         self.pruner.start(self.schedule, 0, self._sum_over_processes, self.args.world_size)
         with torch.random.fork_rng(devices=[]):  # the run that follows does not depend on calibration_samples
             batches = self._calibration_batches()
-            self._last_inputs = next(batches)
-            self.pruner.calibrate(itertools.chain([self._last_inputs], batches), self._calibration_loss)
+            self.last_inputs = next(batches)
+            self.pruner.calibrate(itertools.chain([self.last_inputs], batches), self._calibration_loss)
         decision = self._decide(0)
         assert decision is not None
         self._change_shape(decision, 0, started)
@@ -323,7 +285,7 @@ class APTTrainer(BestWithinBudget):
     def _calibration_loss(self, batch: Batch) -> torch.Tensor:
         """Task loss of the plain model. Gradients in float16 would need the scaler of accelerate."""
         with nullcontext() if self.args.fp16 else self.accelerator.autocast():
-            return super().compute_loss(self.model, dict(batch))  # type: ignore[no-any-return]
+            return self.compute_loss(self.model, dict(batch))  # type: ignore[no-any-return]
 
     def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")  # type: ignore[no-any-return]
@@ -351,12 +313,12 @@ class APTTrainer(BestWithinBudget):
     @torch.no_grad()
     def _probe_loss(self) -> float | None:
         """Task loss on the last batch in evaluation mode, to see what a cut costs at once."""
-        if self._last_inputs is None:
+        if self.last_inputs is None:
             return None
         model = self.accelerator.unwrap_model(self.model_wrapped)
         model.eval()
         with self.compute_loss_context_manager():
-            loss = super().compute_loss(model, self._prepare_inputs(dict(self._last_inputs)))
+            loss = self.compute_loss(model, self._prepare_inputs(dict(self.last_inputs)))
         model.train()
         return float(loss)
 
@@ -389,7 +351,8 @@ class APTTrainer(BestWithinBudget):
 
     def _run_epoch(self, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(**kwargs)
+            with self._micro_batches.wrapped():
+                super()._run_epoch(**kwargs)
         else:  # resumed at its end, where the loop of transformers would take one more step
             self.control.should_training_stop = True
 
