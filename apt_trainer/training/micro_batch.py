@@ -1,10 +1,11 @@
 """The method's part of a training step, round whatever the trainer's own methods do.
 
-``get_batch_samples``, ``training_step`` and ``compute_loss`` may be overridden, without a call of ``super()`` too: while
-an epoch runs all three are wrapped from outside. Micro-batches are counted as they are fetched. The loss of the task is
-what ``compute_loss`` returns, once per micro-batch, weighed by its share. The distance to the teacher is taken where the
-student is run: hooks on the model see what it is given, which the teacher is given too, and what it gives. What cannot
-work is an error at the first micro-batch. Not for the losses themselves (``step_losses``, ``distillation``).
+``get_batch_samples``, ``training_step`` and ``compute_loss`` may be overridden, without a call of ``super()`` too:
+while an epoch runs all three are wrapped from outside. Micro-batches are counted as they are fetched. The loss of the
+task is what ``compute_loss`` returns, once per micro-batch, weighed by its share. The distance to the teacher is taken
+where the student is run: hooks on the model see what it is given, which the teacher is given too, and what it gives.
+What cannot work is an error at the first micro-batch. Not for the losses themselves (``step_losses``,
+``distillation``).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _TOKENS = ("input_ids", "inputs_embeds", "attention_mask")
 
 
 class Pass:
-    """One forward pass of the student: its ``inputs`` by name, its ``outputs``, and those of the teacher, ``taught``."""
+    """A forward pass of the student: its ``inputs`` by name, its ``outputs``, and those of the teacher, ``taught``."""
 
     inputs: dict[str, Any] | None = None
     outputs: Any = None
@@ -133,8 +134,8 @@ class MicroBatches:
 
     @contextmanager
     def _watched(self, given: Mapping[str, Any], teaches: bool) -> Iterator[Pass]:
-        """Within it, the first forward pass of the student that trains is seen. ``teaches``: the teacher runs before it,
-        on the same; not during it, when a parameter that the two share can be on its way to the device (ZeRO-3)."""
+        """Within it, the first forward pass of the student that trains is seen. ``teaches``: the teacher runs before
+        it; not during it, when a parameter that the two share can be on its way to the device (ZeRO-3)."""
         trainer, seen = self.trainer, Pass()
         names = list(inspect.signature(type(trainer.model).forward).parameters)[1:]
 
@@ -196,12 +197,12 @@ class MicroBatches:
                 "are no outputs to compare with a teacher's. Call model(**inputs) in it, or set distillation: none."
             )
         raise UserError(
-            f"The model gave {type(seen.outputs).__name__} in compute_loss of {name}, but distillation reads outputs by "
-            "name. Leave out return_dict=False, or set distillation: none."
+            f"The model gave {type(seen.outputs).__name__} in compute_loss of {name}, but distillation reads outputs "
+            "by name. Leave out return_dict=False, or set distillation: none."
         )
 
     def _check_weight(self, loss: torch.Tensor) -> None:
-        """A ``training_step`` that does not divide the loss by the number of micro-batches leaves its gradient at 1."""
+        """Raise :class:`UserError` where a ``training_step`` divides the loss by the number of micro-batches."""
         trainer, number = self.trainer, self.trainer.current_gradient_accumulation_steps
         if self._checked or number == 1 or type(trainer).training_step is Trainer.training_step:
             return
