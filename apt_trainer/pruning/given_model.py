@@ -34,7 +34,8 @@ def check_given(model: Any, is_copied: bool = False) -> None:
 
 
 def check_loaded(model: nn.Module) -> None:
-    """Raise :class:`UserError` where weights are absent, since a model was made to be planned with, or offloaded."""
+    """As :func:`check_given`, for a model that is to train: its weights must be there too."""
+    check_given(model)
     absent = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]
     if absent:
         raise UserError(

@@ -68,12 +68,18 @@ class MicroBatches:
     # ------------------------------------------------------------------ the three methods
 
     def _fetch(self, own: Callable[..., Any], batches: Any, number: int, *args: Any) -> tuple[list[Any], Any]:
-        fetched, items = own(batches, number, *args)
-        if len(fetched) < number and not has_length(self.trainer.train_dataset):
+        streams = not has_length(self.trainer.train_dataset)
+        try:
+            fetched, items = own(batches, number, *args)
+        except ValueError as error:  # what accelerate makes of a stream that has nothing to give a second time
+            if not streams or "does not contain any data" not in str(error):
+                raise
+            return [], None
+        if streams and len(fetched) < number:
             return [], items  # the Trainer would not step on the last, incomplete micro-batches of a stream
-        self.trainer.step_losses.begin(fetched, self.trainer.model)
         if fetched and not self._checked:
-            self._check_labels(fetched[0])
+            self._check_names(fetched[0])
+        self.trainer.step_losses.begin(fetched, self.trainer.model)
         return fetched, items
 
     def _step(self, own: Callable[..., Any], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -99,7 +105,7 @@ class MicroBatches:
         num_items_in_batch: Any = None,
     ) -> Any:
         trainer, losses = self.trainer, self.trainer.step_losses
-        if not model.training:
+        if not (model.training or torch.is_grad_enabled()):
             return own(model, inputs, return_outputs, num_items_in_batch)
         step, inputs = trainer.state.global_step, trainer._prepare_inputs(inputs)
         given, shares = dict(inputs), losses.shares(inputs, trainer.model)
@@ -169,9 +175,14 @@ class MicroBatches:
 
     # ------------------------------------------------------------------ errors
 
-    def _check_labels(self, batch: Mapping[str, Any]) -> None:
-        """Where snapshots are chosen by their loss on held-out rows, that loss must be there."""
+    def _check_names(self, batch: Mapping[str, Any]) -> None:
+        """Tokens must be there, and labels where snapshots are chosen by their loss on held-out rows."""
         trainer = self.trainer
+        if not any(name in batch for name in _TOKENS[:2]):
+            raise UserError(
+                f"A batch has no input_ids, but only {', '.join(sorted(batch)) or 'nothing'}. Look at data_collator "
+                "and at remove_unused_columns, which takes out what the model's forward does not name."
+            )
         chooses = trainer.heldout_dataset is not None and trainer.distillation.settings.distillation == "self"
         missing = [name for name in trainer.label_names if batch.get(name) is None]
         if chooses and missing:

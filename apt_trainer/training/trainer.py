@@ -152,8 +152,8 @@ class APTTrainer(BestWithinBudget):
         self._stop.leave()
         if not self.schedule.meets_budget(self.state.global_step):
             self._tell(
-                f"Training ended at step {self.state.global_step} of {self.state.max_steps}, before the last units go at "
-                f"step {self.schedule.end}: {self.pruner.sparsity():.1%} is removed, not {self.args.target_sparsity:.1%}."
+                f"Training ended at step {self.state.global_step} of {self.state.max_steps}, before the last units go "
+                f"at step {self.schedule.end}: {self.pruner.sparsity():.1%} is removed, not what was asked for."
             )
         self.finish()
         return result

@@ -1,8 +1,9 @@
-"""Trainers, optimizers, data and models of the user's own: each works as without them, or is one error at the start."""
+"""Trainers, optimizers, data and models of the user's own: each works, or is one error at the start."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from integration.factories import SHORT, Rows, SaveAt, config, events_of, losses_of, weights_of
 from peft import LoraConfig, get_peft_model
 from tiny import adapted, tiny_model
 from torch import nn
@@ -24,7 +26,6 @@ from apt_trainer import APTTrainer, UserError
 from apt_trainer.settings.engines import check_launch
 from apt_trainer.training.engines.base import plain_optimizer
 from apt_trainer.training.evaluation_loop import plain_trainer
-from integration.factories import SHORT, Rows, SaveAt, config, events_of, losses_of, weights_of
 
 ACCUMULATED: dict[str, Any] = {**SHORT, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
 PLAIN: dict[str, Any] = {"distillation": "none", "distillation_end": None}
@@ -243,6 +244,7 @@ class NoComputeLoss(APTTrainer):
 
 class Divides(OwnStep):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        model.train()
         loss = self.compute_loss(model, self._prepare_inputs(inputs)) / self.args.gradient_accumulation_steps
         self.accelerator.backward(loss)
         return loss.detach()  # type: ignore[no-any-return]
@@ -326,7 +328,12 @@ def test_a_forward_that_a_copy_would_share_is_refused(tmp_path: Path) -> None:
     def wrapped() -> Any:
         model = tiny_model("bert")
         plain = model.forward
-        model.forward = lambda *args, **kwargs: plain(*args, **kwargs)
+
+        @functools.wraps(plain)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return plain(*args, **kwargs)
+
+        model.forward = forward
         return model
 
     with pytest.raises(UserError, match="forward of BertForSequenceClassification is replaced"):
@@ -423,7 +430,7 @@ def test_optimizers_that_cannot_be_made_anew_are_refused(tmp_path: Path) -> None
         ((torch.optim.AdamW, {"learning_rate": 1e-3}), "cannot be made: .*learning_rate"),
         ((lambda model: None, {}), "no class of optimizers"),
         ((torch.optim.AdamW, {"params": model.parameters()}), "has the option params"),
-        ((torch.optim.LBFGS, {}), "cannot be made"),
+        ((torch.optim.LBFGS, {}), "LBFGS, which computes the loss itself"),
     ):
         with pytest.raises(UserError, match=message):
             made(tmp_path, options={"optimizer_cls_and_kwargs": given})
@@ -471,9 +478,9 @@ class BaseOnly(OwnOptimizer):
         return self.optimizer
 
 
-class OneCycle(OwnOptimizer):
+class OneCosine(OwnOptimizer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        self.lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, 0.1, num_training_steps)
+        self.lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, num_training_steps)
         return self.lr_scheduler
 
 
@@ -486,7 +493,7 @@ class BothAtOnce(APTTrainer):
     ("kind", "message"),
     [
         (BaseOnly, "create_optimizer of BaseOnly made lacks .*lora_A"),
-        (OneCycle, "create_scheduler of OneCycle must set self.lr_scheduler to a LambdaLR .*OneCycleLR"),
+        (OneCosine, "create_scheduler of OneCosine must set self.lr_scheduler to a LambdaLR .*CosineAnnealingLR"),
         (BothAtOnce, "BothAtOnce overrides create_optimizer_and_scheduler, which the training loop does not call"),
     ],
 )
@@ -666,7 +673,7 @@ class Overflow(TrainerCallback):
 def test_a_step_whose_gradients_overflow_is_left_out_of_scores(step: int, importance: str, tmp_path: Path) -> None:
     """The scaler of float16 on the CPU: the step is left out of the optimizer, the schedule and the scores alike."""
     overflow = Overflow(step)
-    trainer = made(tmp_path, importance=importance, observe_every=1)
+    trainer = made(tmp_path, importance=importance, observe_every=1, optim="adamw_torch")  # others do not tell
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     overflow.trainer = trainer  # type: ignore[assignment]
     trainer.add_callback(overflow)
@@ -788,9 +795,10 @@ def test_a_model_that_holds_something_already_is_refused_by_name(name: str, tmp_
 
 def test_a_second_trainer_on_the_same_model_is_refused(tmp_path: Path) -> None:
     model = tiny_model("bert")
-    trainer = made(tmp_path / "one", model=model, tune="full")
+    arguments = config(tmp_path, **SHORT, tune="full")
+    trainer = APTTrainer(model, arguments, Rows(92), heldout_dataset=HELD)
     with pytest.raises(UserError, match="in use by another APTTrainer, whose run has not finished"):
-        made(tmp_path / "two", model=model)
+        APTTrainer(model, arguments, Rows(92), heldout_dataset=HELD)
     trainer.train()
     assert not hasattr(trainer.model, "_apt_in_use")
 
@@ -895,7 +903,10 @@ def test_model_init_makes_the_model_of_each_run(tmp_path: Path) -> None:
     trainer.train()
     assert losses_of(trainer) == first[0]
     assert all(torch.equal(value, first[1][name]) for name, value in weights_of(trainer.model).items())
-    assert losses_of(run_of(tmp_path / "model")) == first[0]
+    set_seed(7)
+    alone = APTTrainer(tiny_model("bert"), config(tmp_path / "alone", **SHORT), Rows(92), heldout_dataset=HELD)
+    alone.train()
+    assert losses_of(alone) == first[0]
     for wrong in ({"model_init": None}, {"model_init": lambda: tiny_model("bert")}):
         with pytest.raises(UserError, match="Give either a model or model_init"):
             model = None if wrong["model_init"] is None else tiny_model("bert")
@@ -909,7 +920,10 @@ class Trial(dict[str, Any]):
     params: dict[str, Any] = {}
 
 
-def test_a_search_over_settings_of_the_method_trains_a_new_model_for_each_trial(tmp_path: Path) -> None:
+def test_a_search_over_settings_of_the_method_trains_a_new_model_for_each_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.integrations.hp_params", dict)  # knows installed backends alone
     options = {"model_init": lambda trial: tiny_model("bert"), "heldout_dataset": HELD, "eval_dataset": Rows(19)}
     trainer = made(tmp_path, options=options)
     trainer.hp_search_backend, trainer.hp_space = HPSearchBackend.OPTUNA, dict
@@ -922,7 +936,8 @@ def test_a_search_over_settings_of_the_method_trains_a_new_model_for_each_trial(
         assert trainer.pruner.sparsity() >= target and min(ranks) >= rank
         assert math.isfinite(trainer.evaluate()["eval_loss"])
     assert found[0.3][0] < found[0.5][0]
-    assert found[0.5][1] == losses_of(run_of(tmp_path / "alone"))
+    alone = {"model_init": lambda: tiny_model("bert")}
+    assert found[0.5][1] == losses_of(run_of(tmp_path / "alone", options=alone))
     with pytest.raises(UserError, match="target_sparsity=60"):
         trainer.train(trial=Trial(target_sparsity=60))
 

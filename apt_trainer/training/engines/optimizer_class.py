@@ -5,6 +5,7 @@ Not for its groups (``groups``), nor for its state (``state``).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -68,6 +69,9 @@ def check_optimizer(
         cls([{"params": [nn.Parameter(torch.zeros(1))], "weight_decay": args.weight_decay}], **options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{name} cannot be made: {str(error).strip().splitlines()[0]}") from error
+    closure = inspect.signature(cls.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise UserError(f"{name} is {cls.__name__}, which computes the loss itself, several times a step. Use AdamW.")
     if given is not None and wants_fsdp(args) and cls not in _WHOLE_STATE:
         raise UserError(f"{name} is {cls.__name__}, which is not supported under FSDP. Use AdamW or SGD of torch.")
 
