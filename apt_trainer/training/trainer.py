@@ -33,7 +33,8 @@ from apt_trainer.pruning.pruner import AdaptivePruner, Decision
 from apt_trainer.scoring import Importance
 from apt_trainer.scoring.calibration import Batch, shares
 from apt_trainer.settings.config import APTConfig
-from apt_trainer.settings.engines import check_launch
+from apt_trainer.settings.engines import check_launch, wants_deepspeed
+from apt_trainer.settings.fsdp import wants_fsdp
 from apt_trainer.store.events import append_event, truncate_after
 from apt_trainer.store.saved_model import as_pruned
 from apt_trainer.surgery import adapters as lora
@@ -84,6 +85,7 @@ class APTTrainer(BestWithinBudget):
     model: Any
     model_wrapped: Any
     optimizer: Any
+    last_inputs: dict[str, Any] | None  # of a micro-batch
 
     def __init__(
         self,
@@ -141,7 +143,8 @@ class APTTrainer(BestWithinBudget):
 
         Raises :class:`~apt_trainer.training.termination.Terminated` after a SIGTERM, once a checkpoint is written.
         """
-        if self._begun and self.model_init is None:
+        split = wants_deepspeed(self.args) or wants_fsdp(self.args)
+        if self._begun and (self.model_init is None or split):
             done = "has finished its run" if self._finished else "was interrupted, and its model is as it was left"
             raise UserError(
                 f"This trainer {done}. Make a new one with a dense model to train again; an interrupted run goes on "
@@ -167,7 +170,7 @@ class APTTrainer(BestWithinBudget):
             args, module, given = self.args, model or self.model, self.optimizer_cls_and_kwargs
             cls, options = given or self.get_optimizer_cls_and_kwargs(args, module)
             rate = options.get("lr", args.learning_rate)
-            decay = args.weight_decay if given is None else options.get("weight_decay", args.weight_decay)
+            decay: float = given[1].get("weight_decay", args.weight_decay) if given else args.weight_decay
             rates = {True: args.full_learning_rate or rate, False: rate}
             base, decayed = base_weight_names(module, self.pruner.family), set(self.get_decay_parameter_names(module))
             groups = parameter_groups(module, base, self.optimizer_ages, rates, decay, decayed)
@@ -314,7 +317,7 @@ class APTTrainer(BestWithinBudget):
         self.optimizer_ages: dict[str, int] = {}
         self._restored: tuple[Mapping[str, Any], dict[str, torch.Tensor]] | None = None
         self.step_losses = StepLosses(self.pruner.family, self.accelerator, args.average_tokens_across_devices)
-        self.last_inputs: dict[str, Any] | None = None
+        self.last_inputs = None
         self._begun = self._finished = False
 
     def _hp_search_setup(self, trial: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import datasets
 import pytest
 import torch
 from integration.factories import SHORT, Rows, SaveAt, config, events_of, losses_of, weights_of
+from integration.test_processes import two_processes
 from peft import LoraConfig, get_peft_model
 from tiny import adapted, tiny_model
 from torch import nn
@@ -24,7 +26,9 @@ from transformers.trainer_utils import HPSearchBackend
 
 from apt_trainer import APTTrainer, UserError
 from apt_trainer.settings.engines import check_launch
+from apt_trainer.surgery.slicing import Grow
 from apt_trainer.training.engines.base import plain_optimizer
+from apt_trainer.training.engines.state import carry
 from apt_trainer.training.evaluation_loop import plain_trainer
 
 ACCUMULATED: dict[str, Any] = {**SHORT, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
@@ -410,6 +414,14 @@ def assert_resumed(straight: APTTrainer, resumed: APTTrainer, step: int) -> None
     assert {at: values for at, values in losses_of(resumed).items() if at > step} == expected
     weights = weights_of(resumed.model)
     assert all(torch.equal(value, weights[name]) for name, value in weights_of(straight.model).items())
+
+
+@pytest.mark.parametrize("key", ["exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf", "step_size"])
+def test_what_updates_are_divided_by_begins_at_its_mean_for_new_entries(key: str) -> None:
+    state = {"weight": {key: torch.tensor([[1.0], [3.0]]), "exp_avg": torch.ones(2, 1), "step": torch.tensor(4.0)}}
+    carried = carry(state, {"weight": [Grow(1, 2)]})["weight"]
+    assert carried[key].tolist() == [[1.0, 2.0, 2.0], [3.0, 2.0, 2.0]]
+    assert carried["exp_avg"].tolist() == [[1.0, 0.0, 0.0]] * 2 and carried["step"] == 4
 
 
 def test_options_of_the_class_come_before_the_settings(tmp_path: Path) -> None:
@@ -954,3 +966,40 @@ def test_several_devices_without_a_launcher_are_refused_with_the_command(tmp_pat
 def test_arguments_of_the_stock_trainer_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="args is TrainingArguments. Give an APTConfig"):
         APTTrainer(tiny_model("bert"), TrainingArguments(str(tmp_path)), Rows())  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------- two processes
+
+WORKER = """
+import json, os, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from edges.test_own_trainers import LossAlone, of_two_processes
+from integration.factories import losses_of
+
+folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+trainer = of_two_processes(folder / "run", 4, ddp_backend="gloo")
+found = {{"losses": losses_of(trainer), "sparsity": trainer.pruner.sparsity(), "world": trainer.args.world_size}}
+(folder / f"result.{{rank}}.json").write_text(json.dumps(found))
+os._exit(0)
+"""
+
+
+def of_two_processes(folder: Path, size: int, **changes: Any) -> APTTrainer:
+    """A subclass and an optimizer of the user's own."""
+    options = {"optimizer_cls_and_kwargs": (torch.optim.NAdam, {"lr": 1e-3})}
+    data = Subset(Rows(96), range(88))
+    return run_of(folder, LossAlone, options, data=data, per_device_train_batch_size=size, **changes)
+
+
+@pytest.mark.distributed
+def test_two_processes_with_a_subclass_and_its_optimizer_equal_one(tmp_path: Path) -> None:
+    two_processes(tmp_path, WORKER, "result.0.json", "result.1.json")
+    alone = of_two_processes(tmp_path / "alone", 8)
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"result.{rank}.json").read_text())
+        assert found["world"] == 2 and found["sparsity"] == alone.pruner.sparsity()
+        for step, values in losses_of(alone).items():
+            assert found["losses"][str(step)] == pytest.approx(values, rel=1e-4), step

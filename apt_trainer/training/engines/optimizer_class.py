@@ -69,7 +69,7 @@ def check_optimizer(
         cls([{"params": [nn.Parameter(torch.zeros(1))], "weight_decay": args.weight_decay}], **options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{name} cannot be made: {str(error).strip().splitlines()[0]}") from error
-    closure = inspect.signature(cls.step).parameters.get("closure")
+    closure = inspect.signature(cls.step).parameters.get("closure")  # type: ignore[attr-defined]
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise UserError(f"{name} is {cls.__name__}, which computes the loss itself, several times a step. Use AdamW.")
     if given is not None and wants_fsdp(args) and cls not in _WHOLE_STATE:
