@@ -10,6 +10,7 @@ What cannot work is an error at the first micro-batch. Not for the losses themse
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -143,7 +144,7 @@ class MicroBatches:
         """Within it, the first forward pass of the student that trains is seen. ``teaches``: the teacher runs before
         it; not during it, when a parameter that the two share can be on its way to the device (ZeRO-3)."""
         trainer, seen = self.trainer, Pass()
-        names = list(inspect.signature(type(trainer.model).forward).parameters)[1:]
+        names = _names_of_arguments(type(trainer.model))
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if seen.inputs is not None or not (torch.is_grad_enabled() and trainer.model.training):
@@ -228,6 +229,11 @@ class MicroBatches:
                 )
 
         loss.register_hook(arrives)
+
+
+@functools.cache
+def _names_of_arguments(kind: type[nn.Module]) -> list[str]:
+    return list(inspect.signature(kind.forward).parameters)[1:]
 
 
 def _with_labels(called: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -170,7 +170,7 @@ class APTTrainer(BestWithinBudget):
             args, module, given = self.args, model or self.model, self.optimizer_cls_and_kwargs
             cls, options = given or self.get_optimizer_cls_and_kwargs(args, module)
             rate = options.get("lr", args.learning_rate)
-            decay: float = given[1].get("weight_decay", args.weight_decay) if given else args.weight_decay
+            decay = {"weight_decay": args.weight_decay, **(given[1] if given else {})}["weight_decay"]
             rates = {True: args.full_learning_rate or rate, False: rate}
             base, decayed = base_weight_names(module, self.pruner.family), set(self.get_decay_parameter_names(module))
             groups = parameter_groups(module, base, self.optimizer_ages, rates, decay, decayed)
