@@ -144,7 +144,7 @@ class MicroBatches:
         """Within it, the first forward pass of the student that trains is seen. ``teaches``: the teacher runs before
         it; not during it, when a parameter that the two share can be on its way to the device (ZeRO-3)."""
         trainer, seen = self.trainer, Pass()
-        names = _names_of_arguments(type(trainer.model))
+        names = _names_of_arguments(type(trainer.model))  # type: ignore[arg-type]
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if seen.inputs is not None or not (torch.is_grad_enabled() and trainer.model.training):
@@ -232,7 +232,7 @@ class MicroBatches:
 
 
 @functools.cache
-def _names_of_arguments(kind: type[nn.Module]) -> list[str]:
+def _names_of_arguments(kind: Any) -> list[str]:
     return list(inspect.signature(kind.forward).parameters)[1:]
 
 
