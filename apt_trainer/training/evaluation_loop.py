@@ -25,17 +25,22 @@ class EachRowOnce(Seq2SeqTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False
-        self._loaded: dict[str, Any] = {}  # data of each loader that is kept
+        self._loaders: dict[int, tuple[Any, Any]] = {}  # id of data → the data, so that it stays theirs, and a loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """As the Trainer's, which keeps one loader, whatever the data, where workers are persistent."""
+        """As the Trainer's, which keeps one loader, whatever the data, where workers are persistent: here one each."""
+        if not self.args.dataloader_persistent_workers:
+            return super().get_eval_dataloader(eval_dataset)
         key = eval_dataset if isinstance(eval_dataset, str) else "eval"
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         data = self.eval_dataset[data] if isinstance(data, str) else data
-        if self._loaded.get(key) is not data:
-            getattr(self, "_eval_dataloaders", {}).pop(key, None)
-            self._loaded[key] = data
-        return super().get_eval_dataloader(eval_dataset)
+        kept = getattr(self, "_eval_dataloaders", {})
+        kept.pop(key, None)
+        if id(data) in self._loaders:
+            kept[key] = self._loaders[id(data)][1]
+        loader = super().get_eval_dataloader(eval_dataset)
+        self._loaders[id(data)] = data, loader
+        return loader
 
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         """As the Trainer's, which drops rows of evaluations too where ``dataloader_drop_last`` is set."""

@@ -556,6 +556,7 @@ def test_persistent_workers_do_not_mix_rows(tmp_path: Path) -> None:
         trainer.evaluate(Rows(5))
         trainer.eval_dataset = Rows(6)
         trainer.evaluate()
+        assert len(trainer.accelerator._dataloaders) <= (5 if persistent else 20)  # training and four sets of rows
         rows[str(persistent)] += [r["heldout_loss"] for r in events_of(tmp_path / str(persistent), "teacher")]
     assert rows["True"] == rows["False"] and rows["True"][:5] == [19, 19, 19, 5, 6]
 
