@@ -22,11 +22,13 @@ from apt_trainer.pruning.pruner import AdaptivePruner
 from apt_trainer.report.comparison import EVENTS_FILE, METRICS_FILE, RECIPE_FILE
 from apt_trainer.settings import DataSettings, MethodSettings, ModelSettings
 from apt_trainer.settings.config import APTConfig
+from apt_trainer.settings.engines import check_launch
 from apt_trainer.settings.recipe import Recipe
 from apt_trainer.store.pretrained import build_model, max_positions
 from apt_trainer.tasks import TaskData
 from apt_trainer.training.best_model import check_candidates
 from apt_trainer.training.checkpoint import check_complete
+from apt_trainer.training.engines.optimizer_class import check_optimizer
 from apt_trainer.training.whole_checkpoints import checkpoints_in, find_whole, last_whole
 
 _LANGUAGE_MODELS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
@@ -40,6 +42,8 @@ def check_before_loading(recipe: Recipe, config: Any, data: TaskData) -> None:
     A latency budget is measured, so it is checked only once the model is there.
     """
     args = recipe.training
+    check_launch(args)
+    check_optimizer(args)
     check_attention(recipe.model.attn_implementation)
     if args.dense_baseline and "RANK" in os.environ:
         raise UserError(

@@ -25,6 +25,31 @@ class EachRowOnce(Seq2SeqTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False
+        self._loaders: dict[int, tuple[Any, Any]] = {}  # id of data → the data, so that it stays theirs, and a loader
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As the Trainer's, which keeps one loader, whatever the data, where workers are persistent: here one each."""
+        if not self.args.dataloader_persistent_workers:
+            return super().get_eval_dataloader(eval_dataset)
+        key = eval_dataset if isinstance(eval_dataset, str) else "eval"
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        data = self.eval_dataset[data] if isinstance(data, str) else data
+        kept = getattr(self, "_eval_dataloaders", {})
+        kept.pop(key, None)
+        if id(data) in self._loaders:
+            kept[key] = self._loaders[id(data)][1]
+        loader = super().get_eval_dataloader(eval_dataset)
+        self._loaders[id(data)] = data, loader
+        return loader
+
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        """As the Trainer's, which drops rows of evaluations too where ``dataloader_drop_last`` is set."""
+        drops = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drops and is_training
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drops
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         gather = self.accelerator.gather_for_metrics

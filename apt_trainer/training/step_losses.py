@@ -42,8 +42,16 @@ class StepLosses:
         """What a micro-batch of the step counts; outside of a step a batch stands alone."""
         if self._counted is None:
             return Shares.whole(self.family)
-        counted, processes = count(inputs, self.family, model), self.accelerator.num_processes if self.together else 1
-        return Shares.of(counted, self._counted, processes, self.family)
+        return Shares.of(count(inputs, self.family, model), self._counted, self.processes, self.family)
+
+    @property
+    def processes(self) -> int:
+        """How many processes are weighed together."""
+        return int(self.accelerator.num_processes) if self.together else 1
+
+    def labels(self) -> torch.Tensor | None:
+        """How many labels the losses of the step are means over; None outside of a step."""
+        return None if self._counted is None else self._counted[0]
 
     def note(self, name: str, value: torch.Tensor, step: int) -> None:
         """Add the part of one micro-batch to a loss of ``step``."""
