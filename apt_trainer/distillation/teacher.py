@@ -17,13 +17,15 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.utils import ModelOutput, find_labels
 
+from apt_trainer.errors import UserError
+from apt_trainer.models.labels import SEQUENCE_HEAD, TOKEN_HEAD, head_of, label_order
 from apt_trainer.tensors.fully_sharded import plain_modules
 from apt_trainer.tensors.partitioned import copy_of, gather_while_it_runs, is_partitioned, partition_all, strip_modules
 
@@ -76,6 +78,27 @@ def _hooks_of(module: nn.Module) -> list[dict[int, Any]]:
     return [getattr(module, name) for name in _HOOKS]
 
 
+def match_teacher(student: Any, teacher: Any) -> list[int] | None:
+    """Where in the logits of ``teacher`` each label of ``student`` is; None: at the same place, or no labels.
+
+    Raises:
+        UserError: the two have other tasks, labels or vocabularies.
+    """
+    head = head_of(student)
+    if head != head_of(teacher):
+        raise UserError(
+            f"The teacher is a {type(teacher).__name__} and the model a {type(student).__name__}. Give a teacher of "
+            "the same task."
+        )
+    sizes = [getattr(model.config.get_text_config(), "vocab_size", None) for model in (student, teacher)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise UserError(
+            f"The teacher has {sizes[1]:,} tokens and the model {sizes[0]:,}, so that one text is not the same input. "
+            "Give a teacher with the same tokenizer (resize_token_embeddings, if only padding differs)."
+        )
+    return label_order(student.config, teacher.config) if head in (SEQUENCE_HEAD, TOKEN_HEAD) else None
+
+
 class Teacher:
     """The best snapshot of the student so far, or an external model.
 
@@ -96,12 +119,17 @@ class Teacher:
         self.hidden_index: torch.Tensor | None = torch.arange(num_hidden)
         self.num_hidden = num_hidden
         self.is_external = False
+        self._label_order: torch.Tensor | None = None
 
     @classmethod
-    def external(cls, model: nn.Module, num_hidden: int | None = None) -> Teacher:
-        """Another model as teacher, frozen in place; ``num_hidden`` is ``model.config.hidden_size`` by default."""
+    def external(
+        cls, model: nn.Module, num_hidden: int | None = None, label_order: Sequence[int] | None = None
+    ) -> Teacher:
+        """Another model as teacher, frozen in place; ``num_hidden`` is ``model.config.hidden_size`` by default.
+        ``label_order``: as :func:`match_teacher` gives it; logits are brought into the student's order."""
         teacher = cls(int(model.config.hidden_size) if num_hidden is None else num_hidden)  # type: ignore[union-attr]
         teacher.model, teacher.hidden_index, teacher.is_external = freeze(model), None, True
+        teacher._label_order = None if label_order is None else torch.tensor(label_order)
         return teacher
 
     def offer(self, student: nn.Module, heldout_loss: float) -> bool:
@@ -166,6 +194,10 @@ class Teacher:
         labels = [] if self._makes_inputs_of_labels(inputs) else find_labels(type(self.model))
         kept = {name: value for name, value in inputs.items() if name not in labels}
         output: ModelOutput = self.model(**kept, output_hidden_states=output_hidden_states, return_dict=True)
+        if self._label_order is not None:
+            logits = output["logits"]
+            self._label_order = self._label_order.to(logits.device)  # copies once
+            output["logits"] = logits.index_select(-1, self._label_order)
         return output
 
     def _makes_inputs_of_labels(self, inputs: Mapping[str, Any]) -> bool:

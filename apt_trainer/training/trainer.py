@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from apt_trainer.distillation.session import SelfDistillation, split_heldout
+from apt_trainer.distillation.teacher import match_teacher
 from apt_trainer.errors import UserError
 from apt_trainer.models import HIDDEN
 from apt_trainer.models.batch import real_tokens
@@ -62,6 +63,7 @@ class APTTrainer(BestWithinBudget):
         teacher: a fine-tuned model of the same task, where ``args.distillation`` is "model".
         heldout_dataset: data on which snapshots of the student are chosen as teacher. By default
             ``args.heldout_fraction`` of the training data is split off for it when needed.
+        class_weights: what each label counts in the loss (:class:`~apt_trainer.models.class_weights.ClassWeights`).
         others: as ``transformers.Trainer``.
 
     After :meth:`train`, ``model`` is the merged and cut model: ``model.save_pretrained(path)`` and
@@ -91,6 +93,7 @@ class APTTrainer(BestWithinBudget):
             )
         if hasattr(model.config, "apt_structure"):
             raise UserError("The model is a pruned one already. Start from the dense model it was made from.")
+        label_order = None if teacher is None else match_teacher(model, teacher)
         self.pruner = AdaptivePruner(model, args, importance=importance, seed=args.seed)
         if train_dataset is not None and heldout_dataset is None:
             number = args.heldout_rows(len(train_dataset))
@@ -104,6 +107,7 @@ class APTTrainer(BestWithinBudget):
             args.seed,
             None if teacher is None else engine_of(self).place(teacher),
             self.accelerator.autocast,
+            label_order,
         )
         self._teacher_shape: dict[str, Any] | None = None
         self.heldout_dataset = heldout_dataset
@@ -111,7 +115,10 @@ class APTTrainer(BestWithinBudget):
         self.live_dataloader: Any = None
         self.optimizer_ages: dict[str, int] = {}
         self._restored: tuple[Mapping[str, Any], dict[str, torch.Tensor]] | None = None
-        self.step_losses = StepLosses(self.pruner.family, self.accelerator, args.average_tokens_across_devices)
+        if self.pruner.impact is not None:
+            self.pruner.impact.weights = self.class_weights
+        together = args.average_tokens_across_devices
+        self.step_losses = StepLosses(self.pruner.family, self.accelerator, together, self.class_weights)
         self._last_inputs: dict[str, Any] | None = None
         self._finished, self._stop = False, StopOnSignal()
         self.add_callback(MethodCallback(self))
