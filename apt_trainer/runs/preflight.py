@@ -24,7 +24,7 @@ from apt_trainer.settings import DataSettings, MethodSettings, ModelSettings
 from apt_trainer.settings.config import APTConfig
 from apt_trainer.settings.engines import check_launch
 from apt_trainer.settings.recipe import Recipe
-from apt_trainer.store.pretrained import build_model, max_positions
+from apt_trainer.store.pretrained import build_model, check_teacher, max_positions, teacher_settings
 from apt_trainer.tasks import TaskData
 from apt_trainer.training.best_model import check_candidates
 from apt_trainer.training.checkpoint import check_complete
@@ -36,8 +36,8 @@ _OF_THE_LOOP = ("max_steps", "num_train_epochs", "seed", "learning_rate", "lr_sc
 _FREE = ("calibration_batch_size", "trust_remote_code", "attn_implementation")
 
 
-def check_before_loading(recipe: Recipe, config: Any, data: TaskData) -> None:
-    """Raise :class:`UserError` for a schedule, budget, length or task that cannot work, on the meta device.
+def check_before_loading(recipe: Recipe, config: Any, data: TaskData, tokenizer: Any) -> None:
+    """Raise :class:`UserError` for a schedule, budget, length, task or teacher that cannot work, on the meta device.
 
     A latency budget is measured, so it is checked only once the model is there.
     """
@@ -65,7 +65,10 @@ def check_before_loading(recipe: Recipe, config: Any, data: TaskData) -> None:
     settings = copy.copy(args)
     if settings.sparsity_metric == "latency":
         settings.sparsity_metric = "params"
-    AdaptivePruner(build_model(config, data, "meta"), settings)
+    model = build_model(config, data, "meta")
+    if args.teacher_name_or_path is not None:
+        check_teacher(teacher_settings(recipe.model, args.teacher_name_or_path), data, model, tokenizer)
+    AdaptivePruner(model, settings)
 
 
 def check_attention(name: str | None) -> None:

@@ -25,6 +25,7 @@ from transformers.trainer_utils import has_length
 from apt_trainer.distillation.session import SelfDistillation, split_heldout
 from apt_trainer.errors import UserError
 from apt_trainer.models import HIDDEN
+from apt_trainer.models.labels import match_teacher
 from apt_trainer.plan.limits import warn_of_collapse
 from apt_trainer.plan.ranks import mean_growth
 from apt_trainer.plan.schedule import Schedule, make_schedule
@@ -71,6 +72,7 @@ class APTTrainer(BestWithinBudget):
         teacher: a fine-tuned model of the same task, where ``args.distillation`` is "model".
         heldout_dataset: data on which snapshots of the student are chosen as teacher. By default
             ``args.heldout_fraction`` of the training data is split off for it when needed.
+        class_weights: what each label counts in the loss (:class:`~apt_trainer.models.class_weights.ClassWeights`).
         optimizer_cls_and_kwargs: class and options of the optimizer, instead of ``args.optim``; a new one is made
             after each change of shape, to which the state is carried.
         others: as ``transformers.Trainer``, but for ``optimizers``: made for the parameters of the dense model, they
@@ -122,6 +124,7 @@ class APTTrainer(BestWithinBudget):
         if hasattr(getattr(model, "config", None), "apt_structure"):
             raise UserError("The model is a pruned one already. Start from the dense model it was made from.")
         self._given = importance, teacher
+        self._label_order = None if teacher is None else match_teacher(model, teacher)
         self.pruner = self._make_pruner(model)
         if train_dataset is not None and heldout_dataset is None:
             train_dataset, heldout_dataset = _split_heldout(train_dataset, args)
@@ -310,13 +313,17 @@ class APTTrainer(BestWithinBudget):
             args.seed,
             None if teacher is None else engine_of(self).place(teacher),
             self.accelerator.autocast,
+            self._label_order,
         )
         self._teacher_shape: dict[str, Any] | None = None
         self.schedule = self._make_schedule()
         self.live_dataloader: Any = None
         self.optimizer_ages: dict[str, int] = {}
         self._restored: tuple[Mapping[str, Any], dict[str, torch.Tensor]] | None = None
-        self.step_losses = StepLosses(self.pruner.family, self.accelerator, args.average_tokens_across_devices)
+        if self.pruner.impact is not None:
+            self.pruner.impact.weights = self.class_weights
+        together = args.average_tokens_across_devices
+        self.step_losses = StepLosses(self.pruner.family, self.accelerator, together, self.class_weights)
         self.last_inputs = None
         self._begun = self._finished = False
 

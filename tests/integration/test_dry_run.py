@@ -122,7 +122,7 @@ def test_what_is_counted_is_said(ready: Recipe) -> None:
     text = dry_run.plan(ready)
     words = f"logits over {len(TOKENS)} words with log-probabilities and gradients)"
     assert f"(weights, gradients, optimizer, activations, {words} of the dense model" in text
-    ready.training.distillation, ready.training.teacher_name_or_path = "model", "somewhere"
+    ready.training.distillation, ready.training.teacher_name_or_path = "model", ready.model.model_name_or_path
     assert "gradients; without the teacher)" in dry_run.plan(ready)
 
 

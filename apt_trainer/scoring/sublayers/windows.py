@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,18 @@ import torch
 
 from apt_trainer.errors import UserError
 from apt_trainer.models.batch import IGNORED
+from apt_trainer.models.labels import (
+    MULTI_LABEL,
+    REGRESSION,
+    SEQUENCE_HEAD,
+    as_text,
+    head_of,
+    hot,
+    match_labels,
+    names_of,
+    problem_type,
+    shown,
+)
 from apt_trainer.scoring.sublayers.units import Units
 
 MASKED_SHARE = 0.15
@@ -70,10 +83,15 @@ def from_text(
 def from_rows(
     lines: Sequence[str], tokenizer: Any, model: Any, samples: int, length: int, batch_size: int = 8
 ) -> Calibration:
-    """At most ``samples`` JSON lines with ``text`` and ``label`` (a number, or a name that the config knows)."""
+    """At most ``samples`` JSON lines with ``text`` and ``label``: a name or a number of a label of the model, a list
+    of them where a row may have several, or what a regression predicts."""
+    if head_of(model) != SEQUENCE_HEAD:
+        raise UserError(
+            "Rows with a text and a label are for classification and regression of texts, and the model is a "
+            f"{type(model).__name__}. Give a text."
+        )
     texts: list[str] = []
-    labels: list[float] = []
-    names = {str(name): number for name, number in (model.config.label2id or {}).items()}
+    labels: list[Any] = []
     for number, line in enumerate((line for line in lines if line.strip()), start=1):
         if len(texts) == samples:
             break
@@ -83,24 +101,58 @@ def from_rows(
             row = None
         if not isinstance(row, dict) or not isinstance(row.get("text"), str) or "label" not in row:
             raise UserError(f'Row {number} is not {{"text": "…", "label": …}} with a text.')
-        label = names.get(row["label"], row["label"]) if isinstance(row["label"], str) else row["label"]
-        if not isinstance(label, int | float) or isinstance(label, bool):
-            raise UserError(f"Row {number} has the label {label!r}. Known: {', '.join(names)}, or a number.")
-        if isinstance(label, int) and not 0 <= label < model.config.num_labels:
-            raise UserError(f"Row {number} has the label {label}; the model has {model.config.num_labels} labels.")
         texts.append(row["text"])
-        labels.append(label)
+        labels.append(row["label"])
     if not texts:
         raise UserError("The file holds no rows.")
+    targets = _targets(labels, model.config)
     batches = []
     for start in range(0, len(texts), batch_size):
         encoded = tokenizer(
             texts[start : start + batch_size], padding=True, truncation=True, max_length=length, return_tensors="pt"
         )
         part = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-        batches.append(part | {"labels": torch.tensor(labels[start : start + batch_size])})
-    digest = hashlib.sha256(json.dumps([texts, labels]).encode()).hexdigest()
+        batches.append(part | {"labels": targets[start : start + batch_size]})
+    digest = hashlib.sha256(json.dumps([texts, targets.tolist()]).encode()).hexdigest()
     return Calibration(tuple(batches), len(texts), None, digest, True)
+
+
+def _targets(labels: Sequence[Any], config: Any) -> torch.Tensor:
+    """What the loss of the model takes: ids [rows], 0 or 1 [rows, labels], or numbers [rows] or [rows, numbers]."""
+    several = isinstance(labels[0], list)
+    problem = problem_type(config, torch.empty(0) if several else None)
+    if problem == REGRESSION:
+        return torch.tensor([_numbers(label, number, config) for number, label in enumerate(labels, start=1)])
+    lists = [label if isinstance(label, list) else [label] for label in labels]
+    names = names_of(config)
+    found = sorted({as_text(label) for of_row in lists for label in of_row})
+    ids = match_labels(found, names, found)
+    for number, of_row in enumerate(lists, start=1):
+        for label in of_row:
+            if ids is None and match_labels([as_text(label)], names, ()) is None:
+                raise UserError(
+                    f"Row {number} has the label {label!r}; the model has {len(names)} labels: {shown(names)}."
+                )
+        if problem != MULTI_LABEL and len(of_row) != 1:
+            raise UserError(f"Row {number} has the labels {of_row}; the model takes one per row.")
+    if ids is None:
+        raise UserError(f"The rows name labels in several ways: {shown(found)}. Labels of the model: {shown(names)}.")
+    numbered = [[ids[as_text(label)] for label in of_row] for of_row in lists]
+    if problem == MULTI_LABEL:
+        return torch.tensor([hot(of_row, len(names)) for of_row in numbered])
+    return torch.tensor(numbered)[:, 0]
+
+
+def _numbers(label: Any, number: int, config: Any) -> Any:
+    """``label`` of the row ``number``, checked to be what a regression predicts."""
+    values = label if isinstance(label, list) else [label]
+    if len(values) != config.num_labels or not all(
+        isinstance(value, int | float) and math.isfinite(value) for value in values
+    ):
+        raise UserError(
+            f"Row {number} has the label {label!r}; the model predicts {config.num_labels} finite numbers per row."
+        )
+    return [float(value) for value in values] if isinstance(label, list) else float(label)
 
 
 def _frame(tokenizer: Any, model: Any, units: Units) -> tuple[list[int], list[int]]:
