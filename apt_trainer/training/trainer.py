@@ -91,7 +91,7 @@ class APTTrainer(BestWithinBudget):
             )
         if hasattr(model.config, "apt_structure"):
             raise UserError("The model is a pruned one already. Start from the dense model it was made from.")
-        self.pruner = AdaptivePruner(model, args, importance=importance, seed=args.seed)
+        self.pruner = AdaptivePruner(model, args, importance=importance, seed=args.seed, timed_on=args.device)
         if train_dataset is not None and heldout_dataset is None:
             number = args.heldout_rows(len(train_dataset))
             train_dataset, heldout_dataset = split_heldout(train_dataset, number, args.seed)
