@@ -71,7 +71,8 @@ class PruningEvent:
 class AdaptivePruner:
     """Scores units and adapters while ``model`` trains, and changes its shape when the schedule says so.
 
-    ``model`` must be a plain Hugging Face model; adapters are inserted here when the settings ask for them.
+    ``model`` must be a plain Hugging Face model; adapters are inserted here when the settings ask for them. What is
+    chosen by seconds is timed on ``timed_on``, where the model is going to run; default: where it is.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class AdaptivePruner:
         *,
         importance: Importance | None = None,
         seed: int = 0,
+        timed_on: torch.device | None = None,
     ) -> None:
         settings.check()
         check_given(model, is_copied=settings.distillation == "self" and settings.prunes)
@@ -91,13 +93,13 @@ class AdaptivePruner:
         self.sublayers = self.family.sublayers(model)
         self.plan = self.dense_plan = PruningPlan.dense(self.spaces)
         self.block_cost = parameter_cost(model, self.family, self.spaces)
-        self.cost = cost_of(model, self.family, self.spaces, settings)
+        self.cost = cost_of(model, self.family, self.spaces, settings, timed_on)
         self.limits = limits_of(settings)
         if settings.sparsity_metric != "latency":  # else once processes have agreed on seconds
             check_budget(self.spaces, self.plan, self.cost, self.limits, settings.target_sparsity)
         self.importance = importance or make_importance(settings, seed)
         nri = self.importance if settings.prunes and isinstance(self.importance, Nri) else None
-        self.impact = None if nri is None else ImpactPass(model, nri.cost, settings)
+        self.impact = None if nri is None else ImpactPass(model, nri.cost, settings, timed_on)
         self.seconds: Seconds | None = None
         self.tune = settings.tune
         self._insert_adapters()

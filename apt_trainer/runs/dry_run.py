@@ -22,7 +22,7 @@ from apt_trainer.report.tables import format_bytes, format_count, markdown_table
 from apt_trainer.runs.preflight import check_before_loading, checkpoint_to_resume
 from apt_trainer.settings.config import APTConfig
 from apt_trainer.settings.recipe import Recipe
-from apt_trainer.store.pretrained import build_model, load_inputs
+from apt_trainer.store.pretrained import build_model, dtype_name, load_inputs
 from apt_trainer.surgery import adapters as lora
 from apt_trainer.tasks import TaskData
 from apt_trainer.tasks.trainer_options import set_task_arguments
@@ -39,8 +39,8 @@ def plan(recipe: Recipe) -> str:
     tokenizer, config, data = load_inputs(recipe.model, recipe)
     set_task_arguments(args, data, recipe.given)
     check_before_loading(recipe, config, data, tokenizer)
-    device = "cpu" if args.sparsity_metric == "latency" else "meta"
-    model = build_model(config, data, device, recipe.model.dtype)
+    timed = args.sparsity_metric == "latency"
+    model = build_model(config, data, str(args.device) if timed else "meta", recipe.model.dtype)
     pruner = AdaptivePruner(model, args, seed=args.seed)
     schedule = make_schedule(args, args.total_steps(len(data.train) - args.heldout_rows(len(data.train))))
     predicted = recipe.data.max_target_length if model.config.is_encoder_decoder else recipe.data.max_length
@@ -55,6 +55,7 @@ def plan(recipe: Recipe) -> str:
         f"steps        {schedule.total:,} of {args.train_batch_size * args.gradient_accumulation_steps} rows",
         f"memory       {format_bytes(memory)} estimated at the first step "
         f"({_counted(model, args)}){_of_dense_model(pruner, args)}",
+        *([f"timed        on {args.device}, with weights in {dtype_name(model.dtype)}"] if timed else []),
         "",
         _space_table(pruner),
         "",

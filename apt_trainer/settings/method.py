@@ -16,7 +16,9 @@ class PruningSettings:
         0.6, "Fraction of the prunable budget to remove, between 0 and 1; null: prune nothing. 0.6 (APT, Table 2)."
     )
     sparsity_metric: str = setting(
-        "params", "What the budget counts: params or flops of the transformer blocks, measured latency, or memory."
+        "params",
+        "What the budget counts: params or flops of the transformer blocks, measured latency, or memory (all weights, "
+        "and the keys and values that a model which generates keeps).",
     )
     prune_targets: list[str] = setting(
         ["heads", "neurons", "hidden"],

@@ -252,6 +252,16 @@ def load_dense_shape(settings: ModelSettings) -> PreTrainedModel:
     return model.to(_dtype(config, settings.dtype))  # type: ignore[no-any-return]
 
 
+def dtype_of(settings: ModelSettings) -> torch.dtype:
+    """Type that the weights of a model load in. Reads the config."""
+    return _dtype(read_config(settings), settings.dtype)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16" of ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _dtype(config: Any, asked: str) -> torch.dtype:
     """Type of weights; "auto" is what they were saved in, as ``config`` says."""
     found = getattr(config, "dtype", None) if asked == "auto" else asked

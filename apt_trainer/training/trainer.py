@@ -299,7 +299,8 @@ class APTTrainer(BestWithinBudget):
     def _make_pruner(self, model: PreTrainedModel) -> AdaptivePruner:
         check_loaded(model)
         importance = copy.deepcopy(self._given[0]) if self.model_init is not None else self._given[0]
-        pruner = AdaptivePruner(model, self.args, importance=importance, seed=self.args.seed)
+        args = self.args
+        pruner = AdaptivePruner(model, args, importance=importance, seed=args.seed, timed_on=args.device)
         setattr(model, IN_USE, True)
         return pruner
 

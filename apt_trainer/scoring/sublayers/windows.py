@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from apt_trainer.errors import UserError
@@ -31,6 +32,7 @@ from apt_trainer.models.labels import (
     shown,
 )
 from apt_trainer.scoring.sublayers.units import Units
+from apt_trainer.tasks.text_windows import Frame, cut, frame_of, plain_ids
 
 MASKED_SHARE = 0.15
 
@@ -59,18 +61,18 @@ def from_text(
     if length < 4 or (longest is not None and length > longest):
         limit = f" and at most the {longest} positions of the model" if longest is not None else ""
         raise UserError(f"length={length} must be at least 4{limit}.")
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+    ids = plain_ids(tokenizer, text)
     opening, closing = _frame(tokenizer, model, units)
-    body = length - len(opening) - len(closing)
-    if len(ids) < body:
+    whole = length - len(closing)
+    windows = [one.ids for one in cut(ids, whole, opening) if len(one.ids) == whole]
+    if not windows:
         raise UserError(
             f"The text has {len(ids):,} tokens, fewer than one window of {length:,}. Give more text or "
             "a smaller length."
         )
-    windows = ids[: len(ids) // body * body].view(-1, body)
     chosen = torch.linspace(0, len(windows) - 1, min(samples, len(windows))).round().long()
-    edges = [torch.tensor([edge], dtype=torch.long).expand(len(chosen), -1) for edge in (opening, closing)]
-    rows = torch.cat([edges[0], windows[chosen], edges[1]], dim=1)
+    end = np.asarray(closing, dtype=np.int64)
+    rows = torch.stack([torch.from_numpy(np.concatenate([windows[i], end])) for i in chosen.tolist()])
     encoded = _asked(rows, tokenizer, model, units, seed)
     batches = tuple(
         {name: value[start : start + batch_size] for name, value in encoded.items()}
@@ -155,12 +157,12 @@ def _numbers(label: Any, number: int, config: Any) -> Any:
     return [float(value) for value in values] if isinstance(label, list) else float(label)
 
 
-def _frame(tokenizer: Any, model: Any, units: Units) -> tuple[list[int], list[int]]:
-    """Special tokens round a window: those of an encoder; a decoder is calibrated on running text without."""
-    if model.config.is_encoder_decoder or units.stacks != ("encoder",):
-        return [], []
-    edges = (tokenizer.cls_token_id, tokenizer.sep_token_id)
-    return tuple([] if edge is None else [edge] for edge in edges)  # type: ignore[return-value]
+def _frame(tokenizer: Any, model: Any, units: Units) -> Frame:
+    """Special tokens round a window: none where a half of it is asked for from the other, no end in running text."""
+    frame = frame_of(tokenizer)
+    if model.config.is_encoder_decoder:
+        return Frame((), ())
+    return Frame(frame.opening, ()) if units.family.head(model).next_token else frame
 
 
 def _asked(rows: torch.Tensor, tokenizer: Any, model: Any, units: Units, seed: int) -> dict[str, torch.Tensor]:
