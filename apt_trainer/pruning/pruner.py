@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from apt_trainer.errors import UserError
+from apt_trainer.libraries.private_names import check_names
 from apt_trainer.measure import trainable_parameters
 from apt_trainer.models import ModelFamily, Space, Stack, family_of
 from apt_trainer.models.batch import Tokens
@@ -81,6 +82,7 @@ class AdaptivePruner:
         importance: Importance | None = None,
         seed: int = 0,
     ) -> None:
+        check_names("loading", "method")
         settings.check()
         if any(is_partitioned(parameter) for parameter in model.parameters()):
             raise UserError(

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from apt_trainer.distillation.session import SelfDistillation, split_heldout
 from apt_trainer.errors import UserError
+from apt_trainer.libraries.private_names import check_names
 from apt_trainer.models import HIDDEN
 from apt_trainer.models.batch import real_tokens
 from apt_trainer.plan.limits import warn_of_collapse
@@ -91,6 +92,7 @@ class APTTrainer(BestWithinBudget):
             )
         if hasattr(model.config, "apt_structure"):
             raise UserError("The model is a pruned one already. Start from the dense model it was made from.")
+        check_names("training")
         self.pruner = AdaptivePruner(model, args, importance=importance, seed=args.seed)
         if train_dataset is not None and heldout_dataset is None:
             number = args.heldout_rows(len(train_dataset))
