@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from apt_trainer.errors import RunError, UserError
+from apt_trainer.libraries.versions import check_versions
 
 VERBS = {
     "train": "apt_trainer.cli.train",
@@ -31,6 +32,9 @@ VERBS = {
     "env": "apt_trainer.cli.env",
 }
 
+_WITHOUT_MODELS = ("env", "report")
+"""Verbs that answer whatever versions of other libraries are installed."""
+
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # what shells report for SIGINT
@@ -46,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if overrides and not verb.TAKES_SETTINGS:
         parser.error(f"{args.verb}: unrecognized arguments: {' '.join(overrides)}")
     try:
+        if args.verb not in _WITHOUT_MODELS:
+            check_versions()
         return verb.run(args, overrides)
     except UserError as error:
         return _fail(str(error), EXIT_USER_ERROR)

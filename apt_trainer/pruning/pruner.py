@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from apt_trainer.errors import UserError
+from apt_trainer.libraries.private_names import check_names
 from apt_trainer.measure import trainable_parameters
 from apt_trainer.models import ModelFamily, Space, Stack, family_of
 from apt_trainer.models.batch import Tokens
@@ -84,6 +85,7 @@ class AdaptivePruner:
         seed: int = 0,
         timed_on: torch.device | None = None,
     ) -> None:
+        check_names("loading", "method")
         settings.check()
         check_given(model, is_copied=settings.distillation == "self" and settings.prunes)
         self.model, self.settings, self.seed = model, settings, seed

@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from apt_trainer.errors import UserError, unknown_choice
 from apt_trainer.evaluate.harness import check_tasks, not_a_language_model
+from apt_trainer.libraries.private_names import check_names
 from apt_trainer.plan.schedule import make_schedule
 from apt_trainer.pruning.pruner import AdaptivePruner
 from apt_trainer.report.comparison import EVENTS_FILE, METRICS_FILE, RECIPE_FILE
@@ -41,6 +42,7 @@ def check_before_loading(recipe: Recipe, config: Any, data: TaskData, tokenizer:
 
     A latency budget is measured, so it is checked only once the model is there.
     """
+    check_names("training")
     args = recipe.training
     check_launch(args)
     check_optimizer(args)

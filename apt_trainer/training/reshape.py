@@ -20,6 +20,7 @@ from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from apt_trainer.errors import UserError
+from apt_trainer.libraries.private_names import check_names
 from apt_trainer.settings.engines import wants_deepspeed
 from apt_trainer.settings.fsdp import wants_fsdp
 from apt_trainer.tensors.partitioned import shape_of
@@ -44,7 +45,9 @@ class LiveModel:
 
 
 def check_options(trainer: Any) -> None:
-    """Raise :class:`UserError` for options of the Trainer under which shapes cannot change."""
+    """Raise :class:`UserError` for options of the Trainer, or libraries of an engine, under which shapes cannot
+    change."""
+    check_names(*engine_of(trainer).needs)
     if trainer.pruner.impact is not None and not trainer.args.prunes_before and trainer.train_dataset is not None:
         rows = trainer.args.calibration_samples
         if has_length(trainer.train_dataset):

@@ -24,6 +24,7 @@ from transformers.trainer_utils import has_length
 
 from apt_trainer.distillation.session import SelfDistillation, split_heldout
 from apt_trainer.errors import UserError
+from apt_trainer.libraries.private_names import check_names
 from apt_trainer.models import HIDDEN
 from apt_trainer.models.labels import match_teacher
 from apt_trainer.plan.limits import warn_of_collapse
@@ -123,6 +124,7 @@ class APTTrainer(BestWithinBudget):
             )
         if hasattr(getattr(model, "config", None), "apt_structure"):
             raise UserError("The model is a pruned one already. Start from the dense model it was made from.")
+        check_names("training")
         self._given = importance, teacher
         self._label_order = None if teacher is None else match_teacher(model, teacher)
         self.pruner = self._make_pruner(model)
