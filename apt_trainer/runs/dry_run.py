@@ -34,9 +34,9 @@ def plan(recipe: Recipe) -> str:
     """Text of the dry run; raises :class:`UserError` for anything that would stop the run before training."""
     args = recipe.training
     checkpoint_to_resume(recipe)
-    _, config, data = load_inputs(recipe.model, recipe)
+    tokenizer, config, data = load_inputs(recipe.model, recipe)
     set_task_arguments(args, data, recipe.given)
-    check_before_loading(recipe, config, data)
+    check_before_loading(recipe, config, data, tokenizer)
     device = "cpu" if args.sparsity_metric == "latency" else "meta"
     model = build_model(config, data, device, recipe.model.dtype)
     pruner = AdaptivePruner(model, args, seed=args.seed)

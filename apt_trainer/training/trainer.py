@@ -30,14 +30,15 @@ from apt_trainer.scoring import Importance
 from apt_trainer.scoring.calibration import Batch, shares
 from apt_trainer.settings.config import APTConfig
 from apt_trainer.store.events import append_event, truncate_after
-from apt_trainer.store.saved_model import as_pruned
+from apt_trainer.store.hub import check_upload
 from apt_trainer.surgery import adapters as lora
 from apt_trainer.surgery.slicing import Grow, Keep
 from apt_trainer.surgery.tuning import base_weight_names
 from apt_trainer.training import checkpoint
 from apt_trainer.training import reshape as runtime
-from apt_trainer.training.best_model import BestWithinBudget, check_candidates
+from apt_trainer.training.best_model import check_candidates
 from apt_trainer.training.callback import MethodCallback
+from apt_trainer.training.compiled import CompiledSteps
 from apt_trainer.training.engines import engine_of
 from apt_trainer.training.engines.agreement import agree
 from apt_trainer.training.engines.base import restore_forward
@@ -45,6 +46,7 @@ from apt_trainer.training.engines.groups import parameter_groups
 from apt_trainer.training.engines.optimizer_file import read_optimizer, save_optimizer
 from apt_trainer.training.engines.silence import naming_the_silent
 from apt_trainer.training.engines.state import State
+from apt_trainer.training.finished_model import FinishedModel
 from apt_trainer.training.resume import load_run
 from apt_trainer.training.step_losses import StepLosses
 from apt_trainer.training.termination import StopOnSignal
@@ -52,7 +54,7 @@ from apt_trainer.training.termination import StopOnSignal
 EVENTS_FILE = "events.jsonl"
 
 
-class APTTrainer(BestWithinBudget):
+class APTTrainer(FinishedModel):
     """Fine-tunes, prunes, grows adapters and distils in one run.
 
     Args:
@@ -91,12 +93,14 @@ class APTTrainer(BestWithinBudget):
             )
         if hasattr(model.config, "apt_structure"):
             raise UserError("The model is a pruned one already. Start from the dense model it was made from.")
+        check_upload(args)
         self.pruner = AdaptivePruner(model, args, importance=importance, seed=args.seed)
         if train_dataset is not None and heldout_dataset is None:
             number = args.heldout_rows(len(train_dataset))
             train_dataset, heldout_dataset = split_heldout(train_dataset, number, args.seed)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         runtime.check_options(self)
+        self.compiled = CompiledSteps(runtime.take_compiling(self))
         runtime.own_storage(model)
         self.distillation = SelfDistillation(
             args,
@@ -126,10 +130,12 @@ class APTTrainer(BestWithinBudget):
         """
         if self._finished:
             raise UserError("This trainer has finished its run. Make a new one with a dense model to train again.")
-        with naming_the_silent(self.args.ddp_timeout):
+        with self.keeping_what_is_trained(), naming_the_silent(self.args.ddp_timeout):
+            self.rehearse()
             result = super().train(*args, **kwargs)
         self._stop.leave()
         self.finish()
+        self.upload_if_asked()
         return result
 
     def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
@@ -140,7 +146,8 @@ class APTTrainer(BestWithinBudget):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         self._last_inputs = inputs
-        loss = super().training_step(self.model_wrapped, inputs, num_items_in_batch)
+        with self.compiled.running(self.model, self.pruner.is_hooked):
+            loss = super().training_step(self.model_wrapped, inputs, num_items_in_batch)
         self.step_losses.look_at(loss)
         return loss
 
@@ -192,18 +199,13 @@ class APTTrainer(BestWithinBudget):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Of the Trainer itself: a checkpoint in training form. After :meth:`train`: the merged, cut model that loads
-        anywhere apt_trainer is imported. Raises :class:`UserError` when called in a run."""
-        path = Path(output_dir or str(self.args.output_dir))
+        if not _internal_call:
+            super().save_model(output_dir)
+            return
         self.check_finite()
-        if self.is_in_train and not _internal_call:
-            raise UserError("save_model is for after train(); in a run checkpoints are written by save_strategy.")
-        if _internal_call:
-            weights, state = engine_of(self).weights_to_save(), self.training_state()
-            if self.args.should_save:
-                checkpoint.save_training_state(path, weights, state)
-        elif self.args.should_save:
-            checkpoint.save_pruned(self.model, path, self.pruner.plan, self.processing_class)
+        weights, state = engine_of(self).weights_to_save(), self.training_state()
+        if self.args.should_save:
+            checkpoint.save_training_state(Path(output_dir or str(self.args.output_dir)), weights, state)
 
     # ------------------------------------------------------------------ the method's own steps
 
@@ -214,10 +216,6 @@ class APTTrainer(BestWithinBudget):
         weights = None if teacher is None else engine_of(self).weights_to_save(teacher)
         shape = None if teacher is None else self._teacher_shape
         return checkpoint.TrainingState(description, tensors, self.distillation.state(self.model), weights, shape)
-
-    def check_finite(self) -> None:
-        """Raise :class:`UserError` if any loss so far was not finite; waits for the device."""
-        self.step_losses.check_finite(self.state.global_step)
 
     def before_step(self) -> None:
         """Before the first forward pass of an optimizer step."""
@@ -278,20 +276,6 @@ class APTTrainer(BestWithinBudget):
         losses = {"loss_before": loss_before, "loss_after": self._probe_loss()}
         warn_of_collapse(step, **losses)
         self._write_record(self.pruner.describe(step, decision.kind) | {"seconds": seconds, **losses})
-
-    def finish(self) -> None:
-        """Merge adapters and make ``model`` what ``save_pretrained`` writes and ``load_pruned`` reads."""
-        self.check_finite()
-        self.pruner.detach()
-        self.pruner.masks.close()
-        self.distillation.end(self.model)
-        self.model = engine_of(self).leave()
-        self.pruner.set_tune("full")
-        self.load_best()
-        self.model.requires_grad_(True)
-        as_pruned(self.model, self.pruner.family, self.pruner.plan)
-        self.model_wrapped = self.model
-        self._finished = True
 
     # ------------------------------------------------------------------ inside
 
