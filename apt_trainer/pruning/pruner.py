@@ -239,6 +239,11 @@ class AdaptivePruner:
             self.rank_score.detach()
             self._observing = False
 
+    @property
+    def is_hooked(self) -> bool:
+        """Whether hooks of observers or masks are in the model."""
+        return self._observing or self.masks.is_open
+
     def sparsity(self) -> float:
         """Share of the prunable budget removed so far, in the unit of ``sparsity_metric``."""
         return 1 - self.cost.total(self.plan.counts) / self.cost.total(self.dense_plan.counts)

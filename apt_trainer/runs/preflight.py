@@ -25,11 +25,14 @@ from apt_trainer.settings import DataSettings, MethodSettings, ModelSettings
 from apt_trainer.settings.config import APTConfig
 from apt_trainer.settings.engines import check_launch
 from apt_trainer.settings.recipe import Recipe
+from apt_trainer.store.hub import check_upload
 from apt_trainer.store.pretrained import build_model, check_teacher, max_positions, teacher_settings
 from apt_trainer.tasks import TaskData
 from apt_trainer.training.best_model import check_candidates
 from apt_trainer.training.checkpoint import check_complete
+from apt_trainer.training.compiled import compile_options
 from apt_trainer.training.engines.optimizer_class import check_optimizer
+from apt_trainer.training.rehearsal import check_output, rehearse
 from apt_trainer.training.whole_checkpoints import checkpoints_in, find_whole, last_whole
 
 _LANGUAGE_MODELS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
@@ -38,7 +41,8 @@ _FREE = ("calibration_batch_size", "trust_remote_code", "attn_implementation")
 
 
 def check_before_loading(recipe: Recipe, config: Any, data: TaskData, tokenizer: Any) -> None:
-    """Raise :class:`UserError` for a schedule, budget, length, task or teacher that cannot work, on the meta device.
+    """Raise :class:`UserError` for a schedule, budget, length, task, teacher or save that cannot work, on the meta
+    device.
 
     A latency budget is measured, so it is checked only once the model is there.
     """
@@ -46,6 +50,13 @@ def check_before_loading(recipe: Recipe, config: Any, data: TaskData, tokenizer:
     args = recipe.training
     check_launch(args)
     check_optimizer(args)
+    for name in ("prediction_loss_only", "batch_eval_metrics"):
+        if getattr(args, name):
+            raise UserError(f"{name}: true leaves the metric of the task out, which a run ends with. Remove it.")
+    if not args.eval_do_concat_batches:
+        raise UserError("eval_do_concat_batches: false gives metrics of the task no rows to count. Remove it.")
+    check_upload(args)
+    compile_options(args)
     check_attention(recipe.model.attn_implementation)
     if args.dense_baseline and "RANK" in os.environ:
         raise UserError(
@@ -67,10 +78,10 @@ def check_before_loading(recipe: Recipe, config: Any, data: TaskData, tokenizer:
     settings = copy.copy(args)
     if settings.sparsity_metric == "latency":
         settings.sparsity_metric = "params"
-    model = build_model(config, data, "meta")
+    model = build_model(config, data, "meta", recipe.model.dtype)
     if args.teacher_name_or_path is not None:
         check_teacher(teacher_settings(recipe.model, args.teacher_name_or_path), data, model, tokenizer)
-    AdaptivePruner(model, settings)
+    rehearse(model, Path(str(args.output_dir)), AdaptivePruner(model, settings), tokenizer)
 
 
 def check_attention(name: str | None) -> None:
@@ -101,17 +112,6 @@ def _check_lengths(config: Any, data: TaskData, args: APTConfig) -> None:
             raise UserError(
                 f"{name}={getattr(args, name)}{new} is more than the {longest} positions of the model. Lower {name}."
             )
-
-
-def check_output(output: Path) -> None:
-    """Raise :class:`UserError` for a folder that cannot be made or written to."""
-    for place in (output, *output.absolute().parents):
-        if place.exists():
-            if not place.is_dir():
-                raise UserError(f"output_dir={str(output)!r}: {place} is a file. Choose a folder.")
-            if not os.access(place, os.W_OK | os.X_OK):
-                raise UserError(f"output_dir={str(output)!r}: {place} cannot be written to. Choose another folder.")
-            return
 
 
 def checkpoint_to_resume(recipe: Recipe) -> str | None:

@@ -14,6 +14,7 @@ from apt_trainer.errors import UserError
 from apt_trainer.settings import MeasureSettings, MethodSettings
 from apt_trainer.settings.engines import before_processes_join, check_deepspeed, join_processes
 from apt_trainer.settings.fsdp import check_fsdp
+from apt_trainer.settings.refused import check_refused
 
 
 @dataclass
@@ -22,9 +23,10 @@ class APTConfig(MethodSettings, MeasureSettings, Seq2SeqTrainingArguments):
     ``transformers.Seq2SeqTrainingArguments``.
 
     Defaults that differ from ``TrainingArguments``: ``learning_rate`` 2e-4 (5e-5), ``warmup_steps`` 0.06 of all steps
-    (0), ``save_strategy`` "no" ("steps"), ``logging_nan_inf_filter`` False (True), since a loss that is not a number
-    must stop the run, ``logging_steps`` 50 (500), and ``ddp_find_unused_parameters`` False (True for most models),
-    since the distillation transform is used outside the wrapped forward and would be taken for unused.
+    (0), ``save_strategy`` "no" ("steps"), ``hub_strategy`` "end" ("every_save"), ``logging_nan_inf_filter`` False
+    (True), since a loss that is not a number must stop the run, ``logging_steps`` 50 (500), and
+    ``ddp_find_unused_parameters`` False (True for most models), since the distillation transform is used outside the
+    wrapped forward and would be taken for unused.
     """
 
     learning_rate: float = field(
@@ -34,6 +36,9 @@ class APTConfig(MethodSettings, MeasureSettings, Seq2SeqTrainingArguments):
     logging_steps: float = field(default=50, metadata={"help": "Steps between log lines."})
     save_strategy: str = field(
         default="no", metadata={"help": "no, steps, epoch or best: when checkpoints are written."}
+    )
+    hub_strategy: str = field(
+        default="end", metadata={"help": "end: with push_to_hub, the finished model is uploaded, once."}
     )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide losses that are not finite from logs."}
@@ -50,6 +55,7 @@ class APTConfig(MethodSettings, MeasureSettings, Seq2SeqTrainingArguments):
         super().__post_init__()
         check_deepspeed(self)
         check_fsdp(self)
+        check_refused(self)
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # would only warn
         if self.logging_nan_inf_filter:

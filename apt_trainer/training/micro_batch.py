@@ -86,7 +86,8 @@ class MicroBatches:
     def _step(self, own: Callable[..., Any], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         trainer, self._computed = self.trainer, 0
         trainer.last_inputs = dict(inputs)
-        with _replaced(trainer, compute_loss=partial(self._loss, trainer.compute_loss)):
+        compiled = trainer.compiled.running(trainer.model, trainer.pruner.is_hooked)
+        with compiled, _replaced(trainer, compute_loss=partial(self._loss, trainer.compute_loss)):
             loss: torch.Tensor = own(trainer.model_wrapped, inputs, *args, **kwargs)
         if self._computed == 0:
             raise UserError(

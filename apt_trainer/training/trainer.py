@@ -38,14 +38,15 @@ from apt_trainer.settings.config import APTConfig
 from apt_trainer.settings.engines import check_launch, wants_deepspeed
 from apt_trainer.settings.fsdp import wants_fsdp
 from apt_trainer.store.events import append_event, truncate_after
-from apt_trainer.store.saved_model import as_pruned
+from apt_trainer.store.hub import check_upload
 from apt_trainer.surgery import adapters as lora
 from apt_trainer.surgery.slicing import Grow, Keep
 from apt_trainer.surgery.tuning import base_weight_names
 from apt_trainer.training import checkpoint
 from apt_trainer.training import reshape as runtime
-from apt_trainer.training.best_model import BestWithinBudget, check_candidates
+from apt_trainer.training.best_model import check_candidates
 from apt_trainer.training.callback import MethodCallback
+from apt_trainer.training.compiled import CompiledSteps
 from apt_trainer.training.engines import engine_of
 from apt_trainer.training.engines.agreement import agree
 from apt_trainer.training.engines.base import restore_forward
@@ -54,6 +55,7 @@ from apt_trainer.training.engines.optimizer_class import check_objects, check_op
 from apt_trainer.training.engines.optimizer_file import read_optimizer, save_optimizer
 from apt_trainer.training.engines.silence import naming_the_silent
 from apt_trainer.training.engines.state import State
+from apt_trainer.training.finished_model import FinishedModel
 from apt_trainer.training.micro_batch import MicroBatches
 from apt_trainer.training.resume import load_run
 from apt_trainer.training.step_losses import StepLosses
@@ -62,7 +64,7 @@ from apt_trainer.training.termination import StopOnSignal
 EVENTS_FILE = "events.jsonl"
 
 
-class APTTrainer(BestWithinBudget):
+class APTTrainer(FinishedModel):
     """Fine-tunes, prunes, grows adapters and distils in one run.
 
     Args:
@@ -125,6 +127,7 @@ class APTTrainer(BestWithinBudget):
         if hasattr(getattr(model, "config", None), "apt_structure"):
             raise UserError("The model is a pruned one already. Start from the dense model it was made from.")
         check_names("training")
+        check_upload(args)
         self._given = importance, teacher
         self._label_order = None if teacher is None else match_teacher(model, teacher)
         self.pruner = self._make_pruner(model)
@@ -136,6 +139,7 @@ class APTTrainer(BestWithinBudget):
         runtime.check_options(self)
         check_overrides(self, APTTrainer)
         check_optimizer(args, optimizer_cls_and_kwargs, self.get_optimizer_cls_and_kwargs, model)
+        self.compiled = CompiledSteps(runtime.take_compiling(self))
         self._set_up()
         self._micro_batches, self._stop = MicroBatches(self), StopOnSignal()
         self.add_callback(MethodCallback(self))
@@ -155,7 +159,8 @@ class APTTrainer(BestWithinBudget):
                 f"This trainer {done}. Make a new one with a dense model to train again; an interrupted run goes on "
                 "there with train(resume_from_checkpoint=True)."
             )
-        with naming_the_silent(self.args.ddp_timeout):
+        with self.keeping_what_is_trained(), naming_the_silent(self.args.ddp_timeout):
+            self.rehearse()
             result = super().train(*args, **kwargs)
         self._stop.leave()
         if not self.schedule.meets_budget(self.state.global_step):
@@ -164,6 +169,7 @@ class APTTrainer(BestWithinBudget):
                 f"at step {self.schedule.end}: {self.pruner.sparsity():.1%} is removed, not what was asked for."
             )
         self.finish()
+        self.upload_if_asked()
         return result
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -194,18 +200,13 @@ class APTTrainer(BestWithinBudget):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Of the Trainer itself: a checkpoint in training form. After :meth:`train`: the merged, cut model that loads
-        anywhere apt_trainer is imported. Raises :class:`UserError` when called in a run."""
-        path = Path(output_dir or str(self.args.output_dir))
+        if not _internal_call:
+            super().save_model(output_dir)
+            return
         self.check_finite()
-        if self.is_in_train and not _internal_call:
-            raise UserError("save_model is for after train(); in a run checkpoints are written by save_strategy.")
-        if _internal_call:
-            weights, state = engine_of(self).weights_to_save(), self.training_state()
-            if self.args.should_save:
-                checkpoint.save_training_state(path, weights, state)
-        elif self.args.should_save:
-            checkpoint.save_pruned(self.model, path, self.pruner.plan, self.processing_class)
+        weights, state = engine_of(self).weights_to_save(), self.training_state()
+        if self.args.should_save:
+            checkpoint.save_training_state(Path(output_dir or str(self.args.output_dir)), weights, state)
 
     # ------------------------------------------------------------------ the method's own steps
 
@@ -216,10 +217,6 @@ class APTTrainer(BestWithinBudget):
         weights = None if teacher is None else engine_of(self).weights_to_save(teacher)
         shape = None if teacher is None else self._teacher_shape
         return checkpoint.TrainingState(description, tensors, self.distillation.state(self.model), weights, shape)
-
-    def check_finite(self) -> None:
-        """Raise :class:`UserError` if any loss so far was not finite; waits for the device."""
-        self.step_losses.check_finite(self.state.global_step)
 
     def before_step(self) -> None:
         """Before the first forward pass of an optimizer step."""
@@ -280,21 +277,6 @@ class APTTrainer(BestWithinBudget):
         losses = {"loss_before": loss_before, "loss_after": self._probe_loss()}
         warn_of_collapse(step, **losses)
         self._write_record(self.pruner.describe(step, decision.kind) | {"seconds": seconds, **losses})
-
-    def finish(self) -> None:
-        """Merge adapters and make ``model`` what ``save_pretrained`` writes and ``load_pruned`` reads."""
-        self.check_finite()
-        self.pruner.detach()
-        self.pruner.masks.close()
-        self.distillation.end(self.model)
-        self.model = engine_of(self).leave()
-        self.pruner.set_tune("full")
-        self.load_best()
-        self.model.requires_grad_(True)
-        as_pruned(self.model, self.pruner.family, self.pruner.plan)
-        self.model_wrapped = self.model
-        delattr(self.model, IN_USE)
-        self._finished = True
 
     # ------------------------------------------------------------------ inside
 
