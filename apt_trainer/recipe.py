@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from apt_trainer.config import APTConfig
 
 COMMAND_LINE = "command line"
+_STEPS_OF_TRANSFORMERS = ("warmup_steps", "eval_steps", "save_steps", "logging_steps")
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ def load_recipe(path: str | None, overrides: Sequence[str] = ()) -> Recipe:
     from apt_trainer.config import APTConfig
 
     given = check_recipe(path, overrides)
-    parts = {cls: {key: given[key] for key in given if key in names} for cls, names in _groups().items()}
+    values = {key: _all_steps(key, value) for key, value in given.items()}
+    parts = {cls: {key: values[key] for key in values if key in names} for cls, names in _groups().items()}
     try:
         training = APTConfig(**parts[APTConfig])
     except (ValueError, ImportError) as error:
@@ -112,6 +115,13 @@ def read_values(path: str | None, overrides: Sequence[str] = ()) -> dict[str, An
         else:
             values[key] = _pick(COMMAND_LINE, key, _readings(words, hint), hint)
     return values
+
+
+def _all_steps(key: str, value: Any) -> Any:
+    """``value``; but for 1.0, the whole run, of a key of transformers, which reads 1.0 as one step: the largest
+    fraction below 1, which it rounds up to all steps."""
+    fraction = key in _STEPS_OF_TRANSFORMERS and isinstance(value, float)
+    return math.nextafter(1.0, 0.0) if fraction and value == 1 else value
 
 
 def _groups() -> dict[type, dict[str, Any]]:

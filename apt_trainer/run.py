@@ -32,7 +32,8 @@ from apt_trainer.evaluation_loop import plain_trainer
 from apt_trainer.loading import load_inputs, load_model, load_saved
 from apt_trainer.measure import PeakMemory, count_parameters, return_freed_memory, size_on_disk
 from apt_trainer.output_lock import OutputLock
-from apt_trainer.preflight import check_before_loading, checkpoint_to_resume, finished_run
+from apt_trainer.packages import check_packages
+from apt_trainer.preflight import check_before_loading, check_installed, checkpoint_to_resume, finished_run
 from apt_trainer.pruned_model import dense_copy
 from apt_trainer.recipe import Recipe, load_recipe
 from apt_trainer.report.events import read_events, write_json
@@ -40,6 +41,7 @@ from apt_trainer.report.plots import plot_run
 from apt_trainer.settings import ModelSettings
 from apt_trainer.tasks import TaskData, keeps_sequences_apart
 from apt_trainer.tasks.trainer_options import data_options, set_task_arguments
+from apt_trainer.termination import finishing
 from apt_trainer.time_to_accuracy import TimeToAccuracy
 from apt_trainer.trainer import EVENTS_FILE, APTTrainer
 
@@ -62,6 +64,7 @@ _DENSE: dict[str, Any] = {
     "reference_metric": None,
     "dense_baseline": False,
     "report_to": "none",
+    "resume_from_checkpoint": "auto",
 }
 _VERSIONS = ("apt_trainer", "torch", "transformers", "peft", "accelerate", "deepspeed", "datasets")
 
@@ -88,6 +91,7 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
         return finished
     return_freed_memory()
     resume_from = checkpoint_to_resume(recipe)
+    check_installed(recipe)
     memory = PeakMemory(args.device.type)
     set_seed(args.seed)
     tokenizer, config, data = load_inputs(recipe.model, recipe)
@@ -115,13 +119,16 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
         output.mkdir(parents=True, exist_ok=True)
         lock.take()
         write_json(output / RECIPE_FILE, recipe.given)
+        if resume_from is None:
+            (output / EVENTS_FILE).unlink(missing_ok=True)  # of a run that was ended before its first checkpoint
     started, cpu_started = time.perf_counter(), time.process_time()
     result = trainer.train(resume_from_checkpoint=resume_from)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     peak = memory.above_start()
+    with finishing("saving the model"):
+        trainer.save_model(str(output))
     trainer.compute_metrics = data.metrics["test"]
     scores = trainer.evaluate(data.test, metric_key_prefix=data.test_name)
-    trainer.save_model(str(output))
     metrics = {
         "metric_name": data.metric_name,
         "task_metric": scores[f"{data.test_name}_{data.metric_name}"],
@@ -221,6 +228,7 @@ def evaluate(model: str | ModelSettings, recipe: Recipe | None = None) -> dict[s
     path = model if isinstance(model, str) else str(model.model_name_or_path)
     recipe = recipe or recipe_of(Path(path))
     settings = ModelSettings(path, dtype=recipe.model.dtype) if isinstance(model, str) else model
+    check_packages({**vars(settings), **vars(recipe.data)})
     tokenizer, _, data = load_inputs(settings, recipe)
     args = copy.copy(recipe.training)
     args.report_to = []

@@ -8,6 +8,7 @@ ones: those that prepare a run, run an epoch, read and write checkpoints and cho
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -36,19 +37,22 @@ from apt_trainer.importance import Importance
 from apt_trainer.importance.calibration import Batch, shares
 from apt_trainer.models import HIDDEN
 from apt_trainer.models.batch import real_tokens
+from apt_trainer.packages import check_packages
 from apt_trainer.pruned_model import as_pruned
 from apt_trainer.pruner import AdaptivePruner, Decision
 from apt_trainer.pruning.limits import warn_of_collapse
 from apt_trainer.pruning.slicing import Grow, Keep
 from apt_trainer.report.events import append_event, truncate_after
 from apt_trainer.resume import load_run
-from apt_trainer.schedule import Schedule, make_schedule
+from apt_trainer.schedule import Schedule, fewer_events, make_schedule
 from apt_trainer.self_distillation import SelfDistillation, split_heldout
 from apt_trainer.step_losses import StepLosses
 from apt_trainer.termination import StopOnSignal
 from apt_trainer.tuning import base_weight_names
 
 EVENTS_FILE = "events.jsonl"
+
+logger = logging.getLogger(__name__)
 
 
 class APTTrainer(BestWithinBudget):
@@ -84,6 +88,7 @@ class APTTrainer(BestWithinBudget):
         heldout_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
+        check_packages(vars(args))
         if (teacher is not None) != (args.distillation == "model"):
             raise UserError(
                 "A teacher model and distillation: model belong together; one was given without the other."
@@ -309,6 +314,9 @@ class APTTrainer(BestWithinBudget):
             self.pruner.restore_scores(*self._restored)
             self._restored = None
         if self.is_world_process_zero():
+            fewer = fewer_events(self.args, self.schedule)
+            if fewer is not None:
+                logger.warning(fewer)
             truncate_after(Path(str(self.args.output_dir)) / EVENTS_FILE, step)
 
     def _calibration_batches(self) -> Iterator[Batch | None]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from apt_trainer.errors import UserError
+from apt_trainer.packages import DEEPSPEED, require
 
 PROFILES = Path(__file__).resolve().parents[2] / "recipes" / "accelerate"
 EXPECTED_PROCESSES = "APT_EXPECTED_PROCESSES"
@@ -34,6 +35,8 @@ def launch(profile: str, num_processes: int | None, words: Sequence[str]) -> int
     """
     path = profile_path(profile)
     config = read_profile(path)
+    if config.get("distributed_type") == "DEEPSPEED":
+        require(DEEPSPEED, f"accelerate_config: {profile}")
     processes = count_processes(path, config, num_processes)
     # Only the workers may print a traceback: --quiet drops that of the launcher.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(path)]

@@ -20,6 +20,7 @@ from apt_trainer.depth.speed import relative_speed
 from apt_trainer.errors import UserError
 from apt_trainer.evaluation.bootstrap import mean_interval
 from apt_trainer.evaluation.harness import check_tasks, not_a_language_model, run_tasks
+from apt_trainer.packages import check_packages
 from apt_trainer.painting.scores import measured
 from apt_trainer.quantization import quantize
 from apt_trainer.sublayers.loss import bounded_exp, loss_name, loss_sums
@@ -62,6 +63,7 @@ class HeldOut:
         self._at, self._request = at, request
         if request.quantize is not None and not request.asks:
             raise UserError("quantize goes with what is measured: test, tasks of lm_eval or speed. Give one of them.")
+        check_packages({"quantize": request.quantize, "lm_eval_tasks": request.tasks})
         self._test: Calibration | None = None if request.test is None else at.read(request.test)
         if self._test is not None and not self._test.has_labels:
             raise no_loss_on_text(at)

@@ -16,6 +16,7 @@ from apt_trainer.evaluation.harness import run_tasks
 from apt_trainer.evaluation.perplexity import perplexity
 from apt_trainer.loading import choose_device, load_saved, load_tokenizer
 from apt_trainer.measure import count_parameters
+from apt_trainer.packages import check_packages
 from apt_trainer.quantization import quantize
 from apt_trainer.settings import ModelSettings, resolve_path
 
@@ -54,6 +55,7 @@ def evaluate_language(settings: ModelSettings, request: LanguageRequest) -> dict
     Raises:
         UserError: anything that cannot work; a missing text file before the weights load.
     """
+    check_packages({**vars(settings), "quantize": request.quantize, "lm_eval_tasks": request.tasks})
     text = None if request.text is None else _read(request.text)
     device = choose_device(request.device)
     tokenizer = load_tokenizer(settings)
