@@ -43,6 +43,7 @@ from apt_trainer.tasks import TaskData, keeps_sequences_apart
 from apt_trainer.tasks.trainer_options import data_options, set_task_arguments
 from apt_trainer.termination import finishing
 from apt_trainer.time_to_accuracy import TimeToAccuracy
+from apt_trainer.trackers import one_run
 from apt_trainer.trainer import EVENTS_FILE, APTTrainer
 
 logger = logging.getLogger(__name__)
@@ -121,14 +122,15 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
         write_json(output / RECIPE_FILE, recipe.given)
         if resume_from is None:
             (output / EVENTS_FILE).unlink(missing_ok=True)  # of a run that was ended before its first checkpoint
-    started, cpu_started = time.perf_counter(), time.process_time()
-    result = trainer.train(resume_from_checkpoint=resume_from)
-    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    peak = memory.above_start()
-    with finishing("saving the model"):
-        trainer.save_model(str(output))
-    trainer.compute_metrics = data.metrics["test"]
-    scores = trainer.evaluate(data.test, metric_key_prefix=data.test_name)
+    with one_run(trainer):
+        started, cpu_started = time.perf_counter(), time.process_time()
+        result = trainer.train(resume_from_checkpoint=resume_from)
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+        peak = memory.above_start()
+        with finishing("saving the model"):
+            trainer.save_model(str(output))
+        trainer.compute_metrics = data.metrics["test"]
+        scores = trainer.evaluate(data.test, metric_key_prefix=data.test_name)
     metrics = {
         "metric_name": data.metric_name,
         "task_metric": scores[f"{data.test_name}_{data.metric_name}"],

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from apt_trainer import checkpoint, runtime
+from apt_trainer import checkpoint, runtime, trackers
 from apt_trainer.adapters import lora
 from apt_trainer.adapters.allocation import mean_growth
 from apt_trainer.best_model import BestWithinBudget, check_candidates
@@ -118,6 +118,7 @@ class APTTrainer(BestWithinBudget):
         self.step_losses = StepLosses(self.pruner.family, self.accelerator, args.average_tokens_across_devices)
         self._last_inputs: dict[str, Any] | None = None
         self._finished, self._stop = False, StopOnSignal()
+        self._tracked: str | None = None
         self.add_callback(MethodCallback(self))
         self.add_callback(self._stop)
 
@@ -133,6 +134,8 @@ class APTTrainer(BestWithinBudget):
         with naming_the_silent(self.args.ddp_timeout):
             result = super().train(*args, **kwargs)
         self._stop.leave()
+        if self.is_world_process_zero():
+            self._tracked = trackers.mlflow_run(self.callback_handler.callbacks)
         self.finish()
         return result
 
@@ -166,11 +169,11 @@ class APTTrainer(BestWithinBudget):
         if self.compute_loss_func is None:  # else that function has divided by num_items_in_batch
             loss = shares.of_task(loss)
         if self.args.distillation != "none":
-            self.step_losses.note("loss/task", loss, step)
+            self.step_losses.note("task_loss", loss, step)
         if mu > 0.0:
             alive = self.pruner.alive_layers()
             distance = self.distillation.loss(inputs, outputs, taught, self.model, family, alive, step, shares)
-            self.step_losses.note("loss/distillation", distance, step)
+            self.step_losses.note("distillation_loss", distance, step)
             loss = mu * distance + (1 - mu) * loss
         return (loss, outputs) if return_outputs else loss
 
@@ -189,11 +192,14 @@ class APTTrainer(BestWithinBudget):
         return self.optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer's, with the parts of the loss and the sparsity. No name has a "/": for trackers that keep
+        names as paths, "loss" and "loss/task" would be a file and a folder."""
         self.check_finite()
         logs |= self.step_losses.means()
         if self.pruner.settings.prunes and "loss" in logs:
-            logs["pruning/sparsity"] = self.pruner.sparsity()
-        super().log(logs, start_time)
+            logs["sparsity"] = self.pruner.sparsity()
+        with trackers.reopened(self._tracked):
+            super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Of the Trainer itself: a checkpoint in training form. After :meth:`train`: the merged, cut model that loads

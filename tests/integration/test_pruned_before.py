@@ -126,7 +126,7 @@ def test_the_target_is_met_before_the_first_step(run: Run) -> None:
     assert kept <= 0.5 * dense < kept + largest
     assert {record["sparsity"] for record in records} == {1 - kept / dense}
     assert {record["block_params"] for record in records} == {kept}
-    logged = [log["pruning/sparsity"] for log in run.trainer.state.log_history if "pruning/sparsity" in log]
+    logged = [log["sparsity"] for log in run.trainer.state.log_history if "sparsity" in log]
     assert logged == [1 - kept / dense] * 12
 
 
