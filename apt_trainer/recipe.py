@@ -16,13 +16,13 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from apt_trainer.errors import UserError
 from apt_trainer.settings import DataSettings, MethodSettings, ModelSettings, check_choices, known_settings
+from apt_trainer.shipped import find_file, recipe_names
 
 if TYPE_CHECKING:
     from apt_trainer.config import APTConfig
@@ -54,7 +54,7 @@ def load_recipe(path: str | None, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, apply command-line overrides and build the settings.
 
     Args:
-        path: a YAML file with one flat mapping, or None to use the overrides alone.
+        path: a YAML file with one flat mapping, or the name of a shipped one; None to use the overrides alone.
         overrides: words such as ``["--learning_rate", "2e-4", "--prune_targets", "heads", "neurons", "--bf16"]``.
 
     Raises:
@@ -183,9 +183,12 @@ _RecipeLoader.add_implicit_resolver(
 
 def read_file(path: str) -> dict[str, Any]:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = find_file(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file. Give a recipe with --config.") from None
+        names = ", ".join(recipe_names())
+        raise UserError(
+            f"{path}: no such file. Give a recipe with --config, or one that comes with apt_trainer: {names}."
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a recipe: {error}") from error
     try:

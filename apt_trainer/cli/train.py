@@ -27,7 +27,12 @@ SETTINGS_INTRO = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", help="recipe: a YAML file with the settings below")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="recipe: a YAML file with the settings below, or the name of one that comes with apt_trainer: "
+        "quickstart, minilm/sst2 …",
+    )
     parser.add_argument(
         "--accelerate_config",
         metavar="NAME_OR_PATH",
