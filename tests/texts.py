@@ -10,7 +10,7 @@ from tiny import randomise
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from apt_trainer.shipped import TASKS
+from apt_trainer.settings.shipped import TASKS
 
 WORDS = [f"w{i}" for i in range(56)]
 TOKENS = ["<pad>", "<s>", "</s>", "<unk>", *WORDS]

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from apt_trainer.errors import UserError
-from apt_trainer.packages import DEEPSPEED, require
-from apt_trainer.shipped import PROFILES
+from apt_trainer.settings.packages import DEEPSPEED, require
+from apt_trainer.settings.shipped import PROFILES
 
 EXPECTED_PROCESSES = "APT_EXPECTED_PROCESSES"
 SINGLE_PROCESS_TYPES = ("NO", "MULTI_CPU")  # accelerate starts one process for these, whatever num_processes says

@@ -50,8 +50,8 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from apt_trainer.cli.launch import check_world_size, launch
 
     if args.accelerate_config is not None:
-        from apt_trainer.packages import check_packages
-        from apt_trainer.recipe import check_recipe
+        from apt_trainer.settings.packages import check_packages
+        from apt_trainer.settings.recipe import check_recipe
 
         check_packages(check_recipe(args.config, overrides))  # a mistake is told once, before any process starts
         config = ["--config", args.config] if args.config else []
@@ -59,9 +59,9 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     if args.num_processes is not None:
         raise UserError("--num_processes needs --accelerate_config, for example: --accelerate_config ddp")
 
-    from apt_trainer import run as runs
-    from apt_trainer.recipe import load_recipe
-    from apt_trainer.termination import EXIT_TERMINATED, Terminated, ending_cleanly
+    from apt_trainer.runs import run as runs
+    from apt_trainer.settings.recipe import load_recipe
+    from apt_trainer.training.termination import EXIT_TERMINATED, Terminated, ending_cleanly
 
     recipe = load_recipe(args.config, overrides)
     check_world_size(recipe.training.world_size)
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def ended_text(path: str) -> str:
     """What is left of a run that was told to end, and how to go on."""
-    from apt_trainer.whole_checkpoints import GOES_ON
+    from apt_trainer.training.whole_checkpoints import GOES_ON
 
     if (Path(path) / "config.json").is_file():
         return f"ended after training: {path} holds the finished model, but not all that is measured of it"

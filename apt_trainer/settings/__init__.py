@@ -1,7 +1,7 @@
 """Every setting of the method, the model and the data, validated once.
 
 Plain standard-library dataclasses, so that ``apt-trainer train --help`` answers without importing torch.
-:class:`apt_trainer.config.APTConfig` adds the settings of the Hugging Face ``TrainingArguments``.
+:class:`apt_trainer.settings.config.APTConfig` adds the settings of the Hugging Face ``TrainingArguments``.
 Not for training settings such as batch size: those are inherited.
 
 Units: *steps* are optimizer steps; where they are expected, a float up to 1.0 is a fraction of all steps (1.0: the

@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from apt_trainer.packages import TRL, require
+from apt_trainer.settings.packages import TRL, require
 
 _IN_MEMORY = {"keep_in_memory": True, "load_from_cache_file": False}
 

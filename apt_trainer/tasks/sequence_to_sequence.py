@@ -17,8 +17,8 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, EvalPrediction, PreTrainedTokenizerBase
 
 from apt_trainer.errors import UserError
-from apt_trainer.packages import BLEU, ROUGE, Package, require
 from apt_trainer.settings import DataSettings
+from apt_trainer.settings.packages import BLEU, ROUGE, Package, require
 from apt_trainer.tasks.base import (
     Splits,
     TaskData,

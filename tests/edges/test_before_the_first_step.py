@@ -27,14 +27,14 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 
 from apt_trainer import APTConfig, APTTrainer, UserError, cli
-from apt_trainer.budget import least_model
-from apt_trainer.packages import check_packages
-from apt_trainer.pruner import AdaptivePruner
-from apt_trainer.recipe import load_recipe
-from apt_trainer.run import train
-from apt_trainer.schedule import fewer_events, make_schedule
+from apt_trainer.plan.schedule import fewer_events, make_schedule
+from apt_trainer.pruning.budget import least_model
+from apt_trainer.pruning.pruner import AdaptivePruner
+from apt_trainer.runs.run import train
 from apt_trainer.settings import MethodSettings
-from apt_trainer.termination import finishing
+from apt_trainer.settings.packages import check_packages
+from apt_trainer.settings.recipe import load_recipe
+from apt_trainer.training.termination import finishing
 
 FILM = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "a", "the"]
 
@@ -439,7 +439,8 @@ def test_a_begun_run_whose_settings_change_is_begun_anew_without_its_events(clas
 def test_ctrl_c_in_the_save_loses_no_model(
     classifier: Path, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
-    from apt_trainer import checkpoint, load_pruned
+    from apt_trainer import load_pruned
+    from apt_trainer.training import checkpoint
 
     check = checkpoint.reload_difference
 

@@ -31,7 +31,7 @@ from test_before_the_first_step import classifier, recipe_file  # noqa: F401
 
 import apt_trainer
 from apt_trainer.cli import VERBS
-from apt_trainer.shipped import RECIPES
+from apt_trainer.settings.shipped import RECIPES
 
 ROOT = Path(apt_trainer.__file__).resolve().parents[1]
 OPTIONAL = ("deepspeed", "trl", "lm_eval", "torchao", "bitsandbytes", "gguf", "rouge_score", "sacrebleu")
@@ -227,9 +227,10 @@ def test_recipes_by_name_say_what_they_miss(installed: Installed) -> None:
 
 def test_every_recipe_and_study_is_found_by_name(installed: Installed) -> None:
     code = (
-        "from apt_trainer.recipe import read_values\n"
-        "from apt_trainer.ablation.study import read_study\nfrom apt_trainer.cli.ablate import study_commands\n"
-        "from apt_trainer.shipped import recipe_names, study_names\n"
+        "from apt_trainer.settings.recipe import read_values\n"
+        "from apt_trainer.studies.ablation.study import read_study\n"
+        "from apt_trainer.cli.ablate import study_commands\n"
+        "from apt_trainer.settings.shipped import recipe_names, study_names\n"
         "assert all(read_values(name) for name in recipe_names())\n"
         "assert all(read_study(name, commands=study_commands()).runs for name in study_names())\n"
         "print(*recipe_names(), *study_names())"
@@ -247,7 +248,7 @@ def test_shipped_tasks_read_their_data_from_the_folder_that_is_named(
 ) -> None:
     from texts import tiny_llama, word_tokenizer, words
 
-    from apt_trainer.evaluation.harness import run_tasks
+    from apt_trainer.evaluate.harness import run_tasks
 
     rows = [
         {"goal": words(4, i), "sol1": words(3, i + 50), "sol2": words(3, i + 90), "label": i % 2} for i in range(6)
