@@ -76,7 +76,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     except (KeyboardInterrupt, SystemExit) as ended:
         if chief:
             print(f"error: {ended_text(str(recipe.training.output_dir))}", file=sys.stderr)
-        return EXIT_INTERRUPTED if isinstance(ended, KeyboardInterrupt) else ended.code
+        return EXIT_INTERRUPTED if isinstance(ended, KeyboardInterrupt) else int(ended.code or 0)
     if chief:
         print(result_text(metrics, str(recipe.training.output_dir)))
     return 0

@@ -198,11 +198,11 @@ def _require_steps(name: str, value: float | None) -> None:
 
 def _check_pruning(s: PruningSettings) -> None:
     if s.target_sparsity is not None:
-        target = s.target_sparsity
-        percent = f" For {target:g} % write {target / 100:g}." if 1 < target < 100 else ""
+        given = s.target_sparsity
+        percent = f" For {given:g} % write {given / 100:g}." if 1 < given < 100 else ""
         _require(
-            0 < target < 1,
-            f"target_sparsity={target} must lie between 0 and 1 (0.6 removes 60 %); null prunes nothing.{percent}",
+            0 < given < 1,
+            f"target_sparsity={given} must lie between 0 and 1 (0.6 removes 60 %); null prunes nothing.{percent}",
         )
         _require(len(s.prune_targets) > 0, "prune_targets is empty. Name at least one of: " + ", ".join(PRUNE_TARGETS))
     for target in s.prune_targets:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-RECIPES = next(place / "recipes" for place in (_PACKAGE, _PACKAGE.parent) if (place / "recipes").is_dir())
+_INSTALLED = Path(__file__).resolve().parents[1] / "recipes"
+RECIPES = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1] / "recipes"
 PROFILES = RECIPES / "accelerate"
 TASKS = RECIPES / "lm_eval"
 _STUDIES = "ablations"
