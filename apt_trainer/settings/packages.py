@@ -33,6 +33,7 @@ ROUGE, BLEU = _of("rouge_score", "'apt-trainer[lm]'"), _of("sacrebleu", "'apt-tr
 GGUF = _of("gguf", "'apt-trainer[lm]'")
 HARNESS = _of("lm_eval", "'apt-trainer[lm_eval]'")
 DEEPSPEED = _of("deepspeed", "'apt-trainer[deepspeed]'")
+TOKENIZERS = tuple(_of(name, "sentencepiece tiktoken protobuf") for name in ("sentencepiece", "tiktoken"))
 TORCHAO, BITSANDBYTES = _of("torchao", "'apt-trainer[quantize]'"), _of("bitsandbytes", "'apt-trainer[quantize]'")
 
 _QUANTIZE = {"int8": TORCHAO, "int4": TORCHAO, "llm_int8": BITSANDBYTES, "nf4": BITSANDBYTES}

@@ -330,6 +330,19 @@ def test_what_measures_a_finished_model_says_so_before_it_loads(
         assert f"pip install 'apt-trainer[{pip}]'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("family", "file"), [("t5", "spiece.model"), ("llama", "tokenizer.model")])
+def test_a_tokenizer_that_needs_a_package_names_it(
+    tmp_path: Path, family: str, file: str, without: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_config(family).save_pretrained(tmp_path)
+    (tmp_path / file).write_bytes(b"not read")
+    without("sentencepiece", "tiktoken")
+    words_ = ["--model_name_or_path", str(tmp_path), "--train_file", "x.jsonl", "--output_dir", str(tmp_path / "out")]
+    assert cli.main(["plan", *words_, "--use_cpu"]) == 2
+    said = capsys.readouterr().err
+    assert "needs the package sentencepiece" in said and "pip install sentencepiece tiktoken protobuf" in said
+
+
 def test_the_trainer_says_so_at_construction(tmp_path: Path, without: Callable[..., None]) -> None:
     without("bitsandbytes")
     args = APTConfig(output_dir=str(tmp_path), **{**DEFAULTS, "optim": "adamw_8bit"})
