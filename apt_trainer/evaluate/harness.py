@@ -90,10 +90,12 @@ def check_tasks(tasks: Sequence[str], task_path: str | None = None) -> None:
     """Raise :class:`UserError` if lm_eval is missing, a task is not known, or the data of a local task cannot be read,
     before hours of training say so."""
     _imported()
-    manager = _task_manager(tasks, task_path)
-    here = [name for name in tasks if _is_yaml(name) or name in _local_tasks(task_path).all_subtasks]
-    with _errors_only("lm_eval.api.task"), _data_of(here):
-        manager.load(here)
+    _task_manager(tasks, task_path)
+    local = _local_tasks(task_path)
+    here = [name for name in tasks if _is_yaml(name) or name in local.all_subtasks]
+    if here:
+        with _errors_only("lm_eval.api.task"), _data_of(here):
+            local.load(here)
 
 
 def not_a_language_model(what: str) -> UserError:
