@@ -19,7 +19,6 @@ from transformers.trainer_utils import get_last_checkpoint
 from apt_trainer.errors import UserError
 from apt_trainer.settings import DataSettings, ModelSettings
 from apt_trainer.settings.config import APTConfig
-from apt_trainer.settings.packages import check_packages
 from apt_trainer.settings.recipe import COMMAND_LINE, check_recipe, read_file, read_values, split_overrides
 
 Values = Mapping[str, Any]
@@ -68,7 +67,6 @@ class TrainCommand:
 
     def check(self, base: Path, changes: Values) -> dict[str, Any]:
         given = check_recipe(str(base), _settings({**changes, "output_dir": "out"}))
-        check_packages(given)
         return {key: value for key, value in given.items() if key not in self.set_by_study}
 
     def comparable(self, given: Values) -> dict[str, Any]:
