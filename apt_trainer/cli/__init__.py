@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from apt_trainer import __version__
 from apt_trainer.errors import RunError, UserError
 from apt_trainer.libraries.versions import check_versions
 
@@ -71,6 +72,7 @@ def _parser(verbs: dict[str, Any]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="apt-trainer", description="Fine-tune a transformer while adaptively pruning it.", allow_abbrev=False
     )
+    parser.add_argument("--version", action="version", version=f"apt-trainer {__version__}")
     commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, module in verbs.items():
         command = commands.add_parser(

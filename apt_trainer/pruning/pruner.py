@@ -98,7 +98,7 @@ class AdaptivePruner:
         self.cost = cost_of(model, self.family, self.spaces, settings, timed_on)
         self.limits = limits_of(settings)
         if settings.sparsity_metric != "latency":  # else once processes have agreed on seconds
-            check_budget(self.spaces, self.plan, self.cost, self.limits, settings.target_sparsity)
+            self._check_budget()
         self.importance = importance or make_importance(settings, seed)
         nri = self.importance if settings.prunes and isinstance(self.importance, Nri) else None
         self.impact = None if nri is None else ImpactPass(model, nri.cost, settings, timed_on)
@@ -125,7 +125,7 @@ class AdaptivePruner:
             self._reduce = reduce
         if self.seconds is None:
             agree_on_seconds(self, self._reduce, processes)
-            check_budget(self.spaces, self.dense_plan, self.cost, self.limits, self.settings.target_sparsity)
+            self._check_budget()
         self._follow_schedule(step)
 
     def calibrate(self, batches: Iterable[Batch | None], loss_of: Callable[[Batch], torch.Tensor]) -> None:
@@ -315,6 +315,10 @@ class AdaptivePruner:
         self.masks.load_state_dict(part("masks/"))
 
     # ------------------------------------------------------------------ inside
+
+    def _check_budget(self) -> None:
+        sparsity = self.settings.target_sparsity
+        check_budget(self.spaces, self.sublayers, self.dense_plan, self.cost, self.limits, sparsity)
 
     def _insert_adapters(self) -> None:
         s = self.settings

@@ -29,8 +29,9 @@ from apt_trainer.evaluate.harness import run_tasks
 from apt_trainer.evaluate.task_intervals import score_intervals
 from apt_trainer.measure import PeakMemory, count_parameters, return_freed_memory, size_on_disk
 from apt_trainer.report.plots import plot_run
-from apt_trainer.runs.preflight import check_before_loading, checkpoint_to_resume, finished_run
+from apt_trainer.runs.preflight import check_before_loading, check_installed, checkpoint_to_resume, finished_run
 from apt_trainer.settings import ModelSettings
+from apt_trainer.settings.packages import check_packages
 from apt_trainer.settings.recipe import Recipe, load_recipe
 from apt_trainer.store.events import read_events, write_json
 from apt_trainer.store.lock import OutputLock
@@ -41,7 +42,9 @@ from apt_trainer.tasks.trainer_options import data_options, set_task_arguments
 from apt_trainer.training.engines import engine_name
 from apt_trainer.training.engines.agreement import failing_together
 from apt_trainer.training.evaluation_loop import plain_trainer
+from apt_trainer.training.termination import finishing
 from apt_trainer.training.time_to_accuracy import TimeToAccuracy
+from apt_trainer.training.trackers import one_run
 from apt_trainer.training.trainer import EVENTS_FILE, APTTrainer
 
 logger = logging.getLogger(__name__)
@@ -65,6 +68,7 @@ _DENSE: dict[str, Any] = {
     "dense_baseline": False,
     "report_to": "none",
     "push_to_hub": False,
+    "resume_from_checkpoint": "auto",
 }
 _VERSIONS = ("apt_trainer", "torch", "transformers", "peft", "accelerate", "deepspeed", "datasets")
 
@@ -91,6 +95,7 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
         return finished
     return_freed_memory()
     resume_from = checkpoint_to_resume(recipe)
+    check_installed(recipe)
     memory = PeakMemory(args.device.type)
     set_seed(args.seed)
     tokenizer, config, data = load_inputs(recipe.model, recipe)
@@ -116,20 +121,19 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
     )
     watch, engine = _watch_accuracy(trainer, data), engine_name(trainer)
     if lock is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        lock.take()
-        write_json(output / RECIPE_FILE, {key: value for key, value in recipe.given.items() if key not in _SECRET})
-    started, cpu_started = time.perf_counter(), time.process_time()
-    result = trainer.train(resume_from_checkpoint=resume_from)
-    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    peak = memory.above_start()
-    if not args.push_to_hub:  # else it was saved before it was uploaded
-        with failing_together():
-            trainer.save_model(str(output))
-    dtype = trainer.model.dtype
-    with _saved_in(output):
-        trainer.compute_metrics = data.metrics["test"]
-        scores = trainer.evaluate(data.test, metric_key_prefix=data.test_name)
+        _take_folder(output, recipe, lock, anew=resume_from is None)
+    with one_run(trainer):
+        started, cpu_started = time.perf_counter(), time.process_time()
+        result = trainer.train(resume_from_checkpoint=resume_from)
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+        peak = memory.above_start()
+        if not args.push_to_hub:  # else it was saved before it was uploaded
+            with finishing("saving the model"), failing_together():
+                trainer.save_model(str(output))
+        dtype = trainer.model.dtype
+        with _saved_in(output):
+            trainer.compute_metrics = data.metrics["test"]
+            scores = trainer.evaluate(data.test, metric_key_prefix=data.test_name)
     if args.bf16_full_eval or args.fp16_full_eval:  # they leave it in theirs; what follows is for what was saved
         trainer.model.to(dtype)
     metrics = {
@@ -170,6 +174,15 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
             finally:
                 _write_records(output, metrics, trainer, data)
     return metrics
+
+
+def _take_folder(output: Path, recipe: Recipe, lock: OutputLock, anew: bool) -> None:
+    """Make ``output`` the folder of this run; what an earlier one left that ended before its first checkpoint goes."""
+    output.mkdir(parents=True, exist_ok=True)
+    lock.take()
+    write_json(output / RECIPE_FILE, {key: value for key, value in recipe.given.items() if key not in _SECRET})
+    if anew:
+        (output / EVENTS_FILE).unlink(missing_ok=True)
 
 
 def _saved_in(output: Path) -> Retold:
@@ -253,6 +266,7 @@ def evaluate(model: str | ModelSettings, recipe: Recipe | None = None) -> dict[s
     path = model if isinstance(model, str) else str(model.model_name_or_path)
     recipe = recipe or recipe_of(Path(path))
     settings = ModelSettings(path, dtype=recipe.model.dtype) if isinstance(model, str) else model
+    check_packages({**vars(settings), **vars(recipe.data)})
     tokenizer, _, data = load_inputs(settings, recipe, trained=False)
     args = copy.copy(recipe.training)
     args.report_to, args.push_to_hub = [], False

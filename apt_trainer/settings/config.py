@@ -14,7 +14,27 @@ from apt_trainer.errors import UserError
 from apt_trainer.settings import MeasureSettings, MethodSettings
 from apt_trainer.settings.engines import before_processes_join, check_deepspeed, join_processes
 from apt_trainer.settings.fsdp import check_fsdp
+from apt_trainer.settings.packages import check_packages
 from apt_trainer.settings.refused import check_refused
+
+_FROM_1, _FROM_0, _SHARE = (1, math.inf, "at least 1"), (0, math.inf, "at least 0"), (0, 1, "from 0 to below 1")
+_RANGES: dict[str, tuple[float, float, str]] = {
+    "per_device_train_batch_size": _FROM_1,
+    "per_device_eval_batch_size": _FROM_1,
+    "gradient_accumulation_steps": _FROM_1,
+    "eval_accumulation_steps": _FROM_1,
+    "save_total_limit": (1, math.inf, "at least 1; null keeps all checkpoints"),
+    "dataloader_num_workers": _FROM_0,
+    "weight_decay": _FROM_0,
+    "warmup_steps": (0, math.inf, "a number of steps, or a fraction of all steps"),
+    "max_grad_norm": (0, math.inf, "at least 0; 0 does not clip"),
+    "adam_beta1": _SHARE,
+    "adam_beta2": _SHARE,
+    "label_smoothing_factor": _SHARE,
+    "seed": (0, 2**32, "from 0 to 2**32 - 1"),
+    "data_seed": (0, 2**32, "from 0 to 2**32 - 1"),
+}
+"""Numbers of the training loop: the least allowed, the first that is too large, and both in words."""
 
 
 @dataclass
@@ -50,6 +70,7 @@ class APTConfig(MethodSettings, MeasureSettings, Seq2SeqTrainingArguments):
         self.check()
         self.check_measuring()
         self._check_numbers()
+        check_packages({"deepspeed": self.deepspeed})
         before_processes_join(self)
         join_processes(self)
         super().__post_init__()
@@ -74,14 +95,21 @@ class APTConfig(MethodSettings, MeasureSettings, Seq2SeqTrainingArguments):
             value = getattr(self, each.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{each.name}={value} is not a finite number.")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name, (least, above, meaning) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < above:
+                raise UserError(f"{name}={value} must be {meaning}.")
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name}={value} must be a number of steps from 1, or a fraction of all steps.")
         for name in ("learning_rate", "full_learning_rate", "dense_learning_rate"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"{name}={value} must be above 0.")
-        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise UserError(f"max_steps={self.max_steps} must be at least 1; -1 trains for num_train_epochs.")
+        if self.num_train_epochs <= 0 and self.max_steps == -1:
             raise UserError(f"num_train_epochs={self.num_train_epochs} must be above 0.")
 
     def total_steps(self, num_rows: int | None) -> int:

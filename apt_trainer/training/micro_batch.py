@@ -123,13 +123,13 @@ class MicroBatches:
             loss = shares.of_task(loss)
         elif counts:
             loss = loss * losses.processes
-        parts = {"loss/task": loss}
+        parts = {"task_loss": loss}
         if mu > 0.0:
             alive, family = trainer.pruner.alive_layers(), trainer.pruner.family
             distance = trainer.distillation.loss(
                 seen.inputs, seen.outputs, seen.taught, trainer.model, family, alive, step, shares
             )
-            parts["loss/distillation"] = distance
+            parts["distillation_loss"] = distance
             loss = mu * distance + (1 - mu) * loss
         if trainer.args.distillation != "none" and self._computed == 0:
             for name, part in parts.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -29,7 +30,7 @@ from apt_trainer.models import HIDDEN
 from apt_trainer.models.labels import match_teacher
 from apt_trainer.plan.limits import warn_of_collapse
 from apt_trainer.plan.ranks import mean_growth
-from apt_trainer.plan.schedule import Schedule, make_schedule
+from apt_trainer.plan.schedule import Schedule, fewer_events, make_schedule
 from apt_trainer.pruning.given_model import IN_USE, check_loaded
 from apt_trainer.pruning.pruner import AdaptivePruner, Decision
 from apt_trainer.scoring import Importance
@@ -37,12 +38,13 @@ from apt_trainer.scoring.calibration import Batch, shares
 from apt_trainer.settings.config import APTConfig
 from apt_trainer.settings.engines import check_launch, wants_deepspeed
 from apt_trainer.settings.fsdp import wants_fsdp
+from apt_trainer.settings.packages import check_packages
 from apt_trainer.store.events import append_event, truncate_after
 from apt_trainer.store.hub import check_upload
 from apt_trainer.surgery import adapters as lora
 from apt_trainer.surgery.slicing import Grow, Keep
 from apt_trainer.surgery.tuning import base_weight_names
-from apt_trainer.training import checkpoint
+from apt_trainer.training import checkpoint, trackers
 from apt_trainer.training import reshape as runtime
 from apt_trainer.training.best_model import check_candidates
 from apt_trainer.training.callback import MethodCallback
@@ -62,6 +64,8 @@ from apt_trainer.training.step_losses import StepLosses
 from apt_trainer.training.termination import StopOnSignal
 
 EVENTS_FILE = "events.jsonl"
+
+logger = logging.getLogger(__name__)
 
 
 class APTTrainer(FinishedModel):
@@ -110,6 +114,7 @@ class APTTrainer(FinishedModel):
             raise UserError(
                 f"args is {type(args).__name__}. Give an APTConfig, which has all of TrainingArguments too."
             )
+        check_packages(vars(args))
         check_launch(args)
         check_objects(optimizers)
         if (model is None) == (model_init is None):
@@ -142,6 +147,7 @@ class APTTrainer(FinishedModel):
         self.compiled = CompiledSteps(runtime.take_compiling(self))
         self._set_up()
         self._micro_batches, self._stop = MicroBatches(self), StopOnSignal()
+        self._tracked: str | None = None
         self.add_callback(MethodCallback(self))
         self.add_callback(self._stop)
 
@@ -168,6 +174,8 @@ class APTTrainer(FinishedModel):
                 f"Training ended at step {self.state.global_step} of {self.state.max_steps}, before the last units go "
                 f"at step {self.schedule.end}: {self.pruner.sparsity():.1%} is removed, not what was asked for."
             )
+        if self.is_world_process_zero():
+            self._tracked = trackers.mlflow_run(self.callback_handler.callbacks)
         self.finish()
         self.upload_if_asked()
         return result
@@ -193,11 +201,14 @@ class APTTrainer(FinishedModel):
         return get_parameter_names(model, [nn.LayerNorm], UNDECAYED)  # type: ignore[no-any-return]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer's, with the parts of the loss and the sparsity. No name has a "/": for trackers that keep
+        names as paths, "loss" and "task_loss" would be a file and a folder."""
         self.check_finite()
         logs |= self.step_losses.means()
         if self.pruner.settings.prunes and "loss" in logs:
-            logs["pruning/sparsity"] = self.pruner.sparsity()
-        super().log(logs, start_time)
+            logs["sparsity"] = self.pruner.sparsity()
+        with trackers.reopened(self._tracked):
+            super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not _internal_call:
@@ -344,6 +355,9 @@ class APTTrainer(FinishedModel):
             self.pruner.restore_scores(*self._restored)
             self._restored = None
         if self.is_world_process_zero():
+            fewer = fewer_events(self.args, self.schedule)
+            if fewer is not None:
+                logger.warning(fewer)
             truncate_after(Path(str(self.args.output_dir)) / EVENTS_FILE, step)
 
     def _calibration_batches(self) -> Iterator[Batch | None]:
