@@ -110,6 +110,8 @@ class ModelFamily:
     ``parallel``: whether, by the config, all sublayers of a layer read the input of that layer.
     ``adapter_targets``: endings of the linears that get adapters by default, where a model has them.
     ``unsupported``: a sentence for a config outside what the table describes, else None.
+    ``config_sizes``: kind of units, "layers" or "head_dim" → fields of the config that say it for all layers alike, one
+    a stack for layers; ``per_layer``: fields that list something layer by layer.
     ``gguf``: model type → llama.cpp's architecture for it, and the one whose layers may differ in size.
     """
 
@@ -123,6 +125,8 @@ class ModelFamily:
     adapter_targets: tuple[str, ...] = ()
     parallel: Callable[[Any], bool] = lambda config: False
     unsupported: Callable[[Any], str | None] = lambda config: None
+    config_sizes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    per_layer: tuple[str, ...] = ("layer_types",)
     gguf: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     def prefix(self, model: nn.Module) -> str:
@@ -203,6 +207,18 @@ class ModelFamily:
         prefixes = tuple(path + "." for path in self.layer_paths(model))
         paths = [path for path, _ in model.named_modules() if path.startswith(prefixes)]
         return tuple(target for target in self.adapter_targets if any(path.endswith("." + target) for path in paths))
+
+    def head_dim(self, model: nn.Module) -> int:
+        """Channels of one head, of the first attention that is there; for models that have one."""
+        found = (
+            (f"{layer}.{table.head_dim[0]}", table.head_dim[1])
+            for stack in self.stacks
+            for layer in self._layers(model, stack)
+            for table in stack.sublayers
+            if table.head_dim is not None
+        )
+        modules = ((model.get_submodule(path), name) for path, name in found if exists(model, path))
+        return next(int(getattr(module, name)) for module, name in modules if hasattr(module, name))
 
     def trained_head(self, model: nn.Module) -> tuple[str, ...]:
         """Module paths of the task head, which trains in full in every mode."""

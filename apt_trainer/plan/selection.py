@@ -46,20 +46,38 @@ def select(
     counts = {space.name: limits.floor(space, current.counts[space.name]) for space in spaces}
     least = cost.total(counts)
     if least > budget:
-        raise UserError(
-            f"The budget allows a cost of {_amount(budget)}, but the least that prune_targets, min_heads, "
-            f"min_neurons, min_hidden and round_to leave is {_amount(least)}. "
-            "Lower target_sparsity, widen prune_targets or lower a minimum."
-        )
+        raise budget_too_small(budget, least)
     chunks = _chunks(scores, spaces, current, cost, limits, counts, scores_are_densities)
     for chunk in _within(chunks, counts, cost, budget):
         counts[chunk.space] += chunk.units
     positions = {}
     for space in spaces:
         if counts[space.name] < current.counts[space.name]:
-            order = torch.sort(scores[space.name].double().cpu(), descending=True, stable=True).indices
+            _, order = falling(scores[space.name])
             positions[space.name] = order[: counts[space.name]].sort().values
     return current.narrowed(positions)
+
+
+def finite(scores: torch.Tensor, space: str) -> torch.Tensor:
+    """``scores`` of ``space`` as float64 on the CPU; raises :class:`UserError` where one is not finite."""
+    if not bool(torch.isfinite(scores).all()):
+        raise UserError(f"Scores of {space} are not finite. Lower the learning rate, or look at the data.")
+    return scores.double().cpu()
+
+
+def falling(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scores, positions), the highest first; of equals the first, on every machine."""
+    ordered = scores.double().cpu().sort(descending=True, stable=True)
+    return ordered.values, ordered.indices
+
+
+def budget_too_small(budget: float, least: float) -> UserError:
+    """What to raise where even the ``least`` model costs more than ``budget``."""
+    return UserError(
+        f"The budget allows a cost of {_amount(budget)}, but the least that prune_targets, min_heads, "
+        f"min_neurons, min_hidden and round_to leave is {_amount(least)}. "
+        "Lower target_sparsity, widen prune_targets or lower a minimum."
+    )
 
 
 def _chunks(
@@ -77,9 +95,7 @@ def _chunks(
         left = current.counts[space.name]
         if left == floor[space.name]:
             continue
-        if not bool(torch.isfinite(scores[space.name]).all()):
-            raise UserError(f"Scores of {space.name} are not finite. Lower the learning rate, or look at the data.")
-        values = scores[space.name].double().cpu().sort(descending=True, stable=True).values
+        values, _ = falling(finite(scores[space.name], space.name))
         core = 0 if floor[space.name] else limits.core(space, left)
         unit_cost = 1.0 if scores_are_densities else cost.marginal(space.name, current.counts)
         rest = values[floor[space.name] or core :]

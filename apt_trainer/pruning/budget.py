@@ -49,9 +49,11 @@ def check_budget(
     cost: CostModel,
     limits: Limits,
     sparsity: float | None,
+    least: Mapping[str, int] | None = None,
 ) -> None:
     """Raise :class:`UserError` where ``sparsity`` (None: nothing is pruned) is more than ``limits`` let go or would
-    leave next to nothing of the blocks, or where what could go costs nothing."""
+    leave next to nothing of the blocks, or where what could go costs nothing. ``least``: units per space of the
+    cheapest model there may be, by default :func:`least_model`."""
     if sparsity is None:
         return
     whole = cost.total(dense.counts)
@@ -60,7 +62,7 @@ def check_budget(
             "Neither heads nor neurons take time that can be measured at reference_batch_size × reference_length. "
             "Raise these, or choose another sparsity_metric."
         )
-    largest = 1 - cost.total(least_model(spaces, sublayers, dense, cost, limits)) / whole
+    largest = 1 - cost.total(least or least_model(spaces, sublayers, dense, cost, limits)) / whole
     if sparsity > largest:
         named = f"; the largest that does not is {math.floor(1e4 * largest) / 1e4:g}" if largest >= 1e-4 else ""
         raise UserError(

@@ -35,6 +35,7 @@ from apt_trainer.scoring.calibration import Batch, calibrate
 from apt_trainer.scoring.observing import Observing
 from apt_trainer.scoring.rank_score import RankScore
 from apt_trainer.settings import MethodSettings
+from apt_trainer.store.stock import uniform_shape
 from apt_trainer.surgery import adapters as lora
 from apt_trainer.surgery.cutting import apply_plan
 from apt_trainer.surgery.masks import MaskStore
@@ -97,6 +98,8 @@ class AdaptivePruner:
         self.block_cost = parameter_cost(model, self.family, self.spaces)
         self.cost = cost_of(model, self.family, self.spaces, settings, timed_on)
         self.limits = limits_of(settings)
+        uniform = settings.prunes and settings.shape == "uniform"
+        self.shape = uniform_shape(model, self.family, settings.prune_targets) if uniform else None
         if settings.sparsity_metric != "latency":  # else once processes have agreed on seconds
             self._check_budget()
         self.importance = importance or make_importance(settings, seed)
@@ -274,6 +277,13 @@ class AdaptivePruner:
             "tune": self.tune,
         }
 
+    def choose(
+        self, scores: Mapping[str, torch.Tensor], current: PruningPlan, budget: float, densities: bool
+    ) -> PruningPlan:
+        """Plan below ``current`` within ``budget``, of the shape that the settings ask for; see ``plan.selection``."""
+        choose = select if self.shape is None else self.shape.select
+        return choose(scores, self.spaces, current, self.cost, budget, self.limits, densities)
+
     # ------------------------------------------------------------------ checkpoints
 
     def state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -318,7 +328,9 @@ class AdaptivePruner:
 
     def _check_budget(self) -> None:
         sparsity = self.settings.target_sparsity
-        check_budget(self.spaces, self.sublayers, self.dense_plan, self.cost, self.limits, sparsity)
+        dense, limits = self.dense_plan, self.limits
+        least = None if self.shape is None else self.shape.least(self.spaces, dense, self.cost, limits)
+        check_budget(self.spaces, self.sublayers, dense, self.cost, limits, sparsity, least)
 
     def _insert_adapters(self) -> None:
         s = self.settings
@@ -367,8 +379,7 @@ class AdaptivePruner:
         assert self.schedule is not None
         sparsity = self.schedule.target_sparsity if event is None else self.schedule.sparsity(event)
         budget = (1 - sparsity) * self.cost.total(self.dense_plan.counts)
-        scores, densities = self.importance.scores(self.model), self.importance.densities
-        plan = select(scores, self.spaces, self.plan, self.cost, budget, self.limits, densities)
+        plan = self.choose(self.importance.scores(self.model), self.plan, budget, self.importance.densities)
         self.importance.check_kept(plan.counts)
         return plan
 

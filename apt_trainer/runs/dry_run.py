@@ -16,7 +16,6 @@ from apt_trainer.models import HIDDEN, family_of
 from apt_trainer.plan.cost import flops_cost
 from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.plan.schedule import Schedule, fewer_events, make_schedule
-from apt_trainer.plan.selection import select
 from apt_trainer.pruning.pruner import AdaptivePruner
 from apt_trainer.report.tables import format_bytes, format_count, markdown_table
 from apt_trainer.runs.preflight import check_before_loading, check_installed, checkpoint_to_resume
@@ -262,6 +261,4 @@ def evenly_cut(pruner: AdaptivePruner, sparsity: float) -> PruningPlan:
     """A plan at ``sparsity`` in which every kind loses about the same share."""
     budget = (1 - sparsity) * pruner.cost.total(pruner.dense_plan.counts)
     scores = {space.name: torch.linspace(1, 0, space.size, dtype=torch.float64) for space in pruner.spaces}
-    return select(
-        scores, pruner.spaces, pruner.dense_plan, pruner.cost, budget, pruner.limits, scores_are_densities=True
-    )
+    return pruner.choose(scores, pruner.dense_plan, budget, densities=True)

@@ -21,6 +21,8 @@ TASKS = (
 PRUNE_TARGETS = ("heads", "neurons", "hidden", "sublayers")
 POST_NORM_POLICIES = ("remove_norm", "keep_norm")
 """The first is the default."""
+SHAPES = ("free", "uniform")
+"""The first is the default."""
 QUANTIZE = ("int8", "int4", "llm_int8", "nf4")
 TUNE_MODES = ("adapters", "adapters_and_norms", "full")
 
@@ -29,6 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "sparsity_metric": ("params", "flops", "latency", "memory"),
     "pruning_time": ("before", "early", "late", "after"),
     "post_norm_policy": POST_NORM_POLICIES,
+    "shape": SHAPES,
     "sparsity_schedule": ("cubic", "linear"),
     "importance": ("salience", "magnitude", "taylor", "random", "cosine", "nri"),
     "nri_cost": ("params", "latency", "memory", "none"),

@@ -29,6 +29,12 @@ class PruningSettings:
         "What is left of an attention or a feed-forward that vanishes. remove_norm: nothing, y = x; keep_norm, for "
         "models with a norm after each residual (BERT, RoBERTa, XLM-RoBERTa, DistilBERT): the norm, y = norm(x).",
     )
+    shape: str = setting(
+        "free",
+        "free: each layer loses what it needs least. uniform: all layers keep as many heads and neurons (which ones "
+        "differs), and sublayers means whole layers, so that the result is a stock checkpoint of its family, which "
+        "transformers, vLLM, TensorRT-LLM and llama.cpp's converter read as any other.",
+    )
     pruning_time: str = setting(
         "early",
         "before: once, before the first step (APT, for LLaMA); early: in the first part of training; late: in its "
@@ -80,7 +86,12 @@ class PruningSettings:
         "mean", "mean: bring the outlier term to the mean salience of its kind, times outlier_weight; none: as in APT."
     )
     outlier_weight: float = setting(0.1, "Weight of the outlier term where outlier_scaling is mean.")
-    round_to: int = setting(8, "Neurons per layer and hidden dimensions are kept in multiples of this.")
+    round_to: int = setting(
+        8,
+        "Neurons per layer and hidden dimensions are kept in multiples of this. Servers like 32 (llama.cpp Q8_0), 64 "
+        "(half precision on tensor cores), 128 (vLLM and TensorRT-LLM: FP8, AWQ and GPTQ groups) or 256 (llama.cpp "
+        "Q4_K).",
+    )
     min_heads: int = setting(0, "Least heads kept per attention; 0: a whole attention may vanish (APT).")
     min_neurons: int = setting(0, "Least neurons kept per feed-forward; 0: a whole feed-forward may vanish (APT).")
     min_hidden: int = setting(64, "Least hidden dimensions kept.")

@@ -23,6 +23,7 @@ from apt_trainer.settings import CHOICES, DataSettings, ModelSettings, resolve_p
 from apt_trainer.settings.packages import TOKENIZERS, require
 from apt_trainer.settings.recipe import Recipe
 from apt_trainer.store.saved_model import dense_shape, load_pruned
+from apt_trainer.store.stock import with_dense_sizes
 from apt_trainer.tasks import TaskData, architecture_of, load_task
 
 GGUF = ".gguf"
@@ -253,7 +254,7 @@ def load_dense_shape(settings: ModelSettings) -> PreTrainedModel:
     config = read_config(settings)
     if settings.attn_implementation:
         config._attn_implementation = settings.attn_implementation
-    cls, stock = dense_shape(config)
+    cls, stock = dense_shape(with_dense_sizes(config))
     cls = cls or _saved_class(config, source, None)
     model = cls(stock) if issubclass(cls, PreTrainedModel) else cls.from_config(stock)
     return model.to(_dtype(config, settings.dtype))  # type: ignore[no-any-return]

@@ -31,6 +31,7 @@ from apt_trainer.models.execution_plan import Plan, plan_from_json
 from apt_trainer.models.sizes import ConfigView, get_size, set_size
 from apt_trainer.models.stubs import STUB_KINDS, STUBS, put_stub
 from apt_trainer.plan.pruning_plan import PruningPlan
+from apt_trainer.store.stock import DENSE_SIZES, become_stock, with_dense_sizes
 
 FORMAT_VERSION = 2
 _WITHOUT_PLAN = 1  # what a model without an execution plan is saved as: older versions can read it
@@ -189,7 +190,8 @@ def register() -> None:
 def as_pruned(model: PreTrainedModel, family: ModelFamily, plan: PruningPlan) -> None:
     """Turn a cut stock model, in place, into the class that saves and loads with its structure.
 
-    A model whose shapes are those of the dense one stays a stock model.
+    A model whose shapes are those of the dense one stays a stock model, and one whose layers are all cut alike becomes
+    a stock model of a smaller config where that can say so (``stock``).
     """
     if hasattr(model.config, "apt_structure"):
         return
@@ -197,7 +199,7 @@ def as_pruned(model: PreTrainedModel, family: ModelFamily, plan: PruningPlan) ->
     with torch.device("meta"):
         dense = stock(copy.deepcopy(model.config))
     structure = describe_structure(model, dense, family, plan)
-    if any(structure.values()):
+    if any(structure.values()) and not become_stock(model, family, plan):
         become_own(model, structure)
 
 
@@ -235,7 +237,7 @@ def dense_copy(model: PreTrainedModel, device: torch.device | str | None = None)
 
     It is made on ``device`` at once, by default that of ``model``; "meta" is enough to count.
     """
-    cls, config = dense_shape(model.config)
+    cls, config = dense_shape(with_dense_sizes(model.config))
     with torch.device(device or model.device):
         return (cls or type(model))._from_config(config, dtype=model.dtype)
 
@@ -252,8 +254,14 @@ def load_pruned(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     architecture = getattr(config, "apt_base_architecture", None)
     if architecture is None:
         names = config.architectures or []
+        if hasattr(config, DENSE_SIZES):
+            return _complete(path, getattr(transformers, names[0]), config, kwargs)
         raise UserError(f"{path} is a stock model ({', '.join(names)}); load it with transformers.")
-    cls = model_class(config.apt_base_model_type, architecture)
+    return _complete(path, model_class(config.apt_base_model_type, architecture), config, kwargs)
+
+
+def _complete(path: str | Path, cls: Any, config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> PreTrainedModel:
+    """The model of class ``cls`` in ``path``; raises :class:`UserError` unless all of its weights are there."""
     try:
         model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
     except (OSError, SafetensorError) as error:

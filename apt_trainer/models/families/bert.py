@@ -51,6 +51,12 @@ _MLP = SublayerTable(
 )
 _STACKS = (StackTable("encoder.layer", (_ATTENTION, _MLP), embedding_norms=("embeddings.LayerNorm",)),)
 _EMBEDDINGS = ("embeddings.word_embeddings", "embeddings.position_embeddings", "embeddings.token_type_embeddings")
+_CONFIG_SIZES = {
+    "heads": ("num_attention_heads",),
+    "neurons": ("intermediate_size",),
+    "hidden": ("hidden_size",),
+    "layers": ("num_hidden_layers",),
+}
 _TARGETS = ("query", "value", "intermediate.dense")
 
 BERT = ModelFamily(
@@ -62,6 +68,7 @@ BERT = ModelFamily(
     base_reads=("pooler.dense",),
     trained_base=("pooler",),
     adapter_targets=_TARGETS,
+    config_sizes=_CONFIG_SIZES,
     heads={
         "ForSequenceClassification": Head(trained=("classifier",)),
         "ForTokenClassification": Head(reads=("classifier",), trained=("classifier",)),
@@ -84,6 +91,7 @@ ROBERTA = ModelFamily(
     base_reads=("pooler.dense",),
     trained_base=("pooler",),
     adapter_targets=_TARGETS,
+    config_sizes=_CONFIG_SIZES,
     heads={
         "ForSequenceClassification": Head(reads=("classifier.dense",), trained=("classifier",)),
         "ForTokenClassification": Head(reads=("classifier",), trained=("classifier",)),

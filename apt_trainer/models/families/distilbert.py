@@ -35,6 +35,7 @@ DISTILBERT = ModelFamily(
     post_norm=True,
     unsupported=encoder_only,
     adapter_targets=("q_lin", "v_lin", "lin1"),
+    config_sizes={"heads": ("n_heads",), "neurons": ("hidden_dim",), "hidden": ("dim",), "layers": ("n_layers",)},
     heads={
         "ForSequenceClassification": Head(reads=("pre_classifier",), trained=("pre_classifier", "classifier")),
         "ForTokenClassification": Head(reads=("classifier",), trained=("classifier",)),

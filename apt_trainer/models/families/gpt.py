@@ -65,6 +65,7 @@ GPT2 = ModelFamily(
     ),
     embeddings=("wte", "wpe"),
     adapter_targets=("c_attn", "c_fc"),
+    config_sizes={"heads": ("n_head",), "neurons": ("n_inner",), "hidden": ("n_embd",), "layers": ("n_layer",)},
     unsupported=_no_cross_attention,
     heads={
         "GPT2LMHeadModel": _LM_HEAD,
@@ -109,6 +110,12 @@ GPT_NEOX = ModelFamily(
     ),
     embeddings=("embed_in",),
     adapter_targets=("query_key_value", "dense_h_to_4h"),
+    config_sizes={
+        "heads": ("num_attention_heads",),
+        "neurons": ("intermediate_size",),
+        "hidden": ("hidden_size",),
+        "layers": ("num_hidden_layers",),
+    },
     parallel=lambda config: bool(config.use_parallel_residual),
     heads={
         "ForCausalLM": _LM_HEAD,
@@ -158,6 +165,12 @@ OPT = ModelFamily(
     ),
     embeddings=("decoder.embed_tokens", "decoder.embed_positions"),
     adapter_targets=("q_proj", "v_proj", "fc1"),
+    config_sizes={
+        "heads": ("num_attention_heads",),
+        "neurons": ("ffn_dim",),
+        "hidden": ("hidden_size", "word_embed_proj_dim"),
+        "layers": ("num_hidden_layers",),
+    },
     unsupported=_one_width_before_each_sublayer,
     heads={
         "ForCausalLM": _LM_HEAD,

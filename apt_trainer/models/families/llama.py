@@ -38,6 +38,15 @@ _MLP = SublayerTable(
 )
 
 
+_CONFIG_SIZES = {
+    "heads": ("num_attention_heads", "num_key_value_heads"),
+    "head_dim": ("head_dim",),
+    "neurons": ("intermediate_size",),
+    "hidden": ("hidden_size",),
+    "layers": ("num_hidden_layers",),
+}
+
+
 def _family(*model_types: str, attention: SublayerTable, mlp: SublayerTable, targets: tuple[str, ...]) -> ModelFamily:
     return ModelFamily(
         model_types=model_types,
@@ -45,6 +54,8 @@ def _family(*model_types: str, attention: SublayerTable, mlp: SublayerTable, tar
         embeddings=("embed_tokens",),
         adapter_targets=targets,
         heads=HEADS,
+        config_sizes=_CONFIG_SIZES,
+        per_layer=("layer_types", "no_rope_layers"),
     )
 
 

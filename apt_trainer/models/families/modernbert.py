@@ -32,6 +32,12 @@ MODERNBERT = ModelFamily(
     ),
     embeddings=("embeddings.tok_embeddings",),
     adapter_targets=("Wqkv", "Wi"),
+    config_sizes={
+        "heads": ("num_attention_heads",),
+        "neurons": ("intermediate_size",),
+        "hidden": ("hidden_size",),
+        "layers": ("num_hidden_layers",),
+    },
     heads={
         "ForSequenceClassification": _CLASSIFIER,
         "ForTokenClassification": _CLASSIFIER,

@@ -67,6 +67,8 @@ T5 = ModelFamily(
     ),
     embeddings=("shared", "encoder.embed_tokens", "decoder.embed_tokens"),
     adapter_targets=("q", "v", "wi_0", "wi"),
+    # not the hidden space: predictions are scaled by d_model
+    config_sizes={"heads": ("num_heads",), "neurons": ("d_ff",), "layers": ("num_layers", "num_decoder_layers")},
     heads={
         "ForConditionalGeneration": Head(reads=("lm_head",)),
         "ForSequenceClassification": Head(reads=("classification_head.dense",), trained=("classification_head",)),
