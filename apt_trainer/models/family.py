@@ -110,8 +110,8 @@ class ModelFamily:
     ``parallel``: whether, by the config, all sublayers of a layer read the input of that layer.
     ``adapter_targets``: endings of the linears that get adapters by default, where a model has them.
     ``unsupported``: a sentence for a config outside what the table describes, else None.
-    ``config_sizes``: kind of units, "layers" or "head_dim" → fields of the config that say it for all layers alike, one
-    a stack for layers; ``per_layer``: fields that list something layer by layer.
+    ``config_sizes``: kind of units, "layers" or "head_dim" → fields of the config that say it for all layers alike,
+    of "layers" one a stack; ``per_layer``: fields that list something layer by layer.
     ``gguf``: model type → llama.cpp's architecture for it, and the one whose layers may differ in size.
     """
 

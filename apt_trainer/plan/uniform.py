@@ -128,20 +128,17 @@ class _Choice:
         """Units per space of the plan of most value within ``budget``; None: there is none. The first of equals, the
         more layers, heads and dimensions the earlier."""
         best, found = -math.inf, None
+        heads, hidden = self._pairs
         for layers in self._kept_layers():
             worth = {kind: self._worth(kind, layers) for kind in _KINDS}
-            heads, hidden = self._pairs
-            neurons = self._most_neurons(layers, heads, hidden, budget)
-            fits = neurons >= 0
-            if not bool(fits.any()):
-                continue
-            chosen = self.numbers["neurons"][neurons.clamp(min=0)]
-            total = worth["heads"][heads] + worth["neurons"][chosen] + worth[HIDDEN][hidden]
-            total = torch.where(fits, total, -math.inf)
-            place = int(total.argmax())
-            if float(total[place]) > best:
-                best = float(total[place])
-                found = self._counts(layers, int(heads[place]), int(chosen[place]), int(hidden[place]))
+            place = self._most_neurons(layers, heads, hidden, budget)
+            neurons = self.numbers["neurons"][place.clamp(min=0)]
+            total = worth["heads"][heads] + worth["neurons"][neurons] + worth[HIDDEN][hidden]
+            total = torch.where(place >= 0, total, -math.inf)
+            chosen = self._first_allowed(heads, hidden, total, best)
+            if chosen is not None:
+                best = float(total[chosen])
+                found = self._counts(layers, int(heads[chosen]), int(neurons[chosen]), int(hidden[chosen]))
         return found
 
     def least(self) -> dict[str, int]:
@@ -149,18 +146,30 @@ class _Choice:
         layers = min(self._kept_layers(), key=len)
         neurons = int(self.numbers["neurons"][0])
         heads, hidden = self._pairs
-        found = [self._counts(layers, int(h), neurons, int(d)) for h, d in zip(heads, hidden, strict=True)]
-        return min(found, key=self.cost.total)
+        fixed, slope = self._costs(layers, heads, hidden)
+        chosen = self._first_allowed(heads, hidden, -(fixed + slope * neurons), -math.inf)
+        assert chosen is not None, "the dense model is not allowed"
+        return self._counts(layers, int(heads[chosen]), neurons, int(hidden[chosen]))
 
     # ------------------------------------------------------------------ inside
 
     @cached_property
     def _pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(heads per layer, hidden dimensions) of every pair that is allowed, the largest first."""
-        numbers = (self.numbers["heads"].flip(0).tolist(), self.numbers[HIDDEN].flip(0).tolist())
-        pairs = [pair for pair in itertools.product(*numbers) if self.shape.allowed(*pair)]
-        heads, hidden = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).unbind(1)
-        return heads, hidden
+        """(heads per layer, hidden dimensions) of every pair, the largest first."""
+        pairs = torch.cartesian_prod(self.numbers["heads"].flip(0), self.numbers[HIDDEN].flip(0))
+        return pairs[:, 0], pairs[:, 1]
+
+    def _first_allowed(
+        self, heads: torch.Tensor, hidden: torch.Tensor, total: torch.Tensor, above: float
+    ) -> int | None:
+        """Place of the largest ``total`` that is more than ``above`` and whose pair is allowed; of equals the first.
+        Asks for no more pairs than it has to: to ask takes a config."""
+        for place in total.argsort(descending=True, stable=True).tolist():
+            if not float(total[place]) > above:
+                return None
+            if self.shape.allowed(int(heads[place]), int(hidden[place])):
+                return int(place)
+        return None
 
     def _numbers(self, kind: str) -> torch.Tensor:
         """Ascending numbers of units of ``kind`` that each layer that stays may keep."""
@@ -210,14 +219,7 @@ class _Choice:
     ) -> torch.Tensor:
         """Place in ``numbers["neurons"]`` of the most neurons per layer that ``budget`` leaves beside each pair of
         ``heads`` and ``hidden``; -1: not even the least."""
-        fixed = torch.zeros(len(heads), dtype=torch.float64)
-        slope = torch.zeros(len(heads), dtype=torch.float64)
-        for (of_heads, of_neurons, of_hidden), coefficient in self._polynomial(layers).items():
-            term = coefficient * heads.double() ** of_heads * hidden.double() ** of_hidden
-            if of_neurons:
-                slope += term
-            else:
-                fixed += term
+        fixed, slope = self._costs(layers, heads, hidden)
         numbers = self.numbers["neurons"].double()
         room = torch.where(fixed <= budget, math.inf, -math.inf)
         room = torch.where(slope > 0, (budget - fixed) / slope, room)
@@ -227,6 +229,20 @@ class _Choice:
             fits = fixed + slope * numbers[beside] <= budget
             place = torch.where(fits & (beside > place), beside, place) if step == 1 else place - (~fits).long()
         return place.clamp(min=-1)
+
+    def _costs(
+        self, layers: Sequence[Layer], heads: torch.Tensor, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cost without neurons, cost of one more neuron per layer) of a model of ``layers``, pair by pair."""
+        fixed = torch.zeros(len(heads), dtype=torch.float64)
+        slope = torch.zeros(len(heads), dtype=torch.float64)
+        for (of_heads, of_neurons, of_hidden), coefficient in self._polynomial(layers).items():
+            term = coefficient * heads.double() ** of_heads * hidden.double() ** of_hidden
+            if of_neurons:
+                slope += term
+            else:
+                fixed += term
+        return fixed, slope
 
     def _polynomial(self, layers: Sequence[Layer]) -> dict[tuple[int, int, int], float]:
         """Exponents of (heads per layer, neurons per layer, hidden dimensions) → coefficient, of a model of
@@ -238,7 +254,7 @@ class _Choice:
                 continue
             for term, coefficient in terms.items():
                 if there.issuperset(term):
-                    kinds = [self.kinds[name] for name in term]
+                    kinds: list[str] = [self.kinds[name] for name in term]
                     exponents = (kinds.count("heads"), kinds.count("neurons"), kinds.count(HIDDEN))
                     assert exponents[1] <= 1, "a cost that is not linear in the neurons"
                     found[exponents] += coefficient

@@ -30,12 +30,12 @@ from apt_trainer.pruning.agreed_seconds import Seconds, agree_on_seconds, use_se
 from apt_trainer.pruning.budget import check_budget, cost_of, saved_without
 from apt_trainer.pruning.given_model import check_given
 from apt_trainer.pruning.impact_pass import ImpactPass
+from apt_trainer.pruning.uniform_shape import uniform_shape
 from apt_trainer.scoring import Importance, Nri, Reduce, make_importance
 from apt_trainer.scoring.calibration import Batch, calibrate
 from apt_trainer.scoring.observing import Observing
 from apt_trainer.scoring.rank_score import RankScore
 from apt_trainer.settings import MethodSettings
-from apt_trainer.store.stock import uniform_shape
 from apt_trainer.surgery import adapters as lora
 from apt_trainer.surgery.cutting import apply_plan
 from apt_trainer.surgery.masks import MaskStore

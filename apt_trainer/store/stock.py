@@ -9,7 +9,7 @@ Not for models that differ from layer to layer (``saved_model``), nor for choosi
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -18,19 +18,14 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from apt_trainer.errors import UserError
 from apt_trainer.models import HIDDEN, ModelFamily, Space
 from apt_trainer.models.base import exists
 from apt_trainer.models.family import POST_NORM_POLICY, StackTable
 from apt_trainer.models.sizes import get_size
 from apt_trainer.plan.pruning_plan import PruningPlan
-from apt_trainer.plan.uniform import Layer, UniformShape
-from apt_trainer.surgery.cutting import apply_plan
 
 DENSE_SIZES = "apt_dense_sizes"
 """Entry of a stock config: the numbers of the dense model in its place, for comparisons. No loader needs it."""
-
-_KIND_NAMES = {"heads": "heads", "neurons": "neurons", HIDDEN: "hidden dimensions", "layers": "layers"}
 
 
 def become_stock(model: PreTrainedModel, family: ModelFamily, plan: PruningPlan) -> bool:
@@ -39,7 +34,7 @@ def become_stock(model: PreTrainedModel, family: ModelFamily, plan: PruningPlan)
     ``model.config`` is still that of the dense model. Weights stay the same objects, under the names that the layers
     left give them.
     """
-    stock = _matching(model, family, plan)
+    stock = matching(model, family, plan)
     if stock is None:
         return False
     old_name = _Renaming(model, family, plan).old_name
@@ -60,116 +55,12 @@ def with_dense_sizes(config: PreTrainedConfig) -> PreTrainedConfig:
     return dense
 
 
-def uniform_shape(model: PreTrainedModel, family: ModelFamily, targets: Collection[str]) -> UniformShape:
-    """What plans of equal layers of the dense ``model`` have to keep to, so that they are stock checkpoints.
-
-    ``targets``: as ``prune_targets``. Raises :class:`UserError` for one that its config cannot say.
-    """
-    spaces, config = family.spaces(model), model.config
-    if "sublayers" in targets and family.keeps_norms(config):
-        raise UserError(
-            "shape: uniform takes layers out as a whole, but post_norm_policy: keep_norm keeps their norms. Set "
-            "post_norm_policy: remove_norm, or shape: free."
-        )
-    allowed = _allowed(config, family, spaces)
-    layers = _layers(family, model, spaces)
-    trial = _Trial(model, family, spaces, layers, allowed)
-    asked = [*(kind for kind in _KIND_NAMES if kind in targets), *(["layers"] if "sublayers" in targets else [])]
-    silent = [kind for kind in asked if not trial.can_say(kind)]
-    if silent:
-        can = [kind for kind in _KIND_NAMES if trial.can_say(kind)]
-        named = [{"layers": "sublayers"}.get(kind, kind) for kind in can]
-        raise UserError(
-            f"shape: uniform makes a stock checkpoint, but the config of {config.model_type} cannot say fewer "
-            f"{' or '.join(_KIND_NAMES[kind] for kind in silent)}: other numbers follow from theirs. Set prune_targets: "
-            f"[{', '.join(named)}] (sublayers: whole layers) or fewer of these, or shape: free."
-        )
-    return UniformShape(trial.layers, allowed)
-
-
 # ---------------------------------------------------------------------- what a config can say
 
 
-class _Trial:
-    """One plan a kind, to see whether a stock class has the same model. ``layers``: those that cannot go stay."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        family: ModelFamily,
-        spaces: Sequence[Space],
-        layers: tuple[Layer, ...],
-        allowed: Callable[[int, int], bool],
-    ) -> None:
-        self.family, self.spaces, self.layers, self.allowed = family, spaces, layers, allowed
-        self.cls, self.config = type(model), model.config
-        self.dense = PruningPlan.dense(spaces)
-        self._known: dict[str, bool] = {}
-
-    def can_say(self, kind: str) -> bool:
-        """Whether less of ``kind`` is a stock model; True where there is but one."""
-        if kind not in self._known:
-            self._known[kind] = self._layers_may_go() if kind == "layers" else self._fewer_units(kind)
-        return self._known[kind]
-
-    def _fewer_units(self, kind: str) -> bool:
-        size = next(space.size for space in self.spaces if space.kind == kind)
-        heads = next((space.size for space in self.spaces if space.kind == "heads"), 1)
-        hidden = next(space.size for space in self.spaces if space.kind == HIDDEN)
-        for number in range(size - 1, 0, -1):
-            pair = {"heads": heads, HIDDEN: hidden} | {kind: number}
-            if self.allowed(pair["heads"], pair[HIDDEN]):
-                kept = {
-                    space.name: units[:number] if space.kind == kind else units
-                    for space, units in zip(self.spaces, self.dense.kept.values(), strict=True)
-                }
-                return self._is_stock(PruningPlan(kept))
-        return size == 1
-
-    def _layers_may_go(self) -> bool:
-        """Some layers are made otherwise where they are the first of their stack; those then stay."""
-        for first_stays in (False, True):
-            layers = tuple(
-                Layer(layer.stack, layer.spaces, layer.stays or (first_stays and position == 0))
-                for position, layer in self._positions()
-            )
-            going = [next((la for la in layers if la.stack == stack and not la.stays), None) for stack in self._stacks]
-            gone = {name for layer in going if layer is not None for name in layer.spaces}
-            if not gone:
-                return first_stays is False  # there is nothing that could go
-            kept = {name: () if name in gone else units for name, units in self.dense.kept.items()}
-            if self._is_stock(PruningPlan(kept)):
-                self.layers = layers
-                return True
-        return False
-
-    @property
-    def _stacks(self) -> list[str]:
-        return list(dict.fromkeys(layer.stack for layer in self.layers))
-
-    def _positions(self) -> list[tuple[int, Layer]]:
-        """Each layer and its position in its stack."""
-        return [(i, la) for stack in self._stacks for i, la in enumerate(x for x in self.layers if x.stack == stack)]
-
-    def _is_stock(self, plan: PruningPlan) -> bool:
-        with torch.device("meta"):
-            cut = self.cls(copy.deepcopy(self.config))
-        apply_plan(cut, self.family, self.spaces, self.dense, plan)
-        return _matching(cut, self.family, plan) is not None
-
-
-def _layers(family: ModelFamily, model: nn.Module, spaces: Sequence[Space]) -> tuple[Layer, ...]:
-    found: dict[str, list[Space]] = {}
-    of_space = {space.name: space for space in spaces}
-    for sublayer in family.sublayers(model):
-        found.setdefault(sublayer.block, []).append(of_space[sublayer.space])
-    return tuple(
-        Layer(members[0].stack, tuple(space.name for space in members), any(space.minimum for space in members))
-        for members in found.values()
-    )
-
-
-def _allowed(config: PreTrainedConfig, family: ModelFamily, spaces: Sequence[Space]) -> Callable[[int, int], bool]:
+def allowed_numbers(
+    config: PreTrainedConfig, family: ModelFamily, spaces: Sequence[Space]
+) -> Callable[[int, int], bool]:
     """Whether a config may have so many units of heads per layer and hidden dimensions, by its own check."""
 
     @cache
@@ -282,7 +173,7 @@ def _is_empty(stack: StackTable, layer: int, plan: PruningPlan) -> bool:
     return all(not plan.kept[f"{stack.spaces}.{layer}.{table.name}"] for table in stack.sublayers)
 
 
-def _matching(model: PreTrainedModel, family: ModelFamily, plan: PruningPlan) -> PreTrainedModel | None:
+def matching(model: PreTrainedModel, family: ModelFamily, plan: PruningPlan) -> PreTrainedModel | None:
     """The stock model without weights that computes what the cut ``model`` does; None: there is none."""
     cls, renaming = type(model), _Renaming(model, family, plan)
     with torch.device("meta"):
@@ -317,9 +208,8 @@ def _same(old: nn.Module, new: nn.Module, in_layer: bool, is_list: bool) -> bool
         ours, theirs = vars(old)[name], vars(new)[name]
         if name.startswith("_") or name in ("training", "gradient_checkpointing"):
             continue
-        if isinstance(ours, kinds) or isinstance(theirs, kinds):
-            if ours != theirs:
-                return False
+        if (isinstance(ours, kinds) or isinstance(theirs, kinds)) and ours != theirs:
+            return False
     return True
 
 

@@ -16,7 +16,7 @@ from apt_trainer.plan.cost import CostModel, flops_cost, memory_cost, parameter_
 from apt_trainer.plan.limits import LEAST_DEPTH, Limits
 from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.plan.uniform import Layer, UniformShape
-from apt_trainer.store.stock import uniform_shape
+from apt_trainer.pruning.uniform_shape import uniform_shape
 
 KINDS = ("heads", "neurons", "hidden")
 
@@ -132,9 +132,8 @@ def test_layers_alone_go_where_only_they_are_asked_for() -> None:
     scores = random_scores(spaces, dense, 0)
     for layer, factor in enumerate((3.0, 0.01, 2.0)):
         scores |= {s.name: scores[s.name] * factor for s in spaces if s.layer == layer}
-    plan = shape_of(spaces).select(
-        scores, spaces, dense, cost, 0.7 * cost.total(dense.counts), limits((), sublayers=True)
-    )
+    budget = 0.7 * cost.total(dense.counts)
+    plan = shape_of(spaces).select(scores, spaces, dense, cost, budget, limits((), sublayers=True))
     assert [plan.counts[f"layers.{i}.heads"] for i in range(3)] == [4, 0, 4]
     assert [plan.counts[f"layers.{i}.neurons"] for i in range(3)] == [20, 0, 20]
 
