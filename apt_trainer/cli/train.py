@@ -95,7 +95,7 @@ def result_text(metrics: Mapping[str, Any], path: str) -> str:
     """What a run ends with: dense against pruned, and how to load the result."""
     from apt_trainer.report.tables import comparison_table
 
-    if metrics["sparsity"] > 0:
+    if metrics["sparsity"] > 0 and not metrics.get("stock_checkpoint"):
         load = f"from apt_trainer import load_pruned\n    model = load_pruned({path!r})"
     else:
         load = f"from transformers import AutoModel\n    model = AutoModel.from_pretrained({path!r})"

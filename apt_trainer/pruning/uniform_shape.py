@@ -74,14 +74,11 @@ class _Trial:
 
     def _fewer_units(self, kind: str) -> bool:
         """Tries the largest number that is allowed, if need be beside fewer heads or dimensions."""
-        size = {space.kind: space.size for space in self.spaces}
+        size: dict[str, int] = {space.kind: space.size for space in self.spaces}
         if size[kind] == 1:
             return True
-        numbers = {of: range(size[of], 0, -1) for of in ("heads", HIDDEN)}
-        pairs = sorted(
-            itertools.product(*numbers.values()), key=lambda p: (p[0] < size["heads"]) + (p[1] < size[HIDDEN])
-        )
-        for heads, hidden in pairs:
+        pairs = itertools.product(range(size["heads"], 0, -1), range(size[HIDDEN], 0, -1))
+        for heads, hidden in sorted(pairs, key=lambda pair: (pair[0] < size["heads"]) + (pair[1] < size[HIDDEN])):
             number = {**size, "heads": heads, HIDDEN: hidden}
             number["neurons"] -= kind == "neurons"
             if number[kind] < size[kind] and self.allowed(heads, hidden):

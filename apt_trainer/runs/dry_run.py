@@ -16,6 +16,7 @@ from apt_trainer.models import HIDDEN, family_of
 from apt_trainer.plan.cost import flops_cost
 from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.plan.schedule import Schedule, fewer_events, make_schedule
+from apt_trainer.plan.selection import select
 from apt_trainer.pruning.pruner import AdaptivePruner
 from apt_trainer.report.tables import format_bytes, format_count, markdown_table
 from apt_trainer.runs.preflight import check_before_loading, check_installed, checkpoint_to_resume
@@ -59,6 +60,7 @@ def plan(recipe: Recipe) -> str:
         "",
         _space_table(pruner),
         "",
+        *_shape_lines(pruner, schedule),
     ]
     return "\n".join(lines + _schedule_lines(pruner, schedule, args))
 
@@ -176,6 +178,27 @@ def _space_table(pruner: AdaptivePruner) -> str:
     return markdown_table(rows, [(key, header, None) for key, header in columns])
 
 
+def _shape_lines(pruner: AdaptivePruner, schedule: Schedule) -> list[str]:
+    """What equal layers keep at the end, and the units that free ones would keep within the same budget."""
+    if pruner.shape is None:
+        return []
+    plans = [evenly_cut(pruner, schedule.target_sparsity, free=free).counts for free in (False, True)]
+    layers = sum(any(plans[0][name] for name in layer.spaces) for layer in pruner.shape.layers)
+    kept, beside = [], []
+    for kind, name in (("heads", "heads"), ("neurons", "neurons"), (HIDDEN, "hidden dimensions")):
+        members = [space for space in pruner.spaces if space.kind == kind]
+        equal, free = (sum(counts[space.name] for space in members) for counts in plans)
+        most = max(plans[0][space.name] for space in members)
+        kept.append(f"{most:,} of {max(space.size for space in members):,} {name}")
+        beside.append(f"{equal:,} {name} (free: {free:,})")
+    return [
+        f"shape        uniform, a stock checkpoint of {layers} of {len(pruner.shape.layers)} layers; about "
+        f"{kept[0]} and {kept[1]} in each, {kept[2]}",
+        f"             kept in all about {', '.join(beside)}",
+        "",
+    ]
+
+
 def _pruned(pruner: AdaptivePruner, kind: str) -> str:
     if not pruner.settings.prunes or kind not in pruner.limits.kinds:
         return "no"
@@ -257,8 +280,10 @@ def _scoring(pruner: AdaptivePruner, args: APTConfig) -> str:
     return f"{rows} in {1 + len(pruner.impact.candidates)} passes (whole, and without each sublayer) and "
 
 
-def evenly_cut(pruner: AdaptivePruner, sparsity: float) -> PruningPlan:
-    """A plan at ``sparsity`` in which every kind loses about the same share."""
+def evenly_cut(pruner: AdaptivePruner, sparsity: float, free: bool = False) -> PruningPlan:
+    """A plan at ``sparsity`` in which every kind loses about the same share; ``free``: of whatever shape."""
     budget = (1 - sparsity) * pruner.cost.total(pruner.dense_plan.counts)
     scores = {space.name: torch.linspace(1, 0, space.size, dtype=torch.float64) for space in pruner.spaces}
+    if free:
+        return select(scores, pruner.spaces, pruner.dense_plan, pruner.cost, budget, pruner.limits, True)
     return pruner.choose(scores, pruner.dense_plan, budget, densities=True)

@@ -145,6 +145,7 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
         "block_params_dense": int(trainer.pruner.block_cost.total(trainer.pruner.dense_plan.counts)),
         "block_params": int(trainer.pruner.block_cost.total(trainer.pruner.plan.counts)),
         "sparsity": trainer.pruner.sparsity(),
+        "stock_checkpoint": not hasattr(trainer.model.config, "apt_structure"),
         "total_params_dense": dense_parameters,
         "total_params": count_parameters(trainer.model),
         "disk_bytes_dense": sum(p.numel() * p.element_size() for p in dense_copy(trainer.model, "meta").parameters()),

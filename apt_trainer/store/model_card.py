@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from apt_trainer.measure import count_parameters
 from apt_trainer.store.saved_model import dense_copy
+from apt_trainer.store.stock import DENSE_SIZES
 
 CARD_FILE = "README.md"
 _CARD = """---
@@ -53,13 +54,14 @@ def model_card(
     All else as ``Trainer.create_model_card``.
     """
     stock = not hasattr(model.config, "apt_structure")
+    whole = stock and not hasattr(model.config, DENSE_SIZES)
     base = _hub_name(finetuned_from or getattr(model.config, "_name_or_path", None))
     data = ModelCardData(
         language=language,
         license=license,
         library_name="transformers",
         base_model=base,
-        tags=["apt_trainer", *([] if stock else ["pruned"]), *_listed(tags)],
+        tags=["apt_trainer", *([] if whole else ["pruned"]), *_listed(tags)],
         pipeline_tag=next(iter(_listed(tasks)), None),
         datasets=_listed(dataset_tags) or None,
     )
@@ -67,8 +69,8 @@ def model_card(
     return ModelCard(
         _CARD.format(
             metadata=data.to_yaml(),
-            title=model_name or ("Fine-tuned model" if stock else "Pruned model"),
-            made="Fine-tuned" if stock else "Fine-tuned and pruned",
+            title=model_name or ("Fine-tuned model" if whole else "Pruned model"),
+            made="Fine-tuned" if whole else "Fine-tuned and pruned",
             source="" if base is None else f" from [{base}](https://huggingface.co/{base})",
             data=f" on {', '.join(trained_on)}" if trained_on else "",
             dense=count_parameters(dense_copy(model, "meta")),

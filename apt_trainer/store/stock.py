@@ -111,7 +111,7 @@ def _stock_config(
             continue
         if numbers.setdefault(space.kind, count) != count or count == 0:
             return None
-    dense = {space.kind: space.size for space in spaces}
+    dense: dict[str, int] = {space.kind: space.size for space in spaces}
     less = {kind: number for kind, number in numbers.items() if number < dense[kind]}
     if not family.config_sizes.keys() >= less.keys():
         return None

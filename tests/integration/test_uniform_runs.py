@@ -1,8 +1,9 @@
-"""Equal layers end as stock checkpoints: read by plain transformers, from runs that resume, distil and meet budgets."""
+"""Equal layers end as stock checkpoints, read by plain transformers; runs of them resume, distil and meet budgets."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,16 +11,22 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import ALL_TASKS, LANGUAGE_MODELS, parts, tiny_batch, tiny_model
+from texts import TOKENS, word_tokenizer, words
+from tiny import ALL_TASKS, LANGUAGE_MODELS, parts, tiny_batch, tiny_config, tiny_model
 from transformers import PreTrainedModel
 
-from apt_trainer import APTTrainer, UserError, load_pruned
+from apt_trainer import APTConfig, APTTrainer, UserError, load_pruned
+from apt_trainer.cli.train import result_text
 from apt_trainer.measure import count_parameters
 from apt_trainer.models import HIDDEN, Space
 from apt_trainer.plan.pruning_plan import PruningPlan
+from apt_trainer.runs import dry_run
+from apt_trainer.runs.run import train
+from apt_trainer.settings import DataSettings, ModelSettings
+from apt_trainer.settings.recipe import Recipe
 from apt_trainer.store.saved_model import as_pruned, dense_copy
 from apt_trainer.surgery.cutting import apply_plan
-from integration.factories import SHORT, Rows, make_trainer, weights_of
+from integration.factories import DEFAULTS, SHORT, Rows, make_trainer, weights_of
 
 FAMILIES = {name: "ForSequenceClassification" for name in ("bert", "roberta", "xlm-roberta", "distilbert")}
 FAMILIES |= LANGUAGE_MODELS
@@ -278,3 +285,49 @@ def test_what_a_config_cannot_say_is_refused_before_training(tmp_path: Path) -> 
 def test_unprunable_runs_ask_nothing_of_a_shape(tmp_path: Path) -> None:
     trainer = _run(tmp_path, "bert", target_sparsity=None)
     assert trainer.pruner.shape is None
+
+
+# ---------------------------------------------------------------------- recipes
+
+
+def _recipe(folder: Path, family: str, **changes: Any) -> Recipe:
+    settings = tiny_config(family, LAYERS)
+    settings.vocab_size = len(TOKENS)
+    ALL_TASKS[FAMILIES[family]].from_config(settings).save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
+    text = folder / "text.txt"
+    text.write_text("\n".join(words(7, i) for i in range(100)))
+    training = APTConfig(str(folder / "out"), **{**DEFAULTS, **UNIFORM, "measure_latency": False, **changes})
+    data = DataSettings(task="language_modeling", train_file=str(text), validation_file=str(text), max_length=8)
+    return Recipe(ModelSettings(str(folder / "model")), data, training, path=None, given={})
+
+
+def test_the_dry_run_says_what_equal_layers_keep(tmp_path: Path) -> None:
+    text = dry_run.plan(_recipe(tmp_path, "llama"))
+    found = re.search(
+        r"stock checkpoint of 4 of 4 layers; about (\d) of 4 heads and (\d+) of 20 neurons in each", text
+    )
+    assert found is not None, text
+    heads, neurons = map(int, found.groups())
+    kept = re.search(r"kept in all about (\d+) heads \(free: \d+\), (\d+) neurons \(free: \d+\)", text)
+    assert kept is not None and (int(kept[1]), int(kept[2])) == (4 * heads, 4 * neurons)
+    assert "shape" not in dry_run.plan(_recipe(tmp_path, "llama", shape="free"))
+
+
+def test_dry_run_and_run_refuse_what_a_config_cannot_say_before_anything_loads(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path, "gpt2")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    for start in (dry_run.plan, train):
+        with pytest.raises(UserError, match="config of gpt2 cannot say fewer heads or hidden dimensions"):
+            start(recipe)
+
+
+def test_a_recipe_measures_the_dense_model_beside_its_stock_result(tmp_path: Path) -> None:
+    metrics = train(_recipe(tmp_path, "llama"))
+    assert metrics["sparsity"] >= 0.5
+    assert metrics["total_params"] < metrics["total_params_dense"]
+    assert metrics["disk_bytes_dense"] > metrics["disk_bytes"] * 1.1
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| parameters | {metrics['total_params_dense']:,} | {metrics['total_params']:,} |" in card
+    assert "Pruned model" in card and "from transformers import LlamaForCausalLM" in card
+    assert "from transformers import AutoModel" in result_text(metrics, str(tmp_path / "out"))
