@@ -18,7 +18,7 @@ from apt_trainer.cli.analyze import (
     progress,
 )
 from apt_trainer.cli.benchmark import positive
-from apt_trainer.settings.choices import QUANTIZE
+from apt_trainer.settings.choices import QUANTIZE, SHAPES
 from apt_trainer.studies.choices import BASELINES, COSTS, FRACTIONS, KINDS, METHODS, STRATEGIES
 
 if TYPE_CHECKING:
@@ -59,6 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--protect", type=int, nargs="+", default=[], metavar="LAYER", help="layers that stay; -1 is the last"
     )
+    parser.add_argument(
+        "--shape",
+        choices=SHAPES,
+        default=SHAPES[0],
+        help="uniform: whole layers, or as many heads of each attention, so that a stock checkpoint comes out (free)",
+    )
     add_policy_argument(parser)
     add_data_arguments(parser, required=False)
     add_held_out_arguments(parser)
@@ -92,6 +98,7 @@ def _request(args: argparse.Namespace) -> DropRequest:
         scores=args.scores,
         seed=args.seed,
         post_norm_policy=args.post_norm_policy,
+        shape=args.shape,
     )
 
 

@@ -50,6 +50,24 @@ def uniform_shape(model: PreTrainedModel, family: ModelFamily, targets: Collecti
     return UniformShape(trial.layers, allowed)
 
 
+def check_stock(model: PreTrainedModel, family: ModelFamily, plan: PruningPlan) -> None:
+    """Raise :class:`UserError` unless the dense ``model``, which stays as it is, would be a stock one after ``plan``."""
+    spaces = family.spaces(model)
+    if not _is_stock(model, family, spaces, plan):
+        raise UserError(
+            f"Without these units no stock config of {model.config.model_type} describes the model: layers have to go "
+            "as a whole, all others to keep as many heads, in a number that the config accepts. Drop more, fewer or "
+            "others (protect names layers that stay), or choose shape free. Nothing was written."
+        )
+
+
+def _is_stock(model: PreTrainedModel, family: ModelFamily, spaces: Sequence[Space], plan: PruningPlan) -> bool:
+    with torch.device("meta"):
+        cut = type(model)(copy.deepcopy(model.config))
+    apply_plan(cut, family, spaces, PruningPlan.dense(spaces), plan)
+    return matching(cut, family, plan) is not None
+
+
 class _Trial:
     """One plan a kind, to see whether a stock class has the same model. ``layers``: those that cannot go stay."""
 
@@ -62,7 +80,7 @@ class _Trial:
         allowed: Callable[[int, int], bool],
     ) -> None:
         self.family, self.spaces, self.layers, self.allowed = family, spaces, layers, allowed
-        self.cls, self.config = type(model), model.config
+        self.model = model
         self.dense = PruningPlan.dense(spaces)
         self._known: dict[str, bool] = {}
 
@@ -83,7 +101,7 @@ class _Trial:
             number["neurons"] -= kind == "neurons"
             if number[kind] < size[kind] and self.allowed(heads, hidden):
                 kept = {space.name: self.dense.kept[space.name][: number[space.kind]] for space in self.spaces}
-                return self._is_stock(PruningPlan(kept))
+                return _is_stock(self.model, self.family, self.spaces, PruningPlan(kept))
         return False
 
     def _layers_may_go(self) -> bool:
@@ -98,7 +116,7 @@ class _Trial:
             if not gone:
                 return first_stays is False  # there is nothing that could go
             kept = {name: () if name in gone else units for name, units in self.dense.kept.items()}
-            if self._is_stock(PruningPlan(kept)):
+            if _is_stock(self.model, self.family, self.spaces, PruningPlan(kept)):
                 self.layers = layers
                 return True
         return False
@@ -110,12 +128,6 @@ class _Trial:
     def _positions(self) -> list[tuple[int, Layer]]:
         """Each layer and its position in its stack."""
         return [(i, la) for stack in self._stacks for i, la in enumerate(x for x in self.layers if x.stack == stack)]
-
-    def _is_stock(self, plan: PruningPlan) -> bool:
-        with torch.device("meta"):
-            cut = self.cls(copy.deepcopy(self.config))
-        apply_plan(cut, self.family, self.spaces, self.dense, plan)
-        return matching(cut, self.family, plan) is not None
 
 
 def _layers(family: ModelFamily, model: nn.Module, spaces: Sequence[Space]) -> tuple[Layer, ...]:

@@ -248,13 +248,16 @@ def load_saved(settings: ModelSettings, data: TaskData | None = None) -> PreTrai
     return _from_hub(_saved_class(config, source, data).from_pretrained, source, **options)  # type: ignore[no-any-return]
 
 
-def load_dense_shape(settings: ModelSettings) -> PreTrainedModel:
-    """The dense model that a saved one was cut from, with random weights: for size and speed. Reads the config."""
+def load_dense_shape(settings: ModelSettings, itself: bool = False) -> PreTrainedModel:
+    """The dense model that a saved one was cut from, with random weights: for size and speed. Reads the config.
+
+    ``itself``: a stock checkpoint is taken for a dense model, whatever it was cut from.
+    """
     source = source_of(settings)
     config = read_config(settings)
     if settings.attn_implementation:
         config._attn_implementation = settings.attn_implementation
-    cls, stock = dense_shape(with_dense_sizes(config))
+    cls, stock = dense_shape(config if itself else with_dense_sizes(config))
     cls = cls or _saved_class(config, source, None)
     model = cls(stock) if issubclass(cls, PreTrainedModel) else cls.from_config(stock)
     return model.to(_dtype(config, settings.dtype))  # type: ignore[no-any-return]

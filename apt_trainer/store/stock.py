@@ -129,7 +129,7 @@ def _stock_config(
     if edited is None:
         return None
     dense_values = {name: getattr(config, name, None) for name in values}
-    setattr(edited, DENSE_SIZES, dense_values | getattr(config, DENSE_SIZES, {}))
+    setattr(edited, DENSE_SIZES, dense_values)
     vars(edited).pop(POST_NORM_POLICY, None)
     return edited
 

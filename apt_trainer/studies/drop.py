@@ -11,15 +11,24 @@ from typing import Any
 
 from apt_trainer.errors import UserError, unknown_choice
 from apt_trainer.measure import count_parameters
+from apt_trainer.pruning.uniform_shape import check_stock, uniform_shape
 from apt_trainer.report.comparison import METRICS_FILE
 from apt_trainer.scoring.sublayers.cosine import Watch, cosine_scores, unwatched
 from apt_trainer.scoring.sublayers.costs import Shape, block_shares, cache_bytes, shares, unit_costs
-from apt_trainer.scoring.sublayers.drop import collapse_warning, depth_share, depth_warning, drop, head_share
+from apt_trainer.scoring.sublayers.drop import (
+    collapse_warning,
+    depth_share,
+    depth_warning,
+    drop,
+    head_share,
+    plan_without,
+)
 from apt_trainer.scoring.sublayers.gates import switched_off
 from apt_trainer.scoring.sublayers.impact import Losses
 from apt_trainer.scoring.sublayers.loss import exp_loss, loss_name
 from apt_trainer.scoring.sublayers.units import Unit, Units
 from apt_trainer.settings import ModelSettings
+from apt_trainer.settings.choices import SHAPES
 from apt_trainer.store.events import write_json
 from apt_trainer.studies import lists
 from apt_trainer.studies.choices import BASELINES, COSTS, FRACTIONS, METHODS, NO_COSINE
@@ -57,7 +66,8 @@ NOTHING = HeldOutRequest()
 class DropRequest:
     """What to drop, by which score; see ``studies.choices`` for the names.
 
-    ``drop_list`` replaces all of it but ``post_norm_policy``, which says what is left of a sublayer. ``scores``: a
+    ``drop_list`` replaces all of it but ``post_norm_policy``, which says what is left of a sublayer, and ``shape``:
+    uniform refuses what does not end as a stock checkpoint, and takes as many heads from each attention. ``scores``: a
     ``scores.json`` of ``analyze`` on the same model and data, whose losses nri does not measure anew.
     """
 
@@ -74,6 +84,12 @@ class DropRequest:
     scores: str | None = None
     seed: int = 0
     post_norm_policy: str = REMOVE_NORM
+    shape: str = SHAPES[0]
+
+    @property
+    def even(self) -> bool:
+        """Whether the result has to be a stock checkpoint, with all layers alike."""
+        return self.shape == "uniform"
 
     def check(self, has_data: bool) -> None:
         """Raise :class:`UserError` for what cannot work whatever the model."""
@@ -82,11 +98,17 @@ class DropRequest:
             ("cost", COSTS),
             ("baseline", BASELINES),
             ("fraction_of", FRACTIONS),
+            ("shape", SHAPES),
         ):
             if getattr(self, name) not in allowed:
                 raise unknown_choice(name, getattr(self, name), allowed)
         if self.scores is not None and (self.method != "nri" or self.drop_list is not None):
             raise UserError("scores holds losses, which only method nri ranks by. Leave it out, or choose nri.")
+        if self.even and self.drop_list is None and self.kind in ("attention", "mlp", "joint"):
+            raise UserError(
+                f"shape uniform takes whole layers (kind block or consecutive) or as many heads from each attention "
+                f"(kind heads), not kind {self.kind}. Choose one of these, or shape free."
+            )
         if self.drop_list is not None:
             if self.count is not None or self.fraction is not None:
                 raise UserError("drop_list says what to drop; leave count and fraction out.")
@@ -139,10 +161,12 @@ def drop_units(
     else:
         if request.fraction is not None and request.fraction_of == "latency":
             costs = unit_costs(at.model, at.units, "latency", at.shape, heads=request.kind == "heads")
-            budget = Budget(None, request.fraction, shares(costs, at.units), at.units)
+            budget = Budget(None, request.fraction, shares(costs, at.units), at.units, request.even)
         losses = partial(stored_losses, at, folder, analysed)
         choice = _choose(at, request, candidates, budget, losses, watch)
     seconds, dropped = time.perf_counter() - started, choice.units
+    if request.even:
+        check_stock(at.model, at.units.family, plan_without(at.units, dropped))
     warnings = [depth_warning(at.units, dropped)]
     if at.calibration is not None and at.calibration.has_labels:
         name, batches = loss_name(at.model, at.units), at.calibration.batches
@@ -186,8 +210,10 @@ def _asked(at: Loaded, request: DropRequest) -> tuple[tuple[Unit, ...] | None, t
     """(units of a list, candidates, budget); raises :class:`UserError` for what this model cannot give."""
     if request.drop_list is not None:
         return lists.read(request.drop_list, at.units, at.model_type), (), Budget(count=1)
+    if request.even:
+        uniform_shape(at.model, at.units.family, ["heads" if request.kind == "heads" else "sublayers"])
     share = block_shares(at.model, at.units)
-    budget = Budget(request.count, request.fraction, share, at.units)
+    budget = Budget(request.count, request.fraction, share, at.units, request.even)
     candidates = candidates_of(at.units, request.kind, request.protect)
     if request.fraction is None or request.fraction_of == "params":
         budget.check(candidates, request.kind)

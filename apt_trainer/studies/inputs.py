@@ -125,7 +125,7 @@ def prepare(settings: ModelSettings, data: DataRequest | None, post_norm_policy:
         )
     tokenizer = load_tokenizer(settings)
     with torch.device("meta"):
-        model = load_dense_shape(settings)
+        model = load_dense_shape(settings, itself=True)
     family.set_post_norm_policy(model.config, post_norm_policy)
     at = Loaded(settings, tokenizer, model, find_units(model), None, post_norm_policy)
     if data is not None and content is not None:

@@ -98,13 +98,14 @@ class Budget:
     """How much to drop: ``count`` units, or units until their ``share`` adds up to ``fraction``.
 
     ``units``: those of the model; needed for heads, of which some attentions keep one, and the last of which takes
-    along what its attention has besides.
+    along what its attention has besides. ``even``: all attentions lose as many heads.
     """
 
     count: int | None = None
     fraction: float | None = None
     share: Mapping[Unit, float] = field(default_factory=dict)
     units: Units | None = None
+    even: bool = False
 
     def __post_init__(self) -> None:
         if (self.count is None) == (self.fraction is None):
@@ -115,6 +116,8 @@ class Budget:
             raise UserError(f"fraction={self.fraction} must lie between 0 and 1, both excluded.")
 
     def met(self, dropped: Sequence[Unit]) -> bool:
+        if len(set(self._lost_heads(dropped).values())) > 1:
+            return False
         if self.count is not None:
             return len(dropped) >= self.count
         assert self.fraction is not None
@@ -123,10 +126,25 @@ class Budget:
     def _sum(self, dropped: Sequence[Unit]) -> float:
         return sum(self.share[unit] for unit in (dropped if self.units is None else self.units.parts(dropped)))
 
+    def _lost_heads(self, dropped: Sequence[Unit]) -> dict[Unit, int]:
+        """Attention → heads dropped of it, where these have to be as many in each."""
+        if self.units is None or not self.even:
+            return {}
+        lost = dict.fromkeys(self.units.heads.values(), 0)
+        for unit in dropped:
+            if unit.head is not None:
+                lost[self.units.heads[unit]] += 1
+        return lost
+
     def left(self, candidates: Sequence[Unit], dropped: Sequence[Unit]) -> tuple[Unit, ...]:
         """Those of ``candidates`` that may still go after ``dropped``."""
         if self.units is not None:
-            return self.units.free(candidates, dropped)
+            lost = self._lost_heads(dropped)
+            free = self.units.free(candidates, dropped)
+            if not lost:
+                return free
+            least = min(lost.values())
+            return tuple(u for u in free if u.head is None or lost[self.units.heads[u]] == least)
         return tuple(unit for unit in candidates if unit not in dropped)
 
     def check(self, candidates: Sequence[Unit], kind: str) -> None:

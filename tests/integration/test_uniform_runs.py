@@ -24,7 +24,9 @@ from apt_trainer.runs import dry_run
 from apt_trainer.runs.run import train
 from apt_trainer.settings import DataSettings, ModelSettings
 from apt_trainer.settings.recipe import Recipe
+from apt_trainer.store.pretrained import load_saved
 from apt_trainer.store.saved_model import as_pruned, dense_copy
+from apt_trainer.studies.drop import DropRequest, drop_units
 from apt_trainer.surgery.cutting import apply_plan
 from integration.factories import DEFAULTS, SHORT, Rows, make_trainer, weights_of
 
@@ -331,3 +333,45 @@ def test_a_recipe_measures_the_dense_model_beside_its_stock_result(tmp_path: Pat
     assert f"| parameters | {metrics['total_params_dense']:,} | {metrics['total_params']:,} |" in card
     assert "Pruned model" in card and "from transformers import LlamaForCausalLM" in card
     assert "from transformers import AutoModel" in result_text(metrics, str(tmp_path / "out"))
+
+
+# ---------------------------------------------------------------------- drops
+
+
+def _drop(folder: Path, family: str, **request: Any) -> Any:
+    _recipe(folder, family)
+    model = ModelSettings(str(folder / "model"))
+    return drop_units(model, DropRequest(**{"method": "random", **request}), str(folder / "smaller"), device="cpu")
+
+
+def test_a_drop_of_layers_is_a_stock_checkpoint(tmp_path: Path) -> None:
+    _drop(tmp_path, "qwen2", kind="block", count=2, shape="uniform")
+    config = json.loads((tmp_path / "smaller" / "config.json").read_text())
+    assert config["model_type"] == "qwen2" and config["num_hidden_layers"] == len(config["layer_types"]) == LAYERS - 2
+    with pytest.raises(UserError, match="config of gpt2 cannot say fewer heads"):
+        _drop(tmp_path / "gpt2", "gpt2", kind="heads", count=4, shape="uniform")
+
+
+def test_a_uniform_drop_of_heads_takes_as_many_from_each_attention(tmp_path: Path) -> None:
+    report = _drop(tmp_path, "llama", kind="heads", count=2 * LAYERS - 1, shape="uniform")
+    lost = [int(name.split()[1].split(".")[0]) for name in report["dropped"]]
+    assert sorted(lost) == sorted(2 * list(range(LAYERS)))
+    config = json.loads((tmp_path / "smaller" / "config.json").read_text())
+    assert (config["num_key_value_heads"], config["num_attention_heads"], config["head_dim"]) == (2, 4, 6)
+    again = load_saved(ModelSettings(str(tmp_path / "smaller")))
+    assert type(again).__name__ == "LlamaForCausalLM"
+    once_more = drop_units(
+        ModelSettings(str(tmp_path / "smaller")),
+        DropRequest(kind="block", count=1, method="random"),
+        str(tmp_path / "smallest"),
+        device="cpu",
+    )
+    assert once_more["parameters"] == count_parameters(again)
+
+
+def test_drops_that_are_no_stock_checkpoint_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"whole layers \(kind block or consecutive\).*not kind mlp"):
+        _drop(tmp_path / "mlp", "llama", kind="mlp", count=1, shape="uniform")
+    with pytest.raises(UserError, match="no stock config of llama describes the model.*Nothing was written"):
+        _drop(tmp_path / "three", "llama", kind="heads", count=LAYERS, shape="uniform")  # 16 / 6 heads
+    assert not (tmp_path / "three" / "smaller" / "config.json").exists()
