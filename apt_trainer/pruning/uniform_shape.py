@@ -51,7 +51,7 @@ def uniform_shape(model: PreTrainedModel, family: ModelFamily, targets: Collecti
 
 
 def check_stock(model: PreTrainedModel, family: ModelFamily, plan: PruningPlan) -> None:
-    """Raise :class:`UserError` unless the dense ``model``, which stays as it is, would be a stock one after ``plan``."""
+    """Raise :class:`UserError` unless the dense ``model``, which is not touched, is a stock one after ``plan``."""
     spaces = family.spaces(model)
     if not _is_stock(model, family, spaces, plan):
         raise UserError(
