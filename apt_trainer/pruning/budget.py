@@ -74,7 +74,7 @@ def least_model(
     spaces: Sequence[Space], sublayers: Sequence[Sublayer], dense: PruningPlan, cost: CostModel, limits: Limits
 ) -> dict[str, int]:
     """Units per space of the cheapest model that keeps what ``limits`` ask for and something of one attention and of
-    one feed-forward in :data:`~apt_trainer.pruning.limits.LEAST_DEPTH`."""
+    one feed-forward in :data:`~apt_trainer.plan.limits.LEAST_DEPTH`."""
     counts = {space.name: limits.floor(space, dense.counts[space.name]) for space in spaces}
     few = {
         space.name: limits.core(space, space.size) or min(space.size, limits.round_to[space.kind]) for space in spaces

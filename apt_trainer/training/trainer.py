@@ -166,7 +166,8 @@ class APTTrainer(FinishedModel):
                 "there with train(resume_from_checkpoint=True)."
             )
         with self.keeping_what_is_trained(), naming_the_silent(self.args.ddp_timeout):
-            self.rehearse()
+            if not self._finished:  # else a model of the same kind was saved before
+                self.rehearse()
             result = super().train(*args, **kwargs)
         self._stop.leave()
         if not self.schedule.meets_budget(self.state.global_step):

@@ -446,8 +446,8 @@ def test_optimizers_that_cannot_be_made_anew_are_refused(tmp_path: Path) -> None
     ):
         with pytest.raises(UserError, match=message):
             made(tmp_path, options={"optimizer_cls_and_kwargs": given})
-    for optim, message in (("galore_adamw", "cannot be used"), ("lomo", "cannot be used")):
-        with pytest.raises(UserError, match=f"optim: {optim} {message}"):
+    for optim in ("galore_adamw", "lomo"):
+        with pytest.raises(UserError, match=f"optim='{optim}' .* survives a change of shape"):
             made(tmp_path, optim=optim)
 
 
