@@ -34,6 +34,11 @@ class PruningSettings:
         "before: once, before the first step (APT, for LLaMA); early: in the first part of training; late: in its "
         "second half; after: once, when training has ended.",
     )
+    refit: bool = setting(
+        True,
+        "At a cut before training: the weights that read what is left are solved for anew by least squares, on the "
+        "rows that scored the model.",
+    )
     calibration_samples: int = setting(
         256, "Rows of the training data that score the units where pruning_time is before, or by nri. 256 (APT)."
     )

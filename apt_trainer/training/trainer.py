@@ -29,6 +29,7 @@ from apt_trainer.libraries.private_names import check_names
 from apt_trainer.models import HIDDEN
 from apt_trainer.models.labels import match_teacher
 from apt_trainer.plan.limits import warn_of_collapse
+from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.plan.ranks import mean_growth
 from apt_trainer.plan.schedule import Schedule, fewer_events, make_schedule
 from apt_trainer.pruning.given_model import IN_USE, check_loaded
@@ -42,6 +43,7 @@ from apt_trainer.settings.packages import check_packages
 from apt_trainer.store.events import append_event, truncate_after
 from apt_trainer.store.hub import check_upload
 from apt_trainer.surgery import adapters as lora
+from apt_trainer.surgery.refit import refit
 from apt_trainer.surgery.slicing import Grow, Keep
 from apt_trainer.surgery.tuning import base_weight_names
 from apt_trainer.training import checkpoint, trackers
@@ -279,6 +281,8 @@ class APTTrainer(FinishedModel):
         growth = mean_growth(lora.ranks(self.model), decision.ranks)
 
         def change() -> runtime.Edits:
+            if self.args.prunes_before and self.args.refit and decision.kind == "prune":
+                self._refit(decision.plan)
             event = self.pruner.apply(decision, step, self.distillation.teacher.parameter_ids())
             edits: dict[str, list[Keep | Grow]] = dict(event.edits)
             return edits | self.distillation.follow(self.model, event.survivors, growth)
@@ -291,6 +295,13 @@ class APTTrainer(FinishedModel):
         self._write_record(self.pruner.describe(step, decision.kind) | {"seconds": seconds, **losses})
 
     # ------------------------------------------------------------------ inside
+
+    def _refit(self, plan: PruningPlan) -> None:
+        """Solve the weights that will read what ``plan`` leaves anew, on the rows that scored the model."""
+        p, sum_over_processes = self.pruner, self._sum_over_processes
+        batches, loss_of = self._calibration_batches, self._calibration_loss
+        with torch.random.fork_rng(devices=[]):
+            refit(self.model, p.family, p.spaces, p.plan, plan, batches, loss_of, sum_over_processes)
 
     def _make_pruner(self, model: PreTrainedModel) -> AdaptivePruner:
         check_loaded(model)
