@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from apt_trainer.models import HIDDEN, ModelFamily, Space, Sublayer
-from apt_trainer.models.base import base_layer
+from apt_trainer.models.base import base_layer, exists
 
 Term = tuple[str, ...]
 """Names of the spaces whose counts are multiplied; the empty term is a constant."""
@@ -151,10 +151,12 @@ def fitted_cost(
 
 
 def _dimensions(model: nn.Module, spaces: Sequence[Space]) -> dict[tuple[str, int], tuple[str, float]]:
-    """(parameter name, dim) → (space, entries per unit)."""
+    """(parameter name, dim) → (space, entries per unit), of the modules that are left."""
     dims: dict[tuple[str, int], tuple[str, float]] = {}
     for space in spaces:
         for part in space.slices:
+            if not exists(model, part.module):
+                continue
             module = base_layer(model.get_submodule(part.module))
             width = float(sum(part.parts))
             for name, parameter in module.named_parameters(recurse=False):

@@ -28,25 +28,32 @@ COSTS: dict[str, Callable[[nn.Module, ModelFamily, list[Space], int, int], CostM
 
 
 def cost_of(model: nn.Module, family: ModelFamily, spaces: list[Space], settings: PruningSettings) -> CostModel:
-    """Cost of the dense ``model`` in what ``sparsity_metric`` counts; measured, if that is latency."""
+    """Cost of the dense ``model``, which may be on the meta device unless it is timed, in what ``sparsity_metric`` counts; measured, if that is latency."""
     make = COSTS[settings.sparsity_metric]
     return make(model, family, spaces, settings.reference_batch_size, settings.reference_length)
 
 
 def check_budget(
-    spaces: Sequence[Space], dense: PruningPlan, cost: CostModel, limits: Limits, sparsity: float | None
+    spaces: Sequence[Space], start: PruningPlan, cost: CostModel, limits: Limits, sparsity: float | None
 ) -> None:
-    """Raise :class:`UserError` where ``sparsity`` (None: nothing is pruned) is more than ``limits`` let go, or where
-    what could go costs nothing."""
+    """Raise :class:`UserError` where ``sparsity`` (None: nothing is pruned) is more than ``limits`` let go of what is
+    there at ``start``, or no more than the dense model has lost by then, or where what could go costs nothing."""
     if sparsity is None:
         return
+    dense = PruningPlan.dense(spaces)
     if cost.total(dense.counts) <= 0:
         raise UserError(
             "Neither heads nor neurons take time that can be measured at reference_batch_size × reference_length. "
             "Raise these, or choose another sparsity_metric."
         )
-    zeros = {space.name: torch.zeros(space.size) for space in spaces}
-    select(zeros, spaces, dense, cost, (1 - sparsity) * cost.total(dense.counts), limits)
+    lost = 1 - cost.total(start.counts) / cost.total(dense.counts)
+    if start != dense and sparsity <= lost:
+        raise UserError(
+            f"target_sparsity={sparsity} is a fraction of the dense original, of which the model has lost {lost:.4f} "
+            "already. Give more than that to prune further, or target_sparsity: null to fine-tune it as it is."
+        )
+    zeros = {name: torch.zeros(number) for name, number in start.counts.items()}
+    select(zeros, spaces, start, cost, (1 - sparsity) * cost.total(dense.counts), limits)
 
 
 def saved_without(spaces: Sequence[Space], counts: Mapping[str, int], cost: CostModel) -> dict[str, float]:

@@ -20,7 +20,7 @@ from apt_trainer.measure import trainable_parameters
 from apt_trainer.models import ModelFamily, Space, Stack, family_of
 from apt_trainer.models.batch import Tokens
 from apt_trainer.plan import ranks as allocation
-from apt_trainer.plan.cost import parameter_cost
+from apt_trainer.plan.cost import CostModel, parameter_cost
 from apt_trainer.plan.limits import limits_of, warn_of_depth
 from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.plan.schedule import Schedule
@@ -32,6 +32,8 @@ from apt_trainer.scoring import Importance, Nri, Reduce, make_importance
 from apt_trainer.scoring.calibration import Batch, calibrate
 from apt_trainer.scoring.rank_score import RankScore
 from apt_trainer.settings import MethodSettings
+from apt_trainer.store.saved_model import dense_copy
+from apt_trainer.store.starting_point import starting_point
 from apt_trainer.surgery import adapters as lora
 from apt_trainer.surgery.cutting import apply_plan
 from apt_trainer.surgery.masks import MaskStore
@@ -70,7 +72,8 @@ class PruningEvent:
 class AdaptivePruner:
     """Scores units and adapters while ``model`` trains, and changes its shape when the schedule says so.
 
-    ``model`` must be a plain Hugging Face model; adapters are inserted here when the settings ask for them.
+    ``model`` must be a plain Hugging Face model, dense or pruned before; adapters are inserted here when the settings
+    ask for them. ``origin``: what it began with. ``dense_plan``: of the dense original.
     """
 
     def __init__(
@@ -95,11 +98,12 @@ class AdaptivePruner:
         self.model, self.settings, self.seed = model, settings, seed
         self.family = family_of(model.config)
         self.family.set_post_norm_policy(model.config, settings.post_norm_policy)
-        self.spaces = self.family.spaces(model)
+        self.origin = starting_point(model)
+        self.spaces, self.plan = self.origin.spaces, self.origin.plan
         self.sublayers = self.family.sublayers(model)
-        self.plan = self.dense_plan = PruningPlan.dense(self.spaces)
-        self.block_cost = parameter_cost(model, self.family, self.spaces)
-        self.cost = cost_of(model, self.family, self.spaces, settings)
+        self.dense_plan = PruningPlan.dense(self.spaces)
+        self.block_cost = parameter_cost(self.origin.dense, self.family, self.spaces)
+        self.cost = self._cost_of_dense()
         self.limits = limits_of(settings)
         if settings.sparsity_metric != "latency":  # else once processes have agreed on seconds
             check_budget(self.spaces, self.plan, self.cost, self.limits, settings.target_sparsity)
@@ -129,7 +133,7 @@ class AdaptivePruner:
             self._reduce = reduce
         if self.seconds is None:
             agree_on_seconds(self, self._reduce, processes)
-            check_budget(self.spaces, self.dense_plan, self.cost, self.limits, self.settings.target_sparsity)
+            check_budget(self.spaces, self.origin.plan, self.cost, self.limits, self.settings.target_sparsity)
         self._follow_schedule(step)
 
     def calibrate(self, batches: Iterable[Batch | None], loss_of: Callable[[Batch], torch.Tensor]) -> None:
@@ -238,8 +242,18 @@ class AdaptivePruner:
             self._observing = False
 
     def sparsity(self) -> float:
-        """Share of the prunable budget removed so far, in the unit of ``sparsity_metric``."""
+        """Share of the prunable budget of the dense original that is gone, in the unit of ``sparsity_metric``."""
         return 1 - self.cost.total(self.plan.counts) / self.cost.total(self.dense_plan.counts)
+
+    def sparsity_of_start(self) -> float:
+        """As :meth:`sparsity`, but of what the model had when it was given here."""
+        return 1 - self.cost.total(self.plan.counts) / self.cost.total(self.origin.plan.counts)
+
+    def target(self, event: int) -> float:
+        """:meth:`sparsity` that event number ``event`` aims at."""
+        assert self.schedule is not None
+        start = self.cost.total(self.origin.plan.counts) / self.cost.total(self.dense_plan.counts)
+        return self.schedule.sparsity(event, 1 - start)
 
     def norm_paths(self) -> list[str]:
         """Norms of the dense model on the residual stream and over all heads of an attention together."""
@@ -273,6 +287,7 @@ class AdaptivePruner:
         """(JSON part, tensor part) of everything that is not a weight of the model."""
         json_part = {
             "plan": self.plan.to_json(),
+            "start": self.origin.plan.digest(),
             "ranks": lora.ranks(self.model),
             "tune": self.tune,
             "adapter_parameters_at_start": self.adapter_parameters_at_start,
@@ -286,7 +301,14 @@ class AdaptivePruner:
         return json_part, {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
     def restore_shapes(self, description: Mapping[str, Any]) -> None:
-        """Give the freshly built dense model the shapes of a checkpoint, before its weights are loaded."""
+        """Give the model, as it was when the run began, the shapes of a checkpoint, before its weights are loaded.
+
+        Raises :class:`UserError` where that run began with another model.
+        """
+        if description.get("start", self.origin.plan.digest()) != self.origin.plan.digest():
+            raise UserError(
+                "The run began with a model that has other units left than this one. Give the model that it began with."
+            )
         self.plan = give_shapes(self.model, self.family, self.spaces, self.plan, description)
         self.adapter_parameters_at_start = description["adapter_parameters_at_start"]
         if description.get("seconds") is not None:
@@ -315,6 +337,12 @@ class AdaptivePruner:
             targets = s.lora_target_modules or self.family.default_targets(self.model)
             layers = self.family.layer_paths(self.model)
             lora.insert_adapters(self.model, targets, s.lora_r, s.lora_alpha, s.lora_dropout, layers)
+
+    def _cost_of_dense(self) -> CostModel:
+        dense = self.origin.dense
+        if self.settings.sparsity_metric == "latency" and dense is not self.model:
+            dense = dense_copy(self.model)  # what is timed needs weights
+        return cost_of(dense, self.family, self.spaces, self.settings)
 
     def _scored(self) -> list[Space]:
         return [space for space in self.spaces if space.kind in self.limits.kinds]
@@ -346,7 +374,7 @@ class AdaptivePruner:
     def _select(self, event: int | None) -> PruningPlan:
         """Plan for ``event``; None: the cut before training."""
         assert self.schedule is not None
-        sparsity = self.schedule.target_sparsity if event is None else self.schedule.sparsity(event)
+        sparsity = self.schedule.target_sparsity if event is None else self.target(event)
         budget = (1 - sparsity) * self.cost.total(self.dense_plan.counts)
         scores, densities = self.importance.scores(self.model), self.importance.densities
         plan = select(scores, self.spaces, self.plan, self.cost, budget, self.limits, densities)
@@ -389,11 +417,11 @@ class AdaptivePruner:
 
 
 def give_shapes(
-    model: nn.Module, family: ModelFamily, spaces: list[Space], dense: PruningPlan, description: Mapping[str, Any]
+    model: nn.Module, family: ModelFamily, spaces: list[Space], start: PruningPlan, description: Mapping[str, Any]
 ) -> PruningPlan:
-    """Cut a dense ``model`` with fresh adapters to what :meth:`AdaptivePruner.state` said; load values after it."""
+    """Cut ``model``, which has the units of ``start`` and fresh adapters, to what :meth:`AdaptivePruner.state` said; load values after it."""
     plan = PruningPlan.from_json(description["plan"])
-    apply_plan(model, family, spaces, dense, plan)
+    apply_plan(model, family, spaces, start, plan)
     lora.grow_to(model, description["ranks"])
     if description["tune"] == "full":
         lora.merge_adapters(model)

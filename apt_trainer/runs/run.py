@@ -100,7 +100,7 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
         raise UserError(
             f"packing: true, but in {type(model).__name__} packed sequences would see each other. Set packing: false."
         )
-    dense_parameters = count_parameters(model)
+    start_parameters = count_parameters(model)
     trainer = APTTrainer(
         model,
         args,
@@ -131,7 +131,7 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
         "block_params_dense": int(trainer.pruner.block_cost.total(trainer.pruner.dense_plan.counts)),
         "block_params": int(trainer.pruner.block_cost.total(trainer.pruner.plan.counts)),
         "sparsity": trainer.pruner.sparsity(),
-        "total_params_dense": dense_parameters,
+        "total_params_dense": count_parameters(dense_copy(trainer.model, "meta")),
         "total_params": count_parameters(trainer.model),
         "disk_bytes_dense": sum(p.numel() * p.element_size() for p in dense_copy(trainer.model, "meta").parameters()),
         "disk_bytes": size_on_disk(output),
@@ -149,6 +149,12 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
         "versions": versions(),
     }
     metrics |= {f"{name}_dense": dense[name] for name in _COMPARED if name in dense}
+    if trainer.pruner.origin.is_pruned:
+        metrics |= {
+            "block_params_start": int(trainer.pruner.block_cost.total(trainer.pruner.origin.plan.counts)),
+            "total_params_start": start_parameters,
+            "sparsity_of_start": trainer.pruner.sparsity_of_start(),
+        }
     if args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
         metrics["best_checkpoint"] = Path(trainer.state.best_model_checkpoint).name
     if watch is not None:

@@ -19,7 +19,7 @@ from apt_trainer.errors import UserError
 from apt_trainer.models import family_of
 from apt_trainer.settings import CHOICES, ModelSettings, resolve_path
 from apt_trainer.settings.recipe import Recipe
-from apt_trainer.store.saved_model import dense_shape, load_pruned
+from apt_trainer.store.saved_model import dense_shape, load_pruned, model_class
 from apt_trainer.tasks import TaskData, architecture_of, load_task
 
 GGUF = ".gguf"
@@ -160,6 +160,16 @@ def load_dense_shape(settings: ModelSettings) -> PreTrainedModel:
     cls, stock = dense_shape(config)
     cls = cls or _saved_class(config, source, None)
     model = cls(stock) if issubclass(cls, PreTrainedModel) else cls.from_config(stock)
+    return model.to(_dtype(config, settings.dtype))  # type: ignore[no-any-return]
+
+
+def load_shape(settings: ModelSettings) -> PreTrainedModel:
+    """A saved model, pruned or stock, with random weights: for sizes. Reads the config."""
+    config = read_config(settings)
+    architecture = getattr(config, "apt_base_architecture", None)
+    if architecture is None:
+        return load_dense_shape(settings)
+    model = model_class(config.apt_base_model_type, architecture)(config)
     return model.to(_dtype(config, settings.dtype))  # type: ignore[no-any-return]
 
 

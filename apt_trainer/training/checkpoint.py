@@ -24,13 +24,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from apt_trainer.errors import UserError
 from apt_trainer.measure.latency import example_inputs
-from apt_trainer.plan.pruning_plan import PruningPlan
+from apt_trainer.plan.pruning_plan import PLAN_FILE, PruningPlan
 from apt_trainer.store.events import write_json
 from apt_trainer.store.saved_model import load_pruned
 from apt_trainer.training.engines import optimizer_file
 from apt_trainer.training.engines.agreement import processes
 
-PLAN_FILE = "pruning_plan.json"
 STATE_FILE = "apt_state.json"
 TENSORS_FILE = "apt_state.safetensors"
 WEIGHTS_FILE = "apt_training.safetensors"
@@ -50,9 +49,12 @@ class TrainingState:
     teacher_shape: dict[str, Any] | None
 
 
-def save_pruned(model: PreTrainedModel, path: Path, plan: PruningPlan, tokenizer: Any = None) -> float:
+def save_pruned(
+    model: PreTrainedModel, path: Path, plan: PruningPlan, tokenizer: Any = None, start: PruningPlan | None = None
+) -> float:
     """Write the finished model, plan and tokenizer to ``path`` and check that it reloads.
 
+    ``start``: what there was before this run, where that matters (``PruningPlan.to_json``).
     Written to a temporary folder beside it first and checked there, then moved; if anything fails, an older model in
     ``path`` stays whole. What a save that was killed left there is removed. Returns the largest difference of logits
     between ``model`` and the reloaded one on a random batch; raises RuntimeError when it is above 1e-5 of the largest
@@ -65,7 +67,7 @@ def save_pruned(model: PreTrainedModel, path: Path, plan: PruningPlan, tokenizer
         model.save_pretrained(staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
-        write_json(staging / PLAN_FILE, plan.to_json())
+        write_json(staging / PLAN_FILE, plan.to_json(start))
         difference = reload_difference(model, staging)
         _move_in(staging, path)
     finally:

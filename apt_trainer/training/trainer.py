@@ -56,7 +56,8 @@ class APTTrainer(BestWithinBudget):
     """Fine-tunes, prunes, grows adapters and distils in one run.
 
     Args:
-        model: a plain Hugging Face model of a supported family; adapters are inserted here.
+        model: a plain Hugging Face model of a supported family, or one that was pruned before; adapters are inserted
+            here.
         args: :class:`APTConfig`.
         importance: a scoring rule of the user's own, instead of ``args.importance``.
         teacher: a fine-tuned model of the same task, where ``args.distillation`` is "model".
@@ -89,8 +90,6 @@ class APTTrainer(BestWithinBudget):
             raise UserError(
                 "A teacher model and distillation: model belong together; one was given without the other."
             )
-        if hasattr(model.config, "apt_structure"):
-            raise UserError("The model is a pruned one already. Start from the dense model it was made from.")
         self.pruner = AdaptivePruner(model, args, importance=importance, seed=args.seed)
         if train_dataset is not None and heldout_dataset is None:
             number = args.heldout_rows(len(train_dataset))
@@ -100,7 +99,7 @@ class APTTrainer(BestWithinBudget):
         runtime.own_storage(model)
         self.distillation = SelfDistillation(
             args,
-            self.pruner.dense_plan.counts[HIDDEN],
+            self.pruner.plan.counts[HIDDEN],
             args.seed,
             None if teacher is None else engine_of(self).place(teacher),
             self.accelerator.autocast,
@@ -125,7 +124,7 @@ class APTTrainer(BestWithinBudget):
         Raises :class:`~apt_trainer.training.termination.Terminated` after a SIGTERM, once a checkpoint is written.
         """
         if self._finished:
-            raise UserError("This trainer has finished its run. Make a new one with a dense model to train again.")
+            raise UserError("This trainer has finished its run. Make a new one to train again.")
         with naming_the_silent(self.args.ddp_timeout):
             result = super().train(*args, **kwargs)
         self._stop.leave()
@@ -203,7 +202,7 @@ class APTTrainer(BestWithinBudget):
             if self.args.should_save:
                 checkpoint.save_training_state(path, weights, state)
         elif self.args.should_save:
-            checkpoint.save_pruned(self.model, path, self.pruner.plan, self.processing_class)
+            checkpoint.save_pruned(self.model, path, self.pruner.plan, self.processing_class, self.pruner.origin.plan)
 
     # ------------------------------------------------------------------ the method's own steps
 

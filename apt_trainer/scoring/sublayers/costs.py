@@ -1,6 +1,6 @@
 """What a unit costs: parameters, seconds, bytes or nothing; and shares of it, by which impact is normalised.
 
-Shares are of the sum over all sublayers of the dense model, or of all its layers. A head costs what its attention is
+Shares are of the sum over all sublayers of the model, or of all its layers. A head costs what its attention is
 smaller without it; the norm and the like go with the attention. Not for neurons (``plan.cost``).
 """
 
@@ -17,7 +17,6 @@ from apt_trainer.measure import compare_latency, count_parameters, evaluating, e
 from apt_trainer.measure.latency import now, take_turns
 from apt_trainer.models import Space
 from apt_trainer.plan.cost import Weigh, parameter_cost
-from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.scoring.sublayers.drop import plan_without
 from apt_trainer.scoring.sublayers.gates import switched_off
 from apt_trainer.scoring.sublayers.units import Unit, Units
@@ -42,7 +41,7 @@ def unit_costs(model: nn.Module, units: Units, cost: str, shape: Shape, heads: b
     """Cost of every unit, blocks included, and single heads where asked for.
 
     Args:
-        model: The dense model; for seconds with weights, else the meta device will do.
+        model: As it is; for seconds with weights, else the meta device will do.
         units: Its units.
         cost: "params", "memory" (bytes of weights, and of keys and values where they are cached), "latency" (seconds
             of one forward pass) or "none" (1 each).
@@ -70,7 +69,7 @@ def _of_heads(
     else:
         found = _bytes_per_head(model, units, shape) if cost == "memory" else _parameters_per_head(model, units)
     return {
-        head: costs[attention] if units.space(head).size == 1 else found[head]
+        head: costs[attention] if len(units.left(head)) == 1 else found[head]
         for head, attention in units.heads.items()
     }
 
@@ -84,8 +83,7 @@ def shares(costs: Mapping[Unit, float], units: Units) -> dict[Unit, float]:
 def block_shares(model: nn.Module, units: Units) -> dict[Unit, float]:
     """Parameters of every unit, heads included, divided by those of all layers, of which a norm may stay."""
     costs = unit_costs(model, units, "params", Shape(), heads=True)
-    blocks = [parts[0].block for unit, parts in units.members.items() if unit.kind == "block"]
-    total = sum(count_parameters(model.get_submodule(path)) for path in blocks)
+    total = sum(count_parameters(model.get_submodule(path)) for path in units.blocks.values())
     return {unit: cost / total for unit, cost in costs.items()}
 
 
@@ -93,7 +91,7 @@ def cache_bytes(model: nn.Module, units: Units, unit: Unit, shape: Shape) -> int
     """Bytes of the keys and values that an attention or a head leaves in the cache of ``shape``."""
     element = next(model.parameters()).element_size()
     space = units.space(unit)
-    heads = space.size if unit.head is None else 1
+    heads = len(units.left(unit)) if unit.head is None else 1
     return shape.batch_size * shape.length * heads * _cached_numbers(space) * element
 
 
@@ -118,7 +116,7 @@ def _bytes(model: nn.Module, units: Units, unit: Unit, shape: Shape) -> float:
 
 def _parameters_per_head(model: nn.Module, units: Units, weigh: Weigh | None = None) -> dict[Unit, float]:
     cost = parameter_cost(model, units.family, units.spaces, weigh)
-    counts = PruningPlan.dense(units.spaces).counts
+    counts = units.plan.counts
     of_space = {name: cost.marginal(name, counts) for name in {units.space(head).name for head in units.heads}}
     return {head: of_space[units.space(head).name] for head in units.heads}
 
@@ -132,9 +130,9 @@ def _bytes_per_head(model: nn.Module, units: Units, shape: Shape) -> dict[Unit, 
 
 def _seconds_per_head(model: nn.Module, units: Units, shape: Shape) -> float:
     """Time saved by a copy without every other head, per head: a head that is only masked saves none."""
-    gone = [head for head in units.heads if (head.head or 0) % 2]
+    gone = [head for head in units.heads if units.left(head).index(head.head or 0) % 2]
     small = copy.deepcopy(model)
-    apply_plan(small, units.family, units.spaces, PruningPlan.dense(units.spaces), plan_without(units, gone))
+    apply_plan(small, units.family, units.spaces, units.plan, plan_without(units, gone))
     timed = compare_latency(
         {"dense": model, "small": small}, [shape.batch_size], shape.length, max_seconds=shape.max_seconds
     )
