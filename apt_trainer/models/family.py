@@ -187,8 +187,8 @@ class ModelFamily:
         before = getattr(config, POST_NORM_POLICY, POST_NORM_POLICIES[0])
         if policy != before and (getattr(config, "apt_structure", None) or {}).get("replaced"):
             raise UserError(
-                f"The model lost attentions or feed-forwards with post_norm_policy={before!r}, so no others can go with "
-                f"{policy!r}. Set post_norm_policy: {before}."
+                f"The model lost attentions or feed-forwards with post_norm_policy={before!r}, and others cannot go "
+                f"with {policy!r}. Set post_norm_policy: {before}."
             )
         if policy != POST_NORM_POLICIES[0]:
             setattr(config, POST_NORM_POLICY, policy)

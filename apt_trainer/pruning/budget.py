@@ -28,7 +28,8 @@ COSTS: dict[str, Callable[[nn.Module, ModelFamily, list[Space], int, int], CostM
 
 
 def cost_of(model: nn.Module, family: ModelFamily, spaces: list[Space], settings: PruningSettings) -> CostModel:
-    """Cost of the dense ``model``, which may be on the meta device unless it is timed, in what ``sparsity_metric`` counts; measured, if that is latency."""
+    """Cost of the dense ``model`` in what ``sparsity_metric`` counts; measured, if that is latency. Else the model may
+    be on the meta device."""
     make = COSTS[settings.sparsity_metric]
     return make(model, family, spaces, settings.reference_batch_size, settings.reference_length)
 

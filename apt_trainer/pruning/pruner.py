@@ -307,7 +307,7 @@ class AdaptivePruner:
         """
         if description.get("start", self.origin.plan.digest()) != self.origin.plan.digest():
             raise UserError(
-                "The run began with a model that has other units left than this one. Give the model that it began with."
+                "The run that is resumed began with a model of other units. Give the model that it began with."
             )
         self.plan = give_shapes(self.model, self.family, self.spaces, self.plan, description)
         self.adapter_parameters_at_start = description["adapter_parameters_at_start"]
@@ -419,7 +419,8 @@ class AdaptivePruner:
 def give_shapes(
     model: nn.Module, family: ModelFamily, spaces: list[Space], start: PruningPlan, description: Mapping[str, Any]
 ) -> PruningPlan:
-    """Cut ``model``, which has the units of ``start`` and fresh adapters, to what :meth:`AdaptivePruner.state` said; load values after it."""
+    """Cut ``model``, which has the units of ``start`` and fresh adapters, to what :meth:`AdaptivePruner.state` said;
+    load values after it."""
     plan = PruningPlan.from_json(description["plan"])
     apply_plan(model, family, spaces, start, plan)
     lora.grow_to(model, description["ranks"])

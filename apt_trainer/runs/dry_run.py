@@ -66,7 +66,8 @@ def _of_original(pruner: AdaptivePruner) -> str:
     if not pruner.origin.is_pruned:
         return ""
     dense = format_count(pruner.block_cost.total(pruner.dense_plan.counts))
-    return f"; pruned before, {pruner.sparsity():.1%} of the {pruner.settings.sparsity_metric} of its dense original "
+    lost = f"{pruner.sparsity():.1%} of {pruner.settings.sparsity_metric} removed before"
+    return f" ({lost}; {dense} in the dense original)"
 
 
 def _of_model_at_first(pruner: AdaptivePruner, args: APTConfig) -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny import (
-    CASES,
     FAMILY_NAMES,
     LANGUAGE_MODELS,
-    adapted,
     gap,
     logits,
     parts,
@@ -20,15 +22,17 @@ from tiny import (
 )
 from transformers import PreTrainedModel
 
-from apt_trainer import UserError, load_pruned
+from apt_trainer import AdaptivePruner, APTTrainer, load_pruned
 from apt_trainer.measure import count_parameters
 from apt_trainer.models import HIDDEN, Space, family_of
 from apt_trainer.plan.cost import parameter_cost
 from apt_trainer.plan.pruning_plan import PruningPlan
+from apt_trainer.settings import MethodSettings
 from apt_trainer.store.saved_model import as_pruned
 from apt_trainer.store.starting_point import starting_point
 from apt_trainer.surgery.cutting import apply_plan
 from apt_trainer.surgery.masks import MaskStore
+from integration.factories import SHORT, Rows, counted_block_parameters, events_of, make_trainer
 
 MODELS = {name: "ForSequenceClassification" for name in FAMILY_NAMES} | LANGUAGE_MODELS
 
@@ -83,3 +87,70 @@ def test_masked_is_cut_on_a_model_that_was_cut_before(name: str, tmp_path) -> No
 def gone_later(spaces: list[Space], plan: PruningPlan) -> list[str]:
     left = [s for s in spaces if plan.kept[s.name] and not s.minimum and s.name != HIDDEN]
     return [left[-1].name]
+
+
+# ---------------------------------------------------------------------- training further
+
+TRAINED = ("bert", "distilbert", "modernbert", "gpt2", "phi3", "opt", "gpt_neox", "t5")
+FURTHER: dict[str, Any] = {**SHORT, "round_to": 1, "prune_targets": ["heads", "neurons", "hidden", "sublayers"]}
+
+
+def task_of(name: str) -> str:
+    task = MODELS[name]
+    return {"ForCausalLM": "text", "ForConditionalGeneration": "target", "ForMaskedLM": "tokens"}.get(
+        task, "classification"
+    )
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a saved pruned model by its name."""
+    made: dict[str, Path] = {}
+
+    def start(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            pruned(tiny_model(name, MODELS[name], dropout=0.1))[0].save_pretrained(made[name])
+        return made[name]
+
+    return start
+
+
+def further(folder: Path, start: Path, name: str, options: dict[str, Any] | None = None, **changes: Any) -> APTTrainer:
+    model = load_pruned(start)
+    if "target_sparsity" not in changes:
+        lost = AdaptivePruner(load_pruned(start), MethodSettings(target_sparsity=None)).sparsity()
+        changes["target_sparsity"] = lost + 0.4 * (1 - lost)
+    return make_trainer(folder, model, Rows(60, task_of(name)), options, **{**FURTHER, **changes})
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_run_goes_on_from_a_pruned_model(
+    name: str, starts: Callable[[str], Path], tmp_path: Path
+) -> None:
+    trainer = further(tmp_path, starts(name), name)
+    start = trainer.pruner.origin.plan
+    assert trainer.pruner.block_cost.total(start.counts) == counted_block_parameters(trainer)
+    trainer.train()
+    plan, target = trainer.pruner.plan, trainer.args.target_sparsity
+    assert all(set(plan.kept[space]) <= set(units) for space, units in start.kept.items())
+    assert trainer.pruner.sparsity() >= target > trainer.pruner.sparsity_of_start() > 0
+    assert trainer.pruner.block_cost.total(plan.counts) == counted_block_parameters(trainer)
+    dense = counted_block_parameters_of(tiny_model(name, MODELS[name]))
+    assert trainer.pruner.sparsity() == pytest.approx(1 - counted_block_parameters(trainer) / dense)
+    first, second = events_of(tmp_path, "prune")
+    assert trainer.pruner.dense_plan.by_kind(trainer.pruner.spaces) == first["dense"]
+    assert first["sparsity"] < second["sparsity"]
+    trainer.save_model(str(tmp_path / "model"))
+    batch = tiny_batch(trainer.model)
+    again = load_pruned(tmp_path / "model").eval()
+    assert torch.equal(logits(again, batch), logits(trainer.model.eval(), batch))
+    written = json.loads((tmp_path / "model" / "pruning_plan.json").read_text())
+    assert PruningPlan.from_json(written) == plan == starting_point(again).plan
+    for space, positions in written["kept_of_start"].items():
+        assert tuple(start.kept[space][position] for position in positions) == plan.kept[space]
+
+
+def counted_block_parameters_of(model: PreTrainedModel) -> int:
+    blocks = tuple(path + "." for path in family_of(model.config).block_modules(model))
+    return sum(p.numel() for name, p in model.named_parameters() if name.startswith(blocks))
