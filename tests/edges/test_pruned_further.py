@@ -22,9 +22,10 @@ from tiny import (
 )
 from transformers import PreTrainedModel
 
-from apt_trainer import AdaptivePruner, APTTrainer, load_pruned
+from apt_trainer import AdaptivePruner, APTTrainer, UserError, load_pruned, paint
 from apt_trainer.measure import count_parameters
 from apt_trainer.models import HIDDEN, Space, family_of
+from apt_trainer.models.execution_plan import full
 from apt_trainer.plan.cost import parameter_cost
 from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.settings import MethodSettings
@@ -32,7 +33,7 @@ from apt_trainer.store.saved_model import as_pruned
 from apt_trainer.store.starting_point import starting_point
 from apt_trainer.surgery.cutting import apply_plan
 from apt_trainer.surgery.masks import MaskStore
-from integration.factories import SHORT, Rows, counted_block_parameters, events_of, make_trainer
+from integration.factories import SHORT, Rows, SaveAt, counted_block_parameters, events_of, make_trainer
 
 MODELS = {name: "ForSequenceClassification" for name in FAMILY_NAMES} | LANGUAGE_MODELS
 
@@ -154,3 +155,114 @@ def test_a_run_goes_on_from_a_pruned_model(
 def counted_block_parameters_of(model: PreTrainedModel) -> int:
     blocks = tuple(path + "." for path in family_of(model.config).block_modules(model))
     return sum(p.numel() for name, p in model.named_parameters() if name.startswith(blocks))
+
+
+def bits(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def test_a_resumed_run_from_a_pruned_model_is_bit_equal(starts: Callable[[str], Path], tmp_path: Path) -> None:
+    """With snapshots as teacher, at a checkpoint after the first event and one before it."""
+    saving = {"callbacks": [SaveAt((4, 6))]}
+    straight = further(tmp_path / "straight", starts("bert"), "bert", saving)
+    straight.train()
+    for step in (4, 6):
+        resumed = further(tmp_path / f"from_{step}", starts("bert"), "bert")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / f"checkpoint-{step}"))
+        assert resumed.pruner.plan == straight.pruner.plan
+        expected, got = bits(straight.model), bits(resumed.model)
+        assert expected.keys() == got.keys()
+        assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+
+
+def test_a_run_is_not_resumed_with_another_start(starts: Callable[[str], Path], tmp_path: Path) -> None:
+    begun = further(tmp_path / "one", starts("bert"), "bert", {"callbacks": [SaveAt((4,))]})
+    begun.train()
+    for other in (tiny_model("bert"), pruned(tiny_model("bert"), seed=3)[0]):
+        trainer = make_trainer(tmp_path / "two", other, Rows(60), **{**FURTHER, "target_sparsity": 0.9})
+        with pytest.raises(UserError, match="began with a model of other units"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-4"))
+
+
+@pytest.mark.parametrize("layers", [3, 2])
+def test_a_dense_teacher_of_a_pruned_student(starts: Callable[[str], Path], tmp_path: Path, layers: int) -> None:
+    teacher = {"distillation": "model", "teacher_name_or_path": "given"}
+    options = {"teacher": tiny_model("bert", layers=layers)}
+    trainer = further(tmp_path, starts("bert"), "bert", options, **teacher)
+    trainer.train()
+    taught = [log["loss/distillation"] for log in trainer.state.log_history if "loss/distillation" in log]
+    assert len(taught) >= 6 and all(value > 0 for value in taught)
+
+
+@pytest.mark.parametrize("tune", ["adapters", "full"])
+def test_a_pruned_model_is_only_tuned(starts: Callable[[str], Path], tmp_path: Path, tune: str) -> None:
+    before = load_pruned(starts("bert"))
+    nothing = {"target_sparsity": None, "distillation": "none", "tune": tune}
+    trainer = further(tmp_path, starts("bert"), "bert", **nothing)
+    trainer.train()
+    assert trainer.pruner.plan == trainer.pruner.origin.plan and trainer.pruner.sparsity_of_start() == 0
+    small = {name: value.shape for name, value in before.state_dict().items()}
+    assert {name: value.shape for name, value in trainer.model.state_dict().items()} == small
+    changed = [name for name, value in before.state_dict().items() if not torch.equal(value, trainer.model.state_dict()[name])]
+    assert any("query" in name for name in changed)
+    trainer.save_model(str(tmp_path / "model"))
+    assert starting_point(load_pruned(tmp_path / "model")).plan == trainer.pruner.plan
+    of_start = json.loads((tmp_path / "model" / "pruning_plan.json").read_text())["kept_of_start"]
+    assert all(of_start[name] == list(range(number)) for name, number in trainer.pruner.plan.counts.items())
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"pruning_time": "before", "distillation": "none", "calibration_samples": 16},
+        {"prune_targets": ["sublayers"], "importance": "nri", "calibration_samples": 16, "mask_window": 0},
+        {"prune_targets": ["sublayers"], "importance": "cosine"},
+        {"importance": "taylor", "sparsity_metric": "flops"},
+        {"importance": "magnitude", "sparsity_metric": "memory", "target_sparsity": 0.5},
+    ],
+    ids=lambda rule: "-".join(str(value) for value in rule.values()),
+)
+def test_rules_and_budgets_on_a_pruned_model(starts: Callable[[str], Path], tmp_path: Path, rule: dict[str, Any]) -> None:
+    trainer = further(tmp_path, starts("bert"), "bert", **rule)
+    gone_before = {name for name, number in trainer.pruner.plan.counts.items() if not number}
+    trainer.train()
+    assert gone_before and gone_before <= {name for name, number in trainer.pruner.plan.counts.items() if not number}
+    assert trainer.pruner.sparsity() >= trainer.args.target_sparsity
+    trainer.save_model(str(tmp_path / "model"))
+
+
+def test_two_runs_reach_what_one_would(tmp_path: Path) -> None:
+    """Half of the way and then all of it: the target counts from the dense original in both."""
+    first = make_trainer(tmp_path / "a", None, Rows(60), **{**FURTHER, "target_sparsity": 0.3})
+    first.train()
+    assert 0.3 <= first.pruner.sparsity() < 0.45
+    second = make_trainer(tmp_path / "b", first.model, Rows(60), **{**FURTHER, "target_sparsity": 0.6})
+    second.train()
+    assert 0.6 <= second.pruner.sparsity() < 0.75
+    dense = counted_block_parameters_of(tiny_model("bert"))
+    assert counted_block_parameters(second) <= 0.4 * dense
+    with pytest.raises(UserError, match=r"target_sparsity=0.6 is a fraction of the dense original, of which .* lost 0\.6"):
+        make_trainer(tmp_path / "c", second.model, Rows(60), **{**FURTHER, "target_sparsity": 0.6})
+
+
+def test_a_norm_that_was_kept_decides_what_others_leave(tmp_path: Path) -> None:
+    model = tiny_model("bert")
+    family, spaces, dense = parts(model)
+    family.set_post_norm_policy(model.config, "keep_norm")
+    plan = random_plan(spaces, dense, 1, vanish=gone(spaces))
+    apply_plan(model, family, spaces, dense, plan)
+    as_pruned(model, family, plan)
+    model.save_pretrained(tmp_path / "start")
+    with pytest.raises(UserError, match="Set post_norm_policy: keep_norm"):
+        make_trainer(tmp_path / "other", load_pruned(tmp_path / "start"), Rows(60), **{**FURTHER, "target_sparsity": 0.8})
+    trainer = further(tmp_path / "run", tmp_path / "start", "bert", post_norm_policy="keep_norm", target_sparsity=0.8)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    again, batch = load_pruned(tmp_path / "model").eval(), tiny_batch(trainer.model)
+    assert torch.equal(logits(again, batch), logits(trainer.model.eval(), batch))
+
+
+def test_a_painted_model_is_no_start(tmp_path: Path) -> None:
+    model = paint(tiny_model("llama", "ForCausalLM"), full(3))
+    with pytest.raises(UserError, match="runs its layers by an execution plan and cannot be pruned"):
+        make_trainer(tmp_path, model, Rows(60, "text"), **FURTHER)
