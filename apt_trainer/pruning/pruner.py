@@ -303,12 +303,8 @@ class AdaptivePruner:
     def restore_shapes(self, description: Mapping[str, Any]) -> None:
         """Give the model, as it was when the run began, the shapes of a checkpoint, before its weights are loaded.
 
-        Raises :class:`UserError` where that run began with another model.
+        Raises as :func:`give_shapes`.
         """
-        if description.get("start", self.origin.plan.digest()) != self.origin.plan.digest():
-            raise UserError(
-                "The run that is resumed began with a model of other units. Give the model that it began with."
-            )
         self.plan = give_shapes(self.model, self.family, self.spaces, self.plan, description)
         self.adapter_parameters_at_start = description["adapter_parameters_at_start"]
         if description.get("seconds") is not None:
@@ -420,7 +416,14 @@ def give_shapes(
     model: nn.Module, family: ModelFamily, spaces: list[Space], start: PruningPlan, description: Mapping[str, Any]
 ) -> PruningPlan:
     """Cut ``model``, which has the units of ``start`` and fresh adapters, to what :meth:`AdaptivePruner.state` said;
-    load values after it."""
+    load values after it.
+
+    Raises :class:`UserError` where the run began with a model of other units.
+    """
+    if description.get("start", start.digest()) != start.digest():
+        raise UserError(
+            "The run that is resumed began with a model of other units. Give the model that it began with."
+        )
     plan = PruningPlan.from_json(description["plan"])
     apply_plan(model, family, spaces, start, plan)
     lora.grow_to(model, description["ranks"])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from texts import save_dense, tiny_llama, words
 from tiny import (
     FAMILY_NAMES,
     LANGUAGE_MODELS,
@@ -22,7 +25,7 @@ from tiny import (
 )
 from transformers import PreTrainedModel
 
-from apt_trainer import AdaptivePruner, APTTrainer, UserError, load_pruned, paint
+from apt_trainer import AdaptivePruner, APTTrainer, UserError, cli, load_pruned, paint
 from apt_trainer.measure import count_parameters
 from apt_trainer.models import HIDDEN, Space, family_of
 from apt_trainer.models.execution_plan import full
@@ -33,7 +36,18 @@ from apt_trainer.store.saved_model import as_pruned
 from apt_trainer.store.starting_point import starting_point
 from apt_trainer.surgery.cutting import apply_plan
 from apt_trainer.surgery.masks import MaskStore
-from integration.factories import SHORT, Rows, SaveAt, counted_block_parameters, events_of, make_trainer
+from integration.factories import (
+    SHORT,
+    Rows,
+    SaveAt,
+    counted_block_parameters,
+    events_of,
+    losses_of,
+    make_trainer,
+    weights_of,
+)
+from integration.test_processes import two_processes
+from integration.test_zero import deepspeed_config
 
 MODELS = {name: "ForSequenceClassification" for name in FAMILY_NAMES} | LANGUAGE_MODELS
 
@@ -214,7 +228,7 @@ def test_a_pruned_model_is_only_tuned(starts: Callable[[str], Path], tmp_path: P
 @pytest.mark.parametrize(
     "rule",
     [
-        {"pruning_time": "before", "distillation": "none", "calibration_samples": 16},
+        {"pruning_time": "before", "pruning_start": None, "distillation": "none", "calibration_samples": 16},
         {"prune_targets": ["sublayers"], "importance": "nri", "calibration_samples": 16, "mask_window": 0},
         {"prune_targets": ["sublayers"], "importance": "cosine"},
         {"importance": "taylor", "sparsity_metric": "flops"},
@@ -266,3 +280,165 @@ def test_a_painted_model_is_no_start(tmp_path: Path) -> None:
     model = paint(tiny_model("llama", "ForCausalLM"), full(3))
     with pytest.raises(UserError, match="runs its layers by an execution plan and cannot be pruned"):
         make_trainer(tmp_path, model, Rows(60, "text"), **FURTHER)
+
+
+# ---------------------------------------------------------------------- from the command line
+
+RECIPE: dict[str, Any] = {
+    **SHORT,
+    "task": "language_modeling",
+    "max_length": 8,
+    "target_sparsity": 0.6,
+    "round_to": 1,
+    "min_hidden": 8,
+    "lora_r": 2,
+    "heldout_fraction": 0.1,
+    "learning_rate": 1e-3,
+    "use_cpu": True,
+    "measure_latency": False,
+    "report_to": "none",
+}
+
+
+@pytest.fixture(scope="module")
+def dropped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a text in ``text.txt`` and in ``small`` a model without an attention, a feed-forward and a head."""
+    folder = save_dense(tmp_path_factory.mktemp("dropped"), words(300), num_hidden_layers=3)
+    units = [("attention", 1), ("mlp", 0), ("head", 0)]
+    entries = [{"kind": kind, "layer": layer, "stack": "decoder"} for kind, layer in units]
+    entries[2]["head"] = 1
+    (folder / "list.json").write_text(json.dumps({"format_version": 1, "units": entries}))
+    assert depth("drop", folder / "model", folder, folder / "small", "--drop_list", str(folder / "list.json")) == 0
+    return folder
+
+
+def depth(verb: str, model: Path, folder: Path, output: Path, *more: str) -> int:
+    data = ["--data", str(folder / "text.txt"), "--length", "8", "--samples", "8", "--device", "cpu"]
+    return cli.main([verb, "--model", str(model), *data, "--output", str(output), *more])
+
+
+def recipe(folder: Path, model: Path, output: Path, **changes: Any) -> list[str]:
+    text = str(folder / "text.txt")
+    files = {"model_name_or_path": str(model), "output_dir": str(output), "train_file": text, "validation_file": text}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    (output.parent / "recipe.yaml").write_text(json.dumps({**RECIPE, **files, **changes}))
+    return ["--config", str(output.parent / "recipe.yaml")]
+
+
+def test_a_dropped_model_is_planned_trained_measured_and_trained_again(
+    dropped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = load_pruned(dropped / "small")
+    lost = AdaptivePruner(start, MethodSettings(target_sparsity=None)).sparsity()
+    out = tmp_path / "one" / "out"
+    given = recipe(dropped, dropped / "small", out)
+    assert cli.main(["plan", *given]) == 0
+    text = capsys.readouterr().out
+    assert f"{lost:.1%} of params removed before" in text
+    assert "3 (0 to 2) of 3 × 2" in text and "128 (0 to 64) of 3 × 64" in text
+    assert f"| {lost:.1%} |" in re.sub(" +", " ", text) and "60.0%" in text
+    assert cli.main(["train", *given]) == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["sparsity"] >= 0.6
+    assert metrics["total_params_dense"] == count_parameters(tiny_llama(num_hidden_layers=3))
+    assert metrics["total_params_start"] == count_parameters(load_pruned(dropped / "small"))
+    assert metrics["block_params"] < metrics["block_params_start"] < metrics["block_params_dense"]
+    assert metrics["sparsity_of_start"] == pytest.approx(1 - metrics["block_params"] / metrics["block_params_start"])
+    assert cli.main(["evaluate", str(out), *given]) == 0
+    capsys.readouterr()
+    for verb in ("plan", "train"):
+        assert cli.main([verb, *recipe(dropped, out, tmp_path / "two" / "out")]) == 2
+        assert "target_sparsity=0.6 is a fraction of the dense original" in capsys.readouterr().err
+        dense = recipe(dropped, out, tmp_path / "three" / "out", dense_baseline=True)
+        assert cli.main([verb, *dense]) == 2
+        assert "dense_baseline: false" in capsys.readouterr().err
+    tuned = recipe(dropped, out, tmp_path / "two" / "out", target_sparsity=None, distillation="none")
+    assert cli.main(["plan", *tuned]) == 0 and cli.main(["train", *tuned]) == 0
+    again = json.loads((tmp_path / "two" / "out" / "metrics.json").read_text())
+    assert again["sparsity"] == metrics["sparsity"] and again["sparsity_of_start"] == 0
+
+
+def test_studies_of_a_dropped_model(dropped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = dropped / "small"
+    assert depth("analyze", small, dropped, tmp_path / "scores") == 0
+    scores = json.loads((tmp_path / "scores" / "scores.json").read_text())
+    names = [unit["name"] for unit in scores["units"]]
+    assert "attention 1" not in names and "mlp 0" not in names
+    assert {"attention 0", "attention 2", "mlp 1", "mlp 2", "block 0", "block 1", "block 2"} == set(names)
+    test = ["--test", str(dropped / "text.txt"), "--counts", "1", "--kinds", "attention", "heads", "block"]
+    assert depth("curve", small, dropped, tmp_path / "curve", *test) == 0
+    assert depth("paint", small, dropped, tmp_path / "paint", "--starts", "0") == 0
+    capsys.readouterr()
+    assert depth("drop", small, dropped, tmp_path / "less", "--kind", "joint", "--count", "2") == 0
+    assert "of dense" in capsys.readouterr().out
+    report = json.loads((tmp_path / "less" / "drop_report.json").read_text())
+    model = load_pruned(tmp_path / "less")
+    dense, start = (counted_block_parameters_of(m) for m in (tiny_llama(num_hidden_layers=3), load_pruned(small)))
+    left = counted_block_parameters_of(model)
+    assert report["of_dense"] == {"depth_share": 4 / 6, "block_parameter_share": pytest.approx(1 - left / dense)}
+    assert report["block_parameter_share"] == pytest.approx(1 - left / start)
+    metrics = json.loads((tmp_path / "less" / "metrics.json").read_text())
+    assert metrics["sparsity"] == pytest.approx(1 - left / dense)
+    plan = starting_point(model).plan
+    assert [len(plan.kept[f"layers.{layer}.heads"]) for layer in (0, 1)][1] == 0
+    assert plan.kept["layers.0.heads"] in ((0,), ())
+    assert depth("drop", small, dropped, tmp_path / "twice", "--drop_list", str(dropped / "list.json")) == 2
+    assert "attention 1 does not exist: the model has" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- in several processes
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "zero3": {"deepspeed": deepspeed_config(3)},
+    "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2}},
+}
+WORKER = """
+import json, os, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from safetensors.torch import save_file
+from edges import test_pruned_further as module
+from integration.factories import losses_of, weights_of
+
+folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+for name in (folder / "engines").read_text().split():
+    settings = module.ENGINES[name]
+    trainer = module.in_halves(folder / name, folder / "start", 4, ddp_backend="gloo", **settings)
+    trainer.train()
+    save_file(weights_of(trainer.model), folder / f"{{name}}.{{rank}}.safetensors")
+    result = {{"plan": trainer.pruner.plan.to_json(), "losses": losses_of(trainer), "world": trainer.args.world_size}}
+    (folder / f"{{name}}.{{rank}}.json").write_text(json.dumps(result))
+torch.distributed.barrier()
+os._exit(0)
+"""
+
+
+def in_halves(folder: Path, start: Path, rows: int, **changes: Any) -> APTTrainer:
+    """A run from ``start`` in batches of ``rows`` on each process: as many rows without padding, whatever their number."""
+    options = {"heldout_dataset": Rows(16, padded=False)}
+    changes = {**FURTHER, "target_sparsity": 0.8, "per_device_train_batch_size": rows, **changes}
+    return make_trainer(folder, load_pruned(start), Rows(96, padded=False), options, **changes)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("engines", [("ddp", "zero3"), ("fsdp2",)], ids="-".join)
+def test_two_processes_equal_one_from_a_pruned_model(tmp_path: Path, engines: tuple[str, ...]) -> None:
+    pruned(tiny_model("bert"))[0].save_pretrained(tmp_path / "start")
+    alone = in_halves(tmp_path / "alone", tmp_path / "start", 8)
+    alone.train()
+    assert alone.pruner.sparsity() >= 0.8
+    (tmp_path / "engines").write_text(" ".join(engines))
+    two_processes(tmp_path, WORKER, *(f"{name}.{rank}.json" for name in engines for rank in (0, 1)))
+    for name in engines:
+        found = [json.loads((tmp_path / f"{name}.{rank}.json").read_text()) for rank in (0, 1)]
+        weights = load_file(tmp_path / f"{name}.0.safetensors")
+        assert found[0] == found[1] and found[0]["world"] == 2
+        assert found[0]["plan"] == alone.pruner.plan.to_json()
+        for step, values in losses_of(alone).items():
+            assert found[0]["losses"][str(step)][0] == pytest.approx(values[0], rel=1e-4)
+        assert weights.keys() == weights_of(alone.model).keys()
+        for key, weight in weights.items():
+            assert key.endswith("key.bias") or torch.allclose(weight, alone.model.get_parameter(key), atol=1e-4), key
