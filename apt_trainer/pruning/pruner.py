@@ -20,7 +20,7 @@ from apt_trainer.measure import trainable_parameters
 from apt_trainer.models import ModelFamily, Space, Stack, family_of
 from apt_trainer.models.batch import Tokens
 from apt_trainer.plan import ranks as allocation
-from apt_trainer.plan.cost import CostModel, parameter_cost
+from apt_trainer.plan.cost import parameter_cost
 from apt_trainer.plan.limits import limits_of, warn_of_depth
 from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.plan.schedule import Schedule
@@ -103,7 +103,9 @@ class AdaptivePruner:
         self.sublayers = self.family.sublayers(model)
         self.dense_plan = PruningPlan.dense(self.spaces)
         self.block_cost = parameter_cost(self.origin.dense, self.family, self.spaces)
-        self.cost = self._cost_of_dense()
+        timed = settings.sparsity_metric == "latency" and self.origin.is_pruned  # which needs weights
+        dense = dense_copy(model) if timed else self.origin.dense
+        self.cost = cost_of(dense, self.family, self.spaces, settings)
         self.limits = limits_of(settings)
         if settings.sparsity_metric != "latency":  # else once processes have agreed on seconds
             check_budget(self.spaces, self.plan, self.cost, self.limits, settings.target_sparsity)
@@ -249,12 +251,6 @@ class AdaptivePruner:
         """As :meth:`sparsity`, but of what the model had when it was given here."""
         return 1 - self.cost.total(self.plan.counts) / self.cost.total(self.origin.plan.counts)
 
-    def target(self, event: int) -> float:
-        """:meth:`sparsity` that event number ``event`` aims at."""
-        assert self.schedule is not None
-        start = self.cost.total(self.origin.plan.counts) / self.cost.total(self.dense_plan.counts)
-        return self.schedule.sparsity(event, 1 - start)
-
     def norm_paths(self) -> list[str]:
         """Norms of the dense model on the residual stream and over all heads of an attention together."""
         return [path for space in self.spaces for path in space.norms]
@@ -334,12 +330,6 @@ class AdaptivePruner:
             layers = self.family.layer_paths(self.model)
             lora.insert_adapters(self.model, targets, s.lora_r, s.lora_alpha, s.lora_dropout, layers)
 
-    def _cost_of_dense(self) -> CostModel:
-        dense = self.origin.dense
-        if self.settings.sparsity_metric == "latency" and dense is not self.model:
-            dense = dense_copy(self.model)  # what is timed needs weights
-        return cost_of(dense, self.family, self.spaces, self.settings)
-
     def _scored(self) -> list[Space]:
         return [space for space in self.spaces if space.kind in self.limits.kinds]
 
@@ -370,8 +360,10 @@ class AdaptivePruner:
     def _select(self, event: int | None) -> PruningPlan:
         """Plan for ``event``; None: the cut before training."""
         assert self.schedule is not None
-        sparsity = self.schedule.target_sparsity if event is None else self.target(event)
-        budget = (1 - sparsity) * self.cost.total(self.dense_plan.counts)
+        dense = self.cost.total(self.dense_plan.counts)
+        lost = 1 - self.cost.total(self.origin.plan.counts) / dense
+        sparsity = self.schedule.target_sparsity if event is None else self.schedule.sparsity(event, lost)
+        budget = (1 - sparsity) * dense
         scores, densities = self.importance.scores(self.model), self.importance.densities
         plan = select(scores, self.spaces, self.plan, self.cost, budget, self.limits, densities)
         self.importance.check_kept(plan.counts)

@@ -232,7 +232,8 @@ def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig)
     ]
     then = f"masks fade over {schedule.window} steps."
     if schedule.before:
-        then = f"{_before_the_cut(pruner)} is {_scoring(pruner, args)}cut before the first step, after which only ranks grow."
+        scored = f"{_before_the_cut(pruner)} is {_scoring(pruner, args)}"
+        then = f"{scored}cut before the first step, after which only ranks grow."
     elif pruner.impact is not None:
         then = f"at each event the model is {_scoring(pruner, args)}cut; with fewer sublayers left, passes are fewer."
     lines = [

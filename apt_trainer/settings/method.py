@@ -14,8 +14,8 @@ class PruningSettings:
 
     target_sparsity: float | None = setting(
         0.6,
-        "Fraction of the prunable budget to remove, between 0 and 1; null: prune nothing. 0.6 (APT, Table 2). Of a model "
-        "that was pruned before too it is a fraction of the dense original, what is gone already included.",
+        "Fraction of the prunable budget to remove, between 0 and 1; null: prune nothing. 0.6 (APT, Table 2). For a "
+        "model that was pruned before: of its dense original, what is gone already included.",
     )
     sparsity_metric: str = setting(
         "params", "What the budget counts: params or flops of the transformer blocks, measured latency, or memory."

@@ -125,12 +125,21 @@ def refuse_quantised(config: Any, path: str) -> None:
 
 
 def build_model(config: Any, data: TaskData, device: str, dtype: str = "auto") -> PreTrainedModel:
-    """A model for the task on ``device`` ("meta" for shapes alone), without loading weights; ``dtype``: theirs."""
+    """A model for the task on ``device`` ("meta" for shapes alone), without loading weights; ``dtype``: theirs.
+
+    Raises :class:`UserError` for a pruned model that has another head.
+    """
+    auto, architecture = getattr(transformers, data.model_class), getattr(config, "apt_base_architecture", None)
+    if architecture is not None and type(config) not in auto._model_mapping:
+        raise UserError(
+            f"The pruned model was saved as {architecture}, but the task needs one of {data.model_class}. Tune it for "
+            "the task of its head, or prune the dense model with a head for this task."
+        )
     config = copy.deepcopy(config)
     for name, value in data.model_kwargs.items():
         setattr(config, name, value)
     with torch.device(device):
-        model = getattr(transformers, data.model_class).from_config(config)
+        model = auto.from_config(config)
     return model.to(_dtype(config, dtype))  # type: ignore[no-any-return]
 
 

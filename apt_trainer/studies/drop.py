@@ -290,8 +290,8 @@ def report_text(report: Mapping[str, Any]) -> str:
     if "of_dense" in report:
         of_dense = report["of_dense"]
         lines.append(
-            f"of dense     {of_dense['block_parameter_share']:.1%} of the blocks, {of_dense['depth_share']:.1%} of the "
-            "sublayers, with what was gone before"
+            f"of dense     {of_dense['block_parameter_share']:.1%} of the blocks, {of_dense['depth_share']:.1%} of "
+            "the sublayers, with what was gone before"
         )
     if "loss_before" in report:
         lines.append(f"{report['loss_name']:<12} {report['loss_before']:.4g} → {report['loss_after']:.4g}")

@@ -11,6 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from integration.factories import (
+    SHORT,
+    Rows,
+    SaveAt,
+    counted_block_parameters,
+    events_of,
+    losses_of,
+    make_trainer,
+    weights_of,
+)
+from integration.test_processes import two_processes
+from integration.test_zero import deepspeed_config
 from safetensors.torch import load_file
 from texts import save_dense, tiny_llama, words
 from tiny import (
@@ -36,18 +48,6 @@ from apt_trainer.store.saved_model import as_pruned
 from apt_trainer.store.starting_point import starting_point
 from apt_trainer.surgery.cutting import apply_plan
 from apt_trainer.surgery.masks import MaskStore
-from integration.factories import (
-    SHORT,
-    Rows,
-    SaveAt,
-    counted_block_parameters,
-    events_of,
-    losses_of,
-    make_trainer,
-    weights_of,
-)
-from integration.test_processes import two_processes
-from integration.test_zero import deepspeed_config
 
 MODELS = {name: "ForSequenceClassification" for name in FAMILY_NAMES} | LANGUAGE_MODELS
 
@@ -60,9 +60,10 @@ def gone(spaces: list[Space]) -> list[str]:
 
 
 def pruned(model: PreTrainedModel, seed: int = 1) -> tuple[PreTrainedModel, PruningPlan]:
-    """``model``, cut in place: unequal heads, neurons and hidden dimensions, two sublayers gone; and its plan."""
+    """``model``, cut in place: unequal heads and neurons, hidden dimensions, two sublayers gone; and its plan."""
     family, spaces, dense = parts(model)
-    plan = random_plan(spaces, dense, seed, vanish=gone(spaces))
+    plan = random_plan(spaces, dense, seed, ("heads", "neurons"), vanish=gone(spaces))
+    plan = plan.narrowed({HIDDEN: torch.tensor([0, 1, 2, 3, 5, 6, 7, 8, 9, 11, 12, 13, 15])})
     apply_plan(model, family, spaces, dense, plan)
     as_pruned(model, family, plan)
     return model, plan
@@ -78,7 +79,9 @@ def test_masked_is_cut_on_a_model_that_was_cut_before(name: str, tmp_path) -> No
     model = load_pruned(tmp_path / "first").eval()
     family, start = family_of(model.config), starting_point(model)
     assert start.spaces == dense_spaces and start.plan == first and start.is_pruned
-    assert parameter_cost(start.dense, family, start.spaces, blocks_only=False).total(first.counts) == count_parameters(model)
+    assert parameter_cost(start.dense, family, start.spaces, blocks_only=False).total(
+        first.counts
+    ) == count_parameters(model)
     second = random_plan(start.spaces, first, 5, vanish=gone_later(start.spaces, first))
     batch, before = tiny_batch(model), None
     store = MaskStore(model, start.spaces, family.sublayers(model))
@@ -140,9 +143,7 @@ def further(folder: Path, start: Path, name: str, options: dict[str, Any] | None
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_run_goes_on_from_a_pruned_model(
-    name: str, starts: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_a_run_goes_on_from_a_pruned_model(name: str, starts: Callable[[str], Path], tmp_path: Path) -> None:
     trainer = further(tmp_path, starts(name), name)
     start = trainer.pruner.origin.plan
     assert trainer.pruner.block_cost.total(start.counts) == counted_block_parameters(trainer)
@@ -198,10 +199,17 @@ def test_a_run_is_not_resumed_with_another_start(starts: Callable[[str], Path], 
             trainer.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-4"))
 
 
-@pytest.mark.parametrize("layers", [3, 2])
-def test_a_dense_teacher_of_a_pruned_student(starts: Callable[[str], Path], tmp_path: Path, layers: int) -> None:
+TEACHERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "dense": lambda: tiny_model("bert"),
+    "of other depth": lambda: tiny_model("bert", layers=2),
+    "pruned": lambda: pruned(tiny_model("bert"), seed=4)[0],
+}
+
+
+@pytest.mark.parametrize("which", TEACHERS)
+def test_a_teacher_of_a_pruned_student(starts: Callable[[str], Path], tmp_path: Path, which: str) -> None:
     teacher = {"distillation": "model", "teacher_name_or_path": "given"}
-    options = {"teacher": tiny_model("bert", layers=layers)}
+    options = {"teacher": TEACHERS[which]()}
     trainer = further(tmp_path, starts("bert"), "bert", options, **teacher)
     trainer.train()
     taught = [log["loss/distillation"] for log in trainer.state.log_history if "loss/distillation" in log]
@@ -217,7 +225,9 @@ def test_a_pruned_model_is_only_tuned(starts: Callable[[str], Path], tmp_path: P
     assert trainer.pruner.plan == trainer.pruner.origin.plan and trainer.pruner.sparsity_of_start() == 0
     small = {name: value.shape for name, value in before.state_dict().items()}
     assert {name: value.shape for name, value in trainer.model.state_dict().items()} == small
-    changed = [name for name, value in before.state_dict().items() if not torch.equal(value, trainer.model.state_dict()[name])]
+    changed = [
+        name for name, value in before.state_dict().items() if not torch.equal(value, trainer.model.state_dict()[name])
+    ]
     assert any("query" in name for name in changed)
     trainer.save_model(str(tmp_path / "model"))
     assert starting_point(load_pruned(tmp_path / "model")).plan == trainer.pruner.plan
@@ -236,7 +246,9 @@ def test_a_pruned_model_is_only_tuned(starts: Callable[[str], Path], tmp_path: P
     ],
     ids=lambda rule: "-".join(str(value) for value in rule.values()),
 )
-def test_rules_and_budgets_on_a_pruned_model(starts: Callable[[str], Path], tmp_path: Path, rule: dict[str, Any]) -> None:
+def test_rules_and_budgets_on_a_pruned_model(
+    starts: Callable[[str], Path], tmp_path: Path, rule: dict[str, Any]
+) -> None:
     trainer = further(tmp_path, starts("bert"), "bert", **rule)
     gone_before = {name for name, number in trainer.pruner.plan.counts.items() if not number}
     trainer.train()
@@ -255,7 +267,9 @@ def test_two_runs_reach_what_one_would(tmp_path: Path) -> None:
     assert 0.6 <= second.pruner.sparsity() < 0.75
     dense = counted_block_parameters_of(tiny_model("bert"))
     assert counted_block_parameters(second) <= 0.4 * dense
-    with pytest.raises(UserError, match=r"target_sparsity=0.6 is a fraction of the dense original, of which .* lost 0\.6"):
+    with pytest.raises(
+        UserError, match=r"target_sparsity=0.6 is a fraction of the dense original, of which .* lost 0\.6"
+    ):
         make_trainer(tmp_path / "c", second.model, Rows(60), **{**FURTHER, "target_sparsity": 0.6})
 
 
@@ -268,7 +282,9 @@ def test_a_norm_that_was_kept_decides_what_others_leave(tmp_path: Path) -> None:
     as_pruned(model, family, plan)
     model.save_pretrained(tmp_path / "start")
     with pytest.raises(UserError, match="Set post_norm_policy: keep_norm"):
-        make_trainer(tmp_path / "other", load_pruned(tmp_path / "start"), Rows(60), **{**FURTHER, "target_sparsity": 0.8})
+        make_trainer(
+            tmp_path / "other", load_pruned(tmp_path / "start"), Rows(60), **{**FURTHER, "target_sparsity": 0.8}
+        )
     trainer = further(tmp_path / "run", tmp_path / "start", "bert", post_norm_policy="keep_norm", target_sparsity=0.8)
     trainer.train()
     trainer.save_model(str(tmp_path / "model"))
@@ -417,7 +433,7 @@ os._exit(0)
 
 
 def in_halves(folder: Path, start: Path, rows: int, **changes: Any) -> APTTrainer:
-    """A run from ``start`` in batches of ``rows`` on each process: as many rows without padding, whatever their number."""
+    """A run from ``start`` in batches of ``rows`` on each process, of rows that all weigh the same."""
     options = {"heldout_dataset": Rows(16, padded=False)}
     changes = {**FURTHER, "target_sparsity": 0.8, "per_device_train_batch_size": rows, **changes}
     return make_trainer(folder, load_pruned(start), Rows(96, padded=False), options, **changes)
