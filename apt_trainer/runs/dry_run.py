@@ -193,7 +193,7 @@ def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig)
     rows = [
         {
             "step": 0,
-            "target": f"{pruner.sparsity():.1%}" if pruner.origin.is_pruned else "0 %",
+            **_removed(pruner, pruner.sparsity()),
             "params": format_count(pruner.block_cost.total(at_first.counts)),
             "flops": format_count(flops.total(at_first.counts)),
             "adapters": format_count(adapters),
@@ -204,7 +204,7 @@ def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig)
         rows.append(
             {
                 "step": "0, cut",
-                "target": f"{schedule.target_sparsity:.1%}",
+                **_removed(pruner, schedule.target_sparsity),
                 "params": format_count(pruner.block_cost.total(cut.counts)),
                 "flops": format_count(flops.total(cut.counts)),
                 "adapters": f"≤ {format_count(adapters)}",
@@ -217,7 +217,7 @@ def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig)
         rows.append(
             {
                 "step": step,
-                "target": f"{sparsity:.1%}",
+                **_removed(pruner, sparsity),
                 "params": format_count(pruner.block_cost.total(even.counts)),
                 "flops": format_count(flops.total(even.counts)),
                 "adapters": f"≤ {format_count(adapters * growth)}",
@@ -226,6 +226,7 @@ def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig)
     columns = [
         ("step", "step"),
         ("target", f"{args.sparsity_metric} removed"),
+        *([("of_start", "of this model")] if pruner.origin.is_pruned else []),
         ("params", "block parameters"),
         ("flops", f"block FLOPs at 1×{args.reference_length}"),
         ("adapters", "adapter parameters"),
@@ -247,6 +248,12 @@ def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig)
             f"to {schedule.distillation_end}."
         )
     return lines
+
+
+def _removed(pruner: AdaptivePruner, sparsity: float) -> dict[str, str]:
+    """``sparsity`` of the dense original, and what that is of the model as given."""
+    of_start = 1 - (1 - sparsity) / (1 - pruner.sparsity())
+    return {name: f"{share:.1%}" if share else "0 %" for name, share in (("target", sparsity), ("of_start", of_start))}
 
 
 def _scoring(pruner: AdaptivePruner, args: APTConfig) -> str:

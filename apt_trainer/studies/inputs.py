@@ -117,13 +117,13 @@ def prepare(settings: ModelSettings, data: DataRequest | None, post_norm_policy:
     config = read_config(settings)
     refuse_quantised(config, str(settings.model_name_or_path))
     family = family_of(config)
-    post_norm_policy = post_norm_policy or getattr(config, POST_NORM_POLICY, REMOVE_NORM)
-    family.set_post_norm_policy(config, post_norm_policy)
+    policy: str = post_norm_policy or getattr(config, POST_NORM_POLICY, REMOVE_NORM)
+    family.set_post_norm_policy(config, policy)
     tokenizer = load_tokenizer(settings)
     with torch.device("meta"):
         model = load_shape(settings)
-    family.set_post_norm_policy(model.config, post_norm_policy)
-    at = Loaded(settings, tokenizer, model, find_units(model), None, post_norm_policy)
+    family.set_post_norm_policy(model.config, policy)
+    at = Loaded(settings, tokenizer, model, find_units(model), None, policy)
     if data is not None and content is not None:
         at.calibration = at.read(data, content)
     return at

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from integration.factories import (
 )
 from integration.test_processes import two_processes
 from integration.test_zero import deepspeed_config
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from texts import save_dense, tiny_llama, words
 from tiny import (
     FAMILY_NAMES,
@@ -273,6 +276,30 @@ def test_two_runs_reach_what_one_would(tmp_path: Path) -> None:
         make_trainer(tmp_path / "c", second.model, Rows(60), **{**FURTHER, "target_sparsity": 0.6})
 
 
+READER = """
+import sys
+import torch
+from safetensors.torch import load_file, save_file
+from apt_trainer import load_pruned
+
+with torch.no_grad():
+    logits = load_pruned(sys.argv[1]).eval()(**load_file(sys.argv[2])).logits
+save_file({"logits": logits}, sys.argv[3])
+"""
+
+
+def test_what_was_pruned_twice_loads_in_a_new_process(starts: Callable[[str], Path], tmp_path: Path) -> None:
+    trainer = further(tmp_path / "run", starts("bert"), "bert")
+    trainer.train()
+    trainer.model.save_pretrained(tmp_path / "small")
+    batch = {name: value for name, value in tiny_batch(trainer.model).items() if name != "labels"}
+    save_file(batch, tmp_path / "batch.safetensors")
+    paths = [str(tmp_path / name) for name in ("small", "batch.safetensors", "logits.safetensors")]
+    subprocess.run([sys.executable, "-c", READER, *paths], check=True)
+    expected = logits(trainer.model.eval(), batch)
+    assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], expected)
+
+
 def test_a_norm_that_was_kept_decides_what_others_leave(tmp_path: Path) -> None:
     model = tiny_model("bert")
     family, spaces, dense = parts(model)
@@ -293,9 +320,31 @@ def test_a_norm_that_was_kept_decides_what_others_leave(tmp_path: Path) -> None:
 
 
 def test_a_painted_model_is_no_start(tmp_path: Path) -> None:
-    model = paint(tiny_model("llama", "ForCausalLM"), full(3))
+    model = paint(pruned(tiny_model("llama", "ForCausalLM"))[0], full(3))
     with pytest.raises(UserError, match="runs its layers by an execution plan and cannot be pruned"):
         make_trainer(tmp_path, model, Rows(60, "text"), **FURTHER)
+
+
+@pytest.mark.parametrize("damage", ["no kept units", "other kept units", "no number"])
+def test_a_start_that_does_not_tell_what_it_has_left(
+    starts: Callable[[str], Path], tmp_path: Path, damage: str
+) -> None:
+    shutil.copytree(starts("bert"), tmp_path / "start")
+    file = tmp_path / "start" / "config.json"
+    config = json.loads(file.read_text())
+    kept = config.pop("apt_kept")
+    expected = "saved by an older version"
+    if damage == "other kept units":
+        config["apt_kept"], expected = {**kept, "layers.1.heads": "3"}, "has 0 units of layers.1.heads left, but .* 2"
+    elif damage == "no number":
+        config["apt_kept"], expected = {**kept, "layers.1.heads": "none"}, "it is damaged"
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=expected):
+        starting_point(load_pruned(tmp_path / "start"))
+    if damage == "no kept units":  # but its run wrote the plan beside it
+        plan = starting_point(load_pruned(starts("bert"))).plan
+        (tmp_path / "start" / "pruning_plan.json").write_text(json.dumps(plan.to_json()))
+        assert starting_point(load_pruned(tmp_path / "start")).plan == plan
 
 
 # ---------------------------------------------------------------------- from the command line
@@ -352,7 +401,9 @@ def test_a_dropped_model_is_planned_trained_measured_and_trained_again(
     text = capsys.readouterr().out
     assert f"{lost:.1%} of params removed before" in text
     assert "3 (0 to 2) of 3 × 2" in text and "128 (0 to 64) of 3 × 64" in text
-    assert f"| {lost:.1%} |" in re.sub(" +", " ", text) and "60.0%" in text
+    table = re.sub(" +", " ", text)
+    assert "| params removed | of this model |" in table and f"| {lost:.1%} | 0 % |" in table
+    assert f"| 60.0% | {1 - 0.4 / (1 - lost):.1%} |" in table
     assert cli.main(["train", *given]) == 0
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["sparsity"] >= 0.6
