@@ -414,7 +414,8 @@ def give_shapes(
     """
     if description.get("start", start.digest()) != start.digest():
         raise UserError(
-            "The run that is resumed began with a model of other units. Give the model that it began with."
+            "The checkpoint does not fit the model: its run began with one of other units. Give the model that it began "
+            "with."
         )
     plan = PruningPlan.from_json(description["plan"])
     apply_plan(model, family, spaces, start, plan)

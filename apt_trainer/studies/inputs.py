@@ -117,7 +117,7 @@ def prepare(settings: ModelSettings, data: DataRequest | None, post_norm_policy:
     config = read_config(settings)
     refuse_quantised(config, str(settings.model_name_or_path))
     family = family_of(config)
-    policy: str = post_norm_policy or getattr(config, POST_NORM_POLICY, REMOVE_NORM)
+    policy = str(post_norm_policy or getattr(config, POST_NORM_POLICY, REMOVE_NORM))
     family.set_post_norm_policy(config, policy)
     tokenizer = load_tokenizer(settings)
     with torch.device("meta"):

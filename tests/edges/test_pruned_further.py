@@ -198,7 +198,7 @@ def test_a_run_is_not_resumed_with_another_start(starts: Callable[[str], Path], 
     begun.train()
     for other in (tiny_model("bert"), pruned(tiny_model("bert"), seed=3)[0]):
         trainer = make_trainer(tmp_path / "two", other, Rows(60), **{**FURTHER, "target_sparsity": 0.9})
-        with pytest.raises(UserError, match="began with a model of other units"):
+        with pytest.raises(UserError, match="began with one of other units"):
             trainer.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-4"))
 
 
@@ -280,10 +280,12 @@ READER = """
 import sys
 import torch
 from safetensors.torch import load_file, save_file
-from apt_trainer import load_pruned
+import apt_trainer
+from transformers import AutoModelForSequenceClassification
 
 with torch.no_grad():
-    logits = load_pruned(sys.argv[1]).eval()(**load_file(sys.argv[2])).logits
+    model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1]).eval()
+    logits = model(**load_file(sys.argv[2])).logits
 save_file({"logits": logits}, sys.argv[3])
 """
 
