@@ -413,10 +413,7 @@ def give_shapes(
     Raises :class:`UserError` where the run began with a model of other units.
     """
     if description.get("start", start.digest()) != start.digest():
-        raise UserError(
-            "The checkpoint does not fit the model: its run began with one of other units. Give the model that it began "
-            "with."
-        )
+        raise UserError("The checkpoint does not fit the model: its run began with one of other units. Give that one.")
     plan = PruningPlan.from_json(description["plan"])
     apply_plan(model, family, spaces, start, plan)
     lora.grow_to(model, description["ranks"])

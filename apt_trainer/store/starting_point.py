@@ -7,6 +7,7 @@ pruned model says in its config which units it has left (``saved_model``). Not f
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,11 @@ from apt_trainer.errors import UserError
 from apt_trainer.models import Space, family_of
 from apt_trainer.models.base import exists, linear_shape
 from apt_trainer.models.family import POST_NORM_POLICY
+from apt_trainer.models.sizes import get_size
 from apt_trainer.plan.pruning_plan import PLAN_FILE, PruningPlan
 from apt_trainer.store.saved_model import KEPT, dense_copy
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,7 @@ class StartingPoint:
 def starting_point(model: PreTrainedModel) -> StartingPoint:
     """Where to begin with ``model``, stock or pruned; it may be on the meta device.
 
-    Raises :class:`UserError` for a model without a family, with an execution plan, or that does not tell what it has
-    left.
+    Raises :class:`UserError` for a model without a family, with an execution plan, or of other units than it says.
     """
     config: Any = model.config
     family = family_of(config)
@@ -63,17 +66,17 @@ def starting_point(model: PreTrainedModel) -> StartingPoint:
 
 def _kept(model: PreTrainedModel, spaces: Sequence[Space]) -> PruningPlan:
     """Units of the dense original that ``model`` has, which must be as many as its weights are made for."""
-    packed = getattr(model.config, KEPT, None)
-    if packed is None:
-        file = Path(model.config._name_or_path) / PLAN_FILE
-        if not file.is_file():
-            raise UserError(
-                "The pruned model does not say which units of its dense original it has: it was saved by an older "
-                f"version of apt_trainer. Load it from the folder that its run wrote, with {PLAN_FILE} in it."
-            )
+    packed, file = getattr(model.config, KEPT, None), Path(model.config._name_or_path) / PLAN_FILE
+    if packed is not None:
+        plan = PruningPlan.unpacked(packed, spaces)
+    elif file.is_file():  # version 0.1.0 kept them there alone
         plan = PruningPlan.from_json(json.loads(file.read_text(encoding="utf-8")))
     else:
-        plan = PruningPlan.unpacked(packed, spaces)
+        _log.warning(
+            f"The pruned model does not say which units of its dense original it has, nor is there a {PLAN_FILE} "
+            "beside it, so that plans and records of what follows count those it has from 0."
+        )
+        plan = PruningPlan({space.name: _counted_from_0(model, space) for space in spaces})
     for space in spaces:
         units = plan.kept.get(space.name, ())
         if len(units) != _units_left(model, space) or (units and units[-1] >= space.size):
@@ -82,6 +85,16 @@ def _kept(model: PreTrainedModel, spaces: Sequence[Space]) -> PruningPlan:
                 f"{len(units)}. It was changed after it was pruned; start from the model as its run saved it."
             )
     return plan
+
+
+def _counted_from_0(model: PreTrainedModel, space: Space) -> tuple[int, ...]:
+    """As many units as are left, but for an attention that has to know which they are itself."""
+    for attribute in space.attributes:
+        if attribute.per_unit is None and exists(model, attribute.module):
+            known = get_size(model.get_submodule(attribute.module), attribute.name)
+            if known is not None:
+                return tuple(known)
+    return tuple(range(_units_left(model, space)))
 
 
 def _units_left(model: PreTrainedModel, space: Space) -> int:

@@ -327,26 +327,38 @@ def test_a_painted_model_is_no_start(tmp_path: Path) -> None:
         make_trainer(tmp_path, model, Rows(60, "text"), **FURTHER)
 
 
-@pytest.mark.parametrize("damage", ["no kept units", "other kept units", "no number"])
-def test_a_start_that_does_not_tell_what_it_has_left(
-    starts: Callable[[str], Path], tmp_path: Path, damage: str
+@pytest.mark.parametrize(
+    ("bits", "expected"), [("3", "has 0 units of layers.1.heads left, but .* 2"), ("x", "damaged")]
+)
+def test_a_start_that_says_what_it_has_not(
+    starts: Callable[[str], Path], tmp_path: Path, bits: str, expected: str
 ) -> None:
     shutil.copytree(starts("bert"), tmp_path / "start")
     file = tmp_path / "start" / "config.json"
     config = json.loads(file.read_text())
-    kept = config.pop("apt_kept")
-    expected = "saved by an older version"
-    if damage == "other kept units":
-        config["apt_kept"], expected = {**kept, "layers.1.heads": "3"}, "has 0 units of layers.1.heads left, but .* 2"
-    elif damage == "no number":
-        config["apt_kept"], expected = {**kept, "layers.1.heads": "none"}, "it is damaged"
+    config["apt_kept"]["layers.1.heads"] = bits
     file.write_text(json.dumps(config))
     with pytest.raises(UserError, match=expected):
         starting_point(load_pruned(tmp_path / "start"))
-    if damage == "no kept units":  # but its run wrote the plan beside it
-        plan = starting_point(load_pruned(starts("bert"))).plan
-        (tmp_path / "start" / "pruning_plan.json").write_text(json.dumps(plan.to_json()))
-        assert starting_point(load_pruned(tmp_path / "start")).plan == plan
+
+
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_a_start_of_version_0_1_0(
+    starts: Callable[[str], Path], tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its config does not say which units are left; the plan beside it may."""
+    expected = starting_point(load_pruned(starts(name))).plan
+    shutil.copytree(starts(name), tmp_path / "start")
+    file = tmp_path / "start" / "config.json"
+    config = json.loads(file.read_text())
+    del config["apt_kept"]
+    file.write_text(json.dumps(config))
+    plan = starting_point(load_pruned(tmp_path / "start")).plan
+    assert "count those it has from 0" in caplog.text and plan.counts == expected.counts
+    if name == "t5":  # whose attentions share a table of the dense heads
+        assert all(plan.kept[space] == units for space, units in expected.kept.items() if "heads" in space)
+    (tmp_path / "start" / "pruning_plan.json").write_text(json.dumps(expected.to_json()))
+    assert starting_point(load_pruned(tmp_path / "start")).plan == expected
 
 
 # ---------------------------------------------------------------------- from the command line
