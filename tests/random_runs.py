@@ -7,8 +7,8 @@
 Each draw (family, rule, budget, targets, time, schedule, tuning, distillation, optimizer, checkpointing) is refused
 with a UserError before a step, or trains to its end. Then: resumed from a checkpoint at a random step it ends
 bit-equal; what is left is within the budget; saved and loaded it gives equal logits, also in a process of its own (all
-models at the end); every so many draws (``--processes``) two processes log the losses of one, and (``--exports``) onnxruntime gives its
-logits. Prints one JSON line per draw; exit code 1 where something did not hold.
+models at the end); every so many draws (``--processes``) two processes log the losses of one, and (``--exports``)
+onnxruntime gives its logits. Prints one JSON line per draw; exit code 1 where something did not hold.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
 import shutil
 import subprocess
@@ -173,7 +174,8 @@ def check_export(place: Path) -> list[str]:
 
 
 def worker(number: int, folder: Path, batch_size: int) -> None:
-    trainer = trainer_of(number, folder, per_device_train_batch_size=batch_size, ddp_backend="gloo")
+    backend = {"ddp_backend": "gloo"} if "WORLD_SIZE" in os.environ else {}
+    trainer = trainer_of(number, folder, per_device_train_batch_size=batch_size, **backend)
     for module in trainer.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from apt_trainer.errors import UserError
 from apt_trainer.evaluate.bootstrap import mean_interval
 from apt_trainer.measure import evaluating
+from apt_trainer.tasks.text_windows import without_closing
 
 SHIPPED_TASKS = Path(__file__).resolve().parents[2] / "recipes" / "lm_eval"
 SEED = 1234
@@ -65,6 +66,8 @@ def run_tasks(
     backend = "causal"
     if model.config.is_encoder_decoder:
         backend, language_model = "seq2seq", _with_own_length(language_model)
+    else:  # lm_eval would score and continue what follows the end of the text
+        tokenizer = without_closing(tokenizer)
     with evaluating(model), _errors_only("lm_eval.models.huggingface"):
         wrapped = language_model(pretrained=model, tokenizer=tokenizer, backend=backend, batch_size=batch_size)
         try:

@@ -33,7 +33,7 @@ class LanguageRequest:
     window: int = 1024
     stride: int | None = None
     max_tokens: int | None = None
-    start_token: bool = False
+    start_token: bool | None = None
     tasks: Sequence[str] = ()
     task_path: str | None = None
     limit: int | None = None
@@ -78,16 +78,16 @@ def evaluate_language(settings: ModelSettings, request: LanguageRequest) -> dict
             request.batch_size,
             request.start_token,
         )
-        low, high = result.interval(request.seed)
+        interval = result.interval(request.seed)
         found["perplexity"] = {
             "value": result.value,
-            "low": low,
-            "high": high,
+            **({} if interval is None else interval._asdict()),
             "text": request.text,
             "predicted_tokens": result.predicted_tokens,
             "windows": len(result.nll),
             "window": result.window,
             "stride": result.stride,
+            "start_token": tokenizer.decode(result.start) if result.start else None,
         }
     if request.tasks:
         found["lm_eval"] = run_tasks(

@@ -157,8 +157,8 @@ def start_tokens(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _cache_bytes(cache: Any) -> int:
-    """Bytes of all tensors of a transformers cache; that of an encoder–decoder model is a pair of caches."""
+    """Bytes of the keys and values in a transformers cache; that of an encoder–decoder model is a pair of caches."""
     pair = (getattr(cache, "self_attention_cache", None), getattr(cache, "cross_attention_cache", None))
     layers = [layer for part in (cache, *pair) for layer in getattr(part, "layers", ())]
     tensors = [value for layer in layers for value in vars(layer).values() if isinstance(value, Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.is_floating_point())

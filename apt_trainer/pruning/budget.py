@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from apt_trainer.errors import UserError
+from apt_trainer.measure import placed
 from apt_trainer.models import ModelFamily, Space
 from apt_trainer.plan.cost import CostModel, flops_cost, memory_cost, parameter_cost
 from apt_trainer.plan.limits import Limits
@@ -27,11 +28,18 @@ COSTS: dict[str, Callable[[nn.Module, ModelFamily, list[Space], int, int], CostM
 }
 
 
-def cost_of(model: nn.Module, family: ModelFamily, spaces: list[Space], settings: PruningSettings) -> CostModel:
-    """Cost of the dense ``model`` in what ``sparsity_metric`` counts; measured, if that is latency. Else the model may
-    be on the meta device."""
+def cost_of(
+    model: nn.Module,
+    family: ModelFamily,
+    spaces: list[Space],
+    settings: PruningSettings,
+    timed_on: torch.device | None = None,
+) -> CostModel:
+    """Cost of the dense ``model`` in what ``sparsity_metric`` counts; measured, if that is latency, on ``timed_on``
+    (default: where the model is). Else the model may be on the meta device."""
     make = COSTS[settings.sparsity_metric]
-    return make(model, family, spaces, settings.reference_batch_size, settings.reference_length)
+    with placed(model, timed_on if settings.sparsity_metric == "latency" else None):
+        return make(model, family, spaces, settings.reference_batch_size, settings.reference_length)
 
 
 def check_budget(

@@ -27,9 +27,11 @@ from apt_trainer.plan.schedule import Schedule
 from apt_trainer.plan.selection import select
 from apt_trainer.pruning.agreed_seconds import Seconds, agree_on_seconds, use_seconds
 from apt_trainer.pruning.budget import check_budget, cost_of, saved_without
+from apt_trainer.pruning.given_model import check_given
 from apt_trainer.pruning.impact_pass import ImpactPass
 from apt_trainer.scoring import Importance, Nri, Reduce, make_importance
 from apt_trainer.scoring.calibration import Batch, calibrate
+from apt_trainer.scoring.observing import Observing
 from apt_trainer.scoring.rank_score import RankScore
 from apt_trainer.settings import MethodSettings
 from apt_trainer.store.saved_model import dense_copy
@@ -39,7 +41,6 @@ from apt_trainer.surgery.cutting import apply_plan
 from apt_trainer.surgery.masks import MaskStore
 from apt_trainer.surgery.slicing import EditLog, Grow, Keep
 from apt_trainer.surgery.tuning import set_trainable
-from apt_trainer.tensors.partitioned import is_partitioned
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class AdaptivePruner:
     """Scores units and adapters while ``model`` trains, and changes its shape when the schedule says so.
 
     ``model`` must be a plain Hugging Face model, dense or pruned before; adapters are inserted here when the settings
-    ask for them. ``origin``: what it began with. ``dense_plan``: of the dense original.
+    ask for them. ``origin``: what it began with. ``dense_plan``: of the dense original. What is chosen by seconds is
+    timed on ``timed_on``, where the model is going to run; default: where it is.
     """
 
     def __init__(
@@ -83,18 +85,10 @@ class AdaptivePruner:
         *,
         importance: Importance | None = None,
         seed: int = 0,
+        timed_on: torch.device | None = None,
     ) -> None:
         settings.check()
-        if any(is_partitioned(parameter) for parameter in model.parameters()):
-            raise UserError(
-                "The model is partitioned already (deepspeed.zero.Init), but adapters are put into a whole one. Load "
-                "it as an ordinary model; under ZeRO-3 it is partitioned when training begins."
-            )
-        if not all(parameter.is_floating_point() for parameter in model.parameters()):
-            raise UserError(
-                "The model has quantised weights, which can be neither scored nor cut. Load it without quantising; "
-                "quantise the finished model."
-            )
+        check_given(model, is_copied=settings.distillation == "self" and settings.prunes)
         self.model, self.settings, self.seed = model, settings, seed
         self.family = family_of(model.config)
         self.family.set_post_norm_policy(model.config, settings.post_norm_policy)
@@ -105,13 +99,13 @@ class AdaptivePruner:
         self.block_cost = parameter_cost(self.origin.dense, self.family, self.spaces)
         timed = settings.sparsity_metric == "latency" and self.origin.is_pruned  # which needs weights
         dense = dense_copy(model) if timed else self.origin.dense
-        self.cost = cost_of(dense, self.family, self.spaces, settings)
+        self.cost = cost_of(dense, self.family, self.spaces, settings, timed_on)
         self.limits = limits_of(settings)
         if settings.sparsity_metric != "latency":  # else once processes have agreed on seconds
             check_budget(self.spaces, self.plan, self.cost, self.limits, settings.target_sparsity)
         self.importance = importance or make_importance(settings, seed)
         nri = self.importance if settings.prunes and isinstance(self.importance, Nri) else None
-        self.impact = None if nri is None else ImpactPass(model, nri.cost, settings)
+        self.impact = None if nri is None else ImpactPass(model, nri.cost, settings, timed_on)
         self.seconds: Seconds | None = None
         self.tune = settings.tune
         self._insert_adapters()
@@ -185,6 +179,7 @@ class AdaptivePruner:
         """After the last backward pass of a step, before gradients are cleared."""
         if self._observing and not self._resting:
             if not self.settings.prunes_before:
+                self._check_observed()
                 self.importance.update(self._reduce, self._processes)
             self.rank_score.update(self._reduce, self._processes)
             self._fading = None  # scores have changed
@@ -203,6 +198,11 @@ class AdaptivePruner:
         event = self.schedule.event_at(step)
         tune = self._tune_at(step)
         cuts = step == 0 if before else event is not None
+        if cuts and isinstance(self.importance, Observing) and self.importance.is_blank():
+            raise UserError(
+                "Nothing finite was observed that units could be scored by: all gradients were zero or not finite. "
+                "With fp16, train a few steps before pruning_start, until the loss scale has settled, or use bf16."
+            )
         plan = self._select(event) if cuts else self.plan
         merging = tune == "full"
         ranks = {} if event is None or merging else self._new_ranks(event, plan)
@@ -329,6 +329,14 @@ class AdaptivePruner:
             targets = s.lora_target_modules or self.family.default_targets(self.model)
             layers = self.family.layer_paths(self.model)
             lora.insert_adapters(self.model, targets, s.lora_r, s.lora_alpha, s.lora_dropout, layers)
+
+    def _check_observed(self) -> None:
+        if isinstance(self.importance, Observing) and not self.importance.has_observed():
+            raise UserError(
+                "A step is to be observed, but no forward pass of the model's layers was seen in training mode with "
+                "gradients: it would be pruned without scores. Call the model itself in compute_loss (not a copy, not "
+                "under no_grad, not after model.eval()), or take importance: magnitude."
+            )
 
     def _scored(self) -> list[Space]:
         return [space for space in self.spaces if space.kind in self.limits.kinds]

@@ -23,12 +23,14 @@ from apt_trainer.report.tables import format_bytes, format_count, markdown_table
 from apt_trainer.runs.preflight import check_before_loading, checkpoint_to_resume
 from apt_trainer.settings.config import APTConfig
 from apt_trainer.settings.recipe import Recipe
-from apt_trainer.store.pretrained import build_model, load_inputs
+from apt_trainer.store.pretrained import build_model, dtype_name, load_inputs
 from apt_trainer.store.starting_point import starting_point
 from apt_trainer.surgery import adapters as lora
+from apt_trainer.tasks import TaskData
 from apt_trainer.tasks.trainer_options import set_task_arguments
 
 _ADAM_BYTES = 8  # two fp32 moments per trained parameter
+_LABELS_SHOWN = 20
 _FLOAT32_PER_LOGIT = 3  # log-probability, its gradient and that of the logit
 
 
@@ -36,11 +38,11 @@ def plan(recipe: Recipe) -> str:
     """Text of the dry run; raises :class:`UserError` for anything that would stop the run before training."""
     args = recipe.training
     checkpoint_to_resume(recipe)
-    _, config, data = load_inputs(recipe.model, recipe)
+    tokenizer, config, data = load_inputs(recipe.model, recipe)
     set_task_arguments(args, data, recipe.given)
-    check_before_loading(recipe, config, data)
-    device = "cpu" if args.sparsity_metric == "latency" else "meta"
-    model = build_model(config, data, device, recipe.model.dtype)
+    check_before_loading(recipe, config, data, tokenizer)
+    timed = args.sparsity_metric == "latency"
+    model = build_model(config, data, str(args.device) if timed else "meta", recipe.model.dtype)
     pruner = AdaptivePruner(model, args, seed=args.seed)
     schedule = make_schedule(args, args.total_steps(len(data.train) - args.heldout_rows(len(data.train))))
     predicted = recipe.data.max_target_length if model.config.is_encoder_decoder else recipe.data.max_length
@@ -50,15 +52,36 @@ def plan(recipe: Recipe) -> str:
         f"with adapters, {format_count(pruner.block_cost.total(pruner.plan.counts))} in blocks{_of_original(pruner)}",
         f"data         {len(data.train):,} training rows, {len(data.validation):,} validation, "
         f"{len(data.test):,} reported on ({data.test_name})",
+        *_label_lines(data),
         f"trains       {' → '.join(tune_phases(args))}; {format_count(_trained(model))} parameters at first",
         f"steps        {schedule.total:,} of {args.train_batch_size * args.gradient_accumulation_steps} rows",
         f"memory       {format_bytes(memory)} estimated at the first step "
         f"({_counted(model, args)}){_of_model_at_first(pruner, args)}",
+        *([f"timed        on {args.device}, with weights in {dtype_name(model.dtype)}"] if timed else []),
         "",
         _space_table(pruner),
         "",
     ]
     return "\n".join(lines + _schedule_lines(pruner, schedule, args))
+
+
+def _label_lines(data: TaskData) -> list[str]:
+    """How often each label occurs in the training rows, and what it weighs."""
+    if not data.label_counts:
+        return []
+    names = sorted(data.label_counts, key=lambda name: -data.label_counts[name])
+    if len(names) > _LABELS_SHOWN:  # the most and the least frequent
+        names = [*names[: _LABELS_SHOWN // 2], "…", *names[-_LABELS_SHOWN // 2 :]]
+    weights = dict(zip(data.label_counts, data.class_weights or (), strict=False))
+    told = [
+        name if name not in data.label_counts else f"{name} {data.label_counts[name]:,}{_weight(weights.get(name))}"
+        for name in names
+    ]
+    return [f"labels       {len(data.label_counts)} in the training rows: {', '.join(told)}"]
+
+
+def _weight(weight: float | None) -> str:
+    return "" if weight is None else f" (weight {weight:.3g})"
 
 
 def _of_original(pruner: AdaptivePruner) -> str:

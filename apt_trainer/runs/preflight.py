@@ -22,11 +22,13 @@ from apt_trainer.pruning.pruner import AdaptivePruner
 from apt_trainer.report.comparison import EVENTS_FILE, METRICS_FILE, RECIPE_FILE
 from apt_trainer.settings import DataSettings, MethodSettings, ModelSettings
 from apt_trainer.settings.config import APTConfig
+from apt_trainer.settings.engines import check_launch
 from apt_trainer.settings.recipe import Recipe
-from apt_trainer.store.pretrained import build_model, max_positions
+from apt_trainer.store.pretrained import build_model, check_teacher, max_positions, teacher_settings
 from apt_trainer.tasks import TaskData
 from apt_trainer.training.best_model import check_candidates
 from apt_trainer.training.checkpoint import check_complete
+from apt_trainer.training.engines.optimizer_class import check_optimizer
 from apt_trainer.training.whole_checkpoints import checkpoints_in, find_whole, last_whole
 
 _LANGUAGE_MODELS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
@@ -34,12 +36,14 @@ _OF_THE_LOOP = ("max_steps", "num_train_epochs", "seed", "learning_rate", "lr_sc
 _FREE = ("calibration_batch_size", "trust_remote_code", "attn_implementation")
 
 
-def check_before_loading(recipe: Recipe, config: Any, data: TaskData) -> None:
-    """Raise :class:`UserError` for a schedule, budget, length or task that cannot work, on the meta device.
+def check_before_loading(recipe: Recipe, config: Any, data: TaskData, tokenizer: Any) -> None:
+    """Raise :class:`UserError` for a schedule, budget, length, task or teacher that cannot work, on the meta device.
 
     A latency budget is measured, so it is checked only once the model is there.
     """
     args = recipe.training
+    check_launch(args)
+    check_optimizer(args)
     check_attention(recipe.model.attn_implementation)
     if args.dense_baseline and "RANK" in os.environ:
         raise UserError(
@@ -66,7 +70,10 @@ def check_before_loading(recipe: Recipe, config: Any, data: TaskData) -> None:
     settings = copy.copy(args)
     if settings.sparsity_metric == "latency":
         settings.sparsity_metric = "params"
-    AdaptivePruner(build_model(config, data, "meta"), settings)
+    model = build_model(config, data, "meta")
+    if args.teacher_name_or_path is not None:
+        check_teacher(teacher_settings(recipe.model, args.teacher_name_or_path), data, model, tokenizer)
+    AdaptivePruner(model, settings)
 
 
 def check_attention(name: str | None) -> None:

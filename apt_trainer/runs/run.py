@@ -34,7 +34,7 @@ from apt_trainer.settings import ModelSettings
 from apt_trainer.settings.recipe import Recipe, load_recipe
 from apt_trainer.store.events import read_events, write_json
 from apt_trainer.store.lock import OutputLock
-from apt_trainer.store.pretrained import load_inputs, load_model, load_saved
+from apt_trainer.store.pretrained import load_inputs, load_model, load_saved, load_teacher, teacher_settings
 from apt_trainer.store.saved_model import dense_copy
 from apt_trainer.tasks import TaskData, keeps_sequences_apart
 from apt_trainer.tasks.trainer_options import data_options, set_task_arguments
@@ -92,9 +92,10 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
     set_seed(args.seed)
     tokenizer, config, data = load_inputs(recipe.model, recipe)
     set_task_arguments(args, data, recipe.given)
-    check_before_loading(recipe, config, data)
+    check_before_loading(recipe, config, data, tokenizer)
     dense = _train_dense(recipe, output) if args.dense_baseline and args.should_save else {}
-    teacher = load_model(recipe.model, data, args.teacher_name_or_path) if args.teacher_name_or_path else None
+    path = args.teacher_name_or_path
+    teacher = load_teacher(teacher_settings(recipe.model, path), data) if path else None
     model = load_model(recipe.model, data)
     if data.packed and not keeps_sequences_apart(model):
         raise UserError(
@@ -227,7 +228,7 @@ def evaluate(model: str | ModelSettings, recipe: Recipe | None = None) -> dict[s
     path = model if isinstance(model, str) else str(model.model_name_or_path)
     recipe = recipe or recipe_of(Path(path))
     settings = ModelSettings(path, dtype=recipe.model.dtype) if isinstance(model, str) else model
-    tokenizer, _, data = load_inputs(settings, recipe)
+    tokenizer, _, data = load_inputs(settings, recipe, trained=False)
     args = copy.copy(recipe.training)
     args.report_to = []
     set_task_arguments(args, data, recipe.given)

@@ -78,13 +78,28 @@ class APTConfig(MethodSettings, MeasureSettings, Seq2SeqTrainingArguments):
         if self.num_train_epochs <= 0 and self.max_steps <= 0:
             raise UserError(f"num_train_epochs={self.num_train_epochs} must be above 0.")
 
-    def total_steps(self, num_rows: int) -> int:
-        """Optimizer steps of a run over ``num_rows`` training rows, counted as the Trainer does."""
-        if self.max_steps > 0:
+    def total_steps(self, num_rows: int | None) -> int:
+        """Optimizer steps of a run over ``num_rows`` training rows, counted as the Trainer does; None: not known.
+
+        Raises :class:`UserError` where neither rows nor ``max_steps`` tell.
+        """
+        if num_rows is None:
+            if self.max_steps <= 0:
+                raise UserError("The training data have no length, so max_steps has to say how long to train.")
             return int(self.max_steps)
-        batches = math.ceil(num_rows / (self.train_batch_size * self.world_size))
-        per_epoch = max(1, math.ceil(batches / self.gradient_accumulation_steps))
-        return math.ceil(per_epoch * self.num_train_epochs)
+        whole = math.floor if self.dataloader_drop_last else math.ceil
+        processes = 1 if self.accelerator_config.split_batches else self.world_size
+        if self.train_sampling_strategy == "batch_rebalance":
+            per_epoch = whole(num_rows / (self.train_batch_size * processes * self.gradient_accumulation_steps))
+        else:
+            batches = whole(num_rows / (self.train_batch_size * processes))
+            per_epoch = math.ceil(batches / self.gradient_accumulation_steps)
+        if per_epoch == 0:
+            raise UserError(
+                f"{num_rows} training rows make no whole batch of {self.train_batch_size * processes}, and "
+                "dataloader_drop_last drops the rest. Lower per_device_train_batch_size, or do not drop it."
+            )
+        return int(self.max_steps) if self.max_steps > 0 else math.ceil(per_epoch * self.num_train_epochs)
 
     def heldout_rows(self, num_rows: int) -> int:
         """Rows of the training data on which snapshots of the student are chosen as teacher."""

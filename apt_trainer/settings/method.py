@@ -18,7 +18,9 @@ class PruningSettings:
         "model that was pruned before: of its dense original, what is gone already included.",
     )
     sparsity_metric: str = setting(
-        "params", "What the budget counts: params or flops of the transformer blocks, measured latency, or memory."
+        "params",
+        "What the budget counts: params or flops of the transformer blocks, measured latency, or memory (all weights, "
+        "and the keys and values that a model which generates keeps).",
     )
     prune_targets: list[str] = setting(
         ["heads", "neurons", "hidden"],

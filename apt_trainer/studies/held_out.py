@@ -85,7 +85,8 @@ class HeldOut:
         Returns:
             ``perplexity`` (``exp_loss`` of other heads), ``tasks`` by name and ``accuracy``, their mean: each
             ``value`` with the ends ``low`` and ``high`` of its 95 % interval, and of the full model under ``dense``;
-            ``speedup`` as :func:`~apt_trainer.studies.speed.relative_speed`, ``sdr`` and ``sdr_relative``;
+            ``speedup`` as :func:`~apt_trainer.studies.speed.relative_speed`, ``timed_on``, the device, ``sdr`` and
+            ``sdr_relative``;
             ``quantised``; ``measured_on``, what the scores are of. As far as asked for.
         """
         found: dict[str, Any] = {"measured_on": self._measured_on} if self._request.asks else {}
@@ -96,6 +97,7 @@ class HeldOut:
             found["dense"] = self._dense
         if self._full is not None:
             found["speedup"] = relative_speed(self._full, self._at.model, self._at.shape.length)
+            found["timed_on"] = self._at.place
             if "accuracy" in found:
                 base, new = self._dense["accuracy"]["value"], found["accuracy"]["value"]
                 found["sdr"] = sdr(100 * base, 100 * new, found["speedup"]["whole"])

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_utils import has_length
 
 from apt_trainer.errors import UserError
 from apt_trainer.settings.engines import wants_deepspeed
@@ -45,7 +46,9 @@ class LiveModel:
 def check_options(trainer: Any) -> None:
     """Raise :class:`UserError` for options of the Trainer under which shapes cannot change."""
     if trainer.pruner.impact is not None and not trainer.args.prunes_before and trainer.train_dataset is not None:
-        rows = min(trainer.args.calibration_samples, len(trainer.train_dataset))
+        rows = trainer.args.calibration_samples
+        if has_length(trainer.train_dataset):
+            rows = min(rows, len(trainer.train_dataset))
         if rows < trainer.args.world_size:
             raise UserError(
                 f"calibration_samples and the training data give no row to some of the {trainer.args.world_size} "
@@ -152,6 +155,7 @@ def _rebuild(trainer: Any, model: nn.Module, schedule: dict[str, Any]) -> None:
     engine_of(trainer).enclose(model)
     Trainer._prepare_for_training(trainer, trainer.state.max_steps, trainer.live_dataloader, None)
     engine_of(trainer).adopt()
+    engine_of(trainer).check_optimizer()
     set_schedule(trainer, schedule)
 
 

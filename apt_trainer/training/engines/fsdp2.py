@@ -68,7 +68,8 @@ class Fsdp2Engine(Engine):
         """Give the optimizer the parameters that the model has."""
         trainer, model = self.trainer, self.model
         base, rates = base_weight_names(model, trainer.pruner.family), {True: 1.0, False: 0.0}
-        groups = parameter_groups(model, base, trainer.optimizer_ages, rates, trainer.args.weight_decay)
+        decayed = set(trainer.get_decay_parameter_names(model))
+        groups = parameter_groups(model, base, trainer.optimizer_ages, rates, trainer.args.weight_decay, decayed)
         for held, group in zip(plain_optimizer(trainer).param_groups, groups, strict=True):
             held["params"] = group["params"]
 
