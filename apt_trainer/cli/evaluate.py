@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     tasks = parser.add_argument_group("tasks of lm-evaluation-harness (pip install 'apt-trainer[lm_eval]')")
     tasks.add_argument("--lm_eval", metavar="A,B", help="names of tasks, or paths of YAML files")
-    tasks.add_argument("--task_path", metavar="DIR", help="folder with YAML files (default: recipes/lm_eval)")
+    tasks.add_argument("--task_path", metavar="DIR", help="folder with YAML files (default: those shipped)")
     tasks.add_argument("--limit", type=positive, metavar="N", help="use only the first N examples of each task")
     tasks.add_argument("--num_fewshot", type=int, metavar="N", help="examples before each question")
     both = parser.add_argument_group("text and tasks")

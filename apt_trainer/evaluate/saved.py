@@ -17,6 +17,7 @@ from apt_trainer.evaluate.perplexity import perplexity
 from apt_trainer.evaluate.quantization import quantize
 from apt_trainer.measure import count_parameters
 from apt_trainer.settings import ModelSettings, resolve_path
+from apt_trainer.settings.packages import check_packages
 from apt_trainer.store.pretrained import choose_device, load_saved, load_tokenizer
 
 
@@ -54,6 +55,7 @@ def evaluate_language(settings: ModelSettings, request: LanguageRequest) -> dict
     Raises:
         UserError: anything that cannot work; a missing text file before the weights load.
     """
+    check_packages({**vars(settings), "quantize": request.quantize, "lm_eval_tasks": request.tasks})
     text = None if request.text is None else _read(request.text)
     device = choose_device(request.device)
     tokenizer = load_tokenizer(settings)

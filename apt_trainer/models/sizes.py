@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from apt_trainer.libraries.calls import by_name, cache_in, positional_names
+
 Size = int | tuple[int, ...]
 
 
@@ -60,27 +62,17 @@ class BiasOfKeptHeads(nn.Module):
     """
 
     kept_heads: tuple[int, ...]
+    names: tuple[str, ...]  # of what the attention's own forward takes by position
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        key_value_states: torch.Tensor | None = None,
-        position_bias: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Any, ...]:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        given = by_name(self.names, args, kwargs)
+        position_bias, cache = given.get("position_bias"), cache_in(args, kwargs)
         # Read before the attention itself appends to the cache; a static cache counts in place.
-        seen: Any = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
+        seen: Any = 0 if cache is None else cache.get_seq_length(self.layer_idx)
         seen = seen.clone() if torch.is_tensor(seen) else seen
-        output, used, weights = super().forward(
-            hidden_states,
-            mask=mask,
-            key_value_states=key_value_states,
-            position_bias=None if position_bias is None else self._chosen(position_bias),
-            past_key_values=past_key_values,
-            **kwargs,
-        )
+        if position_bias is not None:
+            given["position_bias"] = self._chosen(position_bias)
+        output, used, weights = super().forward(**given)
         if position_bias is None and self.has_relative_attention_bias:
             position_bias = super().compute_bias(*used.shape[-2:], device=used.device, past_seen_tokens=seen)  # type: ignore[misc]
         return output, position_bias, weights
@@ -95,4 +87,5 @@ class BiasOfKeptHeads(nn.Module):
 
 @cache
 def _with_bias_of_kept_heads(attention: type[nn.Module]) -> type[nn.Module]:
-    return type(attention.__name__, (BiasOfKeptHeads, attention), {"__module__": __name__})
+    namespace = {"__module__": __name__, "names": positional_names(attention)}
+    return type(attention.__name__, (BiasOfKeptHeads, attention), namespace)

@@ -1,7 +1,8 @@
 """No-op modules that stand where a sublayer was, with the call signature of what they replace.
 
 They keep stock modelling code running unchanged and hold no parameters. A stub is made from the module that it
-replaces (:func:`put_stub`), since one in a decoder must know which slot of the key-value cache was that module's.
+replaces (:func:`put_stub`): it takes its arguments in the order and under the names that this module had, which
+releases of transformers change, and one in a decoder knows which slot of the key-value cache was that module's.
 """
 
 from __future__ import annotations
@@ -11,22 +12,32 @@ from typing import Any
 import torch
 from torch import nn
 
+from apt_trainer.libraries.calls import by_name, cache_in, positional_names
+
 
 class NoOp(nn.Module):
-    """``replaced``: the module it stands for; None where it only stands for the output of one that still runs."""
+    """``replaced``: the module it stands for; None: one that takes all by position."""
 
     silent = False
     """Whether the output is nothing: zeros in the shape of what it replaces."""
 
     def __init__(self, replaced: nn.Module | None = None) -> None:
         super().__init__()
+        if isinstance(replaced, NoOp):
+            self.names: tuple[str, ...] = replaced.names
+        else:
+            self.names = () if replaced is None else positional_names(type(replaced))
+
+    def given(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """Argument ``number`` of a call, which may be given by its name."""
+        return args[number] if number < len(args) else kwargs[self.names[number]]  # type: ignore[no-any-return]
 
 
 class PassAttention(NoOp):
     """Returns the hidden states it was given and no attention weights."""
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-        return hidden_states, None
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        return self.given(0, args, kwargs), None
 
 
 class ZeroAttention(NoOp):
@@ -39,31 +50,22 @@ class ZeroAttention(NoOp):
     silent = True
 
     def __init__(self, replaced: nn.Module | None = None) -> None:
-        super().__init__()
+        super().__init__(replaced)
         self.layer_idx = getattr(replaced, "layer_idx", None)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        *args: Any,
-        past_key_values: Any = None,
-        layer_past: Any = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        cache = layer_past if past_key_values is None else past_key_values
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        hidden_states, cache = self.given(0, args, kwargs), cache_in(args, kwargs)
         if cache is not None and self.layer_idx is not None:
             token = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-            cache.update(token, token, self.layer_idx)
+            getattr(cache, "self_attention_cache", cache).update(token, token, self.layer_idx)
         return torch.zeros_like(hidden_states), None
 
 
 class PassBiasedAttention(NoOp):
     """Returns the hidden states and the position bias that it was given, and no attention weights."""
 
-    def forward(
-        self, hidden_states: torch.Tensor, *args: Any, position_bias: torch.Tensor | None = None, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        return hidden_states, position_bias, None
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        return self.given(0, args, kwargs), by_name(self.names, args, kwargs).get("position_bias"), None
 
 
 class ZeroFeedForward(NoOp):
@@ -71,22 +73,22 @@ class ZeroFeedForward(NoOp):
 
     silent = True
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.zeros_like(hidden_states)
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros_like(self.given(0, args, kwargs))
 
 
 class PassFirst(NoOp):
     """Returns its first argument."""
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return hidden_states
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.given(0, args, kwargs)
 
 
 class PassSecond(NoOp):
     """Returns its second argument: the residual input of an output module that adds and normalises."""
 
-    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return residual
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.given(1, args, kwargs)
 
 
 STUBS: dict[str, type[NoOp]] = {

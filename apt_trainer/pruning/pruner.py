@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from apt_trainer.errors import UserError
+from apt_trainer.libraries.private_names import check_names
 from apt_trainer.measure import trainable_parameters
 from apt_trainer.models import ModelFamily, Space, Stack, family_of
 from apt_trainer.models.batch import Tokens
@@ -87,6 +88,7 @@ class AdaptivePruner:
         seed: int = 0,
         timed_on: torch.device | None = None,
     ) -> None:
+        check_names("loading", "method")
         settings.check()
         check_given(model, is_copied=settings.distillation == "self" and settings.prunes)
         self.model, self.settings, self.seed = model, settings, seed
@@ -102,7 +104,7 @@ class AdaptivePruner:
         self.cost = cost_of(dense, self.family, self.spaces, settings, timed_on)
         self.limits = limits_of(settings)
         if settings.sparsity_metric != "latency":  # else once processes have agreed on seconds
-            check_budget(self.spaces, self.plan, self.cost, self.limits, settings.target_sparsity)
+            self._check_budget()
         self.importance = importance or make_importance(settings, seed)
         nri = self.importance if settings.prunes and isinstance(self.importance, Nri) else None
         self.impact = None if nri is None else ImpactPass(model, nri.cost, settings, timed_on)
@@ -129,7 +131,7 @@ class AdaptivePruner:
             self._reduce = reduce
         if self.seconds is None:
             agree_on_seconds(self, self._reduce, processes)
-            check_budget(self.spaces, self.origin.plan, self.cost, self.limits, self.settings.target_sparsity)
+            self._check_budget()
         self._follow_schedule(step)
 
     def calibrate(self, batches: Iterable[Batch | None], loss_of: Callable[[Batch], torch.Tensor]) -> None:
@@ -243,6 +245,11 @@ class AdaptivePruner:
             self.rank_score.detach()
             self._observing = False
 
+    @property
+    def is_hooked(self) -> bool:
+        """Whether hooks of observers or masks are in the model."""
+        return self._observing or self.masks.is_open
+
     def sparsity(self) -> float:
         """Share of the prunable budget of the dense original that is gone, in the unit of ``sparsity_metric``."""
         return 1 - self.cost.total(self.plan.counts) / self.cost.total(self.dense_plan.counts)
@@ -322,6 +329,10 @@ class AdaptivePruner:
         self.masks.load_state_dict(part("masks/"))
 
     # ------------------------------------------------------------------ inside
+
+    def _check_budget(self) -> None:
+        sparsity = self.settings.target_sparsity
+        check_budget(self.spaces, self.sublayers, self.origin.plan, self.cost, self.limits, sparsity)
 
     def _insert_adapters(self) -> None:
         s = self.settings

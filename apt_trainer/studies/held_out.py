@@ -21,6 +21,7 @@ from apt_trainer.evaluate.harness import check_tasks, not_a_language_model, run_
 from apt_trainer.evaluate.quantization import quantize
 from apt_trainer.scoring.sublayers.loss import bounded_exp, loss_name, loss_sums
 from apt_trainer.scoring.sublayers.windows import Calibration
+from apt_trainer.settings.packages import check_packages
 from apt_trainer.studies.inputs import DataRequest, Loaded
 from apt_trainer.studies.metrics import sdr, sdr_relative
 from apt_trainer.studies.plan_scores import measured
@@ -62,6 +63,7 @@ class HeldOut:
         self._at, self._request = at, request
         if request.quantize is not None and not request.asks:
             raise UserError("quantize goes with what is measured: test, tasks of lm_eval or speed. Give one of them.")
+        check_packages({"quantize": request.quantize, "lm_eval_tasks": request.tasks})
         self._test: Calibration | None = None if request.test is None else at.read(request.test)
         if self._test is not None and not self._test.has_labels:
             raise no_loss_on_text(at)

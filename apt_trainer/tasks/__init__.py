@@ -227,6 +227,9 @@ def _check_numbers(data: DataSettings) -> None:
         value = getattr(data, name)
         if not 0 <= value < 1:
             raise UserError(f"{name}={value} must lie between 0 and 1 (0.1 holds out 10 % of the training data).")
+    for name in ("max_length", "max_target_length"):
+        if getattr(data, name) < 1:
+            raise UserError(f"{name}={getattr(data, name)} must be at least 1 token.")
     if data.doc_stride < 0:
         raise UserError(f"doc_stride={data.doc_stride} must not be negative.")
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
-import importlib.util
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -246,14 +245,6 @@ def end_with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int
     """``ids`` with the end-of-text token behind them, once; unchanged where the tokenizer has none."""
     eos = tokenizer.eos_token_id
     return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
-
-
-def require_package(name: str, purpose: str) -> None:
-    """Raise :class:`UserError` where a package of the extra "lm" is missing."""
-    if importlib.util.find_spec(name) is None:
-        raise UserError(
-            f'{purpose} needs the Python package {name}, which is not installed. Run: pip install "apt-trainer[lm]".'
-        )
 
 
 def without_blank(rows: Dataset, column: str, setting: str, part: str) -> Dataset:

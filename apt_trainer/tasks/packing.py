@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from apt_trainer.tasks.base import require_package
+from apt_trainer.settings.packages import TRL, require
 from apt_trainer.tasks.text_windows import cut
 
 _IN_MEMORY = {"keep_in_memory": True, "load_from_cache_file": False}
@@ -51,7 +51,7 @@ class DecoderCollator:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int | None) -> None:
-        require_package("trl", "Training a decoder on texts")
+        require(TRL, "Training a decoder on texts")
         from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
         self._pad = DataCollatorForLanguageModeling(tokenizer.pad_token_id, pad_to_multiple_of=pad_to_multiple_of)

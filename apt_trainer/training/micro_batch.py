@@ -86,7 +86,8 @@ class MicroBatches:
     def _step(self, own: Callable[..., Any], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         trainer, self._computed = self.trainer, 0
         trainer.last_inputs = dict(inputs)
-        with _replaced(trainer, compute_loss=partial(self._loss, trainer.compute_loss)):
+        compiled = trainer.compiled.running(trainer.model, trainer.pruner.is_hooked)
+        with compiled, _replaced(trainer, compute_loss=partial(self._loss, trainer.compute_loss)):
             loss: torch.Tensor = own(trainer.model_wrapped, inputs, *args, **kwargs)
         if self._computed == 0:
             raise UserError(
@@ -122,13 +123,13 @@ class MicroBatches:
             loss = shares.of_task(loss)
         elif counts:
             loss = loss * losses.processes
-        parts = {"loss/task": loss}
+        parts = {"task_loss": loss}
         if mu > 0.0:
             alive, family = trainer.pruner.alive_layers(), trainer.pruner.family
             distance = trainer.distillation.loss(
                 seen.inputs, seen.outputs, seen.taught, trainer.model, family, alive, step, shares
             )
-            parts["loss/distillation"] = distance
+            parts["distillation_loss"] = distance
             loss = mu * distance + (1 - mu) * loss
         if trainer.args.distillation != "none" and self._computed == 0:
             for name, part in parts.items():

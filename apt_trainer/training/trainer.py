@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -24,11 +25,12 @@ from transformers.trainer_utils import has_length
 
 from apt_trainer.distillation.session import SelfDistillation, split_heldout
 from apt_trainer.errors import UserError
+from apt_trainer.libraries.private_names import check_names
 from apt_trainer.models import HIDDEN
 from apt_trainer.models.labels import match_teacher
 from apt_trainer.plan.limits import warn_of_collapse
 from apt_trainer.plan.ranks import mean_growth
-from apt_trainer.plan.schedule import Schedule, make_schedule
+from apt_trainer.plan.schedule import Schedule, fewer_events, make_schedule
 from apt_trainer.pruning.given_model import IN_USE, check_loaded
 from apt_trainer.pruning.pruner import AdaptivePruner, Decision
 from apt_trainer.scoring import Importance
@@ -36,15 +38,17 @@ from apt_trainer.scoring.calibration import Batch, shares
 from apt_trainer.settings.config import APTConfig
 from apt_trainer.settings.engines import check_launch, wants_deepspeed
 from apt_trainer.settings.fsdp import wants_fsdp
+from apt_trainer.settings.packages import check_packages
 from apt_trainer.store.events import append_event, truncate_after
-from apt_trainer.store.saved_model import as_pruned
+from apt_trainer.store.hub import check_upload
 from apt_trainer.surgery import adapters as lora
 from apt_trainer.surgery.slicing import Grow, Keep
 from apt_trainer.surgery.tuning import base_weight_names
-from apt_trainer.training import checkpoint
+from apt_trainer.training import checkpoint, trackers
 from apt_trainer.training import reshape as runtime
-from apt_trainer.training.best_model import BestWithinBudget, check_candidates
+from apt_trainer.training.best_model import check_candidates
 from apt_trainer.training.callback import MethodCallback
+from apt_trainer.training.compiled import CompiledSteps
 from apt_trainer.training.engines import engine_of
 from apt_trainer.training.engines.agreement import agree
 from apt_trainer.training.engines.base import restore_forward
@@ -53,6 +57,7 @@ from apt_trainer.training.engines.optimizer_class import check_objects, check_op
 from apt_trainer.training.engines.optimizer_file import read_optimizer, save_optimizer
 from apt_trainer.training.engines.silence import naming_the_silent
 from apt_trainer.training.engines.state import State
+from apt_trainer.training.finished_model import FinishedModel
 from apt_trainer.training.micro_batch import MicroBatches
 from apt_trainer.training.resume import load_run
 from apt_trainer.training.step_losses import StepLosses
@@ -60,8 +65,10 @@ from apt_trainer.training.termination import StopOnSignal
 
 EVENTS_FILE = "events.jsonl"
 
+logger = logging.getLogger(__name__)
 
-class APTTrainer(BestWithinBudget):
+
+class APTTrainer(FinishedModel):
     """Fine-tunes, prunes, grows adapters and distils in one run.
 
     Args:
@@ -107,6 +114,7 @@ class APTTrainer(BestWithinBudget):
             raise UserError(
                 f"args is {type(args).__name__}. Give an APTConfig, which has all of TrainingArguments too."
             )
+        check_packages(vars(args))
         check_launch(args)
         check_objects(optimizers)
         if (model is None) == (model_init is None):
@@ -121,6 +129,8 @@ class APTTrainer(BestWithinBudget):
             raise UserError(
                 "A teacher model and distillation: model belong together; one was given without the other."
             )
+        check_names("training")
+        check_upload(args)
         self._given = importance, teacher
         self._label_order = None if teacher is None else match_teacher(model, teacher)
         self.pruner = self._make_pruner(model)
@@ -132,8 +142,10 @@ class APTTrainer(BestWithinBudget):
         runtime.check_options(self)
         check_overrides(self, APTTrainer)
         check_optimizer(args, optimizer_cls_and_kwargs, self.get_optimizer_cls_and_kwargs, model)
+        self.compiled = CompiledSteps(runtime.take_compiling(self))
         self._set_up()
         self._micro_batches, self._stop = MicroBatches(self), StopOnSignal()
+        self._tracked: str | None = None
         self.add_callback(MethodCallback(self))
         self.add_callback(self._stop)
 
@@ -151,7 +163,8 @@ class APTTrainer(BestWithinBudget):
                 f"This trainer {done}. Make a new one to train again; an interrupted run goes on "
                 "there with train(resume_from_checkpoint=True)."
             )
-        with naming_the_silent(self.args.ddp_timeout):
+        with self.keeping_what_is_trained(), naming_the_silent(self.args.ddp_timeout):
+            self.rehearse()
             result = super().train(*args, **kwargs)
         self._stop.leave()
         if not self.schedule.meets_budget(self.state.global_step):
@@ -159,7 +172,10 @@ class APTTrainer(BestWithinBudget):
                 f"Training ended at step {self.state.global_step} of {self.state.max_steps}, before the last units go "
                 f"at step {self.schedule.end}: {self.pruner.sparsity():.1%} is removed, not what was asked for."
             )
+        if self.is_world_process_zero():
+            self._tracked = trackers.mlflow_run(self.callback_handler.callbacks)
         self.finish()
+        self.upload_if_asked()
         return result
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -183,25 +199,23 @@ class APTTrainer(BestWithinBudget):
         return get_parameter_names(model, [nn.LayerNorm], UNDECAYED)  # type: ignore[no-any-return]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer's, with the parts of the loss and the sparsity. No name has a "/": for trackers that keep
+        names as paths, "loss" and "task_loss" would be a file and a folder."""
         self.check_finite()
         logs |= self.step_losses.means()
         if self.pruner.settings.prunes and "loss" in logs:
-            logs["pruning/sparsity"] = self.pruner.sparsity()
-        super().log(logs, start_time)
+            logs["sparsity"] = self.pruner.sparsity()
+        with trackers.reopened(self._tracked):
+            super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Of the Trainer itself: a checkpoint in training form. After :meth:`train`: the merged, cut model that loads
-        anywhere apt_trainer is imported. Raises :class:`UserError` when called in a run."""
-        path = Path(output_dir or str(self.args.output_dir))
+        if not _internal_call:
+            super().save_model(output_dir)
+            return
         self.check_finite()
-        if self.is_in_train and not _internal_call:
-            raise UserError("save_model is for after train(); in a run checkpoints are written by save_strategy.")
-        if _internal_call:
-            weights, state = engine_of(self).weights_to_save(), self.training_state()
-            if self.args.should_save:
-                checkpoint.save_training_state(path, weights, state)
-        elif self.args.should_save:
-            checkpoint.save_pruned(self.model, path, self.pruner.plan, self.processing_class, self.pruner.origin.plan)
+        weights, state = engine_of(self).weights_to_save(), self.training_state()
+        if self.args.should_save:
+            checkpoint.save_training_state(Path(output_dir or str(self.args.output_dir)), weights, state)
 
     # ------------------------------------------------------------------ the method's own steps
 
@@ -212,10 +226,6 @@ class APTTrainer(BestWithinBudget):
         weights = None if teacher is None else engine_of(self).weights_to_save(teacher)
         shape = None if teacher is None else self._teacher_shape
         return checkpoint.TrainingState(description, tensors, self.distillation.state(self.model), weights, shape)
-
-    def check_finite(self) -> None:
-        """Raise :class:`UserError` if any loss so far was not finite; waits for the device."""
-        self.step_losses.check_finite(self.state.global_step)
 
     def before_step(self) -> None:
         """Before the first forward pass of an optimizer step."""
@@ -276,21 +286,6 @@ class APTTrainer(BestWithinBudget):
         losses = {"loss_before": loss_before, "loss_after": self._probe_loss()}
         warn_of_collapse(step, **losses)
         self._write_record(self.pruner.describe(step, decision.kind) | {"seconds": seconds, **losses})
-
-    def finish(self) -> None:
-        """Merge adapters and make ``model`` what ``save_pretrained`` writes and ``load_pruned`` reads."""
-        self.check_finite()
-        self.pruner.detach()
-        self.pruner.masks.close()
-        self.distillation.end(self.model)
-        self.model = engine_of(self).leave()
-        self.pruner.set_tune("full")
-        self.load_best()
-        self.model.requires_grad_(True)
-        as_pruned(self.model, self.pruner.family, self.pruner.plan)
-        self.model_wrapped = self.model
-        delattr(self.model, IN_USE)
-        self._finished = True
 
     # ------------------------------------------------------------------ inside
 
@@ -358,6 +353,9 @@ class APTTrainer(BestWithinBudget):
             self.pruner.restore_scores(*self._restored)
             self._restored = None
         if self.is_world_process_zero():
+            fewer = fewer_events(self.args, self.schedule)
+            if fewer is not None:
+                logger.warning(fewer)
             truncate_after(Path(str(self.args.output_dir)) / EVENTS_FILE, step)
 
     def _calibration_batches(self) -> Iterator[Batch | None]:

@@ -266,7 +266,7 @@ def events_of(folder: Path, *kinds: str) -> list[dict[str, Any]]:
 
 def losses_of(trainer: APTTrainer) -> dict[int, tuple[float, ...]]:
     """Every logged loss by step: total, task, distillation where there is one."""
-    names = ("loss", "loss/task", "loss/distillation")
+    names = ("loss", "task_loss", "distillation_loss")
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {entry["step"]: tuple(entry[name] for name in names if name in entry) for entry in logs}
 

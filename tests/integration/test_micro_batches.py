@@ -202,7 +202,7 @@ def test_logged_parts_are_means_over_steps(tmp_path: Path) -> None:
     logs = [{log["step"]: log for log in trainer.state.log_history if "loss" in log} for trainer in (each, fourth)]
     assert list(logs[1]) == [4, 8, 12, 16, 20]
     for step, log in logs[1].items():
-        for name in ("loss", "loss/task", "loss/distillation"):
+        for name in ("loss", "task_loss", "distillation_loss"):
             values = [logs[0][s][name] for s in range(step - 3, step + 1) if name in logs[0][s]]
             assert log[name] == pytest.approx(sum(values) / len(values), rel=ROUNDING), (step, name)
 

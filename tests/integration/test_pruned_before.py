@@ -127,7 +127,7 @@ def test_the_target_is_met_before_the_first_step(run: Run) -> None:
     assert kept <= 0.5 * dense < kept + largest
     assert {record["sparsity"] for record in records} == {1 - kept / dense}
     assert {record["block_params"] for record in records} == {kept}
-    logged = [log["pruning/sparsity"] for log in run.trainer.state.log_history if "pruning/sparsity" in log]
+    logged = [log["sparsity"] for log in run.trainer.state.log_history if "sparsity" in log]
     assert logged == [1 - kept / dense] * 12
 
 
@@ -356,7 +356,7 @@ def test_a_cut_that_ruins_the_model_is_told(tmp_path: Path, caplog: pytest.LogCa
         ({"pruning_start": 3}, "pruning_time: before cuts before the first step, so pruning_start=3 has no meaning"),
         ({"calibration_samples": 0}, "calibration_samples=0 must be at least 1"),
         ({"calibration_batch_size": 0}, "calibration_batch_size=0 must be at least 1"),
-        ({"pruning_end": 1}, "2 pruning events need at least 2 steps"),
+        ({"pruning_end": 0}, "begin at step 0 and end at step 0 of"),
         ({"target_sparsity": 0.9, "prune_targets": ["hidden"]}, "Lower target_sparsity"),
     ],
 )

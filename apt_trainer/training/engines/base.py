@@ -15,6 +15,7 @@ from torch import nn
 from transformers.utils.logging import get_logger
 
 from apt_trainer.errors import UserError
+from apt_trainer.libraries.private_names import Use
 from apt_trainer.tensors.partitioned import copy_of, split_as, whole_value
 from apt_trainer.training.engines.state import MASTER, Edits, State, carry, collect, restore
 
@@ -30,6 +31,9 @@ class Engine:
 
     ``trainer``: a Hugging Face trainer whose model is prepared.
     """
+
+    needs: tuple[Use, ...] = ()
+    """What of ``libraries.private_names`` it relies on."""
 
     one_dtype = False
     """Whether all parameters get the type of the model, adapters too."""

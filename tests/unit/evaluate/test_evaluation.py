@@ -29,7 +29,7 @@ from transformers import (
 from apt_trainer.errors import UserError
 from apt_trainer.evaluate import bootstrap, harness
 from apt_trainer.evaluate.bootstrap import mean_interval
-from apt_trainer.evaluate.harness import run_tasks
+from apt_trainer.evaluate.harness import check_tasks, run_tasks
 from apt_trainer.evaluate.perplexity import perplexity
 from apt_trainer.evaluate.saved import LanguageRequest, evaluate_language
 from apt_trainer.runs.run import evaluate
@@ -231,8 +231,9 @@ def test_task_scores_are_those_of_own_log_likelihoods(llama, tokenizer, task_fil
 
 def test_shipped_tasks_are_found_by_name_and_say_when_their_data_are_missing(llama, tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="The data of blimp_local could not be read"):
-        run_tasks(llama, tokenizer, ["blimp_local"])
+    for check in (partial(run_tasks, llama, tokenizer), check_tasks):
+        with pytest.raises(UserError, match="blimp/sample.jsonl. Set the environment variable APT_TASK_DATA"):
+            check(["blimp_local"])
 
 
 def test_unknown_task_names_the_nearest(llama, tokenizer, monkeypatch):
