@@ -4,7 +4,8 @@
 shapes, size attributes and no-op modules that differ from the dense model; ``apt_post_norm_policy``, where it is not
 the default, says which no-ops those are to be (``models.family``). A stock loader does not know the type and
 fails loudly instead of filling missing weights at random. Loading builds the stock class on the meta device, applies
-the structure and lets Hugging Face fill it; it needs no remote code. With ``apt_plan`` the layers run by an execution
+the structure and lets Hugging Face fill it; it needs no remote code. ``apt_kept`` tells which units of the dense model
+are left (``PruningPlan.packed``), for who prunes further. With ``apt_plan`` the layers run by an execution
 plan (``painting``); the rest of the config is then still that of the layers, one after the other.
 Not for checkpoints inside a run (``training.checkpoint``).
 """
@@ -35,6 +36,7 @@ from apt_trainer.plan.pruning_plan import PruningPlan
 FORMAT_VERSION = 2
 _WITHOUT_PLAN = 1  # what a model without an execution plan is saved as: older versions can read it
 PREFIX = "apt_"
+KEPT = "apt_kept"
 _DENSE = "apt_per_layer"  # in memory only: what the config of a model with an execution plan says about its layers
 _SIZES = ("in_features", "out_features", "embedding_dim", "normalized_shape", "nf", "nx")
 
@@ -187,18 +189,19 @@ def register() -> None:
 
 
 def as_pruned(model: PreTrainedModel, family: ModelFamily, plan: PruningPlan) -> None:
-    """Turn a cut stock model, in place, into the class that saves and loads with its structure.
+    """Turn a cut model, in place, into the class that saves and loads with its structure.
 
-    A model whose shapes are those of the dense one stays a stock model.
+    A stock model whose shapes are those of the dense one stays a stock model.
     """
-    if hasattr(model.config, "apt_structure"):
-        return
-    stock = type(model)
-    with torch.device("meta"):
-        dense = stock(copy.deepcopy(model.config))
+    dense = dense_copy(model, "meta")
     structure = describe_structure(model, dense, family, plan)
-    if any(structure.values()):
+    if hasattr(model.config, "apt_structure"):
+        model.config.describe(model.config.apt_base_architecture, structure)
+    elif any(structure.values()):
         become_own(model, structure)
+    else:
+        return
+    setattr(model.config, KEPT, plan.packed(family.spaces(dense)))
 
 
 def become_own(model: PreTrainedModel, structure: Structure, plan: Mapping[str, Any] | None = None) -> None:
@@ -236,8 +239,13 @@ def dense_copy(model: PreTrainedModel, device: torch.device | str | None = None)
     It is made on ``device`` at once, by default that of ``model``; "meta" is enough to count.
     """
     cls, config = dense_shape(model.config)
-    with torch.device(device or model.device):
-        return (cls or type(model))._from_config(config, dtype=model.dtype)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(model.dtype)
+    try:
+        with torch.device(device or model.device):  # not by from_config, which would part it under ZeRO-3
+            return (cls or type(model))(config)
+    finally:
+        torch.set_default_dtype(default)
 
 
 def load_pruned(path: str | Path, **kwargs: Any) -> PreTrainedModel:
