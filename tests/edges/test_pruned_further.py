@@ -215,7 +215,7 @@ def test_a_teacher_of_a_pruned_student(starts: Callable[[str], Path], tmp_path: 
     options = {"teacher": TEACHERS[which]()}
     trainer = further(tmp_path, starts("bert"), "bert", options, **teacher)
     trainer.train()
-    taught = [log["loss/distillation"] for log in trainer.state.log_history if "loss/distillation" in log]
+    taught = [log["distillation_loss"] for log in trainer.state.log_history if "distillation_loss" in log]
     assert len(taught) >= 6 and all(value > 0 for value in taught)
 
 
