@@ -1,7 +1,7 @@
 """Fine-tune any Hugging Face transformer and get a smaller, faster model back: adaptive pruning while tuning (APT).
 
-Names load on first use, so that ``import apt_trainer`` is quick; once transformers' Auto classes are imported they
-learn to load pruned models.
+Names load on first use, so that ``import apt_trainer`` is quick. Before or after it, transformers' Auto classes learn
+to load pruned models as soon as they are imported.
 """
 
 from __future__ import annotations
@@ -62,6 +62,6 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
-@wrapt.when_imported("transformers.models.auto.modeling_auto")
+@wrapt.when_imported("transformers.models.auto.configuration_auto")
 def _register(module: Any) -> None:
     import_module(f"{__name__}.pruned_model").register()

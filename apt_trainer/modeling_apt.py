@@ -1,0 +1,278 @@
+"""A transformer with uneven layers: the stock class of transformers, other sizes, no-ops where a sublayer was.
+
+``config.json`` carries the stock config under an own model type ("apt_" + base) and ``apt_structure``, which tells a
+model from the dense one of that config: ``replaced`` modules and the no-ops in their place, shapes of ``parameters``
+(null: as the config says, so that vocabularies and labels may change), size ``attributes``, and ``hidden``, where
+hidden dimensions were cut: how many are left, and which sides of the base model and of every head carry them.
+A structure holds the base model only; a head gets its width from ``hidden``, whichever head it is.
+
+Classes have the name of the stock class, since other libraries look classes up by name; a config instance has the
+model type of the stock config for the same reason, and is saved under its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from apt_trainer.models.sizes import get_size, set_size
+from apt_trainer.models.stubs import STUBS, put_stub
+
+FORMAT_VERSION = 3
+PREFIX = "apt_"
+CLASS_PREFIX = "Apt"
+DENSE = "apt_per_layer"
+"""In memory only: what the config of a model with an execution plan says about its layers."""
+_OWN = ("apt_base_architecture", "apt_format_version", "apt_structure", "apt_plan")
+
+HOOKS: dict[str, Callable[..., None]] = {}
+"""What apt_trainer adds: "config" is called with each config of a model, "plan" with a model that has an execution
+plan. Empty where apt_trainer is not installed."""
+
+
+# ---- sizes ----
+
+
+def apply_structure(model: nn.Module, config: Any) -> None:
+    """Give a freshly built dense ``model`` the sizes that ``config`` tells; raises ValueError where they cannot be.
+
+    The first rows and columns of each parameter stay, so that what was initialised is. Nothing is allocated that the
+    dense model does not hold already: a size can only be smaller.
+    """
+    structure, stock = config.apt_structure, type(model).__name__
+    exact = stock == config.apt_base_architecture
+    for path, kind in structure["replaced"].items():
+        if kind not in STUBS:
+            raise ValueError(f"The checkpoint replaces {path} by {kind!r}, which this version does not know.")
+        place = _resolve(model, path, exact)
+        if place is not None:
+            put_stub(model, place, kind)
+    for full_name, shape in structure["parameters"].items():
+        path, _, name = full_name.rpartition(".")
+        place = _resolve(model, path, exact)
+        if place is not None:
+            _shrink(model.get_submodule(place), name, shape, full_name)
+    for path, attributes in structure["attributes"].items():
+        place = _resolve(model, path, exact)
+        if place is not None:
+            for name, value in attributes.items():
+                _set_checked(model.get_submodule(place), name, value, path)
+    hidden = structure.get("hidden")
+    if hidden is not None:
+        for path, side in hidden_sides(model, hidden):
+            _cut_side(model.get_submodule(path), side, hidden["size"], path)
+
+
+def hidden_sides(model: nn.Module, hidden: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(path, "in", "out" or "norm") of what carries hidden dimensions beside the layers: readers such as a pooler, and
+    the head of ``model``."""
+    prefix = _prefix(model)
+    sides = [(prefix + path, "in") for path in hidden["reads"]]
+    name = type(model).__name__
+    head = next((head for ending, head in hidden["heads"].items() if name.endswith(ending)), None)
+    if head is None and (prefix or "For" in name):
+        raise ValueError(
+            f"{name} has a head that is not described for a model without some of its hidden dimensions. "
+            f"Described: {', '.join(hidden['heads'])}."
+        )
+    for key, side in (("reads", "in"), ("writes", "out"), ("norms", "norm")):
+        sides += [(path, side) for path in (head or {}).get(key, ())]
+    return ((path, side) for path, side in sides if _has(model, path))
+
+
+def _prefix(model: nn.Module) -> str:
+    """Path of the base model inside ``model`` with its dot; empty when ``model`` is the base model."""
+    name = getattr(model, "base_model_prefix", "")
+    return f"{name}." if name and hasattr(model, name) else ""
+
+
+def _resolve(model: nn.Module, path: str, exact: bool) -> str | None:
+    """``path``, saved by a model with a head or by its base, in ``model``, which may be the one or the other.
+
+    None where ``model`` has no such part, which is an error if it is what was saved (``exact``).
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    inner = path.removeprefix(f"{prefix}.")
+    for candidate in (path, inner, f"{prefix}.{inner}"):
+        if _has(model, candidate):
+            return candidate
+    if exact:
+        raise ValueError(f"The checkpoint names {path}, and {type(model).__name__} has no such module.")
+    return None
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return bool(path)
+
+
+def _is_size(value: Any, most: int) -> bool:
+    return type(value) is int and 0 < value <= most
+
+
+def _shrink(module: nn.Module, name: str, shape: Any, where: str) -> None:
+    """Keep the first rows and columns of a parameter; None in ``shape`` keeps a side as it is."""
+    old = module._parameters.get(name)
+    if old is None or not isinstance(shape, list) or len(shape) != old.dim():
+        raise ValueError(f"The checkpoint gives {where} the shape {shape!r}, which does not fit the model.")
+    if not all(size is None or _is_size(size, most) for size, most in zip(shape, old.shape, strict=True)):
+        raise ValueError(
+            f"The checkpoint gives {where} the shape {shape!r}; each side is a whole number from 1 to that of the "
+            f"dense model, {list(old.shape)}."
+        )
+    kept = old.detach()[tuple(slice(None) if size is None else slice(size) for size in shape)].clone()
+    module._parameters[name] = nn.Parameter(kept, requires_grad=old.requires_grad)
+
+
+def _set_checked(module: nn.Module, name: str, value: Any, path: str) -> None:
+    """Set a size attribute if ``value`` can be one: no larger than what is there, of the same form."""
+    old = get_size(module, name)
+    if name == "kept_heads":
+        fits = isinstance(value, list) and value != [] and all(type(head) is int for head in value)
+        fits = fits and value == sorted(set(value)) and value[0] >= 0
+    elif isinstance(old, tuple):
+        fits = isinstance(value, list) and len(value) == len(old) and all(map(_is_size, value, old))
+    else:
+        fits = type(old) is int and _is_size(value, old)
+    if not fits:
+        raise ValueError(
+            f"The checkpoint gives {path}.{name} the value {value!r}, which is no size that it can have here."
+        )
+    set_size(module, name, tuple(value) if isinstance(value, list) else value)
+
+
+def _cut_side(module: nn.Module, side: str, size: Any, path: str) -> None:
+    """Cut the hidden side of a linear or a norm to ``size``, unless it has that size already."""
+    if side == "norm":
+        for name in module._parameters:
+            _shrink(module, name, [size], f"{path}.{name}")
+        if isinstance(getattr(module, "normalized_shape", None), tuple):
+            _set_checked(module, "normalized_shape", [size], path)
+    elif side == "in":
+        _shrink(module, "weight", [None, size], f"{path}.weight")
+        _set_checked(module, "in_features", size, path)
+    else:
+        _shrink(module, "weight", [size, None], f"{path}.weight")
+        if module._parameters.get("bias") is not None:
+            _shrink(module, "bias", [size], f"{path}.bias")
+        _set_checked(module, "out_features", size, path)
+
+
+# ---- configs ----
+
+
+@cache
+def config_class(model_type: str) -> type[Any]:
+    """Config class for uneven models of a stock ``model_type``."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    base: Any = CONFIG_MAPPING[model_type]
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        own = {name: kwargs.pop(name, None) for name in _OWN}
+        base.__init__(self, *args, **kwargs)
+        version = own["apt_format_version"]
+        if version is not None and not (type(version) is int and version <= FORMAT_VERSION):
+            raise ValueError(
+                f"The checkpoint has format {version}, this version of apt_trainer reads up to {FORMAT_VERSION}."
+            )
+        self.describe(own["apt_base_architecture"], own["apt_structure"], own["apt_plan"])
+
+    def describe(self: Any, architecture: str | None, structure: Any, plan: Any = None) -> None:
+        self.model_type = self.apt_base_model_type = model_type
+        self.apt_format_version = FORMAT_VERSION
+        self.apt_base_architecture, self.apt_structure = architecture, structure
+        if plan is not None:
+            self.apt_plan = plan
+        if "config" in HOOKS:
+            HOOKS["config"](self)
+
+    def to_dict(self: Any) -> dict[str, Any]:
+        values = base.to_dict(self)
+        values |= {self.attribute_map.get(name, name): value for name, value in values.pop(DENSE, {}).items()}
+        names = [name.removeprefix(CLASS_PREFIX) for name in values.get("architectures") or ()]
+        if names:  # set at each save, to the class that is saved: the whole model or its base
+            values["apt_base_architecture"] = names[0]
+            values["architectures"] = [CLASS_PREFIX + name for name in names]
+        _teach_peft(model_type)
+        return values
+
+    namespace = {"model_type": PREFIX + model_type, "__init__": __init__, "describe": describe, "to_dict": to_dict}
+    return type(CLASS_PREFIX + base.__name__, (base,), namespace | {"__module__": __name__})
+
+
+def _teach_peft(model_type: str) -> None:
+    """Let PEFT choose the modules for adapters as it does for the stock model; it reads the type from ``to_dict``."""
+    constants = sys.modules.get("peft.utils.constants")
+    for name, mapping in vars(constants).items() if constants else ():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and model_type in mapping:
+            mapping.setdefault(PREFIX + model_type, mapping[model_type])
+
+
+# ---- models ----
+
+
+@cache
+def model_class(architecture: str) -> type[Any]:
+    """Subclass of the stock model class ``architecture`` that builds itself with the sizes in its config."""
+    base: Any = getattr(transformers, str(architecture), None)
+    if not (isinstance(base, type) and issubclass(base, transformers.PreTrainedModel)):
+        raise ValueError(
+            f"The checkpoint is for {architecture!r}, which is no model class of the installed transformers."
+        )
+    stock_config = base.config_class
+    own_config = config_class(stock_config.model_type)
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        if getattr(config, "apt_structure", None) is None:
+            raise ValueError(f"The config has no apt_structure, which {architecture} needs to know its sizes.")
+        for name, value in vars(config).pop(DENSE, {}).items():
+            setattr(config, name, value)
+        config.__class__ = stock_config  # a stock model may look up the class of its base by that of its config
+        try:
+            base.__init__(self, config, *args, **kwargs)
+        finally:
+            config.__class__ = own_config
+        apply_structure(self, config)
+        config.apt_base_architecture = architecture
+        if getattr(config, "apt_plan", None) is not None:
+            if "plan" not in HOOKS:
+                raise ValueError("The model runs by an execution plan. Install apt_trainer and import it to load it.")
+            HOOKS["plan"](self)
+        self.tie_weights()
+
+    namespace = {"config_class": own_config, "__init__": __init__, "__module__": __name__}
+    return type(architecture, (base,), namespace)
+
+
+def stock_classes(config: type[Any]) -> dict[str, tuple[type[Any], ...]]:
+    """Name of each Auto class that serves stock ``config`` → the model classes that it may build."""
+    auto: Any = transformers.models.auto.modeling_auto
+    found = {}
+    for name, value in vars(auto).items():
+        mapping = getattr(value, "_model_mapping", None) if name.startswith("AutoModel") else None
+        if mapping is not None and config in mapping:
+            entry = mapping[config]
+            classes = entry if isinstance(entry, tuple) else (entry,)
+            if all(cls.config_class is config for cls in classes):
+                found[name] = classes
+    return found
+
+
+def __getattr__(name: str) -> Any:
+    """Classes by the name of the stock one, with or without "Apt" before it: for pickles and for other libraries."""
+    stock = getattr(transformers, name.removeprefix(CLASS_PREFIX), None) if name[:1].isupper() else None
+    if isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel):
+        return model_class(stock.__name__)
+    if isinstance(stock, type) and issubclass(stock, transformers.PreTrainedConfig):
+        return config_class(stock.model_type)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
