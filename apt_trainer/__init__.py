@@ -12,32 +12,32 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
-    from apt_trainer.config import APTConfig
     from apt_trainer.errors import UserError
-    from apt_trainer.importance import IMPORTANCES, Importance
     from apt_trainer.models import FAMILIES, ModelFamily
-    from apt_trainer.painted_model import paint
-    from apt_trainer.painting.plan import Plan
-    from apt_trainer.pruned_model import load_pruned
-    from apt_trainer.pruner import AdaptivePruner
-    from apt_trainer.pruning.plan import PruningPlan
-    from apt_trainer.trainer import APTTrainer
+    from apt_trainer.models.execution_plan import Plan
+    from apt_trainer.plan.pruning_plan import PruningPlan
+    from apt_trainer.pruning.pruner import AdaptivePruner
+    from apt_trainer.scoring import IMPORTANCES, Importance
+    from apt_trainer.settings.config import APTConfig
+    from apt_trainer.store.painted_model import paint
+    from apt_trainer.store.saved_model import load_pruned
+    from apt_trainer.training.trainer import APTTrainer
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "APTConfig": "config",
-    "APTTrainer": "trainer",
-    "AdaptivePruner": "pruner",
+    "APTConfig": "settings.config",
+    "APTTrainer": "training.trainer",
+    "AdaptivePruner": "pruning.pruner",
     "FAMILIES": "models",
-    "IMPORTANCES": "importance",
-    "Importance": "importance",
+    "IMPORTANCES": "scoring",
+    "Importance": "scoring",
     "ModelFamily": "models",
-    "Plan": "painting.plan",
-    "PruningPlan": "pruning.plan",
+    "Plan": "models.execution_plan",
+    "PruningPlan": "plan.pruning_plan",
     "UserError": "errors",
-    "load_pruned": "pruned_model",
-    "paint": "painted_model",
+    "load_pruned": "store.saved_model",
+    "paint": "store.painted_model",
 }
 
 __all__ = [
@@ -64,4 +64,4 @@ def __getattr__(name: str) -> Any:
 
 @wrapt.when_imported("transformers.models.auto.configuration_auto")
 def _register(module: Any) -> None:
-    import_module(f"{__name__}.pruned_model").register()
+    import_module(f"{__name__}.store.saved_model").register()

@@ -12,8 +12,8 @@ from typing import Any
 from live_bytes import LiveBytes
 from torch import nn
 
-from apt_trainer import runtime
-from apt_trainer.partition import numel_of
+from apt_trainer.tensors.partitioned import numel_of
+from apt_trainer.training import reshape as runtime
 
 
 @dataclass(frozen=True)

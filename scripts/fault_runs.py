@@ -25,9 +25,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-import apt_trainer.run  # noqa: F401 - imported before processes are forked
+import apt_trainer.runs.run  # noqa: F401 - imported before processes are forked
 from apt_trainer import cli
-from apt_trainer.report.events import read_events
+from apt_trainer.store.events import read_events
 
 WORDS = [f"w{i}" for i in range(60)]
 STEPS, SAVE_EVERY = 24, 4

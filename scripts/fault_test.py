@@ -35,11 +35,11 @@ import torch
 from fault_runs import ENGINES, SAVE_EVERY, STEPS, Run, Setup, make_inputs, start, undisturbed
 from safetensors.torch import load_file
 
-from apt_trainer.callback import MethodCallback
-from apt_trainer.checkpoint import check_complete
 from apt_trainer.errors import UserError
-from apt_trainer.report.events import read_events
-from apt_trainer.whole_checkpoints import STAGED
+from apt_trainer.store.events import read_events
+from apt_trainer.training.callback import MethodCallback
+from apt_trainer.training.checkpoint import check_complete
+from apt_trainer.training.whole_checkpoints import STAGED
 
 KILLS = ("step", "event", "save")
 OTHERS = ("sigterm", "disk", "nan", "hang")

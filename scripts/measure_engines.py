@@ -33,12 +33,13 @@ import torch
 import torch.distributed as dist
 from event_memory import ChangeOfShape, watch_changes
 
-from apt_trainer import APTTrainer, run
+from apt_trainer import APTTrainer
 from apt_trainer.cli.launch import count_processes, launch_environment, profile_path, read_profile
-from apt_trainer.loading import load_saved
 from apt_trainer.measure import example_inputs
-from apt_trainer.recipe import load_recipe, read_values
+from apt_trainer.runs import run
 from apt_trainer.settings import ModelSettings, resolve_path
+from apt_trainer.settings.recipe import load_recipe, read_values
+from apt_trainer.store.pretrained import load_saved
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS_PER_STEP = 8

@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from apt_trainer import APTConfig, APTTrainer
-from apt_trainer.benchmark.compare import measure_speed
+from apt_trainer.evaluate.compare import measure_speed
 from apt_trainer.measure import count_parameters, peak_memory_bytes, reset_peak
 from apt_trainer.measure.generation import generate_once
 

@@ -19,9 +19,9 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from apt_trainer import AdaptivePruner, APTConfig
-from apt_trainer.engines.state import carry, collect, restore
-from apt_trainer.schedule import make_schedule
+from apt_trainer.plan.schedule import make_schedule
 from apt_trainer.settings import resolve_path
+from apt_trainer.training.engines.state import carry, collect, restore
 
 TOTAL_STEPS, MASK_WINDOW = 5000, 100
 """Of the schedule whose steps are timed: events are 200 steps apart, masks fade in half of them."""

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from apt_trainer.depth.inputs import DataRequest, prepare
 from apt_trainer.measure import evaluating
 from apt_trainer.measure.memory import current_memory_bytes, peak_memory_bytes, reset_peak, return_freed_memory
-from apt_trainer.runtime import release_memory
+from apt_trainer.scoring.sublayers.cosine import CosineScores, cosine_scores, run_without_predictions
+from apt_trainer.scoring.sublayers.units import Unit, Units
 from apt_trainer.settings import ModelSettings
-from apt_trainer.sublayers.cosine import CosineScores, cosine_scores, run_without_predictions
-from apt_trainer.sublayers.units import Unit, Units
+from apt_trainer.studies.inputs import DataRequest, prepare
+from apt_trainer.training.reshape import release_memory
 
 MEMORY_SAMPLES = (2, 16)
 

@@ -43,9 +43,9 @@ import torch.distributed as dist
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from apt_trainer import APTConfig, APTTrainer
-from apt_trainer.engines import zero_stage
-from apt_trainer.partition import numel_of
 from apt_trainer.settings import resolve_path
+from apt_trainer.tensors.partitioned import numel_of
+from apt_trainer.training.engines import zero_stage
 
 PROCESSES, BATCH, LENGTH, STEPS = 2, 4, 32, 24
 LARGE = {"7B": (6.7e9, 20e6, 32 * (4096 + 11008)), "70B": (69e9, 100e6, 80 * (8192 + 28672))}

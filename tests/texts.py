@@ -10,7 +10,7 @@ from tiny import randomise
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from apt_trainer.evaluation.harness import SHIPPED_TASKS
+from apt_trainer.evaluate.harness import SHIPPED_TASKS
 
 WORDS = [f"w{i}" for i in range(56)]
 TOKENS = ["<pad>", "<s>", "</s>", "<unk>", *WORDS]

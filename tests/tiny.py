@@ -21,9 +21,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from apt_trainer.adapters.lora import insert_adapters
 from apt_trainer.models import HIDDEN, ModelFamily, Space, family_of
-from apt_trainer.pruning.plan import PruningPlan
+from apt_trainer.plan.pruning_plan import PruningPlan
+from apt_trainer.surgery.adapters import insert_adapters
 
 FAMILY_NAMES = ("bert", "roberta", "xlm-roberta", "distilbert")
 TASKS = {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from apt_trainer.cli import drop, paint
 
 if TYPE_CHECKING:
-    from apt_trainer.ablation.commands import Command
+    from apt_trainer.studies.ablation.commands import Command
 
 HELP = "Run a study: variants times seeds, side by side; continues where it was stopped. Prints a table."
 TAKES_SETTINGS = True
@@ -33,9 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from apt_trainer.ablation.runner import run_study
-    from apt_trainer.ablation.study import read_study
     from apt_trainer.report.comparison import RESULTS_FILE, compare, read_results, to_markdown
+    from apt_trainer.studies.ablation.runner import run_study
+    from apt_trainer.studies.ablation.study import read_study
 
     study = read_study(args.study, args.output_dir, args.seeds, overrides, study_commands())
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -50,10 +50,10 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def study_commands() -> list[Command]:
     """Verbs that a study can run, the default first."""
-    from apt_trainer.ablation.commands import OptionsCommand
-    from apt_trainer.ablation.study import TRAIN
-    from apt_trainer.depth.inputs import PROGRESS_FILE
-    from apt_trainer.depth.paint import RESULTS_FILE
+    from apt_trainer.studies.ablation.commands import OptionsCommand
+    from apt_trainer.studies.ablation.study import TRAIN
+    from apt_trainer.studies.inputs import PROGRESS_FILE
+    from apt_trainer.studies.paint import RESULTS_FILE
 
     return [
         TRAIN,

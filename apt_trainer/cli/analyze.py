@@ -8,7 +8,7 @@ from typing import Any
 
 from apt_trainer.cli.benchmark import positive
 from apt_trainer.settings.choices import POST_NORM_POLICIES
-from apt_trainer.sublayers.choices import COSTS
+from apt_trainer.studies.choices import COSTS
 
 HELP = "Score every attention, feed-forward and layer of a model on a text: cosine importance, impact, similarity."
 TAKES_SETTINGS = False
@@ -87,7 +87,7 @@ def add_output_arguments(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def data_request(args: argparse.Namespace) -> Any:
-    from apt_trainer.depth.inputs import DataRequest
+    from apt_trainer.studies.inputs import DataRequest
 
     return DataRequest(args.data, args.samples, args.length, args.batch_size, args.seed)
 
@@ -105,7 +105,7 @@ def task_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def held_out_options(args: argparse.Namespace) -> dict[str, Any]:
     """The held-out data (None: not given) and the tasks."""
-    from apt_trainer.depth.inputs import DataRequest
+    from apt_trainer.studies.inputs import DataRequest
 
     samples, options = args.test_samples or args.samples, (args.length, args.batch_size, args.seed)
     return {"test": None if args.test is None else DataRequest(args.test, samples, *options)} | task_options(args)
@@ -119,9 +119,9 @@ def progress(items: Sequence[Any], name: str) -> Iterable[Any]:
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from apt_trainer.depth.analyze import PLOT_FILE, SCORES_FILE, TABLE_FILE, analyze
     from apt_trainer.report.sublayers import scores_markdown
     from apt_trainer.settings import ModelSettings
+    from apt_trainer.studies.analyze import PLOT_FILE, SCORES_FILE, TABLE_FILE, analyze
 
     found = analyze(
         ModelSettings(args.model, dtype=args.dtype),

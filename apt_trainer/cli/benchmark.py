@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from apt_trainer.benchmark.compare import benchmark
+    from apt_trainer.evaluate.compare import benchmark
     from apt_trainer.report.tables import comparison_table
     from apt_trainer.settings import ModelSettings
 
@@ -61,7 +61,7 @@ def write_result(output: str | None, numbers: dict[str, object], table: str) -> 
     if output is not None:
         from pathlib import Path
 
-        from apt_trainer.report.events import write_json
+        from apt_trainer.store.events import write_json
 
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(output), numbers)

@@ -16,7 +16,7 @@ from apt_trainer.cli.analyze import (
     progress,
 )
 from apt_trainer.cli.benchmark import positive
-from apt_trainer.sublayers.choices import COSTS, CURVE_KINDS, DEFAULT_CURVE_KINDS, METHODS
+from apt_trainer.studies.choices import COSTS, CURVE_KINDS, DEFAULT_CURVE_KINDS, METHODS
 
 HELP = "Drop more and more attentions, heads, feed-forwards or layers by several rankings, measure and draw each drop."
 TAKES_SETTINGS = False
@@ -63,9 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from apt_trainer.depth.curve import RESULTS_FILE, SUMMARY_FILE, TABLE_FILE, CurveRequest, measure_curves
     from apt_trainer.report.curve import curve_markdown
     from apt_trainer.settings import ModelSettings
+    from apt_trainer.studies.curve import RESULTS_FILE, SUMMARY_FILE, TABLE_FILE, CurveRequest, measure_curves
 
     options = held_out_options(args)
     test = options.pop("test")

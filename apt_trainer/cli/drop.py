@@ -19,10 +19,10 @@ from apt_trainer.cli.analyze import (
 )
 from apt_trainer.cli.benchmark import positive
 from apt_trainer.settings.choices import QUANTIZE
-from apt_trainer.sublayers.choices import BASELINES, COSTS, FRACTIONS, KINDS, METHODS, STRATEGIES
+from apt_trainer.studies.choices import BASELINES, COSTS, FRACTIONS, KINDS, METHODS, STRATEGIES
 
 if TYPE_CHECKING:
-    from apt_trainer.depth.drop import DropRequest
+    from apt_trainer.studies.drop import DropRequest
 
 HELP = (
     "Drop attentions, heads, feed-forwards or layers of a model and save the smaller one; prints the loss before and "
@@ -76,7 +76,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def _request(args: argparse.Namespace) -> DropRequest:
-    from apt_trainer.depth.drop import DropRequest
+    from apt_trainer.studies.drop import DropRequest
 
     return DropRequest(
         kind=args.kind,
@@ -96,10 +96,10 @@ def _request(args: argparse.Namespace) -> DropRequest:
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from apt_trainer.depth.drop import drop_units, report_text
-    from apt_trainer.depth.held_out import HeldOutRequest
     from apt_trainer.report.tables import held_out_table
     from apt_trainer.settings import ModelSettings
+    from apt_trainer.studies.drop import drop_units, report_text
+    from apt_trainer.studies.held_out import HeldOutRequest
 
     data = None if args.data is None else data_request(args)
     held_out = HeldOutRequest(**held_out_options(args), speed=args.speed, quantize=args.quantize, full=args.full)

@@ -46,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from apt_trainer.recipe import read_values
     from apt_trainer.report.tables import scores_table
+    from apt_trainer.settings.recipe import read_values
 
     given = read_values(None, overrides)
     of_model = {name: given[name] for name in given if name in {f.name for f in fields(ModelSettings)}}
@@ -67,8 +67,8 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def _task(model: str | ModelSettings, config: str | None, overrides: Sequence[str]) -> dict[str, float]:
     """Metrics on the data of a recipe."""
-    from apt_trainer import run as runs
-    from apt_trainer.recipe import load_recipe
+    from apt_trainer.runs import run as runs
+    from apt_trainer.settings.recipe import load_recipe
 
     with tempfile.TemporaryDirectory() as folder:  # evaluating leaves the recipe's output_dir alone
         words = ["--output_dir", folder, *overrides]
@@ -76,7 +76,7 @@ def _task(model: str | ModelSettings, config: str | None, overrides: Sequence[st
 
 
 def _language(args: argparse.Namespace, settings: ModelSettings) -> dict[str, Any]:
-    from apt_trainer.evaluation.saved import LanguageRequest, evaluate_language
+    from apt_trainer.evaluate.saved import LanguageRequest, evaluate_language
 
     request = LanguageRequest(
         text=args.perplexity,

@@ -16,7 +16,7 @@ from apt_trainer.cli.analyze import (
 )
 from apt_trainer.cli.benchmark import positive
 from apt_trainer.errors import UserError
-from apt_trainer.painting.named import METHODS
+from apt_trainer.studies.named_plans import METHODS
 
 HELP = (
     "Run the layers of a frozen model by other plans (skipped, reversed, shuffled, side by side …), measure each, and "
@@ -66,10 +66,10 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from apt_trainer.depth.paint import RESULTS_FILE, SUMMARY_FILE, TABLE_FILE, PaintRequest, keep_plan, paint_sweep
     from apt_trainer.report.comparison import METRICS_FILE
     from apt_trainer.report.painting import paint_markdown
     from apt_trainer.settings import ModelSettings
+    from apt_trainer.studies.paint import RESULTS_FILE, SUMMARY_FILE, TABLE_FILE, PaintRequest, keep_plan, paint_sweep
 
     settings = ModelSettings(args.model, dtype=args.dtype)
     data = None if args.data is None else data_request(args)

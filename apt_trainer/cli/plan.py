@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from apt_trainer import dry_run
-    from apt_trainer.recipe import load_recipe
+    from apt_trainer.runs import dry_run
+    from apt_trainer.settings.recipe import load_recipe
 
     print(dry_run.plan(load_recipe(args.config, overrides)))
     return 0

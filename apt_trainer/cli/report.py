@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from apt_trainer.report.comparison import compare, read_results, to_csv, to_markdown
-    from apt_trainer.report.events import write_text
+    from apt_trainer.store.events import write_text
 
     output, suffix = Path(args.output or "-.md"), Path(args.output or "-.md").suffix
     if suffix not in (".md", ".csv", ".html"):

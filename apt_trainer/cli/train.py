@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from apt_trainer.cli.launch import check_world_size, launch
 
     if args.accelerate_config is not None:
-        from apt_trainer.recipe import check_recipe
+        from apt_trainer.settings.recipe import check_recipe
 
         check_recipe(args.config, overrides)  # a mistake is told once, before any process starts
         config = ["--config", args.config] if args.config else []
@@ -51,9 +51,9 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     if args.num_processes is not None:
         raise UserError("--num_processes needs --accelerate_config, for example: --accelerate_config ddp")
 
-    from apt_trainer import run as runs
-    from apt_trainer.recipe import load_recipe
-    from apt_trainer.termination import EXIT_TERMINATED, Terminated
+    from apt_trainer.runs import run as runs
+    from apt_trainer.settings.recipe import load_recipe
+    from apt_trainer.training.termination import EXIT_TERMINATED, Terminated
 
     recipe = load_recipe(args.config, overrides)
     check_world_size(recipe.training.world_size)

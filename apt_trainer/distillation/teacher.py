@@ -24,8 +24,8 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput, find_labels
 
-from apt_trainer.fully_sharded import plain_modules
-from apt_trainer.partition import copy_of, gather_while_it_runs, is_partitioned, partition_all, strip_modules
+from apt_trainer.tensors.fully_sharded import plain_modules
+from apt_trainer.tensors.partitioned import copy_of, gather_while_it_runs, is_partitioned, partition_all, strip_modules
 
 _HOOKS = (
     "_forward_hooks",

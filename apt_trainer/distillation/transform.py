@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from apt_trainer.errors import UserError
-from apt_trainer.partition import parameter_like, shape_of, whole
+from apt_trainer.tensors.partitioned import parameter_like, shape_of, whole
 
 
 class HiddenTransform(nn.Module):

@@ -42,8 +42,8 @@ def return_freed_memory(block_bytes: int = 1 << 16) -> bool:
 
     The C library of Linux (glibc) keeps freed blocks for later, and with batches of changing length it comes to hold
     several times what is in use; returning them costs about 5 % of a training step on a CPU. Smaller blocks are kept,
-    and given back by :func:`apt_trainer.runtime.release_memory`. Call it before much is allocated. Does nothing
-    elsewhere, or where the user chose (``MALLOC_MMAP_THRESHOLD_``); says whether it did.
+    and given back by ``training.reshape.release_memory``. Call it before much is allocated. Does nothing elsewhere, or
+    where the user chose (``MALLOC_MMAP_THRESHOLD_``); says whether it did.
     """
     if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return False

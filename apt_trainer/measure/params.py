@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from apt_trainer.errors import UserError
-from apt_trainer.partition import numel_of
+from apt_trainer.tensors.partitioned import numel_of
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -6,13 +6,13 @@ from typing import Any
 
 from apt_trainer.errors import UserError
 from apt_trainer.models.base import HIDDEN, Kind, SizeAttribute, Slice, Space, Stack, Stub, Sublayer
-from apt_trainer.models.bert import BERT, ROBERTA
-from apt_trainer.models.distilbert import DISTILBERT
+from apt_trainer.models.families.bert import BERT, ROBERTA
+from apt_trainer.models.families.distilbert import DISTILBERT
+from apt_trainer.models.families.gpt import GPT2, GPT_NEOX, OPT
+from apt_trainer.models.families.llama import GEMMA, LLAMA, OLMO2, PHI3, SMOLLM3
+from apt_trainer.models.families.modernbert import MODERNBERT
+from apt_trainer.models.families.t5 import T5
 from apt_trainer.models.family import Head, ModelFamily, StackTable, SublayerTable
-from apt_trainer.models.gpt import GPT2, GPT_NEOX, OPT
-from apt_trainer.models.llama import GEMMA, LLAMA, OLMO2, PHI3, SMOLLM3
-from apt_trainer.models.modernbert import MODERNBERT
-from apt_trainer.models.t5 import T5
 
 _TABLES = (
     BERT,

@@ -2,7 +2,7 @@
 
 A family is a table of names (``models.family``); the sizes are read from the real modules. All weights that name the
 same :class:`Space` are coupled: losing unit k of the space cuts k in every one of them.
-Not for choosing units (``pruning.selection``) nor for cutting tensors (``pruning.surgery``).
+Not for choosing units (``plan.selection``) nor for cutting tensors (``surgery.cutting``).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Most are plain attributes. Two are not: a number that a module reads from the config it shares with the whole model,
 named "config.…", and "kept_heads" of an attention whose position bias is made for all heads of the dense model.
-Not for shapes of parameters (``pruning.slicing``).
+Not for shapes of parameters (``surgery.slicing``).
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ from torch import nn
 
 from apt_trainer.measure import compare_latency
 from apt_trainer.models import ModelFamily, Space
-from apt_trainer.pruning.cost import CostModel, fitted_cost
-from apt_trainer.pruning.plan import PruningPlan
-from apt_trainer.pruning.surgery import apply_plan
+from apt_trainer.plan.cost import CostModel, fitted_cost
+from apt_trainer.plan.pruning_plan import PruningPlan
+from apt_trainer.surgery.cutting import apply_plan
 
 _SHARES = {"heads": {"half_heads": 2, "no_heads": 0}, "neurons": {"half_neurons": 2, "no_neurons": 0}}
 

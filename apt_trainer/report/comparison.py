@@ -19,8 +19,8 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from apt_trainer.errors import UserError, unknown_choice
-from apt_trainer.report.events import read_events
 from apt_trainer.report.tables import MISSING, format_bytes, format_count, format_seconds, markdown_table
+from apt_trainer.store.events import read_events
 
 logger = logging.getLogger(__name__)
 

@@ -40,7 +40,7 @@ def comparison_table(metrics: Mapping[str, Any], with_flops: bool = False) -> st
             ``metric_name``; ``block_params``, ``total_params``, ``disk_bytes`` each also with ``_dense``;
             ``latency_ms`` = {"dense" | "pruned": {batch size: {"median_ms", "iqr_ms"}}}, ``sequences_per_second`` with
             numbers in their place; ``generation`` and
-            ``inference_memory`` as :func:`apt_trainer.benchmark.compare.benchmark` gives them; ``train_seconds`` and
+            ``inference_memory`` as :func:`apt_trainer.evaluate.compare.benchmark` gives them; ``train_seconds`` and
             ``peak_memory_bytes`` of the run that made the pruned model. Any of them may be absent.
         with_flops: Show ``flops`` and ``flops_dense`` too.
 
@@ -78,7 +78,7 @@ def held_out_table(metrics: Mapping[str, Any]) -> str:
     """Scores of a full model and of a smaller one with their 95 % intervals, and how much faster the smaller one is.
 
     Args:
-        metrics: What :meth:`apt_trainer.depth.held_out.HeldOut.metrics` gives.
+        metrics: What :meth:`apt_trainer.studies.held_out.HeldOut.metrics` gives.
     """
     scores, whole = _named_scores(metrics), _named_scores(metrics.get("dense", {}))
     rows: list[dict[str, Any]] = [

@@ -1,7 +1,7 @@
 """Every setting of the method, the model and the data, validated once.
 
 Plain standard-library dataclasses, so that ``apt-trainer train --help`` answers without importing torch.
-:class:`apt_trainer.config.APTConfig` adds the settings of the Hugging Face ``TrainingArguments``.
+:class:`apt_trainer.settings.config.APTConfig` adds the settings of the Hugging Face ``TrainingArguments``.
 Not for training settings such as batch size: those are inherited.
 
 Units: *steps* are optimizer steps; a value below 1 where steps are expected is a fraction of all steps.

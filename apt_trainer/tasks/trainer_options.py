@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from apt_trainer.config import APTConfig
 from apt_trainer.errors import UserError
+from apt_trainer.settings.config import APTConfig
 from apt_trainer.tasks.base import TaskData
 
 

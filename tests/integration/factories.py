@@ -19,11 +19,11 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainerCallback, set_seed
 
 from apt_trainer import APTConfig, APTTrainer, Importance, PruningPlan
-from apt_trainer.engines.base import plain_optimizer
 from apt_trainer.models import Space
-from apt_trainer.pruner import PruningEvent
-from apt_trainer.pruning.cost import parameter_cost
-from apt_trainer.pruning.surgery import apply_plan
+from apt_trainer.plan.cost import parameter_cost
+from apt_trainer.pruning.pruner import PruningEvent
+from apt_trainer.surgery.cutting import apply_plan
+from apt_trainer.training.engines.base import plain_optimizer
 
 LENGTH = 10
 DEFAULTS: dict[str, Any] = {

@@ -12,13 +12,14 @@ from texts import TOKENS, word_tokenizer, words
 from tiny import ALL_TASKS, tiny_config
 from transformers import PreTrainedModel
 
-from apt_trainer import APTConfig, UserError, dry_run
-from apt_trainer.dry_run import memory_estimate
-from apt_trainer.loading import load_inputs, load_model
-from apt_trainer.preflight import check_attention
-from apt_trainer.recipe import Recipe
-from apt_trainer.run import train
+from apt_trainer import APTConfig, UserError
+from apt_trainer.runs import dry_run
+from apt_trainer.runs.dry_run import memory_estimate
+from apt_trainer.runs.preflight import check_attention
+from apt_trainer.runs.run import train
 from apt_trainer.settings import DataSettings, ModelSettings
+from apt_trainer.settings.recipe import Recipe
+from apt_trainer.store.pretrained import load_inputs, load_model
 from integration.factories import DEFAULTS, config
 from integration.test_nri_before import NRI
 

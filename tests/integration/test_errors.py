@@ -15,12 +15,14 @@ from texts import TOKENS, word_tokenizer, words
 from tiny import tiny_config, tiny_model
 from transformers import AutoModelForSequenceClassification, ElectraConfig, ElectraForSequenceClassification
 
-from apt_trainer import APTConfig, APTTrainer, UserError, dry_run, output_lock
-from apt_trainer.output_lock import OutputLock
-from apt_trainer.preflight import checkpoint_to_resume
-from apt_trainer.recipe import Recipe
-from apt_trainer.run import train
+from apt_trainer import APTConfig, APTTrainer, UserError
+from apt_trainer.runs import dry_run
+from apt_trainer.runs.preflight import checkpoint_to_resume
+from apt_trainer.runs.run import train
 from apt_trainer.settings import DataSettings, ModelSettings
+from apt_trainer.settings.recipe import Recipe
+from apt_trainer.store import lock as output_lock
+from apt_trainer.store.lock import OutputLock
 from integration.factories import DEFAULTS, SHORT, Rows, SaveAt, config, make_trainer
 
 

@@ -16,16 +16,16 @@ from tiny import tiny_model
 
 import apt_trainer
 from apt_trainer import UserError
-from apt_trainer.checkpoint import STATE_FILE, check_complete, save_pruned, save_training_state
 from apt_trainer.cli import launch
-from apt_trainer.engines import silence
-from apt_trainer.engines.silence import naming_the_silent
 from apt_trainer.errors import RunError
 from apt_trainer.models import family_of
-from apt_trainer.preflight import checkpoint_to_resume, finished_run
-from apt_trainer.pruning.plan import PruningPlan
-from apt_trainer.recipe import load_recipe
-from apt_trainer.run import train
+from apt_trainer.plan.pruning_plan import PruningPlan
+from apt_trainer.runs.preflight import checkpoint_to_resume, finished_run
+from apt_trainer.runs.run import train
+from apt_trainer.settings.recipe import load_recipe
+from apt_trainer.training.checkpoint import STATE_FILE, check_complete, save_pruned, save_training_state
+from apt_trainer.training.engines import silence
+from apt_trainer.training.engines.silence import naming_the_silent
 from integration.factories import SHORT, SaveAt, make_trainer
 
 ROOT = Path(apt_trainer.__file__).parents[1]

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from apt_trainer import APTConfig, APTTrainer, load_pruned
 from apt_trainer.cli.launch import PROFILES
 from apt_trainer.errors import UserError
-from apt_trainer.fully_sharded import is_dtensor
+from apt_trainer.tensors.fully_sharded import is_dtensor
 from integration.factories import (
     DEFAULTS,
     GLOBAL_BATCH,
@@ -372,6 +372,6 @@ def test_a_launch_without_accelerators_or_a_launcher_is_refused(
 
 def test_a_run_in_which_accelerate_left_fsdp_off_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What ``check_fsdp_launch`` cannot foresee."""
-    monkeypatch.setattr("apt_trainer.runtime.wants_fsdp", lambda args: True)
+    monkeypatch.setattr("apt_trainer.training.reshape.wants_fsdp", lambda args: True)
     with pytest.raises(UserError, match="accelerate has not switched it on"):
         make_trainer(tmp_path, tiny_model("bert"))

@@ -18,9 +18,9 @@ from apt_trainer import APTTrainer, load_pruned
 from apt_trainer.distillation.losses import layer_outputs
 from apt_trainer.errors import UserError
 from apt_trainer.models import HIDDEN
-from apt_trainer.recipe import Recipe, load_recipe
 from apt_trainer.report.plots import plot_run
-from apt_trainer.run import evaluate, train
+from apt_trainer.runs.run import evaluate, train
+from apt_trainer.settings.recipe import Recipe, load_recipe
 from integration.factories import (
     SHORT,
     Fixed,

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from torch import nn
 
-from apt_trainer import APTTrainer, UserError, impact_pass
+from apt_trainer import APTTrainer, UserError
 from apt_trainer.measure.latency import Latency
-from apt_trainer.pruning import latency_cost
-from apt_trainer.sublayers.costs import Shape
-from apt_trainer.sublayers.units import Unit, Units
+from apt_trainer.pruning import impact_pass, latency_cost
+from apt_trainer.scoring.sublayers.costs import Shape
+from apt_trainer.scoring.sublayers.units import Unit, Units
 from integration.factories import losses_of, trained
 from integration.test_nri_during import during
 from integration.test_processes import two_processes

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from apt_trainer import APTTrainer
 from apt_trainer.errors import UserError
-from apt_trainer.evaluation_loop import plain_trainer
+from apt_trainer.training.evaluation_loop import plain_trainer
 from integration.factories import LENGTH, Rows, config, events_of, losses_of, make_trainer, weights_of
 from integration.test_processes import CHANGES, GLOBAL_BATCH, two_processes
 

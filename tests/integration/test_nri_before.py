@@ -12,13 +12,13 @@ from tiny import logits, tiny_batch, tiny_model
 from transformers import PreTrainedModel
 
 from apt_trainer import APTTrainer, load_pruned
-from apt_trainer.importance import Nri
-from apt_trainer.importance.calibration import shares as rows_of
 from apt_trainer.models import HIDDEN
-from apt_trainer.sublayers.costs import Shape, shares, unit_costs
-from apt_trainer.sublayers.impact import Losses
-from apt_trainer.sublayers.select import Budget, ImpactRanker, candidates_of, choose
-from apt_trainer.sublayers.units import find_units
+from apt_trainer.scoring import Nri
+from apt_trainer.scoring.calibration import shares as rows_of
+from apt_trainer.scoring.sublayers.costs import Shape, shares, unit_costs
+from apt_trainer.scoring.sublayers.impact import Losses
+from apt_trainer.scoring.sublayers.units import find_units
+from apt_trainer.studies.select import Budget, ImpactRanker, candidates_of, choose
 from integration.factories import (
     Rows,
     SaveAt,

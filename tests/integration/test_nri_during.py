@@ -11,9 +11,9 @@ import torch
 from tiny import logits, tiny_batch, tiny_model
 
 from apt_trainer import APTTrainer, UserError, load_pruned
-from apt_trainer.importance import Nri
-from apt_trainer.schedule import make_schedule
-from apt_trainer.sublayers.gates import switched_off
+from apt_trainer.plan.schedule import make_schedule
+from apt_trainer.scoring import Nri
+from apt_trainer.scoring.sublayers.gates import switched_off
 from integration.factories import (
     SHORT,
     Rows,
@@ -128,7 +128,7 @@ def test_an_object_is_as_good_as_a_setting(tmp_path: Path) -> None:
 
 
 def test_a_process_without_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("apt_trainer.config.APTConfig.world_size", 3, raising=False)
+    monkeypatch.setattr("apt_trainer.settings.config.APTConfig.world_size", 3, raising=False)
     for options in ({"importance": Nri()}, {}):
         changes = {"importance": "magnitude"} if options else {}
         with pytest.raises(UserError, match=r"give no row to some of the 3 processes \(2 rows\)"):

@@ -151,7 +151,7 @@ os._exit(0)
 
 
 PRELOADED = [
-    "apt_trainer.run",
+    "apt_trainer.runs.run",
     "datasets",
     "deepspeed",
     "matplotlib",

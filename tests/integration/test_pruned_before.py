@@ -13,14 +13,15 @@ import torch
 from tiny import logits, randomise, tiny_config, tiny_model
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from apt_trainer import APTTrainer, UserError, dry_run, load_pruned, preflight
-from apt_trainer.importance import Importance
-from apt_trainer.importance.calibration import shares
+from apt_trainer import APTTrainer, UserError, load_pruned
 from apt_trainer.models import HIDDEN
-from apt_trainer.pruner import AdaptivePruner
-from apt_trainer.recipe import Recipe
-from apt_trainer.schedule import make_schedule
+from apt_trainer.plan.schedule import make_schedule
+from apt_trainer.pruning.pruner import AdaptivePruner
+from apt_trainer.runs import dry_run, preflight
+from apt_trainer.scoring import Importance
+from apt_trainer.scoring.calibration import shares
 from apt_trainer.settings import DataSettings, ModelSettings
+from apt_trainer.settings.recipe import Recipe
 from integration.factories import (
     Fixed,
     Rows,
@@ -341,7 +342,7 @@ def test_a_cut_that_ruins_the_model_is_told(tmp_path: Path, caplog: pytest.LogCa
     trainer, losses = before(tmp_path), iter([1.0, 2.2, 1.0, 1.0, 1.0, 1.0])
     trainer._probe_loss = lambda: next(losses)  # type: ignore[method-assign]
     trainer.train()
-    (told,) = [record.message for record in caplog.records if record.name == "apt_trainer.pruning.limits"]
+    (told,) = [record.message for record in caplog.records if record.name == "apt_trainer.plan.limits"]
     assert "step 0: the cut raised the loss of a batch from 1.000 to 2.200" in told and "pruning_time: early" in told
 
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from apt_trainer import APTConfig, APTTrainer, load_pruned
-from apt_trainer.pruning.masks import MaskStore
+from apt_trainer.surgery.masks import MaskStore
 from integration.factories import counted_block_parameters, cut_copy, events_of
 
 DENSE_BLOCKS = 10_646_784  # 6 layers of 4·(384² + 384) + 2·384·1536 + 1536 + 384 + 4·384

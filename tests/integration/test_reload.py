@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 import apt_trainer
 from apt_trainer import APTTrainer, UserError, load_pruned
-from apt_trainer.checkpoint import reload_difference
 from apt_trainer.measure import example_inputs
-from apt_trainer.pruning.plan import PruningPlan
+from apt_trainer.plan.pruning_plan import PruningPlan
+from apt_trainer.training.checkpoint import reload_difference
 from integration.factories import SHORT, Fixed, Rows, make_trainer, target_of
 
 DATA = {
@@ -211,7 +211,7 @@ def test_a_full_disk_leaves_the_older_model_whole(tmp_path: Path, monkeypatch: p
 
     with torch.no_grad():
         trainer.model.classifier.weight.mul_(3)
-    monkeypatch.setattr("apt_trainer.checkpoint.os.replace", full)
+    monkeypatch.setattr("apt_trainer.training.checkpoint.os.replace", full)
     with pytest.raises(OSError, match="No space left"):
         trainer.save_model(str(target))
     monkeypatch.undo()

@@ -15,8 +15,8 @@ from tiny import tiny_model
 from transformers import TrainerCallback
 
 from apt_trainer import APTTrainer, UserError, cli
-from apt_trainer.checkpoint import check_complete
-from apt_trainer.termination import Terminated
+from apt_trainer.training.checkpoint import check_complete
+from apt_trainer.training.termination import Terminated
 from integration.factories import SHORT, losses_of, make_trainer, weights_of
 from integration.test_processes import two_processes
 
@@ -61,8 +61,8 @@ def test_the_command_line_ends_with_143(monkeypatch: pytest.MonkeyPatch, capsys:
         raise Terminated(7)
 
     recipe = SimpleNamespace(training=SimpleNamespace(world_size=1))
-    monkeypatch.setattr("apt_trainer.recipe.load_recipe", lambda *words: recipe)
-    monkeypatch.setattr("apt_trainer.run.train", train)
+    monkeypatch.setattr("apt_trainer.settings.recipe.load_recipe", lambda *words: recipe)
+    monkeypatch.setattr("apt_trainer.runs.run.train", train)
     assert cli.main(["train"]) == 143
     message = "error: terminated after a checkpoint at step 7; go on with resume_from_checkpoint: true"
     assert capsys.readouterr().err.strip() == message

@@ -13,14 +13,15 @@ from tiny import adapted, logits, parts, randomise, tiny_batch, tiny_config, tin
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, TrainerCallback
 
-from apt_trainer import APTTrainer, load_pruned, runtime
+from apt_trainer import APTTrainer, load_pruned
 from apt_trainer.errors import UserError
-from apt_trainer.importance import Salience
 from apt_trainer.measure import Latency
 from apt_trainer.models import HIDDEN
-from apt_trainer.pruner import PruningEvent
 from apt_trainer.pruning import latency_cost
-from apt_trainer.pruning.slicing import Grow, Keep
+from apt_trainer.pruning.pruner import PruningEvent
+from apt_trainer.scoring import Salience
+from apt_trainer.surgery.slicing import Grow, Keep
+from apt_trainer.training import reshape as runtime
 from integration.factories import (
     EVENTS,
     SHORT,

@@ -14,11 +14,11 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from apt_trainer import APTConfig, APTTrainer
-from apt_trainer.engines.agreement import outliers
-from apt_trainer.engines.state import follow_master, step_tensor
-from apt_trainer.engines.zero import ZeroEngine
 from apt_trainer.errors import UserError
-from apt_trainer.pruning.slicing import Grow, Keep
+from apt_trainer.surgery.slicing import Grow, Keep
+from apt_trainer.training.engines.agreement import outliers
+from apt_trainer.training.engines.state import follow_master, step_tensor
+from apt_trainer.training.engines.zero import ZeroEngine
 from integration.factories import (
     DEFAULTS,
     GLOBAL_BATCH,

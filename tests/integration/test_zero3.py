@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from apt_trainer import APTTrainer, partition
+from apt_trainer import APTTrainer
 from apt_trainer.models import family_of
-from apt_trainer.partition import shape_of
+from apt_trainer.tensors import partitioned as partition
+from apt_trainer.tensors.partitioned import shape_of
 from integration.factories import GLOBAL_BATCH, SHORT, losses_of, make_trainer, unpadded
 from integration.test_nri_before import NRI
 from integration.test_nri_during import DURING

@@ -1,0 +1,158 @@
+"""Perplexity of a decoder on running text.
+
+The text is one stream of tokens, cut into windows of equal length; a window sees nothing of the one before except what
+it overlaps. The number depends on tokenizer, window and stride: compare only where all three are the same. Not for
+masked or encoder–decoder models, which have no probability of a text.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from apt_trainer.errors import UserError
+from apt_trainer.evaluate.bootstrap import Interval, mean_interval
+from apt_trainer.measure import evaluating
+
+_LARGEST = 700.0  # exp of more is no float
+_ROWS = 256  # positions whose logits are widened to float32 at a time
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity and what it was counted on.
+
+    Attributes:
+        nll: Mean negative log-likelihood per predicted token, in nats, of each window, in order.
+        counts: Predicted tokens of each window.
+        window: Tokens per window.
+        stride: Tokens from the start of one window to that of the next.
+    """
+
+    nll: tuple[float, ...]
+    counts: tuple[int, ...]
+    window: int
+    stride: int
+
+    @property
+    def value(self) -> float:
+        """exp of the mean negative log-likelihood over all predicted tokens."""
+        return math.exp(float(np.average(self.nll, weights=self.counts)))
+
+    @property
+    def predicted_tokens(self) -> int:
+        return sum(self.counts)
+
+    def interval(self, seed: int = 0) -> Interval:
+        """95 % confidence interval of ``value``, windows drawn with replacement."""
+        low, high = mean_interval(self.nll, self.counts, seed=seed)
+        return Interval(math.exp(low), math.exp(high))
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    window: int = 1024,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+    batch_size: int = 1,
+    start_token: bool = False,
+) -> Perplexity:
+    """Exact, token-weighted perplexity of ``text``.
+
+    Without ``stride`` windows do not overlap, and the first token of each is context only (window - 1 predictions).
+    With one, every token is predicted once, from at least window - stride tokens before it; only the first window
+    has less. What is left at the end and fills no window is not counted.
+
+    Args:
+        model: Decoder with a language-model head, on any device; it runs in evaluation mode and gets its mode back.
+        tokenizer: Its tokenizer; no special tokens are added to the text.
+        text: Running text.
+        window: Tokens per window, at least 2 and at most the positions of the model.
+        stride: Tokens from one window to the next, 1 to ``window``; default: ``window``.
+        max_tokens: Use only the first tokens of the text.
+        batch_size: Windows per forward pass.
+        start_token: Begin every window with the tokenizer's start token, inside its length. Then all its other tokens
+            are predicted. Some models (Gemma) are far off without.
+
+    Raises:
+        UserError: a model that is no decoder, a size that cannot work, a text shorter than one window, or a loss that
+            is not a finite number.
+    """
+    stride = window if stride is None else stride
+    _check(model, window, stride, batch_size)
+    prefix = _prefix(tokenizer) if start_token else []
+    body, step = window - len(prefix), min(stride, window - len(prefix))
+    tokens = _tokens(tokenizer, text, max_tokens)
+    if len(tokens) < body:
+        raise UserError(
+            f"The text has {len(tokens):,} tokens, fewer than one window of {window:,}. Give a longer text or a "
+            "smaller window."
+        )
+    windows = tokens.unfold(0, body, step)
+    if prefix:
+        windows = torch.cat([torch.tensor([prefix]).expand(len(windows), 1), windows], dim=1)
+    counts = [window - 1] + [min(step, window - 1)] * (len(windows) - 1)
+    nll = _window_losses(model, windows, counts, batch_size)
+    return Perplexity(tuple(nll), tuple(counts), window, stride)
+
+
+def _check(model: PreTrainedModel, window: int, stride: int, batch_size: int) -> None:
+    config: Any = model.config
+    if config.is_encoder_decoder or not model.can_generate():
+        raise UserError(
+            f"{type(model).__name__} gives no probability of a running text. Perplexity needs a decoder with a "
+            "language-model head (AutoModelForCausalLM)."
+        )
+    longest = getattr(config, "max_position_embeddings", None)
+    if window < 2 or (longest is not None and window > longest):
+        limit = f" and at most the {longest} positions of the model" if longest is not None else ""
+        raise UserError(f"window={window} must be at least 2{limit}.")
+    if not 1 <= stride <= window:
+        raise UserError(f"stride={stride} must lie between 1 and the window of {window}; leave it out for no overlap.")
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be at least 1.")
+
+
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if tokenizer.bos_token_id is None:
+        raise UserError("start_token is set, but the tokenizer has no start token (bos_token). Leave it out.")
+    return [int(tokenizer.bos_token_id)]
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int | None) -> Tensor:
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids[:max_tokens], dtype=torch.long)
+
+
+def _window_losses(model: PreTrainedModel, windows: Tensor, counts: list[int], batch_size: int) -> list[float]:
+    """Mean loss of the last ``counts[i]`` tokens of each window [n, window]."""
+    losses: list[float] = []
+    with evaluating(model):
+        for start in range(0, len(windows), batch_size):
+            batch = windows[start : start + batch_size].to(model.device)
+            logits = model(input_ids=batch, use_cache=False).logits
+            for row, count in enumerate(counts[start : start + batch_size]):
+                losses.append(_mean_loss(logits[row, -count - 1 : -1], batch[row, -count:]))
+                if not losses[-1] < _LARGEST:
+                    raise UserError(
+                        f"The loss of window {len(losses) - 1} is {losses[-1]}, so there is no finite perplexity. "
+                        "Load the model in float32 or bfloat16; if that does not help, its weights are damaged."
+                    )
+    return losses
+
+
+def _mean_loss(logits: Tensor, targets: Tensor) -> float:
+    """Mean cross-entropy of logits [n, vocabulary] and targets [n], summed in float64."""
+    total = 0.0
+    for part, wanted in zip(logits.split(_ROWS), targets.split(_ROWS), strict=True):
+        total += float(functional.cross_entropy(part.float(), wanted, reduction="none").double().sum())
+    return total / len(targets)

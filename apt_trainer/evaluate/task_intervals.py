@@ -1,0 +1,140 @@
+"""95 % confidence intervals of a task's scores, from its predictions (percentile bootstrap over rows).
+
+For every score of every task. Scores of tags, answers and translations come from what a row adds to their sums, which
+the task tells. Not for how much two models differ on the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from scipy import stats
+from transformers import EvalPrediction
+
+from apt_trainer.evaluate.bootstrap import RESAMPLES, Interval, interval_of, mean_interval, summed_intervals
+from apt_trainer.tasks.base import ComputeMetrics, first_output
+from apt_trainer.tasks.generation_scores import ROUGE
+from apt_trainer.tasks.summed_scores import SummedScores
+
+_CELLS = 1 << 22  # resampled values held at a time
+Intervals = dict[str, Interval]
+
+
+def score_intervals(
+    task: str,
+    metric: str,
+    prediction: EvalPrediction,
+    metrics: ComputeMetrics,
+    sums: Callable[[EvalPrediction], SummedScores] | None = None,
+) -> Intervals:
+    """Interval of each score that ``metrics`` gives for ``prediction``, as far as one is known.
+
+    Args:
+        task: Its name in ``TASK_KINDS``.
+        metric: Name of its metric; with "perplexity" the predictions of any task are sums per row.
+        prediction: Of all rows, in the form that the task gives to ``metrics``.
+        metrics: ``compute_metrics`` of the task.
+        sums: What it sums over rows, where the task tells.
+    """
+    if sums is not None:
+        summed = sums(prediction)
+        return summed_intervals(summed.rows, summed.scores)
+    outputs = first_output(prediction.predictions)
+    if metric in ("perplexity", "token_accuracy"):
+        return token_intervals(np.asarray(outputs, dtype=np.float64))
+    if task == "classification":
+        return classification_intervals(np.asarray(outputs), np.asarray(prediction.label_ids))
+    if task == "regression":
+        return regression_intervals(np.ravel(outputs), np.ravel(prediction.label_ids))
+    if task == "summarization":
+        rows = range(len(outputs))
+        scores = [metrics(EvalPrediction(outputs[i : i + 1], prediction.label_ids[i : i + 1])) for i in rows]
+        return {name: mean_interval([score[name] for score in scores]) for name in ROUGE}
+    return {}
+
+
+def token_intervals(sums: np.ndarray) -> Intervals:
+    """Of the result [rows, 3] of :func:`~apt_trainer.tasks.token_scores.aligned_sums`, for rows with a token."""
+    losses, tokens, right = sums[sums[:, 1] > 0].T
+    if len(tokens) == 0:
+        return {}
+    low, high = np.exp(mean_interval(losses / tokens, tokens))
+    return {
+        "perplexity": Interval(float(low), float(high)),
+        "token_accuracy": mean_interval(right / tokens, tokens),
+    }
+
+
+def classification_intervals(logits: np.ndarray, labels: np.ndarray) -> Intervals:
+    """Of :func:`~apt_trainer.tasks.metrics.classification_scores`.
+
+    A draw of rows is a draw from the cells of the confusion matrix, so one multinomial number per cell suffices.
+    """
+    predicted, classes = logits.argmax(-1), logits.shape[-1]
+    cells, counts = np.unique(labels * classes + predicted, return_counts=True)
+    generator = np.random.default_rng(0)
+    size = max(1, _CELLS // classes**2)
+    f1, matthews = [], []
+    for start in range(0, RESAMPLES, size):
+        drawn = generator.multinomial(len(labels), counts / len(labels), size=min(size, RESAMPLES - start))
+        confusion = np.zeros((len(drawn), classes**2))
+        confusion[:, cells] = drawn
+        confusion = confusion.reshape(-1, classes, classes)  # true × predicted
+        f1.append(_f1(confusion))
+        matthews.append(_matthews(confusion))
+    return {
+        "accuracy": mean_interval(predicted == labels),
+        "f1": interval_of(np.concatenate(f1)),
+        "matthews": interval_of(np.concatenate(matthews)),
+    }
+
+
+def _f1(confusion: np.ndarray) -> np.ndarray:
+    """[draws]: of label 1 if there are two, else the mean over the labels that are true or predicted somewhere."""
+    right = np.diagonal(confusion, axis1=1, axis2=2)
+    total = confusion.sum(axis=1) + confusion.sum(axis=2)
+    f1 = 2 * right / np.maximum(total, 1)
+    return f1[:, 1] if f1.shape[1] == 2 else f1.sum(axis=1) / (total > 0).sum(axis=1)
+
+
+def _matthews(confusion: np.ndarray) -> np.ndarray:
+    """[draws]; 0 where all rows have one label or are given one (Gorodkin, 2004)."""
+    predicted, true, rows = confusion.sum(axis=1), confusion.sum(axis=2), confusion.sum(axis=(1, 2))
+    right = np.trace(confusion, axis1=1, axis2=2)
+    covariance = right * rows - (predicted * true).sum(axis=1)
+    product = (rows**2 - (predicted**2).sum(axis=1)) * (rows**2 - (true**2).sum(axis=1))
+    return np.divide(covariance, np.sqrt(product), out=np.zeros_like(covariance), where=product > 0)
+
+
+def regression_intervals(predicted: np.ndarray, labels: np.ndarray) -> Intervals:
+    """Of :func:`~apt_trainer.tasks.metrics.regression_scores`."""
+    predicted, labels = np.asarray(predicted, dtype=np.float64), np.asarray(labels, dtype=np.float64)
+    return {
+        "pearson": _resampled(_pearson, predicted, labels),
+        "spearman": _resampled(_spearman, predicted, labels),
+        "mse": mean_interval((predicted - labels) ** 2),
+    }
+
+
+def _resampled(statistic: Callable[[np.ndarray, np.ndarray], np.ndarray], *values: np.ndarray) -> Interval:
+    """Of a ``statistic`` of [draws, n] each."""
+    n, generator = len(values[0]), np.random.default_rng(0)
+    size = max(1, _CELLS // n)
+    found = []
+    for start in range(0, RESAMPLES, size):
+        rows = generator.integers(n, size=(min(size, RESAMPLES - start), n))
+        found.append(statistic(*(of[rows] for of in values)))
+    return interval_of(np.concatenate(found))
+
+
+def _pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """[draws]; 0 where one side is constant."""
+    varies = (np.ptp(a, axis=1) > 0) & (np.ptp(b, axis=1) > 0)
+    a, b = a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True)
+    scale = np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
+    return np.divide((a * b).sum(axis=1), scale, out=np.zeros(len(a)), where=varies & (scale > 0))
+
+
+def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return _pearson(stats.rankdata(a, axis=1), stats.rankdata(b, axis=1))

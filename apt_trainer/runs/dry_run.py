@@ -1,0 +1,241 @@
+"""What a recipe would do, without weights: sizes, schedule, budgets and a memory estimate.
+
+The data are read (the number of steps depends on them), the model is built on the meta device. A latency budget is the
+exception: it is measured, so the model is built with random weights. Not for running anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from apt_trainer.models import HIDDEN, family_of
+from apt_trainer.plan.cost import flops_cost
+from apt_trainer.plan.pruning_plan import PruningPlan
+from apt_trainer.plan.schedule import Schedule, make_schedule
+from apt_trainer.plan.selection import select
+from apt_trainer.pruning.pruner import AdaptivePruner
+from apt_trainer.report.tables import format_bytes, format_count, markdown_table
+from apt_trainer.runs.preflight import check_before_loading, checkpoint_to_resume
+from apt_trainer.settings.config import APTConfig
+from apt_trainer.settings.recipe import Recipe
+from apt_trainer.store.pretrained import build_model, load_inputs
+from apt_trainer.surgery import adapters as lora
+from apt_trainer.tasks.trainer_options import set_task_arguments
+
+_ADAM_BYTES = 8  # two fp32 moments per trained parameter
+_FLOAT32_PER_LOGIT = 3  # log-probability, its gradient and that of the logit
+
+
+def plan(recipe: Recipe) -> str:
+    """Text of the dry run; raises :class:`UserError` for anything that would stop the run before training."""
+    args = recipe.training
+    checkpoint_to_resume(recipe)
+    _, config, data = load_inputs(recipe.model, recipe)
+    set_task_arguments(args, data, recipe.given)
+    check_before_loading(recipe, config, data)
+    device = "cpu" if args.sparsity_metric == "latency" else "meta"
+    model = build_model(config, data, device, recipe.model.dtype)
+    pruner = AdaptivePruner(model, args, seed=args.seed)
+    schedule = make_schedule(args, args.total_steps(len(data.train) - args.heldout_rows(len(data.train))))
+    predicted = recipe.data.max_target_length if model.config.is_encoder_decoder else recipe.data.max_length
+    memory = memory_estimate(model, args, recipe.data.max_length, predicted)
+    lines = [
+        f"model        {type(model).__name__}, {format_count(sum(p.numel() for p in model.parameters()))} parameters "
+        f"with adapters, {format_count(pruner.block_cost.total(pruner.plan.counts))} in blocks",
+        f"data         {len(data.train):,} training rows, {len(data.validation):,} validation, "
+        f"{len(data.test):,} reported on ({data.test_name})",
+        f"trains       {' → '.join(tune_phases(args))}; {format_count(_trained(model))} parameters at first",
+        f"steps        {schedule.total:,} of {args.train_batch_size * args.gradient_accumulation_steps} rows",
+        f"memory       {format_bytes(memory)} estimated at the first step "
+        f"({_counted(model, args)}){_of_dense_model(pruner, args)}",
+        "",
+        _space_table(pruner),
+        "",
+    ]
+    return "\n".join(lines + _schedule_lines(pruner, schedule, args))
+
+
+def _of_dense_model(pruner: AdaptivePruner, args: APTConfig) -> str:
+    """What a cut before the first step takes off the estimate, which is for the dense model."""
+    if not args.prunes_before:
+        return ""
+    cut = evenly_cut(pruner, args.target_sparsity or 0.0)
+    fewer = pruner.block_cost.total(pruner.dense_plan.counts) - pruner.block_cost.total(cut.counts)
+    freed = int(fewer * next(pruner.model.parameters()).element_size())
+    return f" of the dense model; the cut before it frees about {format_bytes(freed)} of weights"
+
+
+def tune_phases(args: APTConfig) -> list[str]:
+    """What trains, phase by phase."""
+    phases = [args.tune]
+    pruned = "ranks have grown" if args.prunes_before else "pruning"
+    for mode, when in ((args.tune_after_pruning, pruned), (args.tune_after_distillation, "distillation")):
+        if mode is not None and mode != phases[-1].split(" ")[0]:
+            phases.append(f"{mode} (after {when})")
+    return phases
+
+
+def memory_estimate(model: nn.Module, args: APTConfig, length: int, predicted: int) -> int:
+    """Bytes of the first training step: weights, gradients and Adam moments of what trains, activations and logits.
+
+    Activations are counted as 16 values per token and hidden dimension and 3 per token and neuron in each layer
+    (stored for the backward pass), plus attention probabilities; gradient checkpointing keeps one value per layer.
+    A model that predicts words has one logit per word and predicted token, kept as it was computed, beside it its
+    log-probability and the gradients of both in float32. A teacher is not counted.
+
+    Args:
+        model: With adapters; may be on the meta device.
+        args: Batch size, precision and checkpointing.
+        length: Tokens per input.
+        predicted: Tokens per row that a language model predicts.
+    """
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    family = family_of(model.config)
+    spaces = {space.name: space for space in family.spaces(model)}
+    tokens = args.train_batch_size * length
+    hidden, layers = spaces[HIDDEN].size, len(family.layer_paths(model))
+    per_layer = 16 * hidden
+    per_layer += sum(3 * s.size for s in spaces.values() if s.kind == "neurons") // layers
+    per_layer += sum(2 * s.size * length for s in spaces.values() if s.kind == "heads") // layers
+    if args.gradient_checkpointing:
+        per_layer = hidden + per_layer // layers
+    element = 2 if args.bf16 or args.fp16 else 4
+    logits = args.train_batch_size * predicted * _vocabulary(model) * (element + _FLOAT32_PER_LOGIT * 4)
+    return weights + trained * (4 + _ADAM_BYTES) + tokens * per_layer * layers * element + logits
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """Words that ``model`` chooses among for each token; 0 for another kind of prediction."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return 0 if head is None else len(head.weight)
+
+
+def _counted(model: nn.Module, args: APTConfig) -> str:
+    """What :func:`memory_estimate` is made of, for people."""
+    parts = ["weights", "gradients", "optimizer", "activations"]
+    if _vocabulary(model):
+        parts.append(f"logits over {_vocabulary(model):,} words with log-probabilities and gradients")
+    return ", ".join(parts) + ("" if args.distillation == "none" else "; without the teacher")
+
+
+def _trained(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _space_table(pruner: AdaptivePruner) -> str:
+    rows: list[Mapping[str, Any]] = []
+    for kind, targets in (("heads", "heads"), ("neurons", "neurons"), (HIDDEN, "hidden")):
+        members = [space for space in pruner.spaces if space.kind == kind]
+        unit = pruner.block_cost.marginal(members[0].name, pruner.plan.counts)
+        rows.append(
+            {
+                "kind": kind,
+                "units": " + ".join(str(s.size) for s in members)
+                if len(members) < 3
+                else f"{len(members)} × {members[0].size}",
+                "unit": f"{unit:,.0f}",
+                "pruned": _pruned(pruner, targets),
+                "step": pruner.limits.round_to[kind],
+            }
+        )
+    columns = [
+        ("kind", "kind"),
+        ("units", "units"),
+        ("unit", "parameters each"),
+        ("pruned", "pruned"),
+        ("step", "multiple of"),
+    ]
+    return markdown_table(rows, [(key, header, None) for key, header in columns])
+
+
+def _pruned(pruner: AdaptivePruner, kind: str) -> str:
+    if not pruner.settings.prunes or kind not in pruner.limits.kinds:
+        return "no"
+    return "yes" if kind in pruner.limits.targets else "as a whole"
+
+
+def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig) -> list[str]:
+    if not schedule.events:
+        return ["Nothing is pruned (target_sparsity: null)."]
+    dense = pruner.dense_plan
+    flops = flops_cost(pruner.model, pruner.family, pruner.spaces, 1, args.reference_length)
+    adapters = lora.adapter_parameters(pruner.model)
+    rows = [
+        {
+            "step": 0,
+            "target": "0 %",
+            "params": format_count(pruner.block_cost.total(dense.counts)),
+            "flops": format_count(flops.total(dense.counts)),
+            "adapters": format_count(adapters),
+        }
+    ]
+    if schedule.before:
+        cut = evenly_cut(pruner, schedule.target_sparsity)
+        rows.append(
+            {
+                "step": "0, cut",
+                "target": f"{schedule.target_sparsity:.1%}",
+                "params": format_count(pruner.block_cost.total(cut.counts)),
+                "flops": format_count(flops.total(cut.counts)),
+                "adapters": f"≤ {format_count(adapters)}",
+            }
+        )
+    for number, step in enumerate(schedule.events):
+        even = evenly_cut(pruner, schedule.sparsity(number))
+        growth = 1 + schedule.tuning_share(number) * (args.tuning_growth - 1) if args.rank_growth != "none" else 1
+        rows.append(
+            {
+                "step": step,
+                "target": f"{schedule.sparsity(number):.1%}",
+                "params": format_count(pruner.block_cost.total(even.counts)),
+                "flops": format_count(flops.total(even.counts)),
+                "adapters": f"≤ {format_count(adapters * growth)}",
+            }
+        )
+    columns = [
+        ("step", "step"),
+        ("target", f"{args.sparsity_metric} removed"),
+        ("params", "block parameters"),
+        ("flops", f"block FLOPs at 1×{args.reference_length}"),
+        ("adapters", "adapter parameters"),
+    ]
+    then = f"masks fade over {schedule.window} steps."
+    if schedule.before:
+        then = f"the dense model is {_scoring(pruner, args)}cut before the first step, after which only ranks grow."
+    elif pruner.impact is not None:
+        then = f"at each event the model is {_scoring(pruner, args)}cut; with fewer sublayers left, passes are fewer."
+    lines = [
+        markdown_table(rows, [(key, header, None) for key, header in columns]),
+        "",
+        f"Parameters and FLOPs assume that every kind loses the same share; {then}",
+    ]
+    if schedule.distillation_end > schedule.distillation_start:
+        lines.append(
+            f"Distillation ({args.distillation}) from step {schedule.distillation_start} "
+            f"to {schedule.distillation_end}."
+        )
+    return lines
+
+
+def _scoring(pruner: AdaptivePruner, args: APTConfig) -> str:
+    """What is done to the model before it is cut."""
+    if not pruner.importance.needs_data:
+        return ""
+    rows = f"scored on {args.calibration_samples} training rows"
+    if pruner.impact is None:
+        return f"{rows} and "
+    return f"{rows} in {1 + len(pruner.impact.candidates)} passes (whole, and without each sublayer) and "
+
+
+def evenly_cut(pruner: AdaptivePruner, sparsity: float) -> PruningPlan:
+    """A plan at ``sparsity`` in which every kind loses about the same share."""
+    budget = (1 - sparsity) * pruner.cost.total(pruner.dense_plan.counts)
+    scores = {space.name: torch.linspace(1, 0, space.size, dtype=torch.float64) for space in pruner.spaces}
+    return select(
+        scores, pruner.spaces, pruner.dense_plan, pruner.cost, budget, pruner.limits, scores_are_densities=True
+    )

@@ -1,0 +1,272 @@
+"""One run from a recipe to a folder: data, model, training, evaluation, measurement, records.
+
+Everything that ``apt-trainer train`` does, and ``evaluate`` on the data of a recipe, without the command line. Not for
+the method itself (``trainer``, ``pruner``), nor for language models on text (``evaluate``).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import EvalPrediction, set_seed
+
+from apt_trainer.errors import UserError
+from apt_trainer.evaluate.compare import measure_memory, measure_speed
+from apt_trainer.evaluate.harness import run_tasks
+from apt_trainer.evaluate.task_intervals import score_intervals
+from apt_trainer.measure import PeakMemory, count_parameters, return_freed_memory, size_on_disk
+from apt_trainer.report.plots import plot_run
+from apt_trainer.runs.preflight import check_before_loading, checkpoint_to_resume, finished_run
+from apt_trainer.settings import ModelSettings
+from apt_trainer.settings.recipe import Recipe, load_recipe
+from apt_trainer.store.events import read_events, write_json
+from apt_trainer.store.lock import OutputLock
+from apt_trainer.store.pretrained import load_inputs, load_model, load_saved
+from apt_trainer.store.saved_model import dense_copy
+from apt_trainer.tasks import TaskData, keeps_sequences_apart
+from apt_trainer.tasks.trainer_options import data_options, set_task_arguments
+from apt_trainer.training.engines import engine_name
+from apt_trainer.training.evaluation_loop import plain_trainer
+from apt_trainer.training.time_to_accuracy import TimeToAccuracy
+from apt_trainer.training.trainer import EVENTS_FILE, APTTrainer
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.json"
+RECIPE_FILE = "recipe.json"
+PLOT_FILE = "run.png"
+_COMPARED = ("task_metric", "train_seconds", "peak_memory_bytes")
+_DENSE: dict[str, Any] = {
+    "target_sparsity": None,
+    "distillation": "none",
+    "tune": "full",
+    "tune_after_pruning": None,
+    "tune_after_distillation": None,
+    "tune_embeddings": True,
+    "full_learning_rate": None,
+    "measure_latency": False,
+    "lm_eval_tasks": [],
+    "reference_metric": None,
+    "dense_baseline": False,
+    "report_to": "none",
+}
+_VERSIONS = ("apt_trainer", "torch", "transformers", "peft", "accelerate", "deepspeed", "datasets")
+
+
+def train(recipe: Recipe) -> dict[str, Any]:
+    """Train, prune, evaluate, save and measure; returns what ``metrics.json`` holds.
+
+    With ``resume_from_checkpoint: auto`` a run that has finished is not run again.
+
+    Raises :class:`UserError` before weights load or anything is written when the recipe cannot work, or while another
+    run writes to ``output_dir``.
+    """
+    if recipe.training.process_index > 0:
+        return _train(recipe, None)
+    with OutputLock(Path(str(recipe.training.output_dir))) as lock:
+        return _train(recipe, lock)
+
+
+def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
+    args = recipe.training
+    output = Path(str(args.output_dir))
+    finished = finished_run(recipe)
+    if finished is not None:
+        return finished
+    return_freed_memory()
+    resume_from = checkpoint_to_resume(recipe)
+    memory = PeakMemory(args.device.type)
+    set_seed(args.seed)
+    tokenizer, config, data = load_inputs(recipe.model, recipe)
+    set_task_arguments(args, data, recipe.given)
+    check_before_loading(recipe, config, data)
+    dense = _train_dense(recipe, output) if args.dense_baseline and args.should_save else {}
+    teacher = load_model(recipe.model, data, args.teacher_name_or_path) if args.teacher_name_or_path else None
+    model = load_model(recipe.model, data)
+    if data.packed and not keeps_sequences_apart(model):
+        raise UserError(
+            f"packing: true, but in {type(model).__name__} packed sequences would see each other. Set packing: false."
+        )
+    dense_parameters = count_parameters(model)
+    trainer = APTTrainer(
+        model,
+        args,
+        data.train,
+        teacher=teacher,
+        eval_dataset=data.validation,
+        processing_class=tokenizer,
+        **data_options(data, "validation"),
+    )
+    watch, engine = _watch_accuracy(trainer, data), engine_name(trainer)
+    if lock is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        lock.take()
+        write_json(output / RECIPE_FILE, recipe.given)
+    started, cpu_started = time.perf_counter(), time.process_time()
+    result = trainer.train(resume_from_checkpoint=resume_from)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    peak = memory.above_start()
+    trainer.compute_metrics = data.metrics["test"]
+    scores = trainer.evaluate(data.test, metric_key_prefix=data.test_name)
+    trainer.save_model(str(output))
+    metrics = {
+        "metric_name": data.metric_name,
+        "task_metric": scores[f"{data.test_name}_{data.metric_name}"],
+        "greater_is_better": data.greater_is_better,
+        "evaluated_on": data.test_name,
+        "scores": {name: value for name, value in scores.items() if isinstance(value, float)},
+        "block_params_dense": int(trainer.pruner.block_cost.total(trainer.pruner.dense_plan.counts)),
+        "block_params": int(trainer.pruner.block_cost.total(trainer.pruner.plan.counts)),
+        "sparsity": trainer.pruner.sparsity(),
+        "total_params_dense": dense_parameters,
+        "total_params": count_parameters(trainer.model),
+        "disk_bytes_dense": sum(p.numel() * p.element_size() for p in dense_copy(trainer.model, "meta").parameters()),
+        "disk_bytes": size_on_disk(output),
+        "resumed": resume_from is not None,
+        "train_seconds": seconds,
+        "train_cpu_seconds": cpu_seconds,
+        "train_steps": trainer.state.global_step,
+        "train_loss": result.training_loss,
+        "peak_memory_bytes": peak,
+        "data_fingerprint": data.fingerprint,
+        "seed": args.seed,
+        "threads": torch.get_num_threads(),
+        "device": str(args.device),
+        "engine": engine,
+        "versions": versions(),
+    }
+    metrics |= {f"{name}_dense": dense[name] for name in _COMPARED if name in dense}
+    if args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+        metrics["best_checkpoint"] = Path(trainer.state.best_model_checkpoint).name
+    if watch is not None:
+        metrics["time_to_accuracy"] = watch.record()
+    if args.lm_eval_tasks and trainer.is_world_process_zero():
+        metrics["lm_eval"] = run_tasks(
+            trainer.model, tokenizer, args.lm_eval_tasks, batch_size=args.per_device_eval_batch_size
+        )
+    if args.measure_latency and trainer.is_world_process_zero():
+        metrics |= measure_speed(trainer.model, args.latency_batch_sizes, args.latency_length, args.latency_new_tokens)
+        metrics |= _inference_memory(recipe)
+    if trainer.is_world_process_zero():
+        _write_records(output, metrics, trainer, data)
+    return metrics
+
+
+def _inference_memory(recipe: Recipe) -> dict[str, Any]:
+    """Peak memory of running what was saved and its dense shape; empty, with a warning, where that fails."""
+    args = recipe.training
+    saved = replace(recipe.model, model_name_or_path=str(args.output_dir), gguf_file=None, tokenizer_name_or_path=None)
+    sizes = max(args.latency_batch_sizes), args.latency_length, args.latency_new_tokens
+    try:
+        return {"inference_memory": measure_memory(saved, *sizes, str(args.device))}
+    except UserError as error:  # for example no room beside this process; the run is not lost for that
+        logger.warning("The memory of inference was not measured. %s", error)
+        return {}
+
+
+def _watch_accuracy(trainer: APTTrainer, data: TaskData) -> TimeToAccuracy | None:
+    """Watch for the time to ``reference_share`` of ``reference_metric``, if the run was given one."""
+    args = trainer.args
+    if args.reference_metric is None:
+        return None
+    share = args.reference_share if data.greater_is_better else 1 / args.reference_share
+    watch = TimeToAccuracy(
+        f"eval_{data.metric_name}",
+        args.reference_metric * share,
+        data.greater_is_better,
+        is_pruned=lambda: trainer.state.global_step >= trainer.schedule.end,
+    )
+    trainer.add_callback(watch)
+    return watch
+
+
+def _train_dense(recipe: Recipe, output: Path) -> dict[str, Any]:
+    """Metrics of full fine-tuning with the same data and steps, run (or found finished) in ``output``/dense."""
+    folder = output / "dense"
+    if not (folder / METRICS_FILE).is_file():
+        given = (
+            recipe.given | _DENSE | {"output_dir": str(folder), "learning_rate": recipe.training.dense_learning_rate}
+        )
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / RECIPE_FILE
+            write_json(file, given)
+            command = [sys.executable, "-m", "apt_trainer", "train", "--config", str(file)]
+            if subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode != 0:
+                raise UserError(
+                    "Fine-tuning the dense model failed, see above. Set dense_baseline: false to do without."
+                )
+    metrics: dict[str, Any] = json.loads((folder / METRICS_FILE).read_text())
+    return metrics
+
+
+def evaluate(model: str | ModelSettings, recipe: Recipe | None = None) -> dict[str, float]:
+    """Metrics of a saved model on the test data of ``recipe``, or of the recipe it was trained with.
+
+    ``model`` is a folder or hub name, or says more than that. The scores of the task also have the ends of their 95 %
+    confidence interval, as ``…accuracy_low`` and ``…accuracy_high`` (test rows drawn with replacement).
+    """
+    path = model if isinstance(model, str) else str(model.model_name_or_path)
+    recipe = recipe or recipe_of(Path(path))
+    settings = ModelSettings(path, dtype=recipe.model.dtype) if isinstance(model, str) else model
+    tokenizer, _, data = load_inputs(settings, recipe)
+    args = copy.copy(recipe.training)
+    args.report_to = []
+    set_task_arguments(args, data, recipe.given)
+    predictions: list[EvalPrediction] = []
+
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        predictions.append(prediction)
+        return data.metrics["test"](prediction)
+
+    trainer = plain_trainer(
+        load_saved(settings, data),
+        args,
+        eval_dataset=data.test,
+        processing_class=tokenizer,
+        **(data_options(data, "test") | {"compute_metrics": metrics}),
+    )
+    scores = trainer.evaluate(metric_key_prefix=data.test_name)
+    scores = {name: value for name, value in scores.items() if isinstance(value, float)}
+    task, compute, sums = recipe.data.task, data.metrics["test"], data.sums.get("test")
+    intervals = score_intervals(task, data.metric_name, predictions[0], compute, sums)
+    for name, (low, high) in intervals.items():
+        scores |= {f"{data.test_name}_{name}_low": low, f"{data.test_name}_{name}_high": high}
+    return scores
+
+
+def recipe_of(path: Path) -> Recipe:
+    """The recipe that a finished run was started with."""
+    if not (path / RECIPE_FILE).is_file():
+        raise UserError(f"{path} holds no {RECIPE_FILE}. Name the data with --config.")
+    return load_recipe(str(path / RECIPE_FILE), ["--output_dir", str(path)])
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _write_records(output: Path, metrics: Mapping[str, Any], trainer: APTTrainer, data: TaskData) -> None:
+    trainer.state.save_to_json(str(output / "trainer_state.json"))
+    events = read_events(output / EVENTS_FILE) if (output / EVENTS_FILE).exists() else []
+    title = f"{data.metric_name} {metrics['task_metric']:.3f}, {metrics['sparsity']:.0%} removed"
+    plot_run(events, trainer.state.log_history, output / PLOT_FILE, title, metric=f"eval_{data.metric_name}")
+    write_json(output / METRICS_FILE, dict(metrics))  # the last of all: a run with metrics has finished

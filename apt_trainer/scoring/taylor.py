@@ -1,0 +1,75 @@
+"""First-order rule: expected change of the loss when a unit is switched off (Michel et al. 2019, arXiv 1905.10650).
+
+Score = moving average of Σ over sequences of |Σ over tokens and channels of activation · gradient|. Hidden dimensions
+are observed where they are written. Keeps the observed activations until the backward pass, unlike the salience.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from apt_trainer.models import Space
+from apt_trainer.scoring.base import Reduce
+from apt_trainer.scoring.observing import Observing
+from apt_trainer.scoring.taps import Tap
+
+
+class Taylor(Observing):
+    """``decay``: of the moving average, per optimizer step."""
+
+    def __init__(self, decay: float = 0.85) -> None:
+        super().__init__()
+        self.decay = decay
+        self._taps: list[Tap] = []
+        self._average: dict[str, torch.Tensor] = {}
+
+    def attach(self, model: nn.Module, spaces: Sequence[Space], counts: Mapping[str, int]) -> None:
+        self.detach()
+        device = next(model.parameters()).device
+        present = {path for path, _ in model.named_modules()}
+        left = [space for space in spaces if counts[space.name] > 0]
+        self._flat = torch.zeros(sum(counts[space.name] for space in left), device=device)
+        parts = self._flat.split([counts[space.name] for space in left])
+        self._sums = {space.name: part.view(1, -1) for space, part in zip(left, parts, strict=True)}
+        for space in left:
+            sums = self._sums[space.name]
+            sides = [(space.gate, "input")] if space.gate is not None else []
+            sides += [(path, "output") for path in space.places if path in present]
+            for path, side in sides:
+                module = model.get_submodule(path)  # type: ignore[arg-type]
+                if hasattr(module, "weight"):
+                    stack = space.stack_of(path)  # type: ignore[arg-type]
+                    self._taps.append(Tap(module, side, "per_sequence", sums, self._context, stack))  # type: ignore[arg-type]
+            self._average.setdefault(space.name, torch.zeros(counts[space.name], device=device))
+
+    @torch.no_grad()
+    def update(self, reduce: Reduce, processes: int) -> None:
+        flat = reduce(self._flat) / processes if processes > 1 else self._flat
+        values = flat.split([sums.shape[1] for sums in self._sums.values()])
+        for name, value in zip(self._sums, values, strict=True):
+            self._average[name].lerp_(value, 1 - self.decay)
+        self._flat.zero_()
+
+    def scores(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        return dict(self._average)
+
+    def follow(self, survivors: Mapping[str, torch.Tensor]) -> None:
+        for name, index in survivors.items():
+            average = self._average.pop(name)
+            if len(index) > 0:
+                self._average[name] = average.index_select(0, index.to(average.device))
+
+    def detach(self) -> None:
+        for tap in self._taps:
+            tap.remove()
+        self._taps.clear()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return dict(self._average)
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        for name, value in state.items():
+            self._average[name].copy_(value)

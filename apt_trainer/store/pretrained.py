@@ -1,0 +1,230 @@
+"""Tokenizers, configs and models from the hub, a folder, an installed package or a GGUF file.
+
+Weights of a GGUF file are de-quantised when they load and are ordinary tensors from then on. Other quantised weights
+cannot be cut and are refused before they load. Not for the format of pruned models (``store.saved_model``).
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer, GgufConfig, PreTrainedModel
+
+from apt_trainer.errors import UserError
+from apt_trainer.models import family_of
+from apt_trainer.settings import CHOICES, ModelSettings, resolve_path
+from apt_trainer.settings.recipe import Recipe
+from apt_trainer.store.saved_model import dense_shape, load_pruned
+from apt_trainer.tasks import TaskData, architecture_of, load_task
+
+GGUF = ".gguf"
+
+
+class Source(NamedTuple):
+    """Where a model is: hub name or folder, and the GGUF file in it, if it is one."""
+
+    path: str
+    gguf_file: str | None = None
+
+
+def find_source(path: str, gguf_file: str | None = None) -> Source:
+    """Resolve ``package:`` and part the path of a GGUF file into folder and file.
+
+    Raises:
+        UserError: two GGUF files are named, or one that is not in its local folder.
+    """
+    local = resolve_path(path)
+    if _names_a_gguf_file(local):
+        folder, name = str(Path(local).parent), Path(local).name
+        if gguf_file not in (None, name):
+            raise UserError(f"{path} is one GGUF file and gguf_file={gguf_file!r} another. Name one of them.")
+        local, gguf_file = folder, name
+    if gguf_file is not None and Path(local).is_dir() and not (Path(local) / gguf_file).is_file():
+        found = ", ".join(sorted(file.name for file in Path(local).glob(f"*{GGUF}"))) or "none"
+        raise UserError(f"{local} holds no file {gguf_file!r}. GGUF files there: {found}.")
+    if (Path(local).is_absolute() or local.startswith((".", "~"))) and not Path(local).is_dir():
+        raise UserError(f"{path}: there is no such folder.")
+    return Source(local, gguf_file)
+
+
+def _names_a_gguf_file(path: str) -> bool:
+    """Whether ``path`` ends in a file; "owner/name.gguf" with no such folder here is a repository on the hub."""
+    place = Path(path)
+    return path.endswith(GGUF) and not place.is_dir() and (place.parent.is_dir() or path.count("/") > 1)
+
+
+def load_inputs(model: ModelSettings, recipe: Recipe) -> tuple[Any, Any, TaskData]:
+    """(tokenizer, config, data) of ``model`` on the data of ``recipe``; reads no weights.
+
+    Raises :class:`UserError` for a model without a family before any data are read.
+    """
+    args = recipe.training
+    config = load_config(model)
+    family_of(config)
+    tokenizer = load_tokenizer(model)
+    seed = args.seed if args.data_seed is None else args.data_seed
+    data = load_task(
+        recipe.data, tokenizer, seed, max_positions=max_positions(config), architecture=architecture_of(config)
+    )
+    return tokenizer, config, data
+
+
+def load_tokenizer(settings: ModelSettings) -> Any:
+    """The tokenizer, from beside the model or out of its GGUF file unless another one is named."""
+    if settings.tokenizer_name_or_path is not None:
+        source = find_source(settings.tokenizer_name_or_path)
+    else:
+        source = source_of(settings)
+    return _from_hub(AutoTokenizer.from_pretrained, source, **_trust(settings))
+
+
+def load_config(settings: ModelSettings) -> Any:
+    """The config; raises :class:`UserError` for a model that cannot be trained and cut because it is quantised."""
+    source = source_of(settings)
+    if settings.dtype not in CHOICES["dtype"]:
+        quantised = " Weights of a GGUF file are de-quantised when they load." if source.gguf_file else ""
+        raise UserError(f"dtype={settings.dtype!r} is not one of {', '.join(CHOICES['dtype'])}.{quantised}")
+    config = read_config(settings)
+    refuse_quantised(config, str(settings.model_name_or_path))
+    return config
+
+
+def read_config(settings: ModelSettings) -> Any:
+    """The config, whatever it says; raises :class:`UserError` where there is none, or for an attention that cannot
+    compute in the type of the weights."""
+    config = _from_hub(AutoConfig.from_pretrained, source_of(settings), **_trust(settings))
+    attention = settings.attn_implementation or ""
+    # under bf16: true it would fail once training is over
+    if "flash" in attention and _dtype(config, settings.dtype) == torch.float32:
+        raise UserError(
+            f"attn_implementation={attention!r} computes in bfloat16 and float16 only, and dtype is float32. "
+            "Set dtype: bfloat16, or attn_implementation: sdpa."
+        )
+    return config
+
+
+def refuse_quantised(config: Any, path: str) -> None:
+    """Raise :class:`UserError` where ``config`` announces quantised weights (bitsandbytes, gptq, awq …)."""
+    found = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(decoder=True), "quantization_config", None
+    )
+    if found is None:
+        return
+    values = found if isinstance(found, dict) else found.to_dict()
+    method = getattr(values.get("quant_method"), "value", values.get("quant_method")) or "an unnamed method"
+    bits = next((n for n in (4, 8) if values.get(f"load_in_{n}bit")), values.get("bits"))
+    raise UserError(
+        f"{path} holds weights quantised with {method}{f' ({bits} bits)' if bits else ''}, which cannot be cut or "
+        "trained in full. Name the model it was made from, or a GGUF file, which is de-quantised when it loads."
+    )
+
+
+def build_model(config: Any, data: TaskData, device: str, dtype: str = "auto") -> PreTrainedModel:
+    """A model for the task on ``device`` ("meta" for shapes alone), without loading weights; ``dtype``: theirs."""
+    config = copy.deepcopy(config)
+    for name, value in data.model_kwargs.items():
+        setattr(config, name, value)
+    with torch.device(device):
+        model = getattr(transformers, data.model_class).from_config(config)
+    return model.to(_dtype(config, dtype))  # type: ignore[no-any-return]
+
+
+def load_model(settings: ModelSettings, data: TaskData, path: str | None = None) -> PreTrainedModel:
+    """The pretrained model with the head of the task (fresh where the checkpoint has none), or the one in ``path``."""
+    source = source_of(settings) if path is None else find_source(path)
+    options = {"ignore_mismatched_sizes": path is None, **_weights(settings, source), **data.model_kwargs}
+    return _from_hub(getattr(transformers, data.model_class).from_pretrained, source, **options)  # type: ignore[no-any-return]
+
+
+def load_saved(settings: ModelSettings, data: TaskData | None = None) -> PreTrainedModel:
+    """A finished model, pruned or stock, with the head it was saved with; a GGUF file is a language model."""
+    source = source_of(settings)
+    config = read_config(settings)
+    options = _weights(settings, source)
+    if getattr(config, "apt_base_architecture", None):
+        return load_pruned(source.path, **{k: v for k, v in options.items() if k in ("dtype", "attn_implementation")})
+    return _from_hub(_saved_class(config, source, data).from_pretrained, source, **options)  # type: ignore[no-any-return]
+
+
+def load_dense_shape(settings: ModelSettings) -> PreTrainedModel:
+    """The dense model that a saved one was cut from, with random weights: for size and speed. Reads the config."""
+    source = source_of(settings)
+    config = read_config(settings)
+    if settings.attn_implementation:
+        config._attn_implementation = settings.attn_implementation
+    cls, stock = dense_shape(config)
+    cls = cls or _saved_class(config, source, None)
+    model = cls(stock) if issubclass(cls, PreTrainedModel) else cls.from_config(stock)
+    return model.to(_dtype(config, settings.dtype))  # type: ignore[no-any-return]
+
+
+def _dtype(config: Any, asked: str) -> torch.dtype:
+    """Type of weights; "auto" is what they were saved in, as ``config`` says."""
+    found = getattr(config, "dtype", None) if asked == "auto" else asked
+    return getattr(torch, str(found or torch.float32).removeprefix("torch."))  # type: ignore[no-any-return]
+
+
+def _saved_class(config: Any, source: Source, data: TaskData | None) -> Any:
+    if data is not None:
+        return getattr(transformers, data.model_class)
+    if source.gguf_file is not None:
+        encoder_decoder = getattr(config, "is_encoder_decoder", False)
+        return transformers.AutoModelForSeq2SeqLM if encoder_decoder else transformers.AutoModelForCausalLM
+    return getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+
+
+def choose_device(asked: str | None = None) -> torch.device:
+    """``asked``, or by default the accelerator if there is one, else the CPU; :class:`UserError` if it is absent."""
+    if asked is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        torch.empty(1, device=asked)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        # torch's answers to an unknown name, to a kind it was built without, and to one without this operation
+        raise UserError(
+            f"device={asked!r} cannot be used here. Choose cpu, or an accelerator such as cuda."
+        ) from error
+    return torch.device(asked)
+
+
+def max_positions(config: Any) -> int | None:
+    """Longest input in tokens, None when the config does not say."""
+    limit = getattr(config, "max_position_embeddings", None)
+    return None if limit is None else int(limit)
+
+
+def source_of(settings: ModelSettings) -> Source:
+    """Where the model of ``settings`` is; raises :class:`UserError` when none is named."""
+    if settings.model_name_or_path is None:
+        raise UserError("model_name_or_path is missing. Give a hub name, a local folder or package:NAME/folder.")
+    return find_source(settings.model_name_or_path, settings.gguf_file)
+
+
+def _trust(settings: ModelSettings) -> dict[str, Any]:
+    return {"revision": settings.model_revision, "trust_remote_code": settings.trust_remote_code}
+
+
+def _weights(settings: ModelSettings, source: Source) -> dict[str, Any]:
+    options = _trust(settings) | {"dtype": settings.dtype}
+    if settings.attn_implementation:
+        options["attn_implementation"] = settings.attn_implementation
+    if source.gguf_file is not None:
+        options["quantization_config"] = GgufConfig(dequantize=True)  # or kernels, if installed, keep them packed
+    return options
+
+
+def _from_hub(load: Any, source: Source, **options: Any) -> Any:
+    if source.gguf_file is not None:
+        options["gguf_file"] = source.gguf_file
+    try:
+        return load(source.path, **options)
+    except UserError:
+        raise
+    except (OSError, ImportError, ValueError, SafetensorError) as error:  # no such files, unreadable content …
+        name = source.path if source.gguf_file is None else str(Path(source.path) / source.gguf_file)
+        raise UserError(f"{name} could not be loaded: {str(error).strip().splitlines()[0]}") from error

@@ -1,0 +1,250 @@
+"""What a finished model is saved as, and how it loads: stock modelling code, other sizes, equal logits.
+
+The classes of the format are those of ``modeling_apt``; here a cut model becomes one of them, older formats are read,
+and the Auto classes learn them. A stock loader does not know the model type and fails loudly instead of filling
+missing weights at random. With ``apt_plan`` the layers run by an execution plan (``models.execution``); the rest of the config
+is then still that of the layers, one after the other. ``apt_post_norm_policy``, where it is not the default, says
+which no-ops those of gone sublayers are to be (``models.family``). Not for checkpoints inside a run (``training.checkpoint``).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+
+from apt_trainer.errors import UserError
+from apt_trainer.models import FAMILIES, HIDDEN, Head, ModelFamily, modeling_apt
+from apt_trainer.models.execution_plan import Plan, plan_from_json
+from apt_trainer.models.modeling_apt import DENSE, PREFIX, config_class, model_class, stock_classes
+from apt_trainer.models.sizes import ConfigView, get_size
+from apt_trainer.models.stubs import STUB_KINDS
+from apt_trainer.plan.pruning_plan import PruningPlan
+
+if TYPE_CHECKING:  # this module is imported as soon as AutoConfig is, which must not wait for modelling code
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_SIZES = ("in_features", "out_features", "embedding_dim", "normalized_shape", "nf", "nx")
+
+Structure = dict[str, Any]
+
+
+def describe_structure(model: nn.Module, dense: nn.Module, family: ModelFamily, plan: PruningPlan) -> Structure:
+    """What sets the base of ``model`` apart from that of ``dense`` (which may be on the meta device); ``modeling_apt``
+    says in which form."""
+    structure: Structure = {"replaced": {}, "parameters": {}, "attributes": {}, "hidden": None}
+    head = family.head(model)
+    of_head = {*head.reads, *head.writes, *head.norms}
+    for path, module in model.named_modules():
+        if type(module) in STUB_KINDS:
+            structure["replaced"][path] = STUB_KINDS[type(module)]
+            continue
+        if path in of_head:
+            continue
+        original = dense.get_submodule(path)
+        for name, parameter in module.named_parameters(recurse=False):
+            before = getattr(original, name).shape
+            if parameter.shape != before:
+                kept = [None if new == old else new for new, old in zip(parameter.shape, before, strict=True)]
+                structure["parameters"][f"{path}.{name}"] = kept
+        for name in _SIZES:
+            if getattr(module, name, None) != getattr(original, name, None):
+                value = getattr(module, name)
+                structure["attributes"].setdefault(path, {})[name] = list(value) if isinstance(value, tuple) else value
+    for space in family.spaces(dense):
+        for path, name, value in space.sizes(plan.kept[space.name]):
+            if get_size(dense.get_submodule(path), name) != value:
+                kept_units = list(value) if isinstance(value, tuple) else value
+                structure["attributes"].setdefault(path, {})[name] = kept_units
+        if space.name == HIDDEN and len(plan.kept[HIDDEN]) < space.size:
+            structure["hidden"] = _hidden(family, len(plan.kept[HIDDEN]))
+    return structure
+
+
+def _hidden(family: ModelFamily, size: int) -> dict[str, Any]:
+    """What a head of any kind has to know where hidden dimensions were cut to ``size``."""
+    heads = {ending: _sides(head) for ending, head in family.heads.items()}
+    return {"size": size, "reads": list(family.base_reads), "heads": heads}
+
+
+def _sides(head: Head) -> dict[str, list[str]]:
+    sides = {"reads": head.reads, "writes": head.writes, "norms": head.norms}
+    return {name: list(paths) for name, paths in sides.items() if paths}
+
+
+def _from_older_format(structure: Mapping[str, Any], architecture: str, family: ModelFamily) -> Structure:
+    """A structure without "hidden", as formats 1 and 2 have it: with the head that was saved, and shapes in full."""
+    parts: Structure = {name: dict(structure[name]) for name in ("replaced", "parameters", "attributes")}
+    widths = [
+        sizes["embedding_dim"]
+        for path, sizes in parts["attributes"].items()
+        if path.endswith(family.embeddings[0]) and "embedding_dim" in sizes
+    ]
+    head = next((head for ending, head in family.heads.items() if architecture.endswith(ending)), Head())
+    for path in (*head.reads, *head.writes, *head.norms):
+        parts["attributes"].pop(path, None)
+        for name in ("weight", "bias"):
+            parts["parameters"].pop(f"{path}.{name}", None)
+    for name, shape in parts["parameters"].items():
+        if name.removesuffix(".weight").endswith(family.embeddings):
+            parts["parameters"][name] = [None, *shape[1:]]
+    return parts | {"hidden": _hidden(family, widths[0]) if widths else None}
+
+
+def _complete(config: Any) -> None:
+    """Called with every config of the format: checks it, reads older formats and lets the Auto classes know it."""
+    family = FAMILIES[config.apt_base_model_type]
+    family.keeps_norms(config)
+    structure = config.apt_structure
+    if structure is None:
+        return
+    if "hidden" not in structure:
+        config.apt_structure = _from_older_format(structure, config.apt_base_architecture, family)
+    _announce(config.apt_base_model_type)
+
+
+def put_saved_plan(model: PreTrainedModel, plan: Plan) -> None:
+    """Let ``model``, whose class is of this format, run by ``plan`` and say so when it is saved."""
+    from apt_trainer.models.execution import put_plan
+
+    setattr(model.config, DENSE, put_plan(model, plan))
+
+
+def _put_plan_of_config(model: PreTrainedModel) -> None:
+    config: Any = model.config
+    put_saved_plan(model, plan_from_json(config.apt_plan, config.apt_base_model_type, config.num_hidden_layers))
+
+
+modeling_apt.HOOKS.update(config=_complete, plan=_put_plan_of_config)
+
+
+@cache
+def _announce(model_type: str) -> None:
+    """Register the classes of ``model_type`` with every Auto class that serves the stock ones."""
+    own: Any = config_class(model_type)
+    stock = own.__mro__[1]
+    for name, classes in stock_classes(stock).items():
+        ours = tuple(model_class(cls.__name__) for cls in classes)
+        auto = getattr(transformers, name)
+        auto._model_mapping.register(own, ours if len(ours) > 1 else ours[0], exist_ok=True)
+    tokenizer = transformers.TOKENIZER_MAPPING.get(stock, None)
+    if tokenizer is not None:
+        transformers.TOKENIZER_MAPPING.register(own, tokenizer, exist_ok=True)
+
+
+def register() -> None:
+    """Make AutoConfig, and with it every Auto class, recognise pruned models of every family."""
+    for model_type in FAMILIES:
+        transformers.AutoConfig.register(PREFIX + model_type, config_class(model_type), exist_ok=True)
+
+
+def as_pruned(model: PreTrainedModel, family: ModelFamily, plan: PruningPlan) -> None:
+    """Turn a cut stock model, in place, into the class that saves and loads with its structure.
+
+    A model whose shapes are those of the dense one stays a stock model.
+    """
+    if hasattr(model.config, "apt_structure"):
+        return
+    stock = type(model)
+    with torch.device("meta"):
+        dense = stock(copy.deepcopy(model.config))
+    structure = describe_structure(model, dense, family, plan)
+    if any(structure.values()):
+        become_own(model, structure)
+
+
+def become_own(model: PreTrainedModel, structure: Structure, plan: Mapping[str, Any] | None = None) -> None:
+    """Give the stock ``model``, in place, the class and config of this format."""
+    stock = type(model)
+    shared, model_type = model.config, model.config.model_type
+    config = copy.deepcopy(shared)  # not made anew: some configs read their own values differently the second time
+    config.__class__ = config_class(model_type)
+    config.describe(stock.__name__, structure, plan)
+    model.__class__ = model_class(stock.__name__)
+    for module in model.modules():
+        own = getattr(module, "config", None)
+        if own is shared:
+            module.config = config
+        elif isinstance(own, ConfigView) and own.shared is shared:
+            own.shared = config
+
+
+def dense_shape(config: PreTrainedConfig) -> tuple[type[PreTrainedModel] | None, PreTrainedConfig]:
+    """(class, config) of the dense model that a pruned one was cut from; (None, a copy) for a stock config."""
+    architecture = getattr(config, "apt_base_architecture", None)
+    if architecture is None:
+        return None, copy.deepcopy(config)
+    cls = getattr(transformers, architecture)
+    values = config.to_dict()
+    values.pop("model_type", None)
+    stock = cls.config_class(**{name: value for name, value in values.items() if not name.startswith("apt_")})
+    stock._attn_implementation = config._attn_implementation
+    return cls, stock
+
+
+def dense_copy(model: PreTrainedModel, device: torch.device | str | None = None) -> PreTrainedModel:
+    """A model of the stock class and size that ``model`` was cut from, with random weights: for sizes and speed.
+
+    It is made on ``device`` at once, by default that of ``model``; "meta" is enough to count.
+    """
+    cls, config = dense_shape(model.config)
+    with torch.device(device or model.device):
+        return (cls or type(model))._from_config(config, dtype=model.dtype)
+
+
+def load_pruned(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a model saved by ``APTTrainer`` (or ``save_pretrained`` of one): class, sizes and weights as saved.
+
+    Args:
+        path: Folder, or name on the hub.
+        kwargs: As for ``from_pretrained`` of an Auto class: ``revision``, ``token``, ``cache_dir``, ``subfolder``,
+            ``dtype``, ``device_map``, values of the config such as ``output_hidden_states``, and so on.
+
+    Returns:
+        The model; with ``output_loading_info=True`` a tuple of it and a dictionary, as Auto classes do.
+
+    Raises:
+        UserError: ``path`` holds no complete pruned model, or cannot be reached.
+    """
+    _check_folder(Path(path), kwargs.get("subfolder") or "")
+    wants_info = kwargs.pop("output_loading_info", False)
+    try:
+        config = kwargs.get("config")
+        if not isinstance(config, transformers.PreTrainedConfig):
+            hub = {name: kwargs[name] for name in _OF_HUB if name in kwargs}
+            config = transformers.AutoConfig.from_pretrained(path if config is None else config, **hub)
+        architecture = getattr(config, "apt_base_architecture", None)
+        if architecture is None:
+            names = ", ".join(config.architectures or [])
+            raise UserError(f"{path} is a stock model ({names}); load it with transformers.")
+        options = kwargs | {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are looked at below
+        model, info = model_class(architecture).from_pretrained(path, **options)
+    except UserError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        what = "is damaged or incomplete" if Path(path).is_dir() else "could not be loaded"
+        raise UserError(f"{path} {what}: {str(error).strip().splitlines()[0]}") from error
+    checked = ["missing_keys", "unexpected_keys"]
+    if not kwargs.get("ignore_mismatched_sizes", False):
+        checked.append("mismatched_keys")
+    problems = [f"{len(info[key])} {key.replace('_', ' ')}" for key in checked if info[key]]
+    if problems:
+        raise UserError(f"{path} is damaged or incomplete: {', '.join(problems)}.")
+    return (model, info) if wants_info else model
+
+
+_OF_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def _check_folder(path: Path, subfolder: str) -> None:
+    """Raise :class:`UserError` for a folder without a model; what can be no folder's path is a name on the hub."""
+    is_name = not path.exists() and not path.is_absolute() and len(path.parts) <= 2 and path.parts[0] not in "..~"
+    if not is_name and not (path / subfolder / "config.json").is_file():
+        raise UserError(f"{path / subfolder} holds no config.json. Give the folder that a run wrote its model to.")

@@ -1,0 +1,120 @@
+"""How one type of module loses rows or columns. Knows module types, not models.
+
+To support another type register a function on :func:`slice_module`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from functools import singledispatch
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from apt_trainer.models.base import Side
+from apt_trainer.tensors.partitioned import cut, shape_of
+
+
+@dataclass(frozen=True)
+class Keep:
+    """``index`` [n] along ``dim`` survives."""
+
+    dim: int
+    index: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Grow:
+    """``extra`` entries were appended along ``dim``."""
+
+    dim: int
+    extra: int
+
+
+@dataclass
+class EditLog:
+    """What happened to each parameter, by name, so that optimizer state can follow; also keeps tied weights tied.
+
+    ``shared``: ids of parameters that are used outside the model too, as frozen ones by a teacher. Of the others only
+    tied ones are kept until all is cut; the rest is let go one by one.
+    """
+
+    shared: Collection[int] = ()
+    edits: dict[str, list[Keep | Grow]] = field(default_factory=lambda: defaultdict(list))
+    _tied: set[int] = field(default_factory=set)
+    _done: dict[tuple[int, int], tuple[nn.Parameter, nn.Parameter]] = field(default_factory=dict)
+
+    def expect_ties(self, model: nn.Module) -> None:
+        """Find the parameters that are in several places of ``model``."""
+        places = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+        self._tied |= {key for key, number in places.items() if number > 1}
+
+    def keep(self, module: nn.Module, path: str, name: str, dim: int, index: torch.Tensor) -> None:
+        """Cut parameter ``name`` of ``module`` to ``index`` along ``dim``; a parameter tied to it is cut once."""
+        old = module._parameters.get(name)
+        if old is None:
+            return
+        self.edits[f"{path}.{name}"].append(Keep(dim, index))
+        done = self._done.get((id(old), dim))
+        new = cut(old, dim, index, id(old) in self.shared) if done is None else done[1]
+        if id(old) in self._tied:
+            self._done[id(old), dim] = (old, new)  # the reference to old keeps its id from being reused
+            self._tied.add(id(new))
+        module._parameters[name] = new
+
+    def grow(self, name: str, dim: int, extra: int) -> None:
+        self.edits[name].append(Grow(dim, extra))
+
+
+@singledispatch
+def slice_module(module: nn.Module, side: Side, index: torch.Tensor, path: str, log: EditLog) -> None:
+    """Keep ``index`` of one side of ``module``. The default serves norms: one weight (and bias) of one dimension, or
+    none at all."""
+    weight = module._parameters.get("weight")
+    is_norm = isinstance(module, nn.LayerNorm) if weight is None else len(shape_of(weight)) == 1
+    assert is_norm, f"{path}: {type(module).__name__} cannot be sliced"
+    log.keep(module, path, "weight", 0, index)
+    log.keep(module, path, "bias", 0, index)
+    if isinstance(module, nn.LayerNorm):
+        module.normalized_shape = (len(index),)
+
+
+@slice_module.register
+def _(module: nn.Linear, side: Side, index: torch.Tensor, path: str, log: EditLog) -> None:
+    log.keep(module, path, "weight", 0 if side == "out" else 1, index)
+    if side == "out":
+        log.keep(module, path, "bias", 0, index)
+        module.out_features = len(index)
+    else:
+        module.in_features = len(index)
+
+
+@slice_module.register
+def _(module: Conv1D, side: Side, index: torch.Tensor, path: str, log: EditLog) -> None:
+    log.keep(module, path, "weight", 1 if side == "out" else 0, index)
+    if side == "out":
+        log.keep(module, path, "bias", 0, index)
+        module.nf = len(index)
+    else:
+        module.nx = len(index)
+
+
+@slice_module.register
+def _(module: nn.Embedding, side: Side, index: torch.Tensor, path: str, log: EditLog) -> None:
+    log.keep(module, path, "weight", 1, index)
+    module.embedding_dim = len(index)
+
+
+@slice_module.register
+def _(module: LoraLayer, side: Side, index: torch.Tensor, path: str, log: EditLog) -> None:
+    """Cuts the base weight, and the columns of every A (inputs) or the rows of every B (outputs)."""
+    slice_module(module.base_layer, side, index, f"{path}.base_layer", log)
+    factors, attribute = (module.lora_A, "in_features") if side == "in" else (module.lora_B, "out_features")
+    factor_name = "lora_A" if side == "in" else "lora_B"
+    for adapter, linear in factors.items():
+        slice_module(linear, side, index, f"{path}.{factor_name}.{adapter}", log)
+    setattr(module, attribute, len(index))

@@ -1,0 +1,33 @@
+"""Calls an :class:`APTTrainer`'s own steps at the right moments of Hugging Face's loop; holds no logic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from apt_trainer.training import norms
+
+
+class MethodCallback(TrainerCallback):
+    """``trainer``: has ``start``, ``before_step``, ``after_step`` and a ``pruner``."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.trainer.args.recompute_norms:
+            norms.recompute(self.trainer.model, self.trainer.pruner.norm_paths())
+        self.trainer.start()
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        norms.plain(self.trainer.model)
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.before_step()
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.pruner.observe()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.after_step()

@@ -1,0 +1,180 @@
+"""Changes a model's shape in the middle of ``Trainer.train()``: takes it out of its engine, has it changed, and lets
+Hugging Face prepare it again.
+
+:func:`reshape` goes on with optimizer moments, learning-rate schedule and random state as they were. What differs
+between engines is in ``training.engines``. Not for deciding what changes (``pruner``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from apt_trainer.errors import UserError
+from apt_trainer.settings.engines import wants_deepspeed
+from apt_trainer.settings.fsdp import wants_fsdp
+from apt_trainer.tensors.partitioned import shape_of
+from apt_trainer.training.engines import engine_of
+from apt_trainer.training.engines.agreement import agree
+from apt_trainer.training.engines.base import plain_optimizer
+from apt_trainer.training.engines.state import Edits, State, add_masters, ages
+
+
+class LiveModel:
+    """Stands for the wrapped model in the frames of the training loop, which keep it in a local variable for the
+    whole run; forwards everything to the wrapper of the moment."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.__dict__["_trainer"] = weakref.ref(trainer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_trainer"]().model_wrapped, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_trainer"]().model_wrapped(*args, **kwargs)
+
+
+def check_options(trainer: Any) -> None:
+    """Raise :class:`UserError` for options of the Trainer under which shapes cannot change."""
+    if trainer.pruner.impact is not None and not trainer.args.prunes_before and trainer.train_dataset is not None:
+        rows = min(trainer.args.calibration_samples, len(trainer.train_dataset))
+        if rows < trainer.args.world_size:
+            raise UserError(
+                f"calibration_samples and the training data give no row to some of the {trainer.args.world_size} "
+                f"processes ({rows} rows), but each takes part in what nri measures. Raise calibration_samples."
+            )
+    if trainer.args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+        raise UserError(
+            f"lr_scheduler_type={str(trainer.args.lr_scheduler_type.value)!r} follows a metric, which a change of "
+            "shape interrupts. Use one that follows the step, for example linear or cosine."
+        )
+    if trainer.args.enable_jit_checkpoint:
+        raise UserError(
+            "enable_jit_checkpoint saves in the middle of a step. Remove it: SIGTERM saves after a step anyway."
+        )
+    if wants_deepspeed(trainer.args) and not trainer.is_deepspeed_enabled:
+        raise UserError(
+            "DeepSpeed is asked for, but accelerate has not switched it on for these processes. Start them with "
+            "apt-trainer train --accelerate_config zero2, or accelerate launch with that profile, and make "
+            "TrainingArguments before any other object of accelerate."
+        )
+    if wants_fsdp(trainer.args) and not trainer.is_fsdp_enabled:
+        raise UserError(
+            "FSDP is asked for, but accelerate has not switched it on for these processes. Start them with "
+            "apt-trainer train --accelerate_config fsdp2, or accelerate launch with that profile."
+        )
+    if trainer.args.auto_find_batch_size:
+        raise UserError("auto_find_batch_size restarts training on a model that may be cut already. Switch it off.")
+
+
+def own_storage(model: nn.Module) -> None:
+    """Give every parameter on the CPU memory of its own, in place.
+
+    Weights read from a file lie in one mapping of that file, which stays in memory as a whole while any tensor of it
+    lives: what a cut removes would not be given back.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
+
+
+def reshape(trainer: Any, change: Callable[[], Edits]) -> None:
+    """Run ``change`` on the plain model between two steps and rebuild the engine round the result.
+
+    Must be called by all processes at the same step, from ``on_step_end``: gradients are cleared then and the
+    next batch is not fetched. ``change`` edits the model in place and returns what happened to each parameter.
+    """
+    cpu_rng = torch.random.get_rng_state()
+    engine = engine_of(trainer)
+    engine.settle()
+    schedule = trainer.lr_scheduler.state_dict()
+    model = engine.loosen()
+    edits = change()
+    if engine.leaves_cycles:
+        gc.collect()
+    state = engine.carried(edits)
+    _agree_on_shape(trainer)
+    engine.release()
+    trainer.optimizer_ages = ages(state) if engine.groups_by_age else {}
+    _rebuild(trainer, model, schedule)
+    engine_of(trainer).give(state)
+    for attribute in ("model", "optimizer", "lr_scheduler"):
+        setattr(trainer.callback_handler, attribute, getattr(trainer, attribute))
+    trainer.model_wrapped.train()
+    release_memory(collect=trainer.args.world_size > 1 or trainer.is_fsdp_enabled)
+    torch.random.set_rng_state(cpu_rng)
+
+
+def expect_state(trainer: Any, state: State) -> None:
+    """Before an engine is made that will be given the ``state`` of a checkpoint."""
+    trainer.optimizer_ages = ages(state) if engine_of(trainer).groups_by_age else {}
+    if trainer.is_deepspeed_enabled and trainer.args.bf16:
+        add_masters(state, trainer.model)
+
+
+def reshape_first(trainer: Any, change: Callable[[], Edits]) -> None:
+    """As :func:`reshape`, before training has begun: there is no engine to rebuild and no optimizer state."""
+    change()
+    _agree_on_shape(trainer)
+    release_memory()
+
+
+def release_memory(collect: bool = True) -> None:
+    """Give freed memory back to the system; ``collect`` breaks reference cycles first."""
+    if collect:
+        gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+    elif sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+        if trim is not None:
+            trim(0)
+
+
+def _rebuild(trainer: Any, model: nn.Module, schedule: dict[str, Any]) -> None:
+    """Hugging Face's own preparation once more, with the schedule where it was."""
+    accelerator = trainer.accelerator
+    accelerator._models.clear()
+    accelerator._optimizers.clear()
+    accelerator._schedulers.clear()
+    model.__dict__.pop("_is_accelerate_prepared", None)
+    trainer.model = trainer.model_wrapped = model
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer._mixed_mesh_grads = None
+    engine_of(trainer).enclose(model)
+    Trainer._prepare_for_training(trainer, trainer.state.max_steps, trainer.live_dataloader, None)
+    engine_of(trainer).adopt()
+    set_schedule(trainer, schedule)
+
+
+def set_schedule(trainer: Any, schedule: Mapping[str, Any]) -> None:
+    """Put a new learning-rate schedule where an old one was, and the rates with it.
+
+    ``schedule``: its ``last_epoch`` (steps done) and ``_step_count``.
+    """
+    position = schedule["last_epoch"]
+    trainer.lr_scheduler.last_epoch = position
+    trainer.lr_scheduler._step_count = schedule["_step_count"]
+    groups = plain_optimizer(trainer).param_groups
+    rates = [
+        base * rate(position)
+        for base, rate in zip(trainer.lr_scheduler.base_lrs, trainer.lr_scheduler.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+    trainer.lr_scheduler._last_lr = rates
+
+
+def _agree_on_shape(trainer: Any) -> None:
+    named = trainer.model.named_parameters()
+    agree(
+        "the pruned structure", trainer.state.global_step, [(n, tuple(shape_of(p)), p.requires_grad) for n, p in named]
+    )
