@@ -64,4 +64,4 @@ def __getattr__(name: str) -> Any:
 
 @wrapt.when_imported("transformers.models.auto.configuration_auto")
 def _register(module: Any) -> None:
-    import_module(f"{__name__}.store.saved_model").register()
+    import_module(f"{__name__}.store.saved_model").register(module.CONFIG_MAPPING)

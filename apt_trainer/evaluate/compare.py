@@ -7,7 +7,7 @@ is (``evaluate``).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def benchmark(
         UserError: a model that cannot be loaded, or sizes that it cannot take.
     """
     settings = ModelSettings(model) if isinstance(model, str) else model
-    other = None if baseline is None else replace(settings, model_name_or_path=baseline, gguf_file=None)
+    other = None if baseline is None else settings.of(baseline)
     place = choose_device(device)
     for which in (settings, other):  # mistakes are told before processes start
         if which is not None:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
-import torch
 import transformers
 from torch import nn
 
@@ -43,30 +42,37 @@ def apply_structure(model: nn.Module, config: Any) -> None:
     """Give a freshly built dense ``model`` the sizes that ``config`` tells; raises ValueError where they cannot be.
 
     The first rows and columns of each parameter stay, so that what was initialised is. Nothing is allocated that the
-    dense model does not hold already: a size can only be smaller.
+    dense model does not hold already: a size can only be smaller. What a model of another class than the saved one
+    does not have, such as the decoder, leaves the structure in ``config``.
     """
-    structure, stock = config.apt_structure, type(model).__name__
-    exact = stock == config.apt_base_architecture
+    structure = config.apt_structure
+    if type(model).__name__ != config.apt_base_architecture:
+        structure = config.apt_structure = _of_this_class(model, structure)
     for path, kind in structure["replaced"].items():
         if kind not in STUBS:
             raise ValueError(f"The checkpoint replaces {path} by {kind!r}, which this version does not know.")
-        place = _resolve(model, path, exact)
-        if place is not None:
-            put_stub(model, place, kind)
+        put_stub(model, _resolve(model, path), kind)
     for full_name, shape in structure["parameters"].items():
         path, _, name = full_name.rpartition(".")
-        place = _resolve(model, path, exact)
-        if place is not None:
-            _shrink(model.get_submodule(place), name, shape, full_name)
+        _shrink(model.get_submodule(_resolve(model, path)), name, shape, full_name)
     for path, attributes in structure["attributes"].items():
-        place = _resolve(model, path, exact)
-        if place is not None:
-            for name, value in attributes.items():
-                _set_checked(model.get_submodule(place), name, value, path)
+        module = model.get_submodule(_resolve(model, path))
+        for name, value in attributes.items():
+            _set_checked(module, name, value, path)
     hidden = structure.get("hidden")
     if hidden is not None:
         for path, side in hidden_sides(model, hidden):
             _cut_side(model.get_submodule(path), side, hidden["size"], path)
+
+
+def _of_this_class(model: nn.Module, structure: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of ``structure`` that ``model`` has modules for."""
+    part = dict(structure)
+    for name in ("replaced", "attributes"):
+        part[name] = {path: value for path, value in structure[name].items() if _find(model, path)}
+    names = structure["parameters"]
+    part["parameters"] = {name: names[name] for name in names if _find(model, name.rpartition(".")[0])}
+    return part
 
 
 def hidden_sides(model: nn.Module, hidden: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -92,19 +98,18 @@ def _prefix(model: nn.Module) -> str:
     return f"{name}." if name and hasattr(model, name) else ""
 
 
-def _resolve(model: nn.Module, path: str, exact: bool) -> str | None:
-    """``path``, saved by a model with a head or by its base, in ``model``, which may be the one or the other.
-
-    None where ``model`` has no such part, which is an error if it is what was saved (``exact``).
-    """
+def _find(model: nn.Module, path: str) -> str | None:
+    """``path``, saved by a model with a head or by its base, in ``model``, which may be the one or the other."""
     prefix = getattr(model, "base_model_prefix", "")
     inner = path.removeprefix(f"{prefix}.")
-    for candidate in (path, inner, f"{prefix}.{inner}"):
-        if _has(model, candidate):
-            return candidate
-    if exact:
+    return next((name for name in (path, inner, f"{prefix}.{inner}") if _has(model, name)), None)
+
+
+def _resolve(model: nn.Module, path: str) -> str:
+    found = _find(model, path)
+    if found is None:
         raise ValueError(f"The checkpoint names {path}, and {type(model).__name__} has no such module.")
-    return None
+    return found
 
 
 def _has(model: nn.Module, path: str) -> bool:
@@ -153,8 +158,9 @@ def _set_checked(module: nn.Module, name: str, value: Any, path: str) -> None:
 def _cut_side(module: nn.Module, side: str, size: Any, path: str) -> None:
     """Cut the hidden side of a linear or a norm to ``size``, unless it has that size already."""
     if side == "norm":
-        for name in module._parameters:
-            _shrink(module, name, [size], f"{path}.{name}")
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                _shrink(module, name, [size], f"{path}.{name}")
         if isinstance(getattr(module, "normalized_shape", None), tuple):
             _set_checked(module, "normalized_shape", [size], path)
     elif side == "in":
@@ -193,6 +199,8 @@ def config_class(model_type: str) -> type[Any]:
         self.apt_base_architecture, self.apt_structure = architecture, structure
         if plan is not None:
             self.apt_plan = plan
+        if structure is not None and getattr(self, "auto_map", None) is None:
+            self.auto_map = auto_map(base)  # other libraries ask it which Auto class loads the model
         if "config" in HOOKS:
             HOOKS["config"](self)
 
@@ -203,6 +211,7 @@ def config_class(model_type: str) -> type[Any]:
         if names:  # set at each save, to the class that is saved: the whole model or its base
             values["apt_base_architecture"] = names[0]
             values["architectures"] = [CLASS_PREFIX + name for name in names]
+        values.pop("auto_map", None)
         _teach_peft(model_type)
         return values
 
@@ -250,8 +259,27 @@ def model_class(architecture: str) -> type[Any]:
             HOOKS["plan"](self)
         self.tie_weights()
 
-    namespace = {"config_class": own_config, "__init__": __init__, "__module__": __name__}
-    return type(architecture, (base,), namespace)
+    @classmethod  # type: ignore[misc]
+    def from_pretrained(cls: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
+        saved = getattr(kwargs.get("config"), "apt_base_architecture", None) or architecture
+        if saved == architecture or kwargs.get("ignore_mismatched_sizes"):
+            return base.from_pretrained.__func__(cls, path, *args, **kwargs)
+        options = kwargs | {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        model, info = base.from_pretrained.__func__(cls, path, *args, **options)
+        _refuse_mismatch(model, [key[0] for key in info["mismatched_keys"]], path)
+        return (model, info) if kwargs.get("output_loading_info") else model
+
+    namespace = {"config_class": own_config, "__init__": __init__, "from_pretrained": from_pretrained}
+    return type(architecture, (base,), namespace | {"__module__": __name__})
+
+
+def _refuse_mismatch(model: nn.Module, keys: list[str], path: Any) -> None:
+    """Raise RuntimeError where weights do not fit, except those of a head that is new and has the name of another."""
+    hidden = model.config.apt_structure.get("hidden") or {"heads": {}}  # type: ignore[union-attr]
+    heads = tuple(f"{name}." for head in hidden["heads"].values() for names in head.values() for name in names)
+    wrong = [key for key in keys if not key.startswith(heads)]
+    if wrong:
+        raise RuntimeError(f"{path} has other sizes than its config says, first of all for {wrong[0]}.")
 
 
 def stock_classes(config: type[Any]) -> dict[str, tuple[type[Any], ...]]:
@@ -266,6 +294,13 @@ def stock_classes(config: type[Any]) -> dict[str, tuple[type[Any], ...]]:
             if all(cls.config_class is config for cls in classes):
                 found[name] = classes
     return found
+
+
+def auto_map(config: type[Any]) -> dict[str, str]:
+    """``auto_map`` of uneven models of stock ``config``: name of an Auto class → name of a class of this module."""
+    classes = {name: f"{CLASS_PREFIX}{served[0].__name__}" for name, served in stock_classes(config).items()}
+    module = __name__.rpartition(".")[2]
+    return {name: f"{module}.{cls}" for name, cls in {"AutoConfig": CLASS_PREFIX + config.__name__, **classes}.items()}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,16 +2,17 @@
 
 The classes of the format are those of ``modeling_apt``; here a cut model becomes one of them, older formats are read,
 and the Auto classes learn them. A stock loader does not know the model type and fails loudly instead of filling
-missing weights at random. With ``apt_plan`` the layers run by an execution plan (``models.execution``); the rest of the config
-is then still that of the layers, one after the other. ``apt_post_norm_policy``, where it is not the default, says
-which no-ops those of gone sublayers are to be (``models.family``). Not for checkpoints inside a run (``training.checkpoint``).
+missing weights at random. With ``apt_plan`` the layers run by an execution plan (``models.execution``); the rest of
+the config is then still that of the layers, one after the other. ``apt_post_norm_policy``, where it is not the
+default, says which no-ops those of gone sublayers are to be (``models.family``). Not for checkpoints inside a run
+(``training.checkpoint``).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
+from wrapt import LazyObjectProxy
 
 from apt_trainer.errors import UserError
 from apt_trainer.models import FAMILIES, HIDDEN, Head, ModelFamily, modeling_apt
@@ -32,6 +34,8 @@ if TYPE_CHECKING:  # this module is imported as soon as AutoConfig is, which mus
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _SIZES = ("in_features", "out_features", "embedding_dim", "normalized_shape", "nf", "nx")
+OF_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""Arguments of ``from_pretrained`` that say where files are, whatever they hold."""
 
 Structure = dict[str, Any]
 
@@ -130,6 +134,7 @@ def _announce(model_type: str) -> None:
     """Register the classes of ``model_type`` with every Auto class that serves the stock ones."""
     own: Any = config_class(model_type)
     stock = own.__mro__[1]
+    transformers.AutoConfig.register(PREFIX + model_type, own, exist_ok=True)
     for name, classes in stock_classes(stock).items():
         ours = tuple(model_class(cls.__name__) for cls in classes)
         auto = getattr(transformers, name)
@@ -139,10 +144,16 @@ def _announce(model_type: str) -> None:
         transformers.TOKENIZER_MAPPING.register(own, tokenizer, exist_ok=True)
 
 
-def register() -> None:
-    """Make AutoConfig, and with it every Auto class, recognise pruned models of every family."""
+def register(configs: Any) -> None:
+    """Make AutoConfig, and with it every Auto class, recognise pruned models of every family.
+
+    ``configs`` is transformers' CONFIG_MAPPING. Modules that import it may be half imported, so that a class is made
+    only when its model type is met.
+    """
     for model_type in FAMILIES:
-        transformers.AutoConfig.register(PREFIX + model_type, config_class(model_type), exist_ok=True)
+        configs.register(
+            PREFIX + model_type, LazyObjectProxy(partial(config_class, model_type), interface=Callable), exist_ok=True
+        )
 
 
 def as_pruned(model: PreTrainedModel, family: ModelFamily, plan: PruningPlan) -> None:
@@ -218,7 +229,7 @@ def load_pruned(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     try:
         config = kwargs.get("config")
         if not isinstance(config, transformers.PreTrainedConfig):
-            hub = {name: kwargs[name] for name in _OF_HUB if name in kwargs}
+            hub = {name: kwargs[name] for name in OF_HUB if name in kwargs}
             config = transformers.AutoConfig.from_pretrained(path if config is None else config, **hub)
         architecture = getattr(config, "apt_base_architecture", None)
         if architecture is None:
@@ -234,13 +245,13 @@ def load_pruned(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     checked = ["missing_keys", "unexpected_keys"]
     if not kwargs.get("ignore_mismatched_sizes", False):
         checked.append("mismatched_keys")
-    problems = [f"{len(info[key])} {key.replace('_', ' ')}" for key in checked if info[key]]
+    # what a base model by itself makes anew, such as the pooler, which not every model had that it comes from
+    anew = tuple(f"{name}." for name in FAMILIES[model.config.apt_base_model_type].trained_base)
+    found = {key: [name for name in info[key] if not str(name).startswith(anew)] for key in checked}
+    problems = [f"{len(names)} {key.replace('_', ' ')}" for key, names in found.items() if names]
     if problems:
         raise UserError(f"{path} is damaged or incomplete: {', '.join(problems)}.")
     return (model, info) if wants_info else model
-
-
-_OF_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def _check_folder(path: Path, subfolder: str) -> None:
