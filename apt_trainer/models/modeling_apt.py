@@ -233,11 +233,12 @@ def _teach_peft(model_type: str) -> None:
 @cache
 def model_class(architecture: str) -> type[Any]:
     """Subclass of the stock model class ``architecture`` that builds itself with the sizes in its config."""
-    base: Any = getattr(transformers, str(architecture), None)
-    if not (isinstance(base, type) and issubclass(base, transformers.PreTrainedModel)):
+    found: Any = getattr(transformers, str(architecture), None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise ValueError(
             f"The checkpoint is for {architecture!r}, which is no model class of the installed transformers."
         )
+    base: Any = found
     stock_config = base.config_class
     own_config = config_class(stock_config.model_type)
 
@@ -305,9 +306,10 @@ def auto_map(config: type[Any]) -> dict[str, str]:
 
 def __getattr__(name: str) -> Any:
     """Classes by the name of the stock one, with or without "Apt" before it: for pickles and for other libraries."""
-    stock = getattr(transformers, name.removeprefix(CLASS_PREFIX), None) if name[:1].isupper() else None
+    stock: Any = getattr(transformers, name.removeprefix(CLASS_PREFIX), None) if name[:1].isupper() else None
     if isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel):
         return model_class(stock.__name__)
     if isinstance(stock, type) and issubclass(stock, transformers.PreTrainedConfig):
-        return config_class(stock.model_type)
+        kind: Any = stock
+        return config_class(kind.model_type)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
