@@ -71,9 +71,8 @@ def tiny_config(family: str, layers: int = LAYERS, dropout: float = 0.0, **extra
     else:
         sizes = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "intermediate_size": NEURONS}
         sizes |= {"num_hidden_layers": layers, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    return AutoConfig.for_model(
-        family, vocab_size=VOCABULARY, max_position_embeddings=20, pad_token_id=1, **{**sizes, **extra}
-    )
+    common = {"vocab_size": VOCABULARY, "max_position_embeddings": 20, "pad_token_id": 1}
+    return AutoConfig.for_model(family, **{**common, **sizes, **extra})
 
 
 def _of_language_model(family: str, layers: int, dropout: float) -> dict[str, object]:

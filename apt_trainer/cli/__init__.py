@@ -21,6 +21,7 @@ VERBS = {
     "plan": "apt_trainer.cli.plan",
     "evaluate": "apt_trainer.cli.evaluate",
     "benchmark": "apt_trainer.cli.benchmark",
+    "export": "apt_trainer.cli.export",
     "analyze": "apt_trainer.cli.analyze",
     "drop": "apt_trainer.cli.drop",
     "curve": "apt_trainer.cli.curve",

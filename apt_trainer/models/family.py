@@ -110,6 +110,7 @@ class ModelFamily:
     ``parallel``: whether, by the config, all sublayers of a layer read the input of that layer.
     ``adapter_targets``: endings of the linears that get adapters by default, where a model has them.
     ``unsupported``: a sentence for a config outside what the table describes, else None.
+    ``gguf``: model type → llama.cpp's architecture for it, and the one whose layers may differ in size.
     """
 
     model_types: tuple[str, ...]
@@ -122,6 +123,7 @@ class ModelFamily:
     adapter_targets: tuple[str, ...] = ()
     parallel: Callable[[Any], bool] = lambda config: False
     unsupported: Callable[[Any], str | None] = lambda config: None
+    gguf: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     def prefix(self, model: nn.Module) -> str:
         """Path of the base model inside ``model`` with its dot; empty when ``model`` is the base model."""

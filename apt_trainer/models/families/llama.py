@@ -50,7 +50,15 @@ def _family(*model_types: str, attention: SublayerTable, mlp: SublayerTable, tar
 
 _TARGETS = ("q_proj", "v_proj", "gate_proj")
 
-LLAMA = _family("llama", "mistral", "qwen2", "qwen3", attention=_ATTENTION, mlp=_MLP, targets=_TARGETS)
+LLAMA = replace(
+    _family("llama", "mistral", "qwen2", "qwen3", attention=_ATTENTION, mlp=_MLP, targets=_TARGETS),
+    gguf={
+        "llama": ("llama", "deci"),
+        "mistral": ("llama", "deci"),
+        "qwen2": ("qwen2", "deci"),
+        "qwen3": ("qwen3", "openelm"),
+    },
+)
 
 SMOLLM3 = _family("smollm3", attention=_ATTENTION, mlp=_MLP, targets=_TARGETS)
 

@@ -1,0 +1,1 @@
+"""One file a family: tables of module names."""

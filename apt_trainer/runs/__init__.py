@@ -1,0 +1,1 @@
+"""A recipe from start to folder: checks, the dry run, the run."""

@@ -1,0 +1,1 @@
+"""What is written and read: the format of a saved model, pretrained models, events, the lock of a folder."""

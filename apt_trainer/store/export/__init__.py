@@ -1,0 +1,138 @@
+"""A finished model in the format of another runtime, checked where it will run. To add one: a file that has what
+:class:`Target` says, and one line in :data:`TARGETS`."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import AutoTokenizer, PreTrainedModel
+
+from apt_trainer.errors import RunError, UserError, unknown_choice
+from apt_trainer.settings import ModelSettings
+from apt_trainer.store.events import write_json
+from apt_trainer.store.pretrained import find_source, load_saved
+
+TARGETS = {"onnx": "apt_trainer.store.export.onnx", "gguf": "apt_trainer.store.export.gguf"}
+RECORD = "export.json"
+"""What was written and how it was checked, beside the exported model."""
+
+
+class Target(Protocol):
+    """A module of this package."""
+
+    QUANTIZATIONS: tuple[str, ...]
+
+    def refuse(self, model: PreTrainedModel) -> None:
+        """Raise :class:`UserError` for a model that the format cannot hold, with the nearest thing that works."""
+
+    def file_of(self, folder: Path, quantize: str | None) -> Path:
+        """The weights in an exported ``folder``."""
+
+    def write(self, model: PreTrainedModel, tokenizer: Any, folder: Path, quantize: str | None) -> None:
+        """Write everything but the tokenizer's own files to ``folder``."""
+
+    def compare(self, model: PreTrainedModel, tokenizer: Any, folder: Path, quantize: str | None) -> dict[str, Any]:
+        """Run what was written in a process without apt_trainer beside ``model`` in this one: numbers, and ``equal``.
+
+        ``loaded_by`` names the consumer; None where none is installed, so that nothing was compared."""
+
+
+def parse_format(name: str) -> tuple[str, str | None]:
+    """(format, quantisation) of ``onnx_int8``, ``gguf_q8_0``, ``onnx`` …; raises :class:`UserError`."""
+    form, _, quantize = name.partition("_")
+    if form not in TARGETS:
+        raise unknown_choice("export", name, [*TARGETS])
+    check_quantization(form, quantize or None)
+    return form, quantize or None
+
+
+def check_quantization(form: str, quantize: str | None) -> None:
+    """Raise :class:`UserError` for a quantisation that ``form`` does not have."""
+    allowed = target_of(form).QUANTIZATIONS
+    if quantize is not None and quantize not in allowed:
+        raise unknown_choice("quantize", quantize, allowed)
+
+
+def target_of(form: str) -> Target:
+    """The module of a format; raises :class:`UserError` for an unknown one."""
+    if form not in TARGETS:
+        raise unknown_choice("format", form, [*TARGETS])
+    return importlib.import_module(TARGETS[form])  # type: ignore[return-value]
+
+
+def export(
+    model: PreTrainedModel | str | Path,
+    form: str,
+    output: str | Path,
+    *,
+    quantize: str | None = None,
+    tokenizer: Any = None,
+) -> dict[str, Any]:
+    """Write ``model`` to the new folder ``output`` and check it in a process that cannot import apt_trainer.
+
+    Args:
+        model: a finished model, or where one is: a folder, a hub name or a GGUF file.
+        form: one of :data:`TARGETS`.
+        output: folder, which may not hold anything yet.
+        quantize: weights of fewer bits; what there is differs by format.
+        tokenizer: of a model that is given as an object; otherwise the one beside the model.
+
+    Returns:
+        What ``export.json`` in ``output`` says: ``format``, ``quantize``, ``file``, ``bytes`` and what was found.
+
+    Raises:
+        UserError: the format cannot hold the model, a package is missing, or ``output`` is not empty.
+        RunError: what was written does not compute what ``model`` does; nothing is left of it.
+    """
+    target, output = target_of(form), Path(output)
+    check_quantization(form, quantize)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} exists and is not empty. Give a folder that is to be made.")
+    if not isinstance(model, PreTrainedModel):
+        model, tokenizer = _load(str(model), tokenizer)
+    target.refuse(model)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        folder = staging / "export"
+        try:
+            target.write(model, tokenizer, folder, quantize)
+        except ImportError as error:
+            raise UserError(f"{error}. Install what exports need: pip install 'apt-trainer[export]'.") from error
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        record: dict[str, Any] = {
+            "format": form,
+            "quantize": quantize,
+            "file": str(target.file_of(folder, quantize).relative_to(folder)),
+        }
+        record |= {"bytes": target.file_of(folder, quantize).stat().st_size}
+        record |= target.compare(model, tokenizer, folder, quantize)
+        if record["loaded_by"] is not None and not record["equal"]:
+            raise RunError(
+                f"What was written as {form} does not compute what the model does (largest difference "
+                f"{record['largest_difference']:.2g}); nothing was kept. Please report this with the model's config."
+            )
+        write_json(folder / RECORD, record)
+        if output.exists():
+            output.rmdir()
+        folder.rename(output)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return record
+
+
+def _load(path: str, tokenizer: Any) -> tuple[PreTrainedModel, Any]:
+    source = find_source(path)
+    model = load_saved(ModelSettings(path, dtype="float32")).eval()
+    if tokenizer is None:
+        options = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source.path, **options)
+        except (OSError, ValueError, KeyError):  # transformers' answers to a folder that has none
+            tokenizer = None
+    return model, tokenizer

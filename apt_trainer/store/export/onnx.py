@@ -1,0 +1,285 @@
+"""ONNX: encoders as a function of their inputs, decoders with a key-value cache whose layers may differ in width.
+
+The folder is laid out as transformers.js, optimum, sentence-transformers and FastEmbed read it: ``onnx/model.onnx``
+(one file), ``onnx/model_quantized.onnx`` with 8-bit weights, a stock ``config.json`` and the tokenizer. It holds no
+other weights, so that no loader takes the config for that of a dense model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from apt_trainer.errors import UserError
+from apt_trainer.models import family_of
+from apt_trainer.models.slots import set_slot, slot_holders
+from apt_trainer.models.stubs import NoOp
+from apt_trainer.store.export.check import NEW_TOKENS, TOLERANCE, batches, greedy, prompt_of, run_alone
+from apt_trainer.store.export.onnx_session import PAST, PRESENT
+from apt_trainer.store.saved_model import dense_shape
+
+OPSET = 18
+FOLDER, PLAIN, QUANTIZED = "onnx", "model.onnx", "model_quantized.onnx"
+QUANTIZATIONS = ("int8",)
+RUNNER = Path(__file__).with_name("onnx_session.py")
+
+
+def refuse(model: PreTrainedModel) -> None:
+    """Raise :class:`UserError` for a model that would not compute the same."""
+    if model.config.is_encoder_decoder:
+        raise UserError(
+            f"{type(model).__name__} has an encoder and a decoder, which are not exported to ONNX. Serve the saved "
+            "folder itself with transformers."
+        )
+    if getattr(model.config, "apt_plan", None) is not None:
+        raise UserError("A model with an execution plan is not exported. Drop layers instead: apt-trainer drop.")
+
+
+def file_of(folder: Path, quantize: str | None) -> Path:
+    """The model in an exported ``folder``."""
+    return folder / FOLDER / (PLAIN if quantize is None else QUANTIZED)
+
+
+def write(model: PreTrainedModel, tokenizer: Any, folder: Path, quantize: str | None) -> None:
+    """Write ``model`` to ``folder``; with ``quantize`` its 8-bit form instead of the plain one."""
+    target = folder / FOLDER
+    target.mkdir(parents=True)
+    plain = target / PLAIN
+    _trace(model, tokenizer, plain)
+    if quantize is not None:
+        _quantize(plain, target / QUANTIZED)
+        plain.unlink()
+    _, config = dense_shape(model.config)
+    config.architectures = [_stock_name(model)]
+    config.save_pretrained(folder)
+
+
+def compare(model: PreTrainedModel, tokenizer: Any, folder: Path, quantize: str | None) -> dict[str, Any]:
+    """Logits of several shapes with padding and, of a decoder, greedy tokens with the cache; by onnxruntime."""
+    cached = has_cache(model)
+    asked = {
+        f"{i}.{name}": value for i, batch in enumerate(batches(model, left=cached)) for name, value in batch.items()
+    }
+    prompt = prompt_of(model)
+    asked |= {"prompt": prompt, "new_tokens": torch.tensor([NEW_TOKENS])}
+    with tempfile.TemporaryDirectory() as place:
+        request, answer = Path(place) / "request.safetensors", Path(place) / "answer.safetensors"
+        save_file(asked, request)
+        run_alone(RUNNER, file_of(folder, quantize), request, answer)
+        found = load_file(answer)
+    largest, scale, agreeing = 0.0, 0.0, []
+    for i, batch in enumerate(batches(model, left=cached)):
+        expected = _expected(model, batch)
+        for name in [name.partition(".")[2] for name in found if name.startswith(f"{i}.")]:
+            real = batch["attention_mask"].bool() if expected[name].ndim == 3 else slice(None)
+            ours, theirs = expected[name][real], found[f"{i}.{name}"][real]
+            largest, scale = max(largest, float((ours - theirs).abs().max())), max(scale, float(ours.abs().max()))
+            agreeing.append((ours.argmax(-1) == theirs.argmax(-1)).float().flatten())
+    numbers: dict[str, Any] = {"loaded_by": "onnxruntime", "largest_difference": largest, "largest_output": scale}
+    numbers["same_prediction"] = float(torch.cat(agreeing).mean())
+    equal = largest <= TOLERANCE * max(scale, 1.0)
+    if "generated" in found:
+        numbers["greedy_tokens_equal"] = found["generated"].tolist() == greedy(model, prompt)
+        equal = equal and numbers["greedy_tokens_equal"]
+    return numbers | {"equal": equal or quantize is not None}
+
+
+@torch.no_grad()
+def _expected(model: PreTrainedModel, batch: dict[str, Tensor]) -> Any:
+    extra = {}
+    if "position_ids" in inspect.signature(model.forward).parameters and has_cache(model):
+        extra["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    return model(**batch, **extra, return_dict=True)
+
+
+def input_names(model: PreTrainedModel, tokenizer: Any) -> list[str]:
+    """What an encoder is given: what its tokenizer makes, or without one what its config describes."""
+    taken = inspect.signature(model.forward).parameters
+    made = getattr(tokenizer, "model_input_names", None)
+    if made is None:
+        made = ["input_ids", "attention_mask"]
+        if getattr(model.config, "type_vocab_size", 0) > 1:
+            made.append("token_type_ids")
+    return [name for name in made if name in taken]
+
+
+def _trace(model: PreTrainedModel, tokenizer: Any, file: Path) -> None:
+    model = copy.deepcopy(model).float().eval().to("cpu")
+    model.set_attn_implementation("eager")
+    if has_cache(model):
+        example, wrapper = _decoder(model)
+    else:
+        example, wrapper = _encoder(model, input_names(model, tokenizer))
+    dynamic = [_dynamic(value) for value in example.values()]
+    past = [name for name in example if name.startswith(PAST)]
+    plain = [value for name, value in example.items() if name not in past]
+    arguments = (*plain, [example[name] for name in past]) if past else (*plain,)
+    shapes = (*dynamic[: len(plain)], dynamic[len(plain) :]) if past else (*dynamic,)
+    with torch.no_grad(), _quiet():
+        outputs = list(wrapper(*arguments))
+        program = torch.onnx.export(
+            wrapper,
+            arguments,
+            dynamo=True,
+            dynamic_shapes={"inputs": shapes},
+            input_names=list(example),
+            output_names=[*wrapper.outputs, *(name.replace(PAST, PRESENT) for name in past)],
+            opset_version=OPSET,
+            verbose=False,
+        )
+        assert program is not None and len(outputs) == len(wrapper.outputs) + len(past)
+        program.save(str(file), external_data=_bytes(model) > 1.9e9)
+
+
+class _Encoder(nn.Module):
+    """[batch, length] inputs in the order of ``names`` → the outputs of the task head."""
+
+    def __init__(self, model: PreTrainedModel, names: Sequence[str], outputs: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.names, self.outputs = model, names, outputs
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        found = self.model(**dict(zip(self.names, inputs, strict=True)), return_dict=True)
+        return tuple(found[name] for name in self.outputs)
+
+
+class _Decoder(nn.Module):
+    """(input_ids and position_ids [batch, new], attention_mask [batch, past + new], past) → (logits, present).
+
+    ``past``: key and value of each attention that is left, [batch, heads of that layer, past, head size].
+    """
+
+    outputs = ("logits",)
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        config = model.config
+        self.window = getattr(config, "sliding_window", None)
+        if getattr(config, "use_sliding_window", True) is False:
+            self.window = None
+        self.kinds = sorted(set(getattr(config, "layer_types", None) or ()))
+
+    def forward(self, *inputs: Any) -> tuple[Tensor, ...]:
+        input_ids, attention_mask, position_ids, past = inputs
+        cache = DynamicCache([(past[2 * i], past[2 * i + 1]) for i in range(len(past) // 2)])
+        new, total = input_ids.shape[1], attention_mask.shape[1]
+        query = torch.arange(total - new, total, device=input_ids.device)[:, None]
+        key = torch.arange(total, device=input_ids.device)[None]
+        real = attention_mask[:, None, None, :] > 0
+        masks = {"full_attention": (key <= query)[None, None] & real}
+        if self.window is not None:
+            masks["sliding_attention"] = masks["full_attention"] & (query - key < self.window)[None, None]
+        least = torch.finfo(torch.float32).min
+        added = {kind: torch.where(mask, 0.0, least) for kind, mask in masks.items()}
+        mask: Any = {kind: added[kind] for kind in self.kinds} if len(self.kinds) > 1 else None
+        if mask is None:
+            only = self.kinds[0] if self.kinds else "sliding_attention"
+            mask = added.get(only, added["full_attention"])
+        found = self.model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        return (found.logits, *(part for layer in cache.layers for part in (layer.keys, layer.values)))
+
+
+def has_cache(model: PreTrainedModel) -> bool:
+    """Whether ``model`` generates token by token."""
+    return family_of(model.config).head(model).next_token
+
+
+def _encoder(model: PreTrainedModel, names: Sequence[str]) -> tuple[dict[str, Tensor], _Encoder]:
+    ids = torch.arange(10).reshape(2, 5) % max(2, model.config.vocab_size - 1) + 1
+    values = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    example = {name: values[name] for name in names}
+    with torch.no_grad():
+        found = model(**example, return_dict=True)
+    known = ("logits", "start_logits", "end_logits", "last_hidden_state")
+    return example, _Encoder(model, names, [name for name in known if name in found])
+
+
+def _decoder(model: PreTrainedModel) -> tuple[dict[str, Tensor], _Decoder]:
+    """Number the cache slots over the attentions that are left; their sizes are read from a forward pass."""
+    slot = 0
+    for path in family_of(model.config).layer_paths(model):
+        layer = model.get_submodule(path)
+        holders = slot_holders(layer)
+        gone = tuple(name for name in holders if isinstance(layer.get_submodule(name), NoOp))
+        for name in gone:
+            layer.get_submodule(name).layer_idx = None  # type: ignore[assignment]
+        left = tuple(name for name in holders if name not in gone)
+        if any(left):  # some layers keep the number beside their attention
+            set_slot(layer, left, slot)
+            slot += 1
+    if slot == 0:
+        raise UserError("The model has no attention left, so that it has no cache to export. Keep one at least.")
+    cache = DynamicCache()
+    ids = torch.arange(6).reshape(2, 3) % max(2, model.config.vocab_size - 1) + 1
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+    example = {
+        "input_ids": ids,
+        "attention_mask": torch.ones(2, 3 + 4, dtype=torch.long),
+        "position_ids": torch.arange(4, 7).repeat(2, 1),
+    }
+    for i, layer in enumerate(cache.layers):
+        for part, value in (("key", layer.keys), ("value", layer.values)):
+            example[f"{PAST}{i}.{part}"] = value.new_zeros(2, value.shape[1], 4, value.shape[3])
+    return example, _Decoder(model)
+
+
+def _dynamic(value: Tensor) -> dict[int, Any]:
+    """Batch and length of an input may change: [batch, length], or [batch, heads, length, size] of a cache."""
+    free = torch.export.Dim.DYNAMIC
+    return {0: free, (2 if value.ndim == 4 else 1): free}
+
+
+def _quantize(source: Path, target: Path) -> None:
+    """8-bit weights per channel, 8-bit activations whose range is found while it runs."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared = target.with_suffix(".prepared")
+    with _quiet():
+        quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+        quantize_dynamic(str(prepared), str(target), weight_type=QuantType.QInt8, per_channel=True)
+    prepared.unlink()
+
+
+def _stock_name(model: PreTrainedModel) -> str:
+    architecture = getattr(model.config, "apt_base_architecture", None)
+    return str(architecture or type(model).__name__)
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(parameter.numel() * 4 for parameter in model.parameters())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter tells its progress and its own deprecations, which say nothing about the result."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,97 @@
+"""Runs an exported ONNX model by onnxruntime alone.
+
+As a script it answers a request in a process of its own, which cannot import apt_trainer: so an export is checked
+where it will be served. Nothing of apt_trainer is imported here.
+
+    python -I onnx_session.py MODEL.onnx REQUEST.safetensors ANSWER.safetensors
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PAST, PRESENT = "past_key_values.", "present."
+
+
+class OnnxModel:
+    """An ONNX file as a function of numpy arrays.
+
+    Args:
+        file: the ``.onnx`` file.
+        threads: of one operation; 0 leaves it to onnxruntime.
+    """
+
+    def __init__(self, file: str | Path, threads: int = 0) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        self.inputs = {value.name: value for value in self.session.get_inputs()}
+        self.outputs = [value.name for value in self.session.get_outputs()]
+
+    @property
+    def has_cache(self) -> bool:
+        return any(name.startswith(PAST) for name in self.inputs)
+
+    def __call__(self, batch: Mapping[str, Any], past: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
+        """Every output by name, for ``input_ids`` [batch, length] and what goes with them.
+
+        ``past``: the ``present.*`` of the call before; without, a cache begins empty. ``attention_mask`` covers the
+        past too: [batch, past + length].
+        """
+        given = {name: np.asarray(batch[name], dtype=np.int64) for name in self.inputs if name in batch}
+        if "position_ids" in self.inputs and "position_ids" not in given:
+            places = np.maximum(given["attention_mask"].cumsum(1) - 1, 0)
+            given["position_ids"] = places[:, -given["input_ids"].shape[1] :]
+        if "token_type_ids" in self.inputs and "token_type_ids" not in given:
+            given["token_type_ids"] = np.zeros_like(given["input_ids"])
+        rows = len(given["input_ids"])
+        for name, value in self.inputs.items():
+            if name.startswith(PAST):
+                empty = (rows, value.shape[1], 0, value.shape[3])
+                given[name] = np.zeros(empty, np.float32) if past is None else past[name.replace(PAST, PRESENT)]
+        return dict(zip(self.outputs, self.session.run(None, given), strict=True))
+
+    def generate(self, prompt: np.ndarray, new_tokens: int) -> list[int]:
+        """The ``new_tokens`` most likely tokens after ``prompt`` [1, length], one at a time with the cache."""
+        found: list[int] = []
+        ids, past, seen = prompt, None, 0
+        for _ in range(new_tokens):
+            seen += ids.shape[1]
+            answer = self({"input_ids": ids, "attention_mask": np.ones((1, seen), np.int64)}, past)
+            past = {name: value for name, value in answer.items() if name.startswith(PRESENT)}
+            found.append(int(answer["logits"][0, -1].argmax()))
+            ids = np.array([found[-1:]], np.int64)
+        return found
+
+
+def main(model: str, request: str, answer: str) -> None:
+    """Answer each batch of ``request`` (tensors named ``NUMBER.INPUT``) by ``NUMBER.OUTPUT``; ``prompt`` and
+    ``new_tokens`` by ``generated``."""
+    from safetensors.numpy import load_file, save_file
+
+    asked, run = load_file(request), OnnxModel(model)
+    batches: dict[str, dict[str, np.ndarray]] = {}
+    for name, value in asked.items():
+        number, dot, rest = name.partition(".")
+        if dot:
+            batches.setdefault(number, {})[rest] = value
+    found: dict[str, np.ndarray] = {}
+    for number, batch in batches.items():
+        for name, value in run(batch).items():
+            if not name.startswith(PRESENT):
+                found[f"{number}.{name}"] = np.ascontiguousarray(value)
+    if "prompt" in asked and run.has_cache:
+        found["generated"] = np.array(run.generate(asked["prompt"], int(asked["new_tokens"][0])), np.int64)
+    save_file(found, answer)
+
+
+if __name__ == "__main__":
+    sys.modules["apt_trainer"] = None  # type: ignore[assignment]
+    main(*sys.argv[1:])

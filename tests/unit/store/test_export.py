@@ -1,0 +1,174 @@
+"""Unevenly cut models in other runtimes: the same numbers there, in a process without apt_trainer; or one sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import parts, random_plan, tiny_batch, tiny_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from apt_trainer import UserError
+from apt_trainer.cli import main
+from apt_trainer.errors import RunError
+from apt_trainer.store.export import RECORD, export, parse_format
+from apt_trainer.store.export import gguf as gguf_target
+from apt_trainer.store.export import onnx as onnx_target
+from apt_trainer.store.export.onnx_session import OnnxModel
+from apt_trainer.store.saved_model import as_pruned
+from apt_trainer.surgery.cutting import apply_plan
+
+ENCODERS = [
+    ("bert", "ForSequenceClassification"),
+    ("distilbert", "ForQuestionAnswering"),
+    ("modernbert", "ForMaskedLM"),
+]
+DECODERS = ["llama", "gemma3_text", "gpt2"]
+
+
+def cut(family: str, task: str, vanish: tuple[str, ...] = (), **extra: object) -> PreTrainedModel:
+    """A tiny model of uneven widths, saved class and all."""
+    model = tiny_model(family, task, **extra)
+    table, spaces, dense = parts(model)
+    plan = random_plan(spaces, dense, 5, kinds=("heads", "neurons"), vanish=vanish)
+    apply_plan(model, table, spaces, dense, plan)
+    as_pruned(model, table, plan)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE as GPT-2 has it, with merges learnt from a few words."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<end>", "<pad>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    raw.train_from_iterator(["the cat sat on the mat"] * 9 + ["return the matter"] * 9, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", pad_token="<pad>")
+
+
+@pytest.mark.parametrize(("family", "task"), ENCODERS)
+def test_encoders_in_onnx(family: str, task: str, tmp_path: Path) -> None:
+    model = cut(family, task, vanish=("layers.1.heads", "layers.2.neurons"))
+    record = export(model, "onnx", tmp_path / "onnx")
+    assert record["loaded_by"] == "onnxruntime" and record["equal"]
+    assert record["largest_difference"] < 1e-4 * record["largest_output"]
+    assert json.loads((tmp_path / "onnx" / RECORD).read_text()) == record
+    config = json.loads((tmp_path / "onnx" / "config.json").read_text())
+    assert config["model_type"] == model.config.apt_base_model_type and "apt_structure" not in config
+    assert not list((tmp_path / "onnx").rglob("*.safetensors")), "a stock config beside cut weights would load wrongly"
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_decoders_in_onnx_generate_with_their_cache(family: str, tmp_path: Path) -> None:
+    model = cut(family, "ForCausalLM", vanish=("layers.0.heads", "layers.1.neurons"), max_position_embeddings=40)
+    record = export(model, "onnx", tmp_path / "onnx")
+    assert record["equal"] and record["greedy_tokens_equal"]
+    run = OnnxModel(tmp_path / "onnx" / "onnx" / "model.onnx")
+    heads = [run.inputs[name].shape[1] for name in run.inputs if name.endswith(".key")]
+    assert len(heads) == 2, "the layer without attention has no slot"
+
+
+def test_int8_keeps_predictions(tmp_path: Path) -> None:
+    model = cut("bert", "ForSequenceClassification")
+    plain = export(model, "onnx", tmp_path / "plain")
+    small = export(model, "onnx", tmp_path / "small", quantize="int8")
+    assert small["file"].endswith("model_quantized.onnx") and not (tmp_path / "small/onnx/model.onnx").exists()
+    assert small["bytes"] != plain["bytes"] and small["same_prediction"] >= 0.6
+    batch = tiny_batch(model)
+    answer = OnnxModel(tmp_path / "small/onnx/model_quantized.onnx")({k: v.numpy() for k, v in batch.items()})
+    with torch.no_grad():
+        expected = model(**batch).logits
+    assert float((torch.from_numpy(answer["logits"]) - expected).abs().max()) < 0.2 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("family", "vanish", "architecture"),
+    [
+        ("llama", ("layers.0.heads", "layers.1.neurons", "layers.2.heads", "layers.2.neurons"), "deci"),
+        ("qwen2", ("layers.1.heads", "layers.1.neurons"), "deci"),
+        ("qwen3", ("layers.1.neurons", "layers.0.heads"), "openelm"),
+    ],
+)
+def test_decoders_in_llama_cpp(
+    family: str,
+    vanish: tuple[str, ...],
+    architecture: str,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    extra = {
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 64,
+        "vocab_size": len(tokenizer),
+        "eos_token_id": 0,
+    }
+    extra |= {
+        "hidden_size": 32,
+        "head_dim": 16,
+        "bos_token_id": None,
+        "use_sliding_window": False,
+        "attention_bias": False,
+    }
+    model = cut(family, "ForCausalLM", vanish, **extra)
+    assert gguf_target.architecture_of(model) == architecture
+    record = export(model, "gguf", tmp_path / "gguf", tokenizer=tokenizer)
+    assert record["loaded_by"] == "llama.cpp" and record["equal"]
+    assert record["greedy_tokens_equal"] and record["same_tokenization"]
+    small = export(model, "gguf", tmp_path / "small", quantize="q8_0", tokenizer=tokenizer)
+    assert small["bytes"] < 0.6 * record["bytes"]
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "form", "said"),
+    [
+        ("gemma2", "ForCausalLM", "gguf", "no layer in llama.cpp"),
+        ("bert", "ForSequenceClassification", "gguf", "no layer in llama.cpp"),
+        ("mistral", "ForCausalLM", "gguf", "attends to a window"),
+        ("qwen3", "ForCausalLM", "gguf", "a head of its own"),
+        ("t5", "ForConditionalGeneration", "onnx", "an encoder and a decoder"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused(family: str, task: str, form: str, said: str, tmp_path: Path) -> None:
+    extra = {"tie_word_embeddings": False} if family == "qwen3" else {}
+    with pytest.raises(UserError, match=said):
+        export(cut(family, task, **extra), form, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file with a wrong weight loads as well as a right one."""
+    original = onnx_target.write
+
+    def write(model: PreTrainedModel, *rest: object) -> None:
+        other = cut("bert", "ForSequenceClassification")
+        with torch.no_grad():
+            other.classifier.weight.mul_(1.1)
+        original(other, *rest)
+
+    monkeypatch.setattr(onnx_target, "write", write)
+    with pytest.raises(RunError, match="does not compute"):
+        export(cut("bert", "ForSequenceClassification"), "onnx", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_of_formats() -> None:
+    assert parse_format("onnx_int8") == ("onnx", "int8") and parse_format("gguf_q4_k_m") == ("gguf", "q4_k_m")
+    with pytest.raises(UserError, match="onnx, gguf"):
+        parse_format("tflite")
+    with pytest.raises(UserError, match="int8"):
+        parse_format("onnx_q8_0")
+
+
+def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cut("bert", "ForSequenceClassification").save_pretrained(tmp_path / "model")
+    command = ["export", str(tmp_path / "model"), "--format", "onnx", "--output", str(tmp_path / "onnx")]
+    assert main(command) == 0
+    assert "loaded by onnxruntime in a process without apt_trainer" in capsys.readouterr().out
+    assert main(command) == 2
+    assert "not empty" in capsys.readouterr().err
