@@ -8,26 +8,32 @@ A structure holds the base model only; a head gets its width from ``hidden``, wh
 
 Classes have the name of the stock class, since other libraries look classes up by name; a config instance has the
 model type of the stock config for the same reason, and is saved under its own.
+
+A saved folder carries a copy of this file, by which transformers loads the model (``trust_remote_code=True``) where
+apt_trainer is not installed. So it imports torch and transformers only.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
-
-from apt_trainer.models.sizes import get_size, set_size
-from apt_trainer.models.stubs import STUBS, put_stub
 
 FORMAT_VERSION = 3
 PREFIX = "apt_"
 CLASS_PREFIX = "Apt"
+CODE_FILE = "modeling_apt.py"
 DENSE = "apt_per_layer"
 """In memory only: what the config of a model with an execution plan says about its layers."""
+REMOTE_CODE = "apt_remote_code"
+"""Attribute of a config: whether a save writes this file too; it does where that is absent."""
 _OWN = ("apt_base_architecture", "apt_format_version", "apt_structure", "apt_plan")
 
 HOOKS: dict[str, Callable[..., None]] = {}
@@ -35,7 +41,201 @@ HOOKS: dict[str, Callable[..., None]] = {}
 plan. Empty where apt_trainer is not installed."""
 
 
-# ---- sizes ----
+# ---- how a module is called: argument names are read from it, since releases of transformers change them ----
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def positional_names(module_class: type[nn.Module]) -> tuple[str, ...]:
+    """Names of what ``forward`` of ``module_class`` may be given by position, in their order."""
+    parameters = list(inspect.signature(module_class.forward).parameters.values())[1:]
+    return tuple(parameter.name for parameter in parameters if parameter.kind in _POSITIONAL)
+
+
+def by_name(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name; ``names``: :func:`positional_names` of what is called."""
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
+
+
+def cache_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The key-value cache among the arguments of a call, known by its type; None where there is none."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, transformers.Cache)), None)
+
+
+# ---- no-ops ----
+
+
+class NoOp(nn.Module):
+    """``replaced``: the module it stands for; None: one that takes all by position."""
+
+    silent = False
+    """Whether the output is nothing: zeros in the shape of what it replaces."""
+
+    def __init__(self, replaced: nn.Module | None = None) -> None:
+        super().__init__()
+        if isinstance(replaced, NoOp):
+            self.names: tuple[str, ...] = replaced.names
+        else:
+            self.names = () if replaced is None else positional_names(type(replaced))
+
+    def given(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """Argument ``number`` of a call, which may be given by its name."""
+        return args[number] if number < len(args) else kwargs[self.names[number]]  # type: ignore[no-any-return]
+
+
+class PassAttention(NoOp):
+    """Returns the hidden states it was given and no attention weights."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        return self.given(0, args, kwargs), None
+
+
+class ZeroAttention(NoOp):
+    """Adds nothing to the residual stream; returns no attention weights.
+
+    Puts a token of width 1 into its own slot of the key-value cache for each token it sees: the length of the cache
+    is read from the first layer, whose attention may be this one.
+    """
+
+    silent = True
+
+    def __init__(self, replaced: nn.Module | None = None) -> None:
+        super().__init__(replaced)
+        self.layer_idx = getattr(replaced, "layer_idx", None)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        hidden_states, cache = self.given(0, args, kwargs), cache_in(args, kwargs)
+        if cache is not None and self.layer_idx is not None:
+            token = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            getattr(cache, "self_attention_cache", cache).update(token, token, self.layer_idx)
+        return torch.zeros_like(hidden_states), None
+
+
+class PassBiasedAttention(NoOp):
+    """Returns the hidden states and the position bias that it was given, and no attention weights."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        return self.given(0, args, kwargs), by_name(self.names, args, kwargs).get("position_bias"), None
+
+
+class ZeroFeedForward(NoOp):
+    """Adds nothing to the residual stream."""
+
+    silent = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros_like(self.given(0, args, kwargs))
+
+
+class PassFirst(NoOp):
+    """Returns its first argument."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.given(0, args, kwargs)
+
+
+class PassSecond(NoOp):
+    """Returns its second argument: the residual input of an output module that adds and normalises."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.given(1, args, kwargs)
+
+
+STUBS: dict[str, type[NoOp]] = {
+    "pass_attention": PassAttention,
+    "pass_biased_attention": PassBiasedAttention,
+    "zero_attention": ZeroAttention,
+    "zero_feed_forward": ZeroFeedForward,
+    "pass_first": PassFirst,
+    "pass_second": PassSecond,
+}
+STUB_KINDS: dict[type[nn.Module], str] = {cls: kind for kind, cls in STUBS.items()}
+
+
+def put_stub(model: nn.Module, path: str, kind: str) -> None:
+    """Replace the module at ``path`` of ``model`` by a no-op of ``kind``."""
+    model.set_submodule(path, STUBS[kind](model.get_submodule(path)))
+
+
+# ---- sizes that a module keeps ----
+
+Size = int | tuple[int, ...]
+
+
+class ConfigView:
+    """The shared config, of which one module sees some values changed."""
+
+    def __init__(self, shared: Any) -> None:
+        self.shared = shared
+
+    def __getattr__(self, name: str) -> Any:  # only for what is not changed
+        if name == "shared" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.shared, name)
+
+
+def get_size(module: nn.Module, name: str) -> Any:
+    """Value of a size attribute; None where the module has none."""
+    owner, _, last = name.rpartition(".")
+    return getattr(getattr(module, owner) if owner else module, last, None)
+
+
+def set_size(module: nn.Module, name: str, value: Size) -> None:
+    """Set a size attribute of ``module`` and of no other."""
+    if get_size(module, name) == value:
+        return
+    owner, _, last = name.rpartition(".")
+    if not owner:
+        if last == "kept_heads" and not isinstance(module, BiasOfKeptHeads):
+            module.__class__ = _with_bias_of_kept_heads(type(module))  # type: ignore[arg-type]
+        setattr(module, last, value)
+        return
+    config = getattr(module, owner)
+    if not isinstance(config, ConfigView):
+        config = ConfigView(config)
+        setattr(module, owner, config)
+    setattr(config, last, value)
+
+
+class BiasOfKeptHeads(nn.Module):
+    """Mixed into an attention that lost heads and shares its position bias with all layers of its stack.
+
+    The bias [1, heads of the dense model, T, S] passes through whole; of it, only the rows of ``kept_heads`` are used
+    here. Where none comes in, it is made by the attention's own table, whose columns are those of all dense heads; an
+    attention without such a table (cross-attention) has none and hands none on. Keeps nothing between calls.
+    """
+
+    kept_heads: tuple[int, ...]
+    names: tuple[str, ...]  # of what the attention's own forward takes by position
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        given = by_name(self.names, args, kwargs)
+        position_bias, cache = given.get("position_bias"), cache_in(args, kwargs)
+        # Read before the attention itself appends to the cache; a static cache counts in place.
+        seen: Any = 0 if cache is None else cache.get_seq_length(self.layer_idx)
+        seen = seen.clone() if torch.is_tensor(seen) else seen
+        if position_bias is not None:
+            given["position_bias"] = self._chosen(position_bias)
+        output, used, weights = super().forward(**given)
+        if position_bias is None and self.has_relative_attention_bias:
+            position_bias = super().compute_bias(*used.shape[-2:], device=used.device, past_seen_tokens=seen)  # type: ignore[misc]
+        return output, position_bias, weights
+
+    def compute_bias(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Bias [1, kept heads, T, S], for the attention's own forward."""
+        return self._chosen(super().compute_bias(*args, **kwargs))  # type: ignore[misc]
+
+    def _chosen(self, bias: torch.Tensor) -> torch.Tensor:
+        return bias.index_select(1, torch.tensor(self.kept_heads, device=bias.device))
+
+
+@cache
+def _with_bias_of_kept_heads(attention: type[nn.Module]) -> type[nn.Module]:
+    namespace = {"__module__": __name__, "names": positional_names(attention)}
+    return type(attention.__name__, (BiasOfKeptHeads, attention), namespace)
+
+
+# ---- the structure of a model ----
 
 
 def apply_structure(model: nn.Module, config: Any) -> None:
@@ -212,11 +412,34 @@ def config_class(model_type: str) -> type[Any]:
             values["apt_base_architecture"] = names[0]
             values["architectures"] = [CLASS_PREFIX + name for name in names]
         values.pop("auto_map", None)
+        if carries_code(self):
+            values["auto_map"] = auto_map(base)
         _teach_peft(model_type)
         return values
 
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        code = Path(save_directory) / CODE_FILE
+        if carries_code(self):
+            code.parent.mkdir(parents=True, exist_ok=True)
+            code.write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
+        else:
+            code.unlink(missing_ok=True)
+        return base.save_pretrained(self, save_directory, *args, **kwargs)
+
     namespace = {"model_type": PREFIX + model_type, "__init__": __init__, "describe": describe, "to_dict": to_dict}
+    namespace |= {"save_pretrained": save_pretrained, "register_for_auto_class": _already_registered}
     return type(CLASS_PREFIX + base.__name__, (base,), namespace | {"__module__": __name__})
+
+
+@classmethod  # type: ignore[misc]
+def _already_registered(cls: Any, auto_class: Any = None) -> None:
+    """For ``register_for_auto_class``, after which transformers would rewrite ``auto_map`` at the next save."""
+
+
+def carries_code(config: Any) -> bool:
+    """Whether a save of ``config`` writes this file: unless told not to, and where it is enough to load the model."""
+    wanted = getattr(config, REMOTE_CODE, True) and getattr(config, "apt_structure", None) is not None
+    return bool(wanted) and getattr(config, "apt_plan", None) is None
 
 
 def _teach_peft(model_type: str) -> None:
@@ -270,7 +493,13 @@ def model_class(architecture: str) -> type[Any]:
         _refuse_mismatch(model, [key[0] for key in info["mismatched_keys"]], path)
         return (model, info) if kwargs.get("output_loading_info") else model
 
+    def save_pretrained(self: Any, *args: Any, remote_code: bool | None = None, **kwargs: Any) -> Any:
+        if remote_code is not None:
+            setattr(self.config, REMOTE_CODE, remote_code)
+        return base.save_pretrained(self, *args, **kwargs)
+
     namespace = {"config_class": own_config, "__init__": __init__, "from_pretrained": from_pretrained}
+    namespace |= {"save_pretrained": save_pretrained, "register_for_auto_class": _already_registered}
     return type(architecture, (base,), namespace | {"__module__": __name__})
 
 
@@ -283,6 +512,7 @@ def _refuse_mismatch(model: nn.Module, keys: list[str], path: Any) -> None:
         raise RuntimeError(f"{path} has other sizes than its config says, first of all for {wrong[0]}.")
 
 
+@cache
 def stock_classes(config: type[Any]) -> dict[str, tuple[type[Any], ...]]:
     """Name of each Auto class that serves stock ``config`` → the model classes that it may build."""
     auto: Any = transformers.models.auto.modeling_auto

@@ -11,6 +11,7 @@ default, says which no-ops those of gone sublayers are to be (``models.family``)
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
@@ -20,14 +21,23 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from wrapt import LazyObjectProxy
 
 from apt_trainer.errors import UserError
 from apt_trainer.models import FAMILIES, HIDDEN, Head, ModelFamily, modeling_apt
 from apt_trainer.models.execution_plan import Plan, plan_from_json
-from apt_trainer.models.modeling_apt import DENSE, PREFIX, config_class, model_class, stock_classes
-from apt_trainer.models.sizes import ConfigView, get_size
-from apt_trainer.models.stubs import STUB_KINDS
+from apt_trainer.models.modeling_apt import (
+    DENSE,
+    PREFIX,
+    REMOTE_CODE,
+    STUB_KINDS,
+    ConfigView,
+    config_class,
+    get_size,
+    model_class,
+    stock_classes,
+)
 from apt_trainer.plan.pruning_plan import PruningPlan
 
 if TYPE_CHECKING:  # this module is imported as soon as AutoConfig is, which must not wait for modelling code
@@ -156,10 +166,11 @@ def register(configs: Any) -> None:
         )
 
 
-def as_pruned(model: PreTrainedModel, family: ModelFamily, plan: PruningPlan) -> None:
+def as_pruned(model: PreTrainedModel, family: ModelFamily, plan: PruningPlan, remote_code: bool = True) -> None:
     """Turn a cut stock model, in place, into the class that saves and loads with its structure.
 
-    A model whose shapes are those of the dense one stays a stock model.
+    A model whose shapes are those of the dense one stays a stock model. ``remote_code``: saves carry the code that
+    loads them where this package is not installed.
     """
     if hasattr(model.config, "apt_structure"):
         return
@@ -169,6 +180,8 @@ def as_pruned(model: PreTrainedModel, family: ModelFamily, plan: PruningPlan) ->
     structure = describe_structure(model, dense, family, plan)
     if any(structure.values()):
         become_own(model, structure)
+        if not remote_code:
+            setattr(model.config, REMOTE_CODE, False)
 
 
 def become_own(model: PreTrainedModel, structure: Structure, plan: Mapping[str, Any] | None = None) -> None:
@@ -255,7 +268,20 @@ def load_pruned(path: str | Path, **kwargs: Any) -> PreTrainedModel:
 
 
 def _check_folder(path: Path, subfolder: str) -> None:
-    """Raise :class:`UserError` for a folder without a model; what can be no folder's path is a name on the hub."""
-    is_name = not path.exists() and not path.is_absolute() and len(path.parts) <= 2 and path.parts[0] not in "..~"
-    if not is_name and not (path / subfolder / "config.json").is_file():
-        raise UserError(f"{path / subfolder} holds no config.json. Give the folder that a run wrote its model to.")
+    """Raise :class:`UserError` for a folder without a model, or with weights outside of it. A path that is none, of
+    one or two parts, is a name on the hub."""
+    is_path = path.is_absolute() or len(path.parts) > 2 or path.parts[:1] in ((".",), ("..",), ("~",))
+    if not path.exists() and not is_path:
+        return
+    folder = path / subfolder
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no config.json. Give the folder that a run wrote its model to.")
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{index} is damaged or incomplete: {error!r}.") from error
+        outside = sorted(str(name) for name in named if not isinstance(name, str) or Path(name).name != name)
+        if outside:
+            raise UserError(f"{index} names {outside[0]}, which is outside of the folder.")

@@ -289,7 +289,7 @@ class APTTrainer(BestWithinBudget):
         self.pruner.set_tune("full")
         self.load_best()
         self.model.requires_grad_(True)
-        as_pruned(self.model, self.pruner.family, self.pruner.plan)
+        as_pruned(self.model, self.pruner.family, self.pruner.plan, self.args.remote_code)
         self.model_wrapped = self.model
         self._finished = True
 

@@ -13,7 +13,6 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from safetensors.torch import save_file
 from texts import word_tokenizer, words
 from tiny import ALL_TASKS, FAMILY_NAMES, LANGUAGE_MODELS, gap, logits, parts, random_plan, tiny_batch, tiny_model
 from transformers import (
@@ -33,11 +32,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from apt_trainer import UserError, load_pruned
 from apt_trainer.models.modeling_apt import model_class
-from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.store.saved_model import as_pruned
 from apt_trainer.surgery.cutting import apply_plan
 
-FORMAT_1 = Path(__file__).parent / "format_1"
+FORMAT_1 = Path(__file__).parents[1] / "integration" / "v0_1"
 EVERY = dict.fromkeys(FAMILY_NAMES, "ForSequenceClassification") | LANGUAGE_MODELS
 
 
@@ -353,27 +351,23 @@ def test_values_of_the_config_and_options_of_loading(decoder: Path) -> None:
 # ---------------------------------------------------------------------------- older folders
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "phi3", "t5"])
-def test_a_folder_of_version_0_1_0_loads(name: str, tmp_path: Path) -> None:
-    """The config as that version wrote it; the weights by cutting anew."""
-    old = json.loads((FORMAT_1 / f"{name}.json").read_text())
-    model = tiny_model(name, old["task"])
-    family, spaces, dense = parts(model)
-    apply_plan(model, family, spaces, dense, PruningPlan({space: tuple(k) for space, k in old["plan"].items()}))
-    batch = tiny_batch(model)
-    expected = logits(model, batch)
-    (tmp_path / "config.json").write_text(json.dumps(old["config"]))
-    seen: set[int] = set()
-    tensors = {k: v for k, v in model.state_dict().items() if not (v.data_ptr() in seen or seen.add(v.data_ptr()))}
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    for again in (load_pruned(tmp_path), ALL_TASKS[old["task"]].from_pretrained(tmp_path)):
-        assert torch.equal(logits(again.eval(), batch), expected)
-    again.resize_token_embeddings(45)
-    again.save_pretrained(tmp_path / "new")
-    assert load_pruned(tmp_path / "new").config.vocab_size == 45
-    if name == "bert":
-        other = load_pruned(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
-        assert logits(other.eval(), without_labels(batch)).shape[-1] == 5
+@pytest.mark.parametrize("name", ["bert_keep_norm", "gpt2_gone", "t5_hidden"])
+def test_a_folder_of_version_0_1_0_takes_other_vocabularies_labels_and_heads(name: str, tmp_path: Path) -> None:
+    """That its logits are what they were: ``integration/test_reference.py``."""
+    old = load_pruned(FORMAT_1 / name).eval()
+    batch = without_labels(tiny_batch(old))
+    if old.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = batch["input_ids"]
+    expected = logits(old, batch)
+    old.resize_token_embeddings(45)
+    old.save_pretrained(tmp_path / "new")
+    new = load_pruned(tmp_path / "new").eval()
+    assert new.config.vocab_size == 45
+    assert gap(logits(new, batch)[..., : expected.shape[-1]], expected) <= 1e-6
+    other = "ForTokenClassification" if name != "gpt2_gone" else "ForSequenceClassification"
+    again = ALL_TASKS[other].from_pretrained(FORMAT_1 / name, num_labels=5).eval()
+    batch.pop("decoder_input_ids", None)
+    assert logits(again, batch).shape[-1] == 5
 
 
 # ---------------------------------------------------------------------------- what a file claims

@@ -31,7 +31,7 @@ from apt_trainer.measure import count_flops, count_parameters
 from apt_trainer.models import HIDDEN, Space, family_of
 from apt_trainer.models.base import linear_shape
 from apt_trainer.models.batch import of_stack, real_tokens
-from apt_trainer.models.stubs import STUB_KINDS
+from apt_trainer.models.modeling_apt import STUB_KINDS
 from apt_trainer.plan.cost import flops_cost, parameter_cost
 from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.scoring import Magnitude, Salience, Taylor
