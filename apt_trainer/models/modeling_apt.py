@@ -513,7 +513,7 @@ def _refuse_mismatch(model: nn.Module, keys: list[str], path: Any) -> None:
 
 
 @cache
-def stock_classes(config: type[Any]) -> dict[str, tuple[type[Any], ...]]:
+def stock_classes(config: Any) -> dict[str, tuple[type[Any], ...]]:
     """Name of each Auto class that serves stock ``config`` → the model classes that it may build."""
     auto: Any = transformers.models.auto.modeling_auto
     found = {}
@@ -527,7 +527,7 @@ def stock_classes(config: type[Any]) -> dict[str, tuple[type[Any], ...]]:
     return found
 
 
-def auto_map(config: type[Any]) -> dict[str, str]:
+def auto_map(config: Any) -> dict[str, str]:
     """``auto_map`` of uneven models of stock ``config``: name of an Auto class → name of a class of this module."""
     classes = {name: f"{CLASS_PREFIX}{served[0].__name__}" for name, served in stock_classes(config).items()}
     module = __name__.rpartition(".")[2]
