@@ -126,10 +126,10 @@ def test_a_process_without_this_package_fails_loudly_and_with_it_loads(copied: P
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("ValueError") and "trust_remote_code=True" in result.stdout
+    assert "ValueError" in result.stdout and "trust_remote_code=True" in result.stdout
     expected = load_pruned(copied).eval()(input_ids=torch.arange(4, 12)[None]).logits
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
 
@@ -217,7 +217,8 @@ def test_a_full_disk_leaves_the_older_model_whole(tmp_path: Path, monkeypatch: p
         trainer.save_model(str(target))
     monkeypatch.undo()
     assert torch.equal(logits(load_pruned(target).eval(), batch), expected)
-    assert sorted(file.name for file in target.iterdir()) == ["config.json", "model.safetensors", "pruning_plan.json"]
+    files = {"config.json", "model.safetensors", "modeling_apt.py", "pruning_plan.json"}
+    assert {file.name for file in target.iterdir()} == files
     trainer.save_model(str(target))
     assert torch.equal(logits(load_pruned(target).eval(), batch), logits(trainer.model, batch))
 
