@@ -148,7 +148,7 @@ def load_saved(settings: ModelSettings, data: TaskData | None = None) -> PreTrai
     config = read_config(settings)
     options = _weights(settings, source)
     if getattr(config, "apt_base_architecture", None):
-        return load_pruned(source.path, **options)
+        return _from_hub(load_pruned, source, **options)  # type: ignore[no-any-return]
     return _from_hub(_saved_class(config, source, data).from_pretrained, source, **options)  # type: ignore[no-any-return]
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import textwrap
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedModel,
     T5EncoderModel,
@@ -30,8 +30,10 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from apt_trainer import UserError, load_pruned
+from apt_trainer import UserError, cli, load_pruned
 from apt_trainer.models.modeling_apt import model_class
+from apt_trainer.settings import ModelSettings
+from apt_trainer.store.pretrained import load_dense_shape, load_saved, load_tokenizer
 from apt_trainer.store.saved_model import as_pruned
 from apt_trainer.surgery.cutting import apply_plan
 
@@ -247,7 +249,8 @@ def test_another_head_is_new_and_of_the_cut_width(name: str, saved: str, asked: 
     assert other.get_input_embeddings().weight.shape[1] == small.get_input_embeddings().weight.shape[1] < 16
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     sizes = config["apt_structure"]["parameters"]
-    sizes[next(n for n, shape in sizes.items() if len(shape) == 1 and "mbed" not in n)] = [1]
+    of_both = other.config.apt_structure["parameters"]
+    sizes[next(n for n, shape in of_both.items() if len(shape) == 1 and "mbed" not in n)] = [1]
     (tmp_path / "saved" / "config.json").write_text(json.dumps(config))
     with pytest.raises(RuntimeError, match="has other sizes than its config says"):
         ALL_TASKS[asked].from_pretrained(tmp_path / "saved", num_labels=labels)
@@ -348,6 +351,82 @@ def test_values_of_the_config_and_options_of_loading(decoder: Path) -> None:
     assert load_pruned(decoder, low_cpu_mem_usage=True, use_safetensors=True, trust_remote_code=True).num_parameters()
 
 
+def test_evaluate_takes_a_hub_name_with_its_revision(
+    hub: Path, decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text(words(40))
+    common = ["--perplexity", str(tmp_path / "text.txt"), "--window", "8", "--device", "cpu", "--output", "-"]
+    place = ["--model_revision", "v2", "--model_init_kwargs", f"{{cache_dir: {hub}, subfolder: inner}}"]
+    found = []
+    for words_of_model in ([str(decoder)], ["someone/small", *place]):
+        assert cli.main(["evaluate", *words_of_model, *common]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0]["perplexity"]["value"] == found[1]["perplexity"]["value"]
+    assert found[0]["parameters"] == found[1]["parameters"]
+
+
+def test_benchmark_takes_settings_of_the_model(
+    hub: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process; that memory is measured in others is tested with ``evaluate.peak``."""
+    monkeypatch.setattr("apt_trainer.evaluate.compare.measure_memory", lambda *given: {})
+    further = f"{{cache_dir: {hub}, output_hidden_states: true}}"
+    sizes = ["--batch_sizes", "1", "--length", "6", "--new_tokens", "2", "--device", "cpu", "--output", "-"]
+    model = ["someone/small", "--model_revision", "v2", "--model_init_kwargs", further]
+    assert cli.main(["benchmark", *model, *sizes]) == 0
+    found = json.loads(capsys.readouterr().out)
+    small = load_pruned("someone/small", cache_dir=hub, revision="v2")
+    assert found["total_params"] == small.num_parameters() < found["total_params_dense"]
+    assert cli.main(["benchmark", "someone/small", "--task", "regression", *sizes]) == 2
+    assert "task says nothing about the model" in capsys.readouterr().err
+
+
+def test_settings_of_one_model_are_not_those_of_another(hub: Path, decoder: Path) -> None:
+    """A revision, a sub-folder or values of the config belong to the model they were given for."""
+    kwargs = {"cache_dir": str(hub), "subfolder": "inner", "output_hidden_states": True}
+    settings = ModelSettings("someone/small", model_revision="v2", model_init_kwargs=kwargs, dtype="bfloat16")
+    assert load_saved(settings).config.output_hidden_states is True
+    assert load_dense_shape(settings).config.output_hidden_states is True
+    other = load_saved(settings.of(str(decoder)))
+    assert other.config.output_hidden_states is False and other.dtype == torch.bfloat16
+    tokenizer = load_tokenizer(replace(settings, tokenizer_name_or_path=str(decoder)))
+    assert len(tokenizer) == len(word_tokenizer())
+
+
+WRONG_KWARGS = [
+    ({"token": "hf_secret"}, "HF_TOKEN"),
+    ({"dtype": "float16"}, "dtype is not for there"),
+    ({"device_map": "auto"}, "--device"),
+    ({"no_such_argument": 3}, "no_such_argument"),
+]
+
+
+@pytest.mark.parametrize(("kwargs", "said"), WRONG_KWARGS)
+def test_arguments_that_cannot_be_are_refused(kwargs: dict[str, Any], said: str, decoder: Path) -> None:
+    with pytest.raises(UserError, match=said) as error:
+        load_saved(ModelSettings(str(decoder), model_init_kwargs=kwargs))
+    assert "hf_secret" not in str(error.value)
+
+
+def test_a_stock_model_with_code_of_its_own_keeps_its_head(tmp_path: Path) -> None:
+    """Its class is none of transformers; ``auto_map`` says which Auto class builds it."""
+    code = """
+        from transformers import BertConfig, BertForSequenceClassification
+        class OwnConfig(BertConfig):
+            model_type = "own"
+        class OwnModel(BertForSequenceClassification):
+            config_class = OwnConfig
+    """
+    tiny_model("bert").save_pretrained(tmp_path)
+    (tmp_path / "own.py").write_text(textwrap.dedent(code))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnModel"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForSequenceClassification": "own.OwnModel"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = load_saved(ModelSettings(str(tmp_path), trust_remote_code=True))
+    assert torch.equal(model.classifier.weight, tiny_model("bert").classifier.weight)
+
+
 # ---------------------------------------------------------------------------- older folders
 
 
@@ -409,4 +488,3 @@ def test_classes_are_found_by_the_name_of_the_stock_one() -> None:
     assert modeling_apt.AptBertForSequenceClassification is model_class("BertForSequenceClassification")
     for name in ("NoSuchModel", "__path__", "torch_is_not_here"):
         assert not hasattr(modeling_apt, name)
-    assert AutoModelForSequenceClassification and AutoModelForTokenClassification
