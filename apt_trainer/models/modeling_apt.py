@@ -257,12 +257,40 @@ def apply_structure(model: nn.Module, config: Any) -> None:
         _shrink(model.get_submodule(_resolve(model, path)), name, shape, full_name)
     for path, attributes in structure["attributes"].items():
         module = model.get_submodule(_resolve(model, path))
-        for name, value in attributes.items():
+        for name, value in sorted(attributes.items()):  # "kept_heads" before the number of heads
             _set_checked(module, name, value, path)
     hidden = structure.get("hidden")
     if hidden is not None:
         for path, side in hidden_sides(model, hidden):
             _cut_side(model.get_submodule(path), side, hidden["size"], path)
+
+
+def check_form(structure: Any) -> None:
+    """Raise ValueError where ``structure``, read from a file, is not of the form that this module describes."""
+    if not (_is_dict(structure) and _has_parts(structure) and _has_sides(structure.get("hidden"))):
+        raise ValueError("apt_structure in the config is damaged or of no known form.")
+
+
+def _has_parts(structure: Any) -> bool:
+    parts = [structure.get(name) for name in ("replaced", "parameters", "attributes")]
+    if not all(map(_is_dict, parts)):
+        return False
+    replaced, _, attributes = parts
+    return all(isinstance(kind, str) for kind in replaced.values()) and all(map(_is_dict, attributes.values()))
+
+
+def _has_sides(hidden: Any) -> bool:
+    if hidden is None:
+        return True
+    heads: Any = hidden.get("heads") if _is_dict(hidden) else None
+    if not (_is_dict(heads) and all(map(_is_dict, heads.values()))):
+        return False
+    lists = [hidden.get("reads"), *(names for head in heads.values() for names in head.values())]
+    return all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists)
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def _of_this_class(model: nn.Module, structure: Mapping[str, Any]) -> dict[str, Any]:
@@ -338,12 +366,21 @@ def _shrink(module: nn.Module, name: str, shape: Any, where: str) -> None:
     module._parameters[name] = nn.Parameter(kept, requires_grad=old.requires_grad)
 
 
+def _are_heads(value: Any, number: int) -> bool:
+    """Whether ``value`` lists some of ``number`` heads in order."""
+    return (
+        isinstance(value, list)
+        and value != []
+        and all(type(v) is int for v in value)
+        and (value == sorted(set(value)) and value[0] >= 0 and value[-1] < number)
+    )
+
+
 def _set_checked(module: nn.Module, name: str, value: Any, path: str) -> None:
     """Set a size attribute if ``value`` can be one: no larger than what is there, of the same form."""
     old = get_size(module, name)
     if name == "kept_heads":
-        fits = isinstance(value, list) and value != [] and all(type(head) is int for head in value)
-        fits = fits and value == sorted(set(value)) and value[0] >= 0
+        fits = _are_heads(value, get_size(module, "n_heads") or 0)
     elif isinstance(old, tuple):
         fits = isinstance(value, list) and len(value) == len(old) and all(map(_is_size, value, old))
     else:
@@ -399,23 +436,15 @@ def config_class(model_type: str) -> type[Any]:
         self.apt_base_architecture, self.apt_structure = architecture, structure
         if plan is not None:
             self.apt_plan = plan
-        if structure is not None and getattr(self, "auto_map", None) is None:
-            self.auto_map = auto_map(base)  # other libraries ask it which Auto class loads the model
+        if structure is not None:
+            check_form(structure)
+            if getattr(self, "auto_map", None) is None:
+                self.auto_map = auto_map(base)  # other libraries ask it which Auto class loads the model
         if "config" in HOOKS:
             HOOKS["config"](self)
 
     def to_dict(self: Any) -> dict[str, Any]:
-        values = base.to_dict(self)
-        values |= {self.attribute_map.get(name, name): value for name, value in values.pop(DENSE, {}).items()}
-        names = [name.removeprefix(CLASS_PREFIX) for name in values.get("architectures") or ()]
-        if names:  # set at each save, to the class that is saved: the whole model or its base
-            values["apt_base_architecture"] = names[0]
-            values["architectures"] = [CLASS_PREFIX + name for name in names]
-        values.pop("auto_map", None)
-        if carries_code(self):
-            values["auto_map"] = auto_map(base)
-        _teach_peft(model_type)
-        return values
+        return _saved_form(self, base)
 
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         code = Path(save_directory) / CODE_FILE
@@ -429,6 +458,22 @@ def config_class(model_type: str) -> type[Any]:
     namespace = {"model_type": PREFIX + model_type, "__init__": __init__, "describe": describe, "to_dict": to_dict}
     namespace |= {"save_pretrained": save_pretrained, "register_for_auto_class": _already_registered}
     return type(CLASS_PREFIX + base.__name__, (base,), namespace | {"__module__": __name__})
+
+
+def _saved_form(config: Any, base: Any) -> dict[str, Any]:
+    """What ``to_dict`` of a ``config`` gives: that of its stock class ``base``, with the layers one after the other, the
+    class that is saved and, where saves carry this file, what finds its classes."""
+    values: dict[str, Any] = base.to_dict(config)
+    values |= {config.attribute_map.get(name, name): value for name, value in values.pop(DENSE, {}).items()}
+    names = [name.removeprefix(CLASS_PREFIX) for name in values.get("architectures") or ()]
+    if names:  # set at each save, to that of the whole model or of its base
+        values["apt_base_architecture"] = names[0]
+        values["architectures"] = [CLASS_PREFIX + name for name in names]
+    values.pop("auto_map", None)
+    if carries_code(config):
+        values["auto_map"] = auto_map(base)
+    _teach_peft(base.model_type)
+    return values
 
 
 @classmethod  # type: ignore[misc]
@@ -457,7 +502,8 @@ def _teach_peft(model_type: str) -> None:
 def model_class(architecture: str) -> type[Any]:
     """Subclass of the stock model class ``architecture`` that builds itself with the sizes in its config."""
     found: Any = getattr(transformers, str(architecture), None)
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    if not is_model or found.config_class is None:
         raise ValueError(
             f"The checkpoint is for {architecture!r}, which is no model class of the installed transformers."
         )

@@ -207,7 +207,9 @@ def dense_shape(config: PreTrainedConfig) -> tuple[type[PreTrainedModel] | None,
         return None, copy.deepcopy(config)
     cls = getattr(transformers, architecture)
     values = config.to_dict()
-    values.pop("model_type", None)
+    for name in ("model_type", "auto_map"):
+        values.pop(name, None)
+    values["architectures"] = [architecture]
     stock = cls.config_class(**{name: value for name, value in values.items() if not name.startswith("apt_")})
     stock._attn_implementation = config._attn_implementation
     return cls, stock
@@ -249,7 +251,10 @@ def load_pruned(path: str | Path, **kwargs: Any) -> PreTrainedModel:
             names = ", ".join(config.architectures or [])
             raise UserError(f"{path} is a stock model ({names}); load it with transformers.")
         options = kwargs | {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are looked at below
-        model, info = model_class(architecture).from_pretrained(path, **options)
+        cls = model_class(architecture)
+        if not isinstance(config, cls.config_class):
+            raise UserError(f"{path} is damaged: it says it is a {architecture}, with a {type(config).__name__}.")
+        model, info = cls.from_pretrained(path, **options)
     except UserError:
         raise
     except (OSError, ValueError, SafetensorError) as error:

@@ -465,6 +465,12 @@ WRONG = [
     ("attributes", "model.layers.1.mlp.up_proj", {"forward": 3}, "no size"),
     ("replaced", "model.layers.1.mlp", "os.system", "does not know"),
     ("replaced", "../../elsewhere", "zero_feed_forward", "no such module"),
+    ("replaced", "model.layers.1.mlp", ["zero_feed_forward"], "no known form"),
+    ("attributes", "model.layers.1.mlp", 3, "no known form"),
+    ("hidden", "size", -1, "whole number"),
+    ("hidden", "size", 10**12, "whole number"),
+    ("hidden", "heads", ["ForCausalLM"], "no known form"),
+    ("hidden", "reads", None, "no known form"),
 ]
 
 
@@ -479,6 +485,34 @@ def test_sizes_that_cannot_be_are_refused(
     with pytest.raises(UserError, match=said) as error:
         load_pruned(folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("structure", [[], {}, "none", {"replaced": [], "parameters": {}, "attributes": {}}])
+def test_a_structure_of_no_known_form_is_refused(structure: Any, decoder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(decoder, tmp_path / "copy"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"apt_structure": structure}))
+    with pytest.raises(UserError, match="no known form"):
+        load_pruned(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"apt_base_architecture": "BertForMaskedLM"}))
+    with pytest.raises(UserError, match="says it is a BertForMaskedLM, with a AptLlamaConfig"):
+        load_pruned(folder)
+    for name in ("PreTrainedModel", "os", "NoSuchModel", 3):
+        (folder / "config.json").write_text(json.dumps(config | {"apt_base_architecture": name}))
+        with pytest.raises(UserError, match="no model class"):
+            load_pruned(folder)
+
+
+def test_heads_that_the_bias_of_a_t5_does_not_have_are_refused(tmp_path: Path) -> None:
+    cut("t5", "ForConditionalGeneration").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    attributes = config["apt_structure"]["attributes"]
+    path = next(path for path, sizes in attributes.items() if "kept_heads" in sizes)
+    for wrong in ([0, 4], [-1, 2], [2, 1], [1, 1], [], 3, [0.5], [True]):
+        attributes[path]["kept_heads"] = wrong
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match="kept_heads"):
+            load_pruned(tmp_path)
 
 
 def test_classes_are_found_by_the_name_of_the_stock_one() -> None:
