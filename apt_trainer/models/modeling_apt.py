@@ -461,8 +461,8 @@ def config_class(model_type: str) -> type[Any]:
 
 
 def _saved_form(config: Any, base: Any) -> dict[str, Any]:
-    """What ``to_dict`` of a ``config`` gives: that of its stock class ``base``, with the layers one after the other, the
-    class that is saved and, where saves carry this file, what finds its classes."""
+    """What ``to_dict`` of a ``config`` gives: that of its stock class ``base``, with the layers one after the other,
+    the class that is saved and, where saves carry this file, what finds its classes."""
     values: dict[str, Any] = base.to_dict(config)
     values |= {config.attribute_map.get(name, name): value for name, value in values.pop(DENSE, {}).items()}
     names = [name.removeprefix(CLASS_PREFIX) for name in values.get("architectures") or ()]
