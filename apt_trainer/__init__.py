@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
+from apt_trainer.libraries.versions import check_versions, refusal
+
 if TYPE_CHECKING:
     from apt_trainer.errors import UserError
     from apt_trainer.models import FAMILIES, ModelFamily
@@ -59,9 +61,12 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name != "UserError":
+        check_versions()
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
 @wrapt.when_imported("transformers.models.auto.configuration_auto")
 def _register(module: Any) -> None:
-    import_module(f"{__name__}.store.saved_model").register(module.CONFIG_MAPPING)
+    if refusal() is None:  # else whoever uses a name of this package is told
+        import_module(f"{__name__}.store.saved_model").register(module.CONFIG_MAPPING)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from types import TracebackType
 
 
 class UserError(ValueError):
@@ -15,6 +16,33 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """A run that cannot go on although its settings are right; the command line prints it and exits with status 1."""
+
+
+class Retold:
+    """Context in which whatever fails is raised as ``retell(error)``, from the error; signals and exits pass.
+
+    For code of others, which may raise anything. ``retell`` returns the error itself where nothing is to be added.
+    """
+
+    def __init__(self, retell: Callable[[Exception], Exception]) -> None:
+        self.retell = retell
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception):
+            told = self.retell(error)
+            if told is not error:
+                raise told from error
+
+
+def reason(error: Exception) -> str:
+    """The first line of what ``error`` says, after the name of its class."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def unknown_choice(setting: str, given: object, allowed: Iterable[str]) -> UserError:

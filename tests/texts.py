@@ -10,7 +10,7 @@ from tiny import randomise
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from apt_trainer.evaluate.harness import SHIPPED_TASKS
+from apt_trainer.settings.shipped import TASKS
 
 WORDS = [f"w{i}" for i in range(56)]
 TOKENS = ["<pad>", "<s>", "</s>", "<unk>", *WORDS]
@@ -45,7 +45,7 @@ def local_task(folder: Path, name: str, rows: list[dict[str, object]]) -> str:
     """A YAML that points a shipped task to other data, as its comment says; returns its path."""
     data, file = folder / f"{name}.jsonl", folder / f"my_{name}.yaml"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = [f"include: {SHIPPED_TASKS / name}_local.yaml", f"task: my_{name}"]
+    lines = [f"include: {TASKS / name}_local.yaml", f"task: my_{name}"]
     file.write_text("\n".join([*lines, f"dataset_kwargs: {{data_files: {{validation: {data}}}}}"]))
     return str(file)
 

@@ -14,7 +14,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from apt_trainer import __version__
 from apt_trainer.errors import RunError, UserError
+from apt_trainer.libraries.versions import check_versions
 
 VERBS = {
     "train": "apt_trainer.cli.train",
@@ -31,6 +33,9 @@ VERBS = {
     "env": "apt_trainer.cli.env",
 }
 
+_WITHOUT_MODELS = ("env", "report")
+"""Verbs that answer whatever versions of other libraries are installed."""
+
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # what shells report for SIGINT
@@ -46,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if overrides and not verb.TAKES_SETTINGS:
         parser.error(f"{args.verb}: unrecognized arguments: {' '.join(overrides)}")
     try:
+        if args.verb not in _WITHOUT_MODELS:
+            check_versions()
         return verb.run(args, overrides)
     except UserError as error:
         return _fail(str(error), EXIT_USER_ERROR)
@@ -65,6 +72,7 @@ def _parser(verbs: dict[str, Any]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="apt-trainer", description="Fine-tune a transformer while adaptively pruning it.", allow_abbrev=False
     )
+    parser.add_argument("--version", action="version", version=f"apt-trainer {__version__}")
     commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, module in verbs.items():
         command = commands.add_parser(

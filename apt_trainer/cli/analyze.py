@@ -76,7 +76,7 @@ def add_held_out_arguments(parser: argparse.ArgumentParser, required: bool = Fal
 def add_task_arguments(group: Any) -> None:
     """``group``: of a parser."""
     group.add_argument("--lm_eval", metavar="A,B", help="names of tasks, or paths of YAML files")
-    group.add_argument("--task_path", metavar="DIR", help="folder with YAML files (default: recipes/lm_eval)")
+    group.add_argument("--task_path", metavar="DIR", help="folder with YAML files (default: those shipped)")
     group.add_argument("--limit", type=positive, metavar="N", help="use only the first N examples of each task")
     group.add_argument("--num_fewshot", type=int, metavar="N", help="examples before each question")
 

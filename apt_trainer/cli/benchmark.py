@@ -58,7 +58,8 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         new_tokens=args.new_tokens,
         device=args.device,
     )
-    write_result(args.output, metrics, comparison_table(metrics, with_flops=True))
+    measured_on = f"measured on {metrics['device']} in {metrics['dtype']}, {metrics['threads']} threads"
+    write_result(args.output, metrics, f"{comparison_table(metrics, with_flops=True)}\n\n{measured_on}")
     return 0
 
 

@@ -6,7 +6,8 @@ import argparse
 import os
 import platform
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+
+from apt_trainer.libraries.versions import installed, newer, refusal, tested_ranges
 
 HELP = "Print the versions and the hardware that a bug report needs."
 TAKES_SETTINGS = False
@@ -20,18 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     rows = {"python": platform.python_version(), "platform": platform.platform()}
-    rows |= {package: _version(package) for package in PACKAGES}
-    rows |= _hardware()
+    hardware = _hardware()  # first: torch, once imported, says for what hardware it was built
+    rows |= {package: installed(package) or "not installed" for package in PACKAGES}
+    rows |= {"versions": refusal() or " ".join(newer()) or f"tested with {tested_ranges()}"}
+    rows |= hardware
     for name, value in rows.items():
         print(f"{name:<13} {value}")
     return 0
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _hardware() -> dict[str, str]:

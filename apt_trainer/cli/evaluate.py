@@ -32,10 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--window", type=positive, default=1024, metavar="N", help="tokens per window (default: 1024)")
     text.add_argument("--stride", type=positive, metavar="N", help="tokens between windows (default: no overlap)")
     text.add_argument("--max_tokens", type=positive, metavar="N", help="use only the first N tokens of the text")
-    text.add_argument("--start_token", action="store_true", help="begin each window with it, as Gemma needs")
+    text.add_argument(
+        "--start_token",
+        action=argparse.BooleanOptionalAction,
+        help="begin each window with it (default: where the tokenizer adds it to a text)",
+    )
     tasks = parser.add_argument_group("tasks of lm-evaluation-harness (pip install 'apt-trainer[lm_eval]')")
     tasks.add_argument("--lm_eval", metavar="A,B", help="names of tasks, or paths of YAML files")
-    tasks.add_argument("--task_path", metavar="DIR", help="folder with YAML files (default: recipes/lm_eval)")
+    tasks.add_argument("--task_path", metavar="DIR", help="folder with YAML files (default: those shipped)")
     tasks.add_argument("--limit", type=positive, metavar="N", help="use only the first N examples of each task")
     tasks.add_argument("--num_fewshot", type=int, metavar="N", help="examples before each question")
     both = parser.add_argument_group("text and tasks")

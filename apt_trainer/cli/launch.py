@@ -1,7 +1,7 @@
 """Start a training run on several processes through ``accelerate launch``, and notice when fewer came up.
 
-A profile is a config file of accelerate: ``recipes/accelerate/NAME.yaml`` or any path. Not a launcher of its own:
-processes, ports and devices are accelerate's business.
+A profile is a config file of accelerate: one that comes with the package (``recipes/accelerate``) or any path. Not a
+launcher of its own: processes, ports and devices are accelerate's business.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from apt_trainer.errors import UserError
+from apt_trainer.settings.packages import DEEPSPEED, require
+from apt_trainer.settings.shipped import PROFILES
 
-PROFILES = Path(__file__).resolve().parents[2] / "recipes" / "accelerate"
 EXPECTED_PROCESSES = "APT_EXPECTED_PROCESSES"
 SINGLE_PROCESS_TYPES = ("NO", "MULTI_CPU")  # accelerate starts one process for these, whatever num_processes says
 
@@ -34,6 +35,8 @@ def launch(profile: str, num_processes: int | None, words: Sequence[str]) -> int
     """
     path = profile_path(profile)
     config = read_profile(path)
+    if config.get("distributed_type") == "DEEPSPEED":
+        require(DEEPSPEED, f"accelerate_config: {profile}")
     processes = count_processes(path, config, num_processes)
     # Only the workers may print a traceback: --quiet drops that of the launcher.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(path)]

@@ -13,7 +13,12 @@ TAKES_SETTINGS = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", help="recipe: a YAML file with the settings below")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="recipe: a YAML file with the settings below, or the name of one that comes with apt_trainer: "
+        "quickstart, minilm/sst2 …",
+    )
     parser.epilog = settings_help(SETTING_GROUPS)
 
 

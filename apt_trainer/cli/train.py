@@ -27,7 +27,12 @@ SETTINGS_INTRO = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", help="recipe: a YAML file with the settings below")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="recipe: a YAML file with the settings below, or the name of one that comes with apt_trainer: "
+        "quickstart, minilm/sst2 …",
+    )
     parser.add_argument(
         "--accelerate_config",
         metavar="NAME_OR_PATH",
@@ -41,12 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from apt_trainer.cli import EXIT_INTERRUPTED
     from apt_trainer.cli.launch import check_world_size, launch
 
     if args.accelerate_config is not None:
+        from apt_trainer.settings.packages import check_packages
         from apt_trainer.settings.recipe import check_recipe
 
-        check_recipe(args.config, overrides)  # a mistake is told once, before any process starts
+        check_packages(check_recipe(args.config, overrides))  # a mistake is told once, before any process starts
         config = ["--config", args.config] if args.config else []
         return launch(args.accelerate_config, args.num_processes, ["train", *config, *overrides])
     if args.num_processes is not None:
@@ -54,19 +61,34 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     from apt_trainer.runs import run as runs
     from apt_trainer.settings.recipe import load_recipe
-    from apt_trainer.training.termination import EXIT_TERMINATED, Terminated
+    from apt_trainer.training.termination import EXIT_TERMINATED, Terminated, ending_cleanly
 
     recipe = load_recipe(args.config, overrides)
     check_world_size(recipe.training.world_size)
+    chief = os.environ.get("RANK", "0") == "0"
     try:
-        metrics = runs.train(recipe)
+        with ending_cleanly():
+            metrics = runs.train(recipe)
     except Terminated as ended:
         go_on = "go on with resume_from_checkpoint: true"
         print(f"error: terminated after a checkpoint at step {ended.step}; {go_on}", file=sys.stderr)
         return EXIT_TERMINATED
-    if os.environ.get("RANK", "0") == "0":
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if chief:
+            print(f"error: {ended_text(str(recipe.training.output_dir))}", file=sys.stderr)
+        return EXIT_INTERRUPTED if isinstance(ended, KeyboardInterrupt) else int(ended.code or 0)
+    if chief:
         print(result_text(metrics, str(recipe.training.output_dir)))
     return 0
+
+
+def ended_text(path: str) -> str:
+    """What is left of a run that was told to end, and how to go on."""
+    from apt_trainer.training.whole_checkpoints import GOES_ON
+
+    if (Path(path) / "config.json").is_file():
+        return f"ended after training: {path} holds the finished model, but not all that is measured of it"
+    return f"ended before the model was finished. Run it again with {GOES_ON}"
 
 
 def result_text(metrics: Mapping[str, Any], path: str) -> str:

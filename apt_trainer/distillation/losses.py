@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from apt_trainer.models import Stack
+from apt_trainer.models.labels import MULTI_LABEL, REGRESSION
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
@@ -26,13 +27,17 @@ def prediction_loss(
     teacher_output: ModelOutput,
     temperature: float,
     mask: torch.Tensor | None = None,
+    problem: str | None = None,
 ) -> torch.Tensor:
     """How far the student's predictions are from the teacher's; scalar float32.
 
-    ``mask`` [B, S] is 1 at real tokens; None counts all. By what the outputs hold:
+    ``mask`` [B, S] is 1 at real tokens; None counts all. ``problem``: what ``logits`` [B, C] mean, a ``problem_type``
+    of transformers; None: regression where C is 1, else one label per row. By what the outputs hold:
 
-    * ``logits`` [B, C]: τ²·KL(teacher ‖ student), mean over examples;
-    * ``logits`` [B, 1], a regression: mean squared error, without temperature;
+    * ``logits`` [B, C] of one label: τ²·KL(teacher ‖ student), mean over examples;
+    * ``logits`` [B, C] of several labels: τ²·KL between the Bernoulli distributions of each label, σ(logit/τ), sum
+      over labels, mean over examples;
+    * ``logits`` [B, C] of a regression: mean squared error over examples and numbers, without temperature;
     * ``logits`` [B, S, V]: τ²·KL per token, mean over real tokens;
     * ``start_logits`` and ``end_logits`` [B, S]: τ²·KL over real positions, mean over examples and the two.
     """
@@ -43,9 +48,11 @@ def prediction_loss(
         ]
         return torch.stack(parts).mean()
     student, teacher = student_output["logits"].float(), teacher_output["logits"].float()
-    if student.dim() == 2 and student.shape[1] == 1:
+    if problem is None and student.dim() == 2 and student.shape[1] == 1:
+        problem = REGRESSION
+    if problem == REGRESSION:
         return F.mse_loss(student, teacher)
-    divergence = _kl(student, teacher, temperature)
+    divergence = (_bernoulli_kl if problem == MULTI_LABEL else _kl)(student, teacher, temperature)
     if divergence.dim() == 1 or mask is None:
         return divergence.mean()
     real = mask.to(divergence.dtype)
@@ -56,6 +63,14 @@ def _kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> tor
     """τ²·KL(softmax(teacher/τ) ‖ softmax(student/τ)) over the last dimension."""
     student_log, teacher_log = (F.log_softmax(x / temperature, dim=-1) for x in (student, teacher))
     return temperature**2 * F.kl_div(student_log, teacher_log, reduction="none", log_target=True).sum(-1)
+
+
+def _bernoulli_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """τ²·Σ KL(Bernoulli(σ(teacher/τ)) ‖ Bernoulli(σ(student/τ))) over the last dimension."""
+    student, teacher = student / temperature, teacher / temperature
+    present = torch.sigmoid(teacher) * (F.logsigmoid(teacher) - F.logsigmoid(student))
+    absent = torch.sigmoid(-teacher) * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
+    return temperature**2 * (present + absent).sum(-1)
 
 
 def _hide(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

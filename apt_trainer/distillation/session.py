@@ -6,7 +6,7 @@ their place in time. Not for deciding what is pruned.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,6 +19,7 @@ from apt_trainer.distillation.teacher import Teacher
 from apt_trainer.distillation.transform import HiddenTransform
 from apt_trainer.models import HIDDEN, ModelFamily, Stack
 from apt_trainer.models.batch import of_stack, predicted_tokens, real_tokens
+from apt_trainer.models.labels import problem_type
 from apt_trainer.models.shares import Shares
 from apt_trainer.plan.schedule import Schedule
 from apt_trainer.settings import MethodSettings
@@ -39,10 +40,12 @@ class SelfDistillation:
         seed: int,
         teacher: nn.Module | None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        label_order: Sequence[int] | None = None,
     ) -> None:
-        """``num_hidden``: the student's hidden dimensions; ``autocast``: mixed precision of the teacher's forward."""
+        """``num_hidden``: the student's hidden dimensions; ``autocast``: mixed precision of the teacher's forward;
+        ``label_order``: where in the teacher's logits the student's labels are, None: at the same places."""
         self.settings, self.seed, self.num_student, self.autocast = settings, seed, num_hidden, autocast
-        self.teacher = Teacher(num_hidden) if teacher is None else Teacher.external(teacher)
+        self.teacher = Teacher(num_hidden) if teacher is None else Teacher.external(teacher, label_order=label_order)
 
     @property
     def ready(self) -> bool:
@@ -91,7 +94,9 @@ class SelfDistillation:
         """
         s, tokens, shares = self.settings, real_tokens(inputs, family), shares or Shares.whole(family)
         predicted = predicted_tokens(inputs, family, student)
-        difference = prediction_loss(outputs, teacher, s.distillation_temperature, predicted)
+        per_row = "logits" in outputs and outputs["logits"].dim() == 2
+        problem = problem_type(student.config, inputs.get("labels")) if per_row else None
+        difference = prediction_loss(outputs, teacher, s.distillation_temperature, predicted, problem)
         loss = s.prediction_weight * shares.predictions * difference
         if not self.uses_layers:
             return loss

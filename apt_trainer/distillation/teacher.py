@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,12 +96,17 @@ class Teacher:
         self.hidden_index: torch.Tensor | None = torch.arange(num_hidden)
         self.num_hidden = num_hidden
         self.is_external = False
+        self._label_order: torch.Tensor | None = None
 
     @classmethod
-    def external(cls, model: nn.Module, num_hidden: int | None = None) -> Teacher:
-        """Another model as teacher, frozen in place; ``num_hidden`` is ``model.config.hidden_size`` by default."""
+    def external(
+        cls, model: nn.Module, num_hidden: int | None = None, label_order: Sequence[int] | None = None
+    ) -> Teacher:
+        """Another model as teacher, frozen in place; ``num_hidden`` is ``model.config.hidden_size`` by default.
+        ``label_order``: as :func:`match_teacher` gives it; logits are brought into the student's order."""
         teacher = cls(int(model.config.hidden_size) if num_hidden is None else num_hidden)  # type: ignore[union-attr]
         teacher.model, teacher.hidden_index, teacher.is_external = freeze(model), None, True
+        teacher._label_order = None if label_order is None else torch.tensor(label_order)
         return teacher
 
     def offer(self, student: nn.Module, heldout_loss: float) -> bool:
@@ -166,6 +171,10 @@ class Teacher:
         labels = [] if self._makes_inputs_of_labels(inputs) else find_labels(type(self.model))
         kept = {name: value for name, value in inputs.items() if name not in labels}
         output: ModelOutput = self.model(**kept, output_hidden_states=output_hidden_states, return_dict=True)
+        if self._label_order is not None:
+            logits = output["logits"]
+            self._label_order = self._label_order.to(logits.device)  # copies once
+            output["logits"] = logits.index_select(-1, self._label_order)
         return output
 
     def _makes_inputs_of_labels(self, inputs: Mapping[str, Any]) -> bool:

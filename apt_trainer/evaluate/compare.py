@@ -7,9 +7,9 @@ is (``evaluate``).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -23,6 +23,7 @@ from apt_trainer.measure import (
     compare_latency,
     count_flops,
     count_parameters,
+    dtype_on_disk,
     example_inputs,
     ratio_is_noise,
     size_on_disk,
@@ -30,7 +31,7 @@ from apt_trainer.measure import (
 from apt_trainer.measure.generation import start_tokens
 from apt_trainer.models import family_of
 from apt_trainer.settings import ModelSettings
-from apt_trainer.store.pretrained import choose_device, load_dense_shape, load_saved, read_config, source_of
+from apt_trainer.store.pretrained import choose_device, dtype_name, dtype_of, load_dense_shape, load_saved, source_of
 from apt_trainer.store.saved_model import dense_copy
 
 MIN_RUNS = 10
@@ -62,28 +63,28 @@ def benchmark(
         What :func:`~apt_trainer.report.tables.comparison_table` reads, and more.
 
     Raises:
-        UserError: a model that cannot be loaded, or sizes that it cannot take.
+        UserError: a model that cannot be loaded, two that would load in different types, or sizes that they cannot
+            take.
     """
     settings = ModelSettings(model) if isinstance(model, str) else model
     other = None if baseline is None else settings.of(baseline)
     place = choose_device(device)
-    for which in (settings, other):  # mistakes are told before processes start
-        if which is not None:
-            read_config(which)
+    _check_types(settings, other)  # mistakes are told before processes start
     peaks = measure_memory(settings, max(batch_sizes), length, new_tokens, str(place), other)
     pruned = load_saved(settings).to(place)
     dense = (load_dense_shape(settings) if other is None else load_saved(other)).to(place)
+    stored = _stored(settings, pruned)
     metrics: dict[str, Any] = {
         "metric_name": "",
         "device": str(place),
-        "dtype": str(pruned.dtype).removeprefix("torch."),
+        "dtype": dtype_name(pruned.dtype),
         "threads": torch.get_num_threads(),
         "total_params_dense": count_parameters(dense),
         "total_params": count_parameters(pruned),
         "block_params_dense": _block_parameters(dense),
         "block_params": _block_parameters(pruned),
-        "disk_bytes_dense": _tensor_bytes(dense) if other is None else _disk_bytes(other, dense),
-        "disk_bytes": _disk_bytes(settings, pruned),
+        **_on_disk("_dense", _would_be_stored(dense, stored) if other is None else _stored(other, dense)),
+        **_on_disk("", stored),
         "inference_memory": peaks,
     }
     return metrics | measure_speed(pruned, batch_sizes, length, new_tokens, dense)
@@ -124,8 +125,11 @@ def measure_speed(
     Models that generate are timed reading prompts and decoding ``new_tokens``, others in a forward pass.
     """
     models = {"dense": dense or dense_copy(model), "pruned": model}
+    weights = {name: sum(p.numel() * p.element_size() for p in each.parameters()) for name, each in models.items()}
     if all(each.can_generate() for each in models.values()):
-        return _flops(models, length) | _generation(models, batch_sizes, length, new_tokens)
+        found = _flops(models, length) | _generation(models, batch_sizes, length, new_tokens)
+        caches = {name: speeds[str(max(batch_sizes))]["cache_bytes"] for name, speeds in found["generation"].items()}
+        return found | _memory({name: weights[name] + caches[name] for name in models})
     timed = compare_latency(models, list(batch_sizes), length, min_runs=MIN_RUNS, max_seconds=MAX_SECONDS)
     times = {
         name: {str(batch): _times(latency) for batch, latency in of_model.items()} for name, of_model in timed.items()
@@ -139,7 +143,13 @@ def measure_speed(
         "latency_ms": times,
         "sequences_per_second": rates,
         **_flops(models, length),
+        **_memory(weights),
     }
+
+
+def _memory(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Weights, and keys and values at the largest batch: what budgets of memory count (``plan.cost``)."""
+    return {"memory_bytes_dense": sizes["dense"], "memory_bytes": sizes["pruned"]}
 
 
 def _generation(
@@ -197,13 +207,42 @@ def _block_parameters(model: PreTrainedModel) -> int | None:
     return sum(p.numel() for name, p in model.named_parameters() if name.startswith(blocks))
 
 
-def _tensor_bytes(model: PreTrainedModel) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+class _Stored(NamedTuple):
+    """Weights as they are on disk: ``size`` in bytes, None where it is not known, and their type."""
+
+    size: int | None
+    dtype: str
 
 
-def _disk_bytes(settings: ModelSettings, model: PreTrainedModel) -> int:
-    """Bytes of the weight files; of a model on the hub, of its tensors."""
+def _on_disk(which: str, stored: _Stored) -> dict[str, Any]:
+    return {f"disk_bytes{which}": stored.size, f"disk_dtype{which}": stored.dtype}
+
+
+def _stored(settings: ModelSettings, model: PreTrainedModel) -> _Stored:
+    """Of ``model``, from the files it was loaded from; of one on the hub, from the type that its config names."""
     source = source_of(settings)
-    if source.gguf_file is not None and Path(source.path).is_dir():
-        return (Path(source.path) / source.gguf_file).stat().st_size
-    return size_on_disk(source.path) if Path(source.path).is_dir() else _tensor_bytes(model)
+    folder = Path(source.path)
+    if source.gguf_file is not None:
+        return _Stored((folder / source.gguf_file).stat().st_size if folder.is_dir() else None, "GGUF")
+    dtype = dtype_on_disk(folder) if folder.is_dir() else None
+    if dtype is not None:
+        return _Stored(size_on_disk(folder), dtype)
+    saved = dtype_of(replace(settings, dtype="auto"))
+    return _Stored(count_parameters(model) * saved.itemsize, dtype_name(saved))
+
+
+def _would_be_stored(dense: PreTrainedModel, pruned: _Stored) -> _Stored:
+    """A dense shape, which is in no file, in the type that the pruned model is stored in."""
+    dtype = getattr(torch, pruned.dtype, None)
+    size = None if dtype is None else count_parameters(dense) * dtype.itemsize
+    return _Stored(size, pruned.dtype)
+
+
+def _check_types(model: ModelSettings, baseline: ModelSettings | None) -> None:
+    """Raise :class:`UserError` where the config of a model cannot be read, or speed in two types would be compared."""
+    found = [dtype_name(dtype_of(which)) for which in (model, baseline) if which is not None]
+    if len(set(found)) > 1:
+        raise UserError(
+            f"dtype: auto loads the model in {found[0]} and the baseline in {found[1]}, whose speed and memory cannot "
+            f"be compared. Give one dtype for both, for example {found[0]}."
+        )

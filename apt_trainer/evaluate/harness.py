@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness on a live model: its own ones by name, and local ones from YAML files.
 
 The package ``lm_eval`` is optional and imported when used. Its own tasks fetch their data from a hub; tasks whose YAML
-says ``dataset_path: json`` read local files, relative to the working directory, and need no network.
+names local files need no network. Those that come with this package find them in the folder ``APT_TASK_DATA``.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from apt_trainer.errors import UserError
 from apt_trainer.evaluate.bootstrap import mean_interval
 from apt_trainer.measure import evaluating
+from apt_trainer.settings.shipped import TASKS
+from apt_trainer.tasks.text_windows import without_closing
 
-SHIPPED_TASKS = Path(__file__).resolve().parents[2] / "recipes" / "lm_eval"
 SEED = 1234
 
 
@@ -41,7 +42,7 @@ def run_tasks(
         tokenizer: Its tokenizer.
         tasks: Names of tasks or groups, or paths of YAML files.
         task_path: Folder with further YAML files, which go before tasks of lm_eval with the same name; default: the
-            ones in ``recipes/lm_eval``.
+            ones that come with the package (``recipes/lm_eval``).
         limit: Use only the first examples of each task.
         num_fewshot: Examples before each question, where the task leaves that open.
         batch_size: Sequences per forward pass.
@@ -65,26 +66,22 @@ def run_tasks(
     backend = "causal"
     if model.config.is_encoder_decoder:
         backend, language_model = "seq2seq", _with_own_length(language_model)
-    with evaluating(model), _errors_only("lm_eval.models.huggingface"):
+    else:  # lm_eval would score and continue what follows the end of the text
+        tokenizer = without_closing(tokenizer)
+    with evaluating(model), _errors_only("lm_eval.models.huggingface", "lm_eval.api.task"), _data_of(tasks):
         wrapped = language_model(pretrained=model, tokenizer=tokenizer, backend=backend, batch_size=batch_size)
-        try:
-            found = lm_eval.simple_evaluate(
-                wrapped,
-                tasks=list(tasks),
-                task_manager=manager,
-                limit=limit,
-                num_fewshot=num_fewshot,
-                bootstrap_iters=0,  # intervals are drawn here, over the same examples
-                random_seed=SEED,
-                numpy_random_seed=SEED,
-                torch_random_seed=SEED,
-                fewshot_random_seed=SEED,
-            )
-        except OSError as error:  # includes what datasets raises for a data set that is not there
-            raise UserError(
-                f"The data of {', '.join(tasks)} could not be read: {str(error).splitlines()[0]} Without a network "
-                "use a task whose YAML names local files (dataset_path: json)."
-            ) from error
+        found = lm_eval.simple_evaluate(
+            wrapped,
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            bootstrap_iters=0,  # intervals are drawn here, over the same examples
+            random_seed=SEED,
+            numpy_random_seed=SEED,
+            torch_random_seed=SEED,
+            fewshot_random_seed=SEED,
+        )
     return {
         name: _summary(scores, found["samples"].get(name, []), seed)
         | _chance(found["configs"].get(name, {}), found["samples"].get(name, []))
@@ -93,9 +90,15 @@ def run_tasks(
 
 
 def check_tasks(tasks: Sequence[str], task_path: str | None = None) -> None:
-    """Raise :class:`UserError` if lm_eval is missing or a task is not known, before hours of training say so."""
+    """Raise :class:`UserError` if lm_eval is missing, a task is not known, or the data of a local task cannot be read,
+    before hours of training say so."""
     _imported()
     _task_manager(tasks, task_path)
+    local = _local_tasks(task_path)
+    here = [name for name in tasks if _is_yaml(name) or name in local.all_subtasks]
+    if here:
+        with _errors_only("lm_eval.api.task"), _data_of(here):
+            local.load(here)
 
 
 def not_a_language_model(what: str) -> UserError:
@@ -140,17 +143,21 @@ def _task_manager(tasks: Sequence[str], task_path: str | None) -> Any:
         raise UserError(f"task_path={task_path!r} is not a folder. Give a folder with YAML files of tasks.")
     if not tasks:
         raise UserError("No task of lm_eval is named. Give names, or paths of YAML files.")
-    folder = Path(task_path) if task_path is not None else SHIPPED_TASKS
-    include = str(folder) if folder.is_dir() else None
-    local = TaskManager(include_path=include, include_defaults=False)
+    local = _local_tasks(task_path)
     simple = set(local.all_subtasks)
     if all(name in simple or _is_yaml(name) for name in tasks):
         return local
-    manager = TaskManager(include_path=include)
+    manager = TaskManager(include_path=str(task_path or TASKS))
     for name in tasks:
         if name not in manager.all_tasks and not _is_yaml(name):
             raise _unknown_task(name, local.all_tasks, manager.all_tasks)
     return manager
+
+
+def _local_tasks(task_path: str | None) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(task_path or TASKS), include_defaults=False)
 
 
 def _is_yaml(name: str) -> bool:
@@ -188,12 +195,27 @@ def _chance(config: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> 
 
 
 @contextmanager
-def _errors_only(name: str) -> Iterator[None]:
-    """Silence warnings of one logger: lm_eval warns about every model that is given as an object."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _data_of(tasks: Sequence[str]) -> Iterator[None]:
+    """Turn what is raised for data that are not there into a :class:`UserError`."""
+    try:
+        yield
+    except OSError as error:  # includes what datasets raises for a data set that is not there
+        raise UserError(
+            f"The data of {', '.join(tasks)} could not be read: {str(error).splitlines()[0]} Without a network "
+            "use a task whose YAML names local files (dataset_path: json)."
+        ) from error
+
+
+@contextmanager
+def _errors_only(*names: str) -> Iterator[None]:
+    """Silence warnings of loggers: lm_eval warns about every model that is given as an object, and about every task
+    with a function that reads its data."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,14 +1,16 @@
 """Perplexity of a decoder on running text.
 
-The text is one stream of tokens, cut into windows of equal length; a window sees nothing of the one before except what
-it overlaps. The number depends on tokenizer, window and stride: compare only where all three are the same. Not for
-masked or encoder–decoder models, which have no probability of a text.
+The text is one stream of tokens, cut into windows (``tasks.text_windows``); a window sees nothing of the one before
+except what it overlaps. The number depends on tokenizer, window, stride and start token: compare only where all four
+are the same. Not for masked or encoder–decoder models, which have no probability of a text.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from apt_trainer.errors import UserError
 from apt_trainer.evaluate.bootstrap import Interval, mean_interval
 from apt_trainer.measure import evaluating
+from apt_trainer.tasks.text_windows import Window, cut, frame_of, plain_ids
 
 _LARGEST = 700.0  # exp of more is no float
 _ROWS = 256  # positions whose logits are widened to float32 at a time
@@ -34,12 +37,14 @@ class Perplexity:
         counts: Predicted tokens of each window.
         window: Tokens per window.
         stride: Tokens from the start of one window to that of the next.
+        start: Ids of what every window begins with; empty where that is the text itself.
     """
 
     nll: tuple[float, ...]
     counts: tuple[int, ...]
     window: int
     stride: int
+    start: tuple[int, ...] = ()
 
     @property
     def value(self) -> float:
@@ -50,8 +55,10 @@ class Perplexity:
     def predicted_tokens(self) -> int:
         return sum(self.counts)
 
-    def interval(self, seed: int = 0) -> Interval:
-        """95 % confidence interval of ``value``, windows drawn with replacement."""
+    def interval(self, seed: int = 0) -> Interval | None:
+        """95 % confidence interval of ``value``, windows drawn with replacement; None for a single window."""
+        if len(self.nll) < 2:
+            return None
         low, high = mean_interval(self.nll, self.counts, seed=seed)
         return Interval(math.exp(low), math.exp(high))
 
@@ -64,45 +71,40 @@ def perplexity(
     stride: int | None = None,
     max_tokens: int | None = None,
     batch_size: int = 1,
-    start_token: bool = False,
+    start_token: bool | None = None,
 ) -> Perplexity:
     """Exact, token-weighted perplexity of ``text``.
 
-    Without ``stride`` windows do not overlap, and the first token of each is context only (window - 1 predictions).
-    With one, every token is predicted once, from at least window - stride tokens before it; only the first window
-    has less. What is left at the end and fills no window is not counted.
+    Every window begins with the start token where ``tokenizer`` puts one before a text, and all its other tokens are
+    predicted. Without a start token and without ``stride`` the first token of each window is context only (window - 1
+    predictions). With a stride every token is predicted once, from at least window - stride tokens before it; only
+    the first window has less. What is left at the end makes a shorter window.
 
     Args:
         model: Decoder with a language-model head, on any device; it runs in evaluation mode and gets its mode back.
-        tokenizer: Its tokenizer; no special tokens are added to the text.
+        tokenizer: Its tokenizer; no special tokens are added to the text but the start token.
         text: Running text.
-        window: Tokens per window, at least 2 and at most the positions of the model.
-        stride: Tokens from one window to the next, 1 to ``window``; default: ``window``.
+        window: Tokens per window, the start token included; at least 2 and at most the positions of the model.
+        stride: Tokens from one window to the next, 1 to ``window``; default: no overlap.
         max_tokens: Use only the first tokens of the text.
         batch_size: Windows per forward pass.
-        start_token: Begin every window with the tokenizer's start token, inside its length. Then all its other tokens
-            are predicted. Some models (Gemma) are far off without.
+        start_token: Whether windows begin with the tokenizer's start token; default: where the tokenizer adds it.
 
     Raises:
-        UserError: a model that is no decoder, a size that cannot work, a text shorter than one window, or a loss that
+        UserError: a model that is no decoder, a size that cannot work, a text with nothing to predict, or a loss that
             is not a finite number.
     """
     stride = window if stride is None else stride
     _check(model, window, stride, batch_size)
-    prefix = _prefix(tokenizer) if start_token else []
-    body, step = window - len(prefix), min(stride, window - len(prefix))
-    tokens = _tokens(tokenizer, text, max_tokens)
-    if len(tokens) < body:
-        raise UserError(
-            f"The text has {len(tokens):,} tokens, fewer than one window of {window:,}. Give a longer text or a "
-            "smaller window."
-        )
-    windows = tokens.unfold(0, body, step)
-    if prefix:
-        windows = torch.cat([torch.tensor([prefix]).expand(len(windows), 1), windows], dim=1)
-    counts = [window - 1] + [min(step, window - 1)] * (len(windows) - 1)
-    nll = _window_losses(model, windows, counts, batch_size)
-    return Perplexity(tuple(nll), tuple(counts), window, stride)
+    start = _start(tokenizer, start_token)
+    if len(start) >= window:
+        raise UserError(f"window={window} must be more than the {len(start)} tokens that each window begins with.")
+    tokens = plain_ids(tokenizer, text)[:max_tokens]
+    windows = list(cut(tokens, window, start, stride))
+    if not windows:
+        raise UserError(f"The text has {len(tokens):,} tokens, so nothing is predicted. Give a longer text.")
+    nll = _window_losses(model, windows, batch_size)
+    return Perplexity(tuple(nll), tuple(one.scored for one in windows), window, stride, start)
 
 
 def _check(model: PreTrainedModel, window: int, stride: int, batch_size: int) -> None:
@@ -122,25 +124,22 @@ def _check(model: PreTrainedModel, window: int, stride: int, batch_size: int) ->
         raise UserError(f"batch_size={batch_size} must be at least 1.")
 
 
-def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if tokenizer.bos_token_id is None:
+def _start(tokenizer: PreTrainedTokenizerBase, asked: bool | None) -> tuple[int, ...]:
+    if asked is None:
+        return frame_of(tokenizer).opening
+    if asked and tokenizer.bos_token_id is None:
         raise UserError("start_token is set, but the tokenizer has no start token (bos_token). Leave it out.")
-    return [int(tokenizer.bos_token_id)]
+    return (int(tokenizer.bos_token_id),) if asked else ()
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int | None) -> Tensor:
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids[:max_tokens], dtype=torch.long)
-
-
-def _window_losses(model: PreTrainedModel, windows: Tensor, counts: list[int], batch_size: int) -> list[float]:
-    """Mean loss of the last ``counts[i]`` tokens of each window [n, window]."""
+def _window_losses(model: PreTrainedModel, windows: Sequence[Window], batch_size: int) -> list[float]:
+    """Mean loss of what each window scores."""
     losses: list[float] = []
     with evaluating(model):
-        for start in range(0, len(windows), batch_size):
-            batch = windows[start : start + batch_size].to(model.device)
+        for group in _batches(windows, batch_size):
+            batch = torch.stack([torch.from_numpy(one.ids) for one in group]).to(model.device)
             logits = model(input_ids=batch, use_cache=False).logits
-            for row, count in enumerate(counts[start : start + batch_size]):
+            for row, (_, count) in enumerate(group):
                 losses.append(_mean_loss(logits[row, -count - 1 : -1], batch[row, -count:]))
                 if not losses[-1] < _LARGEST:
                     raise UserError(
@@ -148,6 +147,14 @@ def _window_losses(model: PreTrainedModel, windows: Tensor, counts: list[int], b
                         "Load the model in float32 or bfloat16; if that does not help, its weights are damaged."
                     )
     return losses
+
+
+def _batches(windows: Sequence[Window], batch_size: int) -> Iterator[list[Window]]:
+    """In order, and of one length each, so that nothing is padded."""
+    for _, members in groupby(windows, key=lambda one: len(one.ids)):
+        equal = list(members)
+        for start in range(0, len(equal), batch_size):
+            yield equal[start : start + batch_size]
 
 
 def _mean_loss(logits: Tensor, targets: Tensor) -> float:

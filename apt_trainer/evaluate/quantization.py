@@ -27,6 +27,9 @@ from apt_trainer.settings.choices import QUANTIZE
 
 GROUP_SIZE = 32
 OUTLIER_THRESHOLD = 6.0
+_ON_CPU = {"nf4": 64}
+"""What the number of inputs has to be a multiple of on a CPU: rows that end within a block of 64 come back wrong from
+kernels of bitsandbytes for AVX-512."""
 
 
 class Quantised(NamedTuple):
@@ -56,6 +59,8 @@ def quantize(model: PreTrainedModel, form: str) -> Quantised:
     group, name, change = _FORMS[form]
     library = _imported(name)
     blocks = tuple(f"{path}." for path in family_of(model.config).block_modules(model))
+    if model.device.type == "cpu":
+        group = _ON_CPU.get(form, group)
     linear = [path for path, module in model.named_modules() if path.startswith(blocks) and type(module) is nn.Linear]
     chosen = [path for path in linear if model.get_submodule(path).in_features % group == 0]
     if not chosen:
@@ -91,6 +96,7 @@ def _llm_int8(bnb: Any, linear: nn.Linear) -> nn.Module:
 def _nf4(bnb: Any, linear: nn.Linear) -> nn.Module:
     changed = bnb.LinearNF4(linear.in_features, linear.out_features, False, compute_dtype=linear.weight.dtype)
     changed.weight = bnb.Params4bit(linear.weight.detach().cpu(), requires_grad=False, quant_type="nf4")
+    changed.support_avx512bf16_for_cpu = False  # would compute in bfloat16, and only outputs in multiples of 32
     return _in_place_of(linear, changed)
 
 

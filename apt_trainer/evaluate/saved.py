@@ -17,6 +17,7 @@ from apt_trainer.evaluate.perplexity import perplexity
 from apt_trainer.evaluate.quantization import quantize
 from apt_trainer.measure import count_parameters
 from apt_trainer.settings import ModelSettings, resolve_path
+from apt_trainer.settings.packages import check_packages
 from apt_trainer.store.pretrained import choose_device, load_saved, load_tokenizer
 
 
@@ -33,7 +34,7 @@ class LanguageRequest:
     window: int = 1024
     stride: int | None = None
     max_tokens: int | None = None
-    start_token: bool = False
+    start_token: bool | None = None
     tasks: Sequence[str] = ()
     task_path: str | None = None
     limit: int | None = None
@@ -54,6 +55,7 @@ def evaluate_language(settings: ModelSettings, request: LanguageRequest) -> dict
     Raises:
         UserError: anything that cannot work; a missing text file before the weights load.
     """
+    check_packages({**vars(settings), "quantize": request.quantize, "lm_eval_tasks": request.tasks})
     text = None if request.text is None else _read(request.text)
     device = choose_device(request.device)
     tokenizer = load_tokenizer(settings)
@@ -78,16 +80,16 @@ def evaluate_language(settings: ModelSettings, request: LanguageRequest) -> dict
             request.batch_size,
             request.start_token,
         )
-        low, high = result.interval(request.seed)
+        interval = result.interval(request.seed)
         found["perplexity"] = {
             "value": result.value,
-            "low": low,
-            "high": high,
+            **({} if interval is None else interval._asdict()),
             "text": request.text,
             "predicted_tokens": result.predicted_tokens,
             "windows": len(result.nll),
             "window": result.window,
             "stride": result.stride,
+            "start_token": tokenizer.decode(result.start) if result.start else None,
         }
     if request.tasks:
         found["lm_eval"] = run_tasks(

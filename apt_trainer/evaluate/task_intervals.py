@@ -75,27 +75,29 @@ def classification_intervals(logits: np.ndarray, labels: np.ndarray) -> Interval
     cells, counts = np.unique(labels * classes + predicted, return_counts=True)
     generator = np.random.default_rng(0)
     size = max(1, _CELLS // classes**2)
-    f1, matthews = [], []
+    f1, macro, matthews = [], [], []
     for start in range(0, RESAMPLES, size):
         drawn = generator.multinomial(len(labels), counts / len(labels), size=min(size, RESAMPLES - start))
         confusion = np.zeros((len(drawn), classes**2))
         confusion[:, cells] = drawn
         confusion = confusion.reshape(-1, classes, classes)  # true × predicted
-        f1.append(_f1(confusion))
+        of_labels, seen = _f1(confusion)
+        macro.append(of_labels.sum(axis=1) / seen)
+        f1.append(of_labels[:, 1] if classes == 2 else macro[-1])
         matthews.append(_matthews(confusion))
     return {
         "accuracy": mean_interval(predicted == labels),
         "f1": interval_of(np.concatenate(f1)),
+        "f1_macro": interval_of(np.concatenate(macro)),
         "matthews": interval_of(np.concatenate(matthews)),
     }
 
 
-def _f1(confusion: np.ndarray) -> np.ndarray:
-    """[draws]: of label 1 if there are two, else the mean over the labels that are true or predicted somewhere."""
+def _f1(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """([draws, labels] F1 of each label, [draws] how many labels are true or predicted somewhere)."""
     right = np.diagonal(confusion, axis1=1, axis2=2)
     total = confusion.sum(axis=1) + confusion.sum(axis=2)
-    f1 = 2 * right / np.maximum(total, 1)
-    return f1[:, 1] if f1.shape[1] == 2 else f1.sum(axis=1) / (total > 0).sum(axis=1)
+    return 2 * right / np.maximum(total, 1), (total > 0).sum(axis=1)
 
 
 def _matthews(confusion: np.ndarray) -> np.ndarray:

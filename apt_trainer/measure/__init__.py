@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from apt_trainer.measure.flops import count_flops
 from apt_trainer.measure.generation import Generation, compare_generation, generate_once
-from apt_trainer.measure.latency import Latency, compare_latency, evaluating, example_inputs, ratio_is_noise
+from apt_trainer.measure.latency import Latency, compare_latency, evaluating, example_inputs, placed, ratio_is_noise
 from apt_trainer.measure.memory import (
     PeakMemory,
     current_memory_bytes,
@@ -15,7 +15,7 @@ from apt_trainer.measure.memory import (
     reset_peak,
     return_freed_memory,
 )
-from apt_trainer.measure.params import count_parameters, size_on_disk, trainable_parameters
+from apt_trainer.measure.params import count_parameters, dtype_on_disk, size_on_disk, trainable_parameters
 
 __all__ = [
     "Generation",
@@ -26,10 +26,12 @@ __all__ = [
     "count_flops",
     "count_parameters",
     "current_memory_bytes",
+    "dtype_on_disk",
     "evaluating",
     "example_inputs",
     "generate_once",
     "peak_memory_bytes",
+    "placed",
     "ratio_is_noise",
     "reset_peak",
     "return_freed_memory",

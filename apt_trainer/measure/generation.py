@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from apt_trainer.errors import UserError
+from apt_trainer.libraries.calls import cache_name
 from apt_trainer.measure.latency import Latency, evaluating, example_inputs, now, take_turns
 
 
@@ -121,6 +122,7 @@ def _seconds(model: nn.Module, batch: dict[str, Tensor], new_tokens: int) -> tup
 def _generate(model: nn.Module, batch: dict[str, Tensor], new_tokens: int) -> _Pass:
     device = batch["input_ids"].device
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    cache = cache_name(model)
     start = now(device)
     inputs, step = _first_step(model, batch)
     output = model(**inputs, **last_only, use_cache=True)
@@ -128,11 +130,11 @@ def _generate(model: nn.Module, batch: dict[str, Tensor], new_tokens: int) -> _P
     read = now(device)
     tokens = [token]
     for _ in range(new_tokens):
-        output = model(**step(token), past_key_values=output.past_key_values, use_cache=True)
+        output = model(**step(token), **{cache: getattr(output, cache)}, use_cache=True)
         token = output.logits[:, -1:].argmax(-1)
         tokens.append(token)
     end = now(device)
-    size = _cache_bytes(output.past_key_values)
+    size = _cache_bytes(getattr(output, cache))
     return _Pass(read - start, (end - read) / new_tokens, torch.cat(tokens, dim=1), size)
 
 
@@ -157,8 +159,8 @@ def start_tokens(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _cache_bytes(cache: Any) -> int:
-    """Bytes of all tensors of a transformers cache; that of an encoder–decoder model is a pair of caches."""
+    """Bytes of the keys and values in a transformers cache; that of an encoder–decoder model is a pair of caches."""
     pair = (getattr(cache, "self_attention_cache", None), getattr(cache, "cross_attention_cache", None))
     layers = [layer for part in (cache, *pair) for layer in getattr(part, "layers", ())]
     tensors = [value for layer in layers for value in vars(layer).values() if isinstance(value, Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.is_floating_point())

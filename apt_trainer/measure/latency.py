@@ -158,6 +158,29 @@ def _summarise(seconds: Sequence[float]) -> Latency:
     return Latency(float(median), float(high - low), len(seconds))
 
 
+@contextmanager
+def placed(model: nn.Module, device: torch.device | str | None) -> Iterator[None]:
+    """``model`` on ``device`` for the time, and where it was afterwards; None, or a model without weights: as it is.
+
+    Raises:
+        UserError: ``device`` has no room for what is done there.
+    """
+    before = _device_of(model)
+    moves = device is not None and before.type != "meta" and torch.device(device) != before
+    try:
+        if moves:
+            model.to(device)
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"Timing copies of the model needs more memory than {device or before} has. Lower reference_batch_size "
+            "or reference_length, or choose a sparsity_metric and nri_cost that are not latency."
+        ) from error
+    finally:
+        if moves:
+            model.to(before)
+
+
 def _device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 

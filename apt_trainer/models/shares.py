@@ -16,6 +16,7 @@ from torch import nn
 
 from apt_trainer.models.base import Stack
 from apt_trainer.models.batch import IGNORED, has_label_per_token, of_stack, predicted_tokens, real_tokens
+from apt_trainer.models.class_weights import ClassWeights
 from apt_trainer.models.family import ModelFamily
 
 
@@ -48,10 +49,13 @@ class Shares:
         return torch.where(self.labels == 0, 0.0, self.labels * loss)
 
 
-def count(inputs: Mapping[str, Any], family: ModelFamily, model: nn.Module) -> torch.Tensor:
+def count(
+    inputs: Mapping[str, Any], family: ModelFamily, model: nn.Module, weights: ClassWeights | None = None
+) -> torch.Tensor:
     """[2 + stacks] int64 of a batch: labels, predictions, real tokens of each stack of ``family``.
 
-    Labels and predictions are rows where there is none, or not one per token.
+    Labels and predictions are rows where there is none, or not one per token. With ``weights``, labels are the sum of
+    theirs and all numbers float32.
     """
     stacks = [table.stack for table in family.stacks]
     labels, tokens, rows = inputs.get("labels"), real_tokens(inputs, family), _positions(inputs, stacks[0])[:, 0]
@@ -59,7 +63,10 @@ def count(inputs: Mapping[str, Any], family: ModelFamily, model: nn.Module) -> t
     numbers = [_number(counted, rows), _number(None, rows)]
     if has_label_per_token(inputs):
         numbers[1] = _number(predicted_tokens(inputs, family, model), inputs["labels"])
-    return torch.stack([*numbers, *(_number(of_stack(tokens, stack), _positions(inputs, stack)) for stack in stacks)])
+    numbers += (_number(of_stack(tokens, stack), _positions(inputs, stack)) for stack in stacks)
+    if weights is None or labels is None:
+        return torch.stack(numbers)
+    return torch.stack([weights.total(labels), *(number.float() for number in numbers[1:])])
 
 
 def _number(mask: torch.Tensor | None, places: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+from transformers import DynamicCache
 
 from apt_trainer.models import HIDDEN, ModelFamily, Space, Sublayer
 from apt_trainer.models.base import base_layer
@@ -122,19 +124,36 @@ def flops_cost(
 def memory_cost(
     model: nn.Module, family: ModelFamily, spaces: Sequence[Space], batch_size: int, length: int
 ) -> CostModel:
-    """Bytes at inference: every weight of the model, plus the widest feed-forward activation of one layer averaged
-    over layers and two residual streams at [batch_size, length]."""
+    """Bytes that a model takes while it runs: every weight and, where it generates, the keys and values that its
+    attentions keep of [batch_size, length] tokens. Activations, which come and go, are not counted.
+
+    The inputs of an encoder and of a decoder are taken to be of one length.
+    """
     element = next(model.parameters()).element_size()
     cost = parameter_cost(model, family, spaces, weigh=lambda name, p: float(p.element_size()), blocks_only=False)
     terms = {guard: dict(of_guard) for guard, of_guard in cost.terms.items()}
-    tokens = batch_size * length
-    neurons = [space for space in spaces if space.kind == "neurons"]
-    for space in neurons:
-        of_guard = terms.setdefault(space.name, {})
-        of_guard[(space.name,)] = of_guard.get((space.name,), 0.0) + 2.0 * element * tokens / len(neurons)
-    constant = terms.setdefault(None, {})
-    constant[(HIDDEN,)] = constant.get((HIDDEN,), 0.0) + 2.0 * element * tokens
+    by_name = {space.name: space for space in spaces}
+    for sublayer in family.sublayers(model):
+        cached = element * batch_size * cached_numbers(model, sublayer, by_name[sublayer.space], length)
+        if cached:
+            terms[sublayer.space][(sublayer.space,)] = terms[sublayer.space].get((sublayer.space,), 0.0) + cached
     return CostModel(terms)
+
+
+def cached_numbers(model: Any, sublayer: Sublayer, space: Space, length: int) -> int:
+    """Entries of the keys and values that one head keeps of a sequence of ``length`` tokens.
+
+    0 for what is no attention, for the attentions of an encoder and in a model that does not generate. A sliding
+    attention keeps no more than its window, as transformers' cache does.
+    """
+    if sublayer.kind != "attention" or sublayer.stack != "decoder" or not model.can_generate():
+        return 0
+    of_layers = () if sublayer.crosses else DynamicCache(config=model.config).layers
+    window = getattr(of_layers[sublayer.layer], "sliding_window", None) if sublayer.layer < len(of_layers) else None
+    tokens = length if window is None else min(length, window - 1)
+    # keys and values are the rows of the projections that are not queries
+    rows = sum(sum(part.parts) for part in space.slices if part.side == "out" and part.module not in space.norms)
+    return tokens * (rows - space.channels)
 
 
 def fitted_cost(

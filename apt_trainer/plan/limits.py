@@ -16,6 +16,9 @@ from apt_trainer.settings import PruningSettings
 SAFE_DEPTH = 0.3
 """Share of sublayers; ours: beyond it models are seldom good again."""
 
+LEAST_DEPTH = 3
+"""Of so many attentions, and of so many feed-forwards, one has to be left; ours: with less little can be learnt."""
+
 COLLAPSE_MARGIN = 0.1
 """Loss above twice the one before a cut from which on the user is warned."""
 

@@ -116,8 +116,20 @@ def make_schedule(settings: MethodSettings, total: int) -> Schedule:
     )
 
 
+def fewer_events(settings: MethodSettings, schedule: Schedule) -> str | None:
+    """What to tell the user where not all events that were asked for have a step of their own; else None."""
+    number, asked = len(schedule.events), settings.num_pruning_events
+    if not 0 < number < asked or settings.pruning_time == "after":
+        return None
+    return (
+        f"num_pruning_events={asked} do not fit between step {schedule.start} and {schedule.end} of "
+        f"{schedule.total}: there will be {number}."
+    )
+
+
 def _steps(value: float, total: int) -> int:
-    return round(value * total) if value < 1 else int(value)
+    """A float up to 1.0 is a fraction of ``total``, anything else a number of steps."""
+    return round(value * total) if isinstance(value, float) and value <= 1 else int(value)
 
 
 def _pruning_steps(settings: MethodSettings, total: int) -> tuple[int, tuple[int, ...], int]:
@@ -129,15 +141,16 @@ def _pruning_steps(settings: MethodSettings, total: int) -> tuple[int, tuple[int
         return max(0, total - max(1, _steps(settings.mask_window, total))), (total,), 0
     start = _steps(default_start if settings.pruning_start is None else settings.pruning_start, total)
     end = _steps(default_end if settings.pruning_end is None else settings.pruning_end, total)
-    number = settings.num_pruning_events
+    if settings.pruning_start is None and settings.pruning_end is None:
+        end = max(end, start + 1)  # in a run of a few steps both round to the same
     if end > total:
         raise UserError(f"pruning_end={end} lies after the last step {total}. Lower pruning_end, or train longer.")
-    if end - start < number:
+    if end <= start:
         raise UserError(
-            f"{number} pruning events need at least {number} steps between pruning_start and pruning_end, but there "
-            f"are {end - start} (step {start} to {end} of {total}). "
-            "Lower num_pruning_events, move pruning_end or train longer."
+            f"Pruning would begin at step {start} and end at step {end} of {total}, which leaves no step to score "
+            "units in. Set pruning_start below pruning_end, or train longer."
         )
+    number = min(settings.num_pruning_events, end - start)
     events = tuple(start + round((end - start) * (j + 1) / number) for j in range(number))
     if settings.prunes_before:
         return start, events, 0

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from apt_trainer.errors import UserError
+from apt_trainer.measure import placed
+from apt_trainer.models.class_weights import ClassWeights
 from apt_trainer.models.shares import count
 from apt_trainer.scoring import Reduce
 from apt_trainer.scoring.calibration import NOT_FINITE, Batch
@@ -34,15 +36,19 @@ class ImpactPass:
     ``candidates``: the sublayers that may go. ``cost``: "params", "memory", "latency" or "none"; ``costs``: that of
     each sublayer. Memory and seconds are those of a forward pass at ``reference_batch_size`` × ``reference_length``;
     seconds are measured here, unless the model is on the meta device, where there is nothing to time and nothing will
-    be scored. Other processes measure others: see ``agreed_seconds``.
+    be scored. Other processes measure others: see ``agreed_seconds``. ``timed_on``: where; default: where the
+    model is. ``weights``: of the labels in the loss, if any.
     """
 
-    def __init__(self, model: Any, cost: str, settings: PruningSettings) -> None:
+    weights: ClassWeights | None = None
+
+    def __init__(self, model: Any, cost: str, settings: PruningSettings, timed_on: torch.device | None = None) -> None:
         self.model, self.cost, self.units = model, cost, find_units(model)
         self.candidates = [unit for unit in self.units.sublayers if unit not in self.units.protected]
         timeless = cost == "latency" and next(model.parameters()).is_meta
         shape = Shape(settings.reference_batch_size, settings.reference_length)
-        self.costs: Mapping[Unit, float] = unit_costs(model, self.units, "none" if timeless else cost, shape)
+        with placed(model, timed_on if cost == "latency" else None):
+            self.costs: Mapping[Unit, float] = unit_costs(model, self.units, "none" if timeless else cost, shape)
 
     def measure(
         self,
@@ -97,12 +103,12 @@ class ImpactPass:
         return self.units.members[unit][0].space
 
     def _weighed(self, batches: Sequence[Batch | None]) -> Iterator[tuple[Batch, torch.Tensor]]:
-        """Each batch, and what its loss is a mean of: predicted tokens, or rows where it is not per token; 0 for the
+        """Each batch, and what its loss is a mean of: predicted tokens, rows, or the weights of labels; 0 for the
         batch that stands in for one that is not there."""
         spare = next((batch for batch in batches if batch is not None), None)
         for batch in batches:
             if batch is not None:
-                yield batch, count(batch, self.units.family, self.model)[0].double()
+                yield batch, count(batch, self.units.family, self.model, self.weights)[0].double()
             elif spare is not None:
                 yield spare, torch.zeros((), dtype=torch.float64, device=next(self.model.parameters()).device)
 

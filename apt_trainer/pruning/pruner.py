@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from apt_trainer.errors import UserError
+from apt_trainer.libraries.private_names import check_names
 from apt_trainer.measure import trainable_parameters
 from apt_trainer.models import ModelFamily, Space, Stack, family_of
 from apt_trainer.models.batch import Tokens
@@ -27,9 +28,11 @@ from apt_trainer.plan.schedule import Schedule
 from apt_trainer.plan.selection import select
 from apt_trainer.pruning.agreed_seconds import Seconds, agree_on_seconds, use_seconds
 from apt_trainer.pruning.budget import check_budget, cost_of, saved_without
+from apt_trainer.pruning.given_model import check_given
 from apt_trainer.pruning.impact_pass import ImpactPass
 from apt_trainer.scoring import Importance, Nri, Reduce, make_importance
 from apt_trainer.scoring.calibration import Batch, calibrate
+from apt_trainer.scoring.observing import Observing
 from apt_trainer.scoring.rank_score import RankScore
 from apt_trainer.settings import MethodSettings
 from apt_trainer.surgery import adapters as lora
@@ -37,7 +40,6 @@ from apt_trainer.surgery.cutting import apply_plan
 from apt_trainer.surgery.masks import MaskStore
 from apt_trainer.surgery.slicing import EditLog, Grow, Keep
 from apt_trainer.surgery.tuning import set_trainable
-from apt_trainer.tensors.partitioned import is_partitioned
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class PruningEvent:
 class AdaptivePruner:
     """Scores units and adapters while ``model`` trains, and changes its shape when the schedule says so.
 
-    ``model`` must be a plain Hugging Face model; adapters are inserted here when the settings ask for them.
+    ``model`` must be a plain Hugging Face model; adapters are inserted here when the settings ask for them. What is
+    chosen by seconds is timed on ``timed_on``, where the model is going to run; default: where it is.
     """
 
     def __init__(
@@ -80,18 +83,11 @@ class AdaptivePruner:
         *,
         importance: Importance | None = None,
         seed: int = 0,
+        timed_on: torch.device | None = None,
     ) -> None:
+        check_names("loading", "method")
         settings.check()
-        if any(is_partitioned(parameter) for parameter in model.parameters()):
-            raise UserError(
-                "The model is partitioned already (deepspeed.zero.Init), but adapters are put into a whole one. Load "
-                "it as an ordinary model; under ZeRO-3 it is partitioned when training begins."
-            )
-        if not all(parameter.is_floating_point() for parameter in model.parameters()):
-            raise UserError(
-                "The model has quantised weights, which can be neither scored nor cut. Load it without quantising; "
-                "quantise the finished model."
-            )
+        check_given(model, is_copied=settings.distillation == "self" and settings.prunes)
         self.model, self.settings, self.seed = model, settings, seed
         self.family = family_of(model.config)
         self.family.set_post_norm_policy(model.config, settings.post_norm_policy)
@@ -99,13 +95,13 @@ class AdaptivePruner:
         self.sublayers = self.family.sublayers(model)
         self.plan = self.dense_plan = PruningPlan.dense(self.spaces)
         self.block_cost = parameter_cost(model, self.family, self.spaces)
-        self.cost = cost_of(model, self.family, self.spaces, settings)
+        self.cost = cost_of(model, self.family, self.spaces, settings, timed_on)
         self.limits = limits_of(settings)
         if settings.sparsity_metric != "latency":  # else once processes have agreed on seconds
-            check_budget(self.spaces, self.plan, self.cost, self.limits, settings.target_sparsity)
+            self._check_budget()
         self.importance = importance or make_importance(settings, seed)
         nri = self.importance if settings.prunes and isinstance(self.importance, Nri) else None
-        self.impact = None if nri is None else ImpactPass(model, nri.cost, settings)
+        self.impact = None if nri is None else ImpactPass(model, nri.cost, settings, timed_on)
         self.seconds: Seconds | None = None
         self.tune = settings.tune
         self._insert_adapters()
@@ -129,7 +125,7 @@ class AdaptivePruner:
             self._reduce = reduce
         if self.seconds is None:
             agree_on_seconds(self, self._reduce, processes)
-            check_budget(self.spaces, self.dense_plan, self.cost, self.limits, self.settings.target_sparsity)
+            self._check_budget()
         self._follow_schedule(step)
 
     def calibrate(self, batches: Iterable[Batch | None], loss_of: Callable[[Batch], torch.Tensor]) -> None:
@@ -179,6 +175,7 @@ class AdaptivePruner:
         """After the last backward pass of a step, before gradients are cleared."""
         if self._observing and not self._resting:
             if not self.settings.prunes_before:
+                self._check_observed()
                 self.importance.update(self._reduce, self._processes)
             self.rank_score.update(self._reduce, self._processes)
             self._fading = None  # scores have changed
@@ -197,6 +194,11 @@ class AdaptivePruner:
         event = self.schedule.event_at(step)
         tune = self._tune_at(step)
         cuts = step == 0 if before else event is not None
+        if cuts and isinstance(self.importance, Observing) and self.importance.is_blank():
+            raise UserError(
+                "Nothing finite was observed that units could be scored by: all gradients were zero or not finite. "
+                "With fp16, train a few steps before pruning_start, until the loss scale has settled, or use bf16."
+            )
         plan = self._select(event) if cuts else self.plan
         merging = tune == "full"
         ranks = {} if event is None or merging else self._new_ranks(event, plan)
@@ -236,6 +238,11 @@ class AdaptivePruner:
             self.importance.detach()
             self.rank_score.detach()
             self._observing = False
+
+    @property
+    def is_hooked(self) -> bool:
+        """Whether hooks of observers or masks are in the model."""
+        return self._observing or self.masks.is_open
 
     def sparsity(self) -> float:
         """Share of the prunable budget removed so far, in the unit of ``sparsity_metric``."""
@@ -309,12 +316,24 @@ class AdaptivePruner:
 
     # ------------------------------------------------------------------ inside
 
+    def _check_budget(self) -> None:
+        sparsity = self.settings.target_sparsity
+        check_budget(self.spaces, self.sublayers, self.dense_plan, self.cost, self.limits, sparsity)
+
     def _insert_adapters(self) -> None:
         s = self.settings
         if s.uses_adapters:
             targets = s.lora_target_modules or self.family.default_targets(self.model)
             layers = self.family.layer_paths(self.model)
             lora.insert_adapters(self.model, targets, s.lora_r, s.lora_alpha, s.lora_dropout, layers)
+
+    def _check_observed(self) -> None:
+        if isinstance(self.importance, Observing) and not self.importance.has_observed():
+            raise UserError(
+                "A step is to be observed, but no forward pass of the model's layers was seen in training mode with "
+                "gradients: it would be pruned without scores. Call the model itself in compute_loss (not a copy, not "
+                "under no_grad, not after model.eval()), or take importance: magnitude."
+            )
 
     def _scored(self) -> list[Space]:
         return [space for space in self.spaces if space.kind in self.limits.kinds]

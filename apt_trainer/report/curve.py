@@ -34,7 +34,8 @@ def curve_markdown(found: Found) -> str:
     """One table per kind of unit and measure (loss, tasks, speed, SDR, cache) that has numbers: a row per number of
     units, a column per ranking."""
     full = found["full"]
-    parts = [f"{Path(found['model']).name}, full model: {_of_full(found)}"]
+    timed = f"; speed timed on {found['timed_on']}" if "timed_on" in found else ""
+    parts = [f"{Path(found['model']).name}, full model: {_of_full(found)}{timed}"]
     measures = [(found["loss_name"], lambda row: row["perplexity"], "{:.4g}".format)]
     measures += [(task, partial(_at, "tasks", task), "{:.3f}".format) for task in full["tasks"]]
     measures += [(f"speed-up ({name})", partial(_at, "speedup", name), "{:.2f}".format) for name in _SPEEDS]

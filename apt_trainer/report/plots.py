@@ -39,6 +39,8 @@ STYLE: dict[Any, Any] = {
     "figure.constrained_layout.w_pad": 0.1,
 }
 NOT_A_TASK_METRIC = ("loss", "runtime", "per_second", "preparation_time")
+_OLD_NAMES = {"loss/task": "task_loss", "loss/distillation": "distillation_loss"}
+"""Of losses in logs of older runs."""
 TUNE_NAMES = {
     "adapters": "adapters train",
     "adapters_and_norms": "adapters and norms train",
@@ -148,7 +150,8 @@ def _draw_sparsity(axes: Axes, events: Sequence[dict[str, Any]], last_step: floa
 
 def _draw_losses(axes: Axes, log_history: Sequence[dict[str, Any]], metric: str | None) -> None:
     axes.set_title("Losses")
-    parts = {"loss/task": ("task", BLUE), "loss/distillation": ("distillation", PURPLE)}
+    log_history = [{_OLD_NAMES.get(key, key): value for key, value in entry.items()} for entry in log_history]
+    parts = {"task_loss": ("task", BLUE), "distillation_loss": ("distillation", PURPLE)}
     if not any(key in entry for entry in log_history for key in parts):
         parts = {"loss": ("training", BLUE)}
     parts["eval_loss"] = ("evaluation", GREEN)
@@ -156,7 +159,7 @@ def _draw_losses(axes: Axes, log_history: Sequence[dict[str, Any]], metric: str 
     medians = []
     for key, (label, color) in parts.items():
         steps, values = _series(log_history, key)
-        if key == "loss/distillation":  # exactly 0 where there is no distillation: a gap, not a value
+        if key == "distillation_loss":  # exactly 0 where there is no distillation: a gap, not a value
             values = [value or math.nan for value in values]
         known = sorted(value for value in values if math.isfinite(value))
         if known:

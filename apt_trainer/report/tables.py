@@ -51,9 +51,9 @@ def comparison_table(metrics: Mapping[str, Any], with_flops: bool = False) -> st
         (str(metrics.get("metric_name") or "task metric"), "task_metric", "{:.4f}".format),
         ("parameters in blocks", "block_params", format_count),
         ("parameters in total", "total_params", format_count),
-        ("size on disk", "disk_bytes", format_bytes),
     ]
     rows = [_compared(label, metrics.get(f"{key}_dense"), metrics.get(key), form) for label, key, form in measures]
+    rows.append(_disk_row(metrics))
     if with_flops:
         rows.append(_compared("FLOPs, one forward", metrics.get("flops_dense"), metrics.get("flops"), format_count))
     rows += _latency_rows(metrics.get("latency_ms") or {})
@@ -62,6 +62,9 @@ def comparison_table(metrics: Mapping[str, Any], with_flops: bool = False) -> st
     for batch in sorted(set(dense) | set(pruned), key=int):
         rows.append(_compared(f"sequences/s, batch {batch}", dense.get(batch), pruned.get(batch), "{:.1f}".format))
     rows += _generation_rows(metrics)
+    if metrics.get("generation"):  # else it is that of the weights, which are above
+        held = (metrics.get("memory_bytes_dense"), metrics.get("memory_bytes"))
+        rows.append(_compared("memory of weights and cache, largest batch", *held, format_bytes))
     peaks = {name: peak["peak_bytes"] for name, peak in (metrics.get("inference_memory") or {}).items()}
     rows.append(_compared("peak memory in use", peaks.get("dense"), peaks.get("pruned"), format_bytes))
     measures = [
@@ -85,7 +88,11 @@ def held_out_table(metrics: Mapping[str, Any]) -> str:
         {"measure": name, "full": _score(whole.get(name)), "smaller": _score(one)} for name, one in scores.items()
     ]
     rows += [
-        {"measure": "cache, bytes" if name == "cache" else f"speed, {name}", "full": "1", "smaller": f"{value:.2f} ×"}
+        {
+            "measure": "cache, bytes" if name == "cache" else f"speed, {name}, on {metrics['timed_on']}",
+            "full": "1",
+            "smaller": f"{value:.2f} ×",
+        }
         for name, value in metrics.get("speedup", {}).items()
     ]
     for key, name in (("sdr", "SDR"), ("sdr_relative", "SDR, relative")):
@@ -121,7 +128,9 @@ def scores_table(found: Mapping[str, Any]) -> str:
             rows.append({"measure": name, "value": value, "ends": ends})
     if text := found.get("perplexity"):
         row = {"measure": f"perplexity, windows of {text['window']:,}", "on": f"{text['predicted_tokens']:,} tokens"}
-        rows.append(row | {"value": text["value"], "ends": (text["low"], text["high"])})
+        if text["start_token"] is not None:
+            row["measure"] += f" from {text['start_token']}"
+        rows.append(row | {"value": text["value"], "ends": (text.get("low"), text.get("high"))})
     for name, result in (found.get("lm_eval") or {}).items():
         on = f"{result['examples']:,} examples" if result["examples"] else None
         for metric, score in result["metrics"].items():
@@ -154,6 +163,16 @@ def format_seconds(seconds: float | None) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _disk_row(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Bytes of weight files; two types are named, and not compared."""
+    row = _compared("size on disk", metrics.get("disk_bytes_dense"), metrics.get("disk_bytes"), format_bytes)
+    types = {name: metrics.get(f"disk_dtype{which}") for name, which in (("dense", "_dense"), ("pruned", ""))}
+    if types["dense"] != types["pruned"]:
+        row |= {name: f"{row[name]} ({dtype})" for name, dtype in types.items() if dtype and row[name] != MISSING}
+        row["pruned / dense"] = MISSING
+    return row
 
 
 def _latency_rows(latency: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:

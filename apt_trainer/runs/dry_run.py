@@ -15,18 +15,20 @@ from torch import nn
 from apt_trainer.models import HIDDEN, family_of
 from apt_trainer.plan.cost import flops_cost
 from apt_trainer.plan.pruning_plan import PruningPlan
-from apt_trainer.plan.schedule import Schedule, make_schedule
+from apt_trainer.plan.schedule import Schedule, fewer_events, make_schedule
 from apt_trainer.plan.selection import select
 from apt_trainer.pruning.pruner import AdaptivePruner
 from apt_trainer.report.tables import format_bytes, format_count, markdown_table
-from apt_trainer.runs.preflight import check_before_loading, checkpoint_to_resume
+from apt_trainer.runs.preflight import check_before_loading, check_installed, checkpoint_to_resume
 from apt_trainer.settings.config import APTConfig
 from apt_trainer.settings.recipe import Recipe
-from apt_trainer.store.pretrained import build_model, load_inputs
+from apt_trainer.store.pretrained import build_model, dtype_name, load_inputs
 from apt_trainer.surgery import adapters as lora
+from apt_trainer.tasks import TaskData
 from apt_trainer.tasks.trainer_options import set_task_arguments
 
 _ADAM_BYTES = 8  # two fp32 moments per trained parameter
+_LABELS_SHOWN = 20
 _FLOAT32_PER_LOGIT = 3  # log-probability, its gradient and that of the logit
 
 
@@ -34,11 +36,12 @@ def plan(recipe: Recipe) -> str:
     """Text of the dry run; raises :class:`UserError` for anything that would stop the run before training."""
     args = recipe.training
     checkpoint_to_resume(recipe)
-    _, config, data = load_inputs(recipe.model, recipe)
+    check_installed(recipe)
+    tokenizer, config, data = load_inputs(recipe.model, recipe)
     set_task_arguments(args, data, recipe.given)
-    check_before_loading(recipe, config, data)
-    device = "cpu" if args.sparsity_metric == "latency" else "meta"
-    model = build_model(config, data, device, recipe.model.dtype)
+    check_before_loading(recipe, config, data, tokenizer)
+    timed = args.sparsity_metric == "latency"
+    model = build_model(config, data, str(args.device) if timed else "meta", recipe.model.dtype)
     pruner = AdaptivePruner(model, args, seed=args.seed)
     schedule = make_schedule(args, args.total_steps(len(data.train) - args.heldout_rows(len(data.train))))
     predicted = recipe.data.max_target_length if model.config.is_encoder_decoder else recipe.data.max_length
@@ -48,15 +51,36 @@ def plan(recipe: Recipe) -> str:
         f"with adapters, {format_count(pruner.block_cost.total(pruner.plan.counts))} in blocks",
         f"data         {len(data.train):,} training rows, {len(data.validation):,} validation, "
         f"{len(data.test):,} reported on ({data.test_name})",
+        *_label_lines(data),
         f"trains       {' → '.join(tune_phases(args))}; {format_count(_trained(model))} parameters at first",
         f"steps        {schedule.total:,} of {args.train_batch_size * args.gradient_accumulation_steps} rows",
         f"memory       {format_bytes(memory)} estimated at the first step "
         f"({_counted(model, args)}){_of_dense_model(pruner, args)}",
+        *([f"timed        on {args.device}, with weights in {dtype_name(model.dtype)}"] if timed else []),
         "",
         _space_table(pruner),
         "",
     ]
     return "\n".join(lines + _schedule_lines(pruner, schedule, args))
+
+
+def _label_lines(data: TaskData) -> list[str]:
+    """How often each label occurs in the training rows, and what it weighs."""
+    if not data.label_counts:
+        return []
+    names = sorted(data.label_counts, key=lambda name: -data.label_counts[name])
+    if len(names) > _LABELS_SHOWN:  # the most and the least frequent
+        names = [*names[: _LABELS_SHOWN // 2], "…", *names[-_LABELS_SHOWN // 2 :]]
+    weights = dict(zip(data.label_counts, data.class_weights or (), strict=False))
+    told = [
+        name if name not in data.label_counts else f"{name} {data.label_counts[name]:,}{_weight(weights.get(name))}"
+        for name in names
+    ]
+    return [f"labels       {len(data.label_counts)} in the training rows: {', '.join(told)}"]
+
+
+def _weight(weight: float | None) -> str:
+    return "" if weight is None else f" (weight {weight:.3g})"
 
 
 def _of_dense_model(pruner: AdaptivePruner, args: APTConfig) -> str:
@@ -209,9 +233,11 @@ def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig)
         then = f"the dense model is {_scoring(pruner, args)}cut before the first step, after which only ranks grow."
     elif pruner.impact is not None:
         then = f"at each event the model is {_scoring(pruner, args)}cut; with fewer sublayers left, passes are fewer."
+    fewer = fewer_events(args, schedule)
     lines = [
         markdown_table(rows, [(key, header, None) for key, header in columns]),
         "",
+        *([] if fewer is None else [fewer]),
         f"Parameters and FLOPs assume that every kind loses the same share; {then}",
     ]
     if schedule.distillation_end > schedule.distillation_start:

@@ -13,33 +13,52 @@ from pathlib import Path
 from typing import Any
 
 from transformers.integrations.hub_kernels import is_kernel
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from apt_trainer.errors import UserError, unknown_choice
 from apt_trainer.evaluate.harness import check_tasks, not_a_language_model
+from apt_trainer.libraries.private_names import check_names
 from apt_trainer.plan.schedule import make_schedule
 from apt_trainer.pruning.pruner import AdaptivePruner
-from apt_trainer.report.comparison import EVENTS_FILE, METRICS_FILE, RECIPE_FILE
+from apt_trainer.report.comparison import METRICS_FILE, RECIPE_FILE
 from apt_trainer.settings import DataSettings, MethodSettings, ModelSettings
 from apt_trainer.settings.config import APTConfig
+from apt_trainer.settings.engines import check_launch
+from apt_trainer.settings.packages import check_packages
 from apt_trainer.settings.recipe import Recipe
-from apt_trainer.store.pretrained import build_model, max_positions
+from apt_trainer.store.hub import check_upload
+from apt_trainer.store.pretrained import build_model, check_teacher, max_positions, teacher_settings
 from apt_trainer.tasks import TaskData
 from apt_trainer.training.best_model import check_candidates
 from apt_trainer.training.checkpoint import check_complete
-from apt_trainer.training.whole_checkpoints import checkpoints_in, find_whole, last_whole
+from apt_trainer.training.compiled import compile_options
+from apt_trainer.training.engines.optimizer_class import check_optimizer
+from apt_trainer.training.rehearsal import check_output, rehearse
+from apt_trainer.training.whole_checkpoints import GOES_ON, checkpoints_in, find_whole, last_whole
 
 _LANGUAGE_MODELS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 _OF_THE_LOOP = ("max_steps", "num_train_epochs", "seed", "learning_rate", "lr_scheduler_type", "warmup_steps")
 _FREE = ("calibration_batch_size", "trust_remote_code", "attn_implementation")
 
 
-def check_before_loading(recipe: Recipe, config: Any, data: TaskData) -> None:
-    """Raise :class:`UserError` for a schedule, budget, length or task that cannot work, on the meta device.
+def check_before_loading(recipe: Recipe, config: Any, data: TaskData, tokenizer: Any) -> None:
+    """Raise :class:`UserError` for a schedule, budget, length, task, teacher or save that cannot work, on the meta
+    device.
 
     A latency budget is measured, so it is checked only once the model is there.
     """
+    check_names("training")
     args = recipe.training
+    check_launch(args)
+    check_optimizer(args)
+    for name in ("prediction_loss_only", "batch_eval_metrics"):
+        if getattr(args, name):
+            raise UserError(f"{name}: true leaves the metric of the task out, which a run ends with. Remove it.")
+    if not args.eval_do_concat_batches:
+        raise UserError("eval_do_concat_batches: false gives metrics of the task no rows to count. Remove it.")
+    check_upload(args)
+    compile_options(args)
     check_attention(recipe.model.attn_implementation)
     if args.dense_baseline and "RANK" in os.environ:
         raise UserError(
@@ -61,7 +80,19 @@ def check_before_loading(recipe: Recipe, config: Any, data: TaskData) -> None:
     settings = copy.copy(args)
     if settings.sparsity_metric == "latency":
         settings.sparsity_metric = "params"
-    AdaptivePruner(build_model(config, data, "meta"), settings)
+    model = build_model(config, data, "meta", recipe.model.dtype)
+    if args.teacher_name_or_path is not None:
+        check_teacher(teacher_settings(recipe.model, args.teacher_name_or_path), data, model, tokenizer)
+    rehearse(model, Path(str(args.output_dir)), AdaptivePruner(model, settings), tokenizer)
+
+
+def check_installed(recipe: Recipe) -> None:
+    """Raise :class:`UserError` where a setting needs a package that is not installed, or names no known one."""
+    trackers = recipe.training.report_to
+    for name in [trackers] if isinstance(trackers, str) else trackers:
+        if name not in (*INTEGRATION_TO_CALLBACK, "none", "all"):
+            raise unknown_choice("report_to", name, [*INTEGRATION_TO_CALLBACK, "none", "all"])
+    check_packages({**vars(recipe.model), **vars(recipe.data), **vars(recipe.training)})
 
 
 def check_attention(name: str | None) -> None:
@@ -94,17 +125,6 @@ def _check_lengths(config: Any, data: TaskData, args: APTConfig) -> None:
             )
 
 
-def check_output(output: Path) -> None:
-    """Raise :class:`UserError` for a folder that cannot be made or written to."""
-    for place in (output, *output.absolute().parents):
-        if place.exists():
-            if not place.is_dir():
-                raise UserError(f"output_dir={str(output)!r}: {place} is a file. Choose a folder.")
-            if not os.access(place, os.W_OK | os.X_OK):
-                raise UserError(f"output_dir={str(output)!r}: {place} cannot be written to. Choose another folder.")
-            return
-
-
 def checkpoint_to_resume(recipe: Recipe) -> str | None:
     """Path of the checkpoint to go on from; None for a new run.
 
@@ -122,7 +142,8 @@ def checkpoint_to_resume(recipe: Recipe) -> str | None:
             raise UserError(f"{output} holds a finished run. Choose another output_dir, or remove it.")
         whole = find_whole(output)
         if whole is None:
-            _check_same_run(output / RECIPE_FILE, recipe)
+            if checkpoints_in(output):
+                _check_same_run(output / RECIPE_FILE, recipe)
             return None
         found = whole
     else:
@@ -144,11 +165,11 @@ def finished_run(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def _refuse_an_older_run(output: Path) -> None:
-    """A recipe alone is a start that came to nothing."""
-    written = [name for name in (METRICS_FILE, EVENTS_FILE, "config.json") if (output / name).exists()]
+    """A run that was ended before its first checkpoint has left nothing to lose: it is begun anew."""
+    written = [name for name in (METRICS_FILE, "config.json") if (output / name).exists()]
     found = checkpoints_in(output)
     if written or found:
-        go_on = ", or set resume_from_checkpoint: true" if found else ""
+        go_on = f", or set {GOES_ON}" if found and METRICS_FILE not in written else ""
         raise UserError(
             f"output_dir={str(output)!r} already holds a run ({', '.join(written) or 'checkpoints'}). "
             f"Choose another output_dir, or remove it{go_on}."

@@ -22,24 +22,28 @@ from typing import Any
 import torch
 from transformers import EvalPrediction, set_seed
 
-from apt_trainer.errors import UserError
+from apt_trainer.errors import Retold, RunError, UserError, reason
 from apt_trainer.evaluate.compare import measure_memory, measure_speed
 from apt_trainer.evaluate.harness import run_tasks
 from apt_trainer.evaluate.task_intervals import score_intervals
 from apt_trainer.measure import PeakMemory, count_parameters, return_freed_memory, size_on_disk
 from apt_trainer.report.plots import plot_run
-from apt_trainer.runs.preflight import check_before_loading, checkpoint_to_resume, finished_run
+from apt_trainer.runs.preflight import check_before_loading, check_installed, checkpoint_to_resume, finished_run
 from apt_trainer.settings import ModelSettings
+from apt_trainer.settings.packages import check_packages
 from apt_trainer.settings.recipe import Recipe, load_recipe
 from apt_trainer.store.events import read_events, write_json
 from apt_trainer.store.lock import OutputLock
-from apt_trainer.store.pretrained import load_inputs, load_model, load_saved
+from apt_trainer.store.pretrained import load_inputs, load_model, load_saved, load_teacher, teacher_settings
 from apt_trainer.store.saved_model import dense_copy
 from apt_trainer.tasks import TaskData, keeps_sequences_apart
 from apt_trainer.tasks.trainer_options import data_options, set_task_arguments
 from apt_trainer.training.engines import engine_name
+from apt_trainer.training.engines.agreement import failing_together
 from apt_trainer.training.evaluation_loop import plain_trainer
+from apt_trainer.training.termination import finishing
 from apt_trainer.training.time_to_accuracy import TimeToAccuracy
+from apt_trainer.training.trackers import one_run
 from apt_trainer.training.trainer import EVENTS_FILE, APTTrainer
 
 logger = logging.getLogger(__name__)
@@ -47,6 +51,7 @@ logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.json"
 RECIPE_FILE = "recipe.json"
 PLOT_FILE = "run.png"
+_SECRET = ("hub_token",)
 _COMPARED = ("task_metric", "train_seconds", "peak_memory_bytes")
 _DENSE: dict[str, Any] = {
     "target_sparsity": None,
@@ -61,6 +66,8 @@ _DENSE: dict[str, Any] = {
     "reference_metric": None,
     "dense_baseline": False,
     "report_to": "none",
+    "push_to_hub": False,
+    "resume_from_checkpoint": "auto",
 }
 _VERSIONS = ("apt_trainer", "torch", "transformers", "peft", "accelerate", "deepspeed", "datasets")
 
@@ -87,13 +94,15 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
         return finished
     return_freed_memory()
     resume_from = checkpoint_to_resume(recipe)
+    check_installed(recipe)
     memory = PeakMemory(args.device.type)
     set_seed(args.seed)
     tokenizer, config, data = load_inputs(recipe.model, recipe)
     set_task_arguments(args, data, recipe.given)
-    check_before_loading(recipe, config, data)
+    check_before_loading(recipe, config, data, tokenizer)
     dense = _train_dense(recipe, output) if args.dense_baseline and args.should_save else {}
-    teacher = load_model(recipe.model, data, args.teacher_name_or_path) if args.teacher_name_or_path else None
+    path = args.teacher_name_or_path
+    teacher = load_teacher(teacher_settings(recipe.model, path), data) if path else None
     model = load_model(recipe.model, data)
     if data.packed and not keeps_sequences_apart(model):
         raise UserError(
@@ -111,16 +120,21 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
     )
     watch, engine = _watch_accuracy(trainer, data), engine_name(trainer)
     if lock is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        lock.take()
-        write_json(output / RECIPE_FILE, recipe.given)
-    started, cpu_started = time.perf_counter(), time.process_time()
-    result = trainer.train(resume_from_checkpoint=resume_from)
-    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    peak = memory.above_start()
-    trainer.compute_metrics = data.metrics["test"]
-    scores = trainer.evaluate(data.test, metric_key_prefix=data.test_name)
-    trainer.save_model(str(output))
+        _take_folder(output, recipe, lock, anew=resume_from is None)
+    with one_run(trainer):
+        started, cpu_started = time.perf_counter(), time.process_time()
+        result = trainer.train(resume_from_checkpoint=resume_from)
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+        peak = memory.above_start()
+        if not args.push_to_hub:  # else it was saved before it was uploaded
+            with finishing("saving the model"), failing_together():
+                trainer.save_model(str(output))
+        dtype = trainer.model.dtype
+        with _saved_in(output):
+            trainer.compute_metrics = data.metrics["test"]
+            scores = trainer.evaluate(data.test, metric_key_prefix=data.test_name)
+    if args.bf16_full_eval or args.fp16_full_eval:  # they leave it in theirs; what follows is for what was saved
+        trainer.model.to(dtype)
     metrics = {
         "metric_name": data.metric_name,
         "task_metric": scores[f"{data.test_name}_{data.metric_name}"],
@@ -152,16 +166,47 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
         metrics["best_checkpoint"] = Path(trainer.state.best_model_checkpoint).name
     if watch is not None:
         metrics["time_to_accuracy"] = watch.record()
-    if args.lm_eval_tasks and trainer.is_world_process_zero():
+    if trainer.is_world_process_zero():
+        with _saved_in(output):
+            try:
+                _measure_further(metrics, recipe, trainer, tokenizer)
+            finally:
+                _write_records(output, metrics, trainer, data)
+    return metrics
+
+
+def _take_folder(output: Path, recipe: Recipe, lock: OutputLock, anew: bool) -> None:
+    """Make ``output`` the folder of this run; what an earlier one left that ended before its first checkpoint goes."""
+    output.mkdir(parents=True, exist_ok=True)
+    lock.take()
+    write_json(output / RECIPE_FILE, {key: value for key, value in recipe.given.items() if key not in _SECRET})
+    if anew:
+        (output / EVENTS_FILE).unlink(missing_ok=True)
+
+
+def _saved_in(output: Path) -> Retold:
+    """Context for what comes after the save: what fails there is told with the place of the model."""
+
+    def retell(error: Exception) -> Exception:
+        logger.error("After the model was saved:", exc_info=error)
+        return RunError(
+            f"The model is trained and saved in {output}, but measuring it failed ({reason(error)}). What had been "
+            f"measured is in {METRICS_FILE} there; apt-trainer evaluate {output} measures again."
+        )
+
+    return Retold(retell)
+
+
+def _measure_further(metrics: dict[str, Any], recipe: Recipe, trainer: APTTrainer, tokenizer: Any) -> None:
+    """Add to ``metrics`` what the recipe asks for beside the metric of its task."""
+    args = recipe.training
+    if args.lm_eval_tasks:
         metrics["lm_eval"] = run_tasks(
             trainer.model, tokenizer, args.lm_eval_tasks, batch_size=args.per_device_eval_batch_size
         )
-    if args.measure_latency and trainer.is_world_process_zero():
+    if args.measure_latency:
         metrics |= measure_speed(trainer.model, args.latency_batch_sizes, args.latency_length, args.latency_new_tokens)
         metrics |= _inference_memory(recipe)
-    if trainer.is_world_process_zero():
-        _write_records(output, metrics, trainer, data)
-    return metrics
 
 
 def _inference_memory(recipe: Recipe) -> dict[str, Any]:
@@ -220,9 +265,10 @@ def evaluate(model: str | ModelSettings, recipe: Recipe | None = None) -> dict[s
     path = model if isinstance(model, str) else str(model.model_name_or_path)
     recipe = recipe or recipe_of(Path(path))
     settings = ModelSettings(path, dtype=recipe.model.dtype) if isinstance(model, str) else model
-    tokenizer, _, data = load_inputs(settings, recipe)
+    check_packages({**vars(settings), **vars(recipe.data)})
+    tokenizer, _, data = load_inputs(settings, recipe, trained=False)
     args = copy.copy(recipe.training)
-    args.report_to = []
+    args.report_to, args.push_to_hub = [], False
     set_task_arguments(args, data, recipe.given)
     predictions: list[EvalPrediction] = []
 
@@ -265,7 +311,13 @@ def versions() -> dict[str, str]:
 
 def _write_records(output: Path, metrics: Mapping[str, Any], trainer: APTTrainer, data: TaskData) -> None:
     trainer.state.save_to_json(str(output / "trainer_state.json"))
+    try:
+        _plot(output, metrics, trainer, data)
+    finally:
+        write_json(output / METRICS_FILE, dict(metrics))  # the last of all: a run with metrics has finished
+
+
+def _plot(output: Path, metrics: Mapping[str, Any], trainer: APTTrainer, data: TaskData) -> None:
     events = read_events(output / EVENTS_FILE) if (output / EVENTS_FILE).exists() else []
     title = f"{data.metric_name} {metrics['task_metric']:.3f}, {metrics['sparsity']:.0%} removed"
     plot_run(events, trainer.state.log_history, output / PLOT_FILE, title, metric=f"eval_{data.metric_name}")
-    write_json(output / METRICS_FILE, dict(metrics))  # the last of all: a run with metrics has finished

@@ -21,6 +21,7 @@ from apt_trainer.models import ModelFamily, Space, Stack, Sublayer, family_of
 from apt_trainer.models.batch import Tokens
 from apt_trainer.scoring.base import Reduce
 from apt_trainer.scoring.observing import Observing
+from apt_trainer.scoring.taps import average_in
 
 
 class Cosine(Observing):
@@ -29,7 +30,6 @@ class Cosine(Observing):
     def __init__(self, decay: float = 0.85) -> None:
         super().__init__()
         self.decay = decay
-        self._average: dict[str, torch.Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._family: ModelFamily | None = None
         self._counts: dict[str, int] = {}
@@ -65,9 +65,10 @@ class Cosine(Observing):
     def update(self, reduce: Reduce, processes: int) -> None:
         flat = torch.stack(list(self._sums.values()))
         flat = reduce(flat) if processes > 1 else flat
-        for name, step in zip(self._sums, flat, strict=True):
-            self._average[name].lerp_(step, 1 - self.decay)
-            self._sums[name].zero_()
+        averages = [self._average[name] for name in self._sums]
+        average_in(zip(averages, flat, strict=True), 1 - self.decay, flat)
+        for sums in self._sums.values():
+            sums.zero_()
         self._await()
 
     def scores(self, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -119,6 +120,7 @@ class Cosine(Observing):
         if sublayer.space not in self._awaited:
             return
         self._awaited.remove(sublayer.space)
+        self._context.passes += 1
         turned = 1 - nn.functional.cosine_similarity(before.float(), after.float(), dim=-1).flatten()
         weights = self._context.weights(before, sublayer.stack)
         tokens = turned.new_tensor(turned.numel()) if weights is None else weights.sum()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from apt_trainer.scoring.base import Reduce
-from apt_trainer.scoring.taps import Tap, TapContext
+from apt_trainer.scoring.taps import Tap, TapContext, average_in
 from apt_trainer.surgery.adapters import ADAPTER, adapters
 
 
@@ -61,8 +61,8 @@ class RankScore:
                     self._sums[path].copy_((factor * factor.grad).abs().sum(0))
         flat = reduce(self._flat) / processes if processes > 1 and not self.absolute else self._flat
         values = flat.split([len(part) for part in self._sums.values()])
-        for average, value in zip(self._average.values(), values, strict=True):
-            average.lerp_(value.abs(), 1 - self.decay)
+        pairs = zip(self._average.values(), (value.abs() for value in values), strict=True)
+        average_in(pairs, 1 - self.decay, flat)
         self._flat.zero_()
 
     def scores(self) -> dict[str, float]:

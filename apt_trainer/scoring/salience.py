@@ -19,7 +19,7 @@ from apt_trainer.models import HIDDEN, Space
 from apt_trainer.scoring.base import Reduce
 from apt_trainer.scoring.kurtosis import contributions, root_kurtosis
 from apt_trainer.scoring.observing import Observing
-from apt_trainer.scoring.taps import Tap
+from apt_trainer.scoring.taps import Tap, average_in
 from apt_trainer.tensors.partitioned import whole_modules
 
 OUTLIER_EVERY = 25
@@ -40,7 +40,6 @@ class Salience(Observing):
         self.decay, self.outlier_term = decay, outlier_term
         self.outlier_scaling, self.outlier_weight = outlier_scaling, outlier_weight
         self._taps: list[Tap] = []
-        self._average: dict[str, torch.Tensor] = {}
         self._inputs: dict[str, torch.Tensor] = {}
         self._outlier: dict[str, torch.Tensor] = {}
         self._outlier_age = 0
@@ -68,15 +67,15 @@ class Salience(Observing):
         flat = reduce(self._flat) if processes > 1 else self._flat
         offset = 0
         step = {name: torch.zeros_like(average) for name, average in self._average.items()}
+        pairs = [(average, step[name]) for name, average in self._average.items()]
         for name, sums in self._groups:
             magnitude, gradient, signed = flat[offset : offset + sums.numel()].view_as(sums)
             offset += sums.numel()
             product = magnitude * gradient / processes
             step[name] += product.view(len(step[name]), -1).sum(1)
             if name != HIDDEN:
-                self._inputs[name].lerp_(signed, 1 - self.decay)
-        for name, value in step.items():
-            self._average[name].lerp_(value, 1 - self.decay)
+                pairs.append((self._inputs[name], signed))
+        average_in(pairs, 1 - self.decay, flat)
         self._flat.zero_()
         self._outlier_age += 1
 

@@ -7,7 +7,7 @@ up. The sums are plain tensors, not buffers: a distributed wrapper must not broa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -30,6 +30,8 @@ class TapContext:
         self._masks: dict[Stack | None, tuple[torch.Size, torch.Tensor]] = {}
         self._scratch = torch.empty(0)
         self.resting = False
+        self.passes = 0
+        """How many forward passes of a tap were observed."""
 
     def set_tokens(self, mask: Tokens) -> None:
         """``mask``: [batch, length], 1 = real, of every stack or per stack; None = all."""
@@ -69,6 +71,16 @@ class TapContext:
         return flat.sum(0, dtype=torch.float32) if weights is None else weights.to(flat.device) @ flat.float()
 
 
+def average_in(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], share: float, observed: torch.Tensor) -> None:
+    """Move the first of each of ``pairs`` by ``share`` towards the second, in place, if all ``observed`` is finite.
+
+    An optimizer step whose float16 gradients overflow is left out likewise. Does not wait for the device.
+    """
+    finite = torch.isfinite(observed).all()
+    for average, value in pairs:
+        average.lerp_(torch.where(finite, value, average), share)
+
+
 class Tap:
     """Sums over tokens of one activation with n channels, whose tokens are those of ``stack``.
 
@@ -105,6 +117,7 @@ class Tap:
         return not self.context.resting and module.training and torch.is_grad_enabled() and x.requires_grad
 
     def _pass(self, x: torch.Tensor) -> torch.Tensor:
+        self.context.passes += 1
         function = _MagnitudeTap if self.measure == "magnitudes" else _ProductTap
         return function.apply(x, self)  # type: ignore[no-any-return]
 

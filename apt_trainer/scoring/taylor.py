@@ -14,7 +14,7 @@ from torch import nn
 from apt_trainer.models import Space
 from apt_trainer.scoring.base import Reduce
 from apt_trainer.scoring.observing import Observing
-from apt_trainer.scoring.taps import Tap
+from apt_trainer.scoring.taps import Tap, average_in
 
 
 class Taylor(Observing):
@@ -24,7 +24,6 @@ class Taylor(Observing):
         super().__init__()
         self.decay = decay
         self._taps: list[Tap] = []
-        self._average: dict[str, torch.Tensor] = {}
 
     def attach(self, model: nn.Module, spaces: Sequence[Space], counts: Mapping[str, int]) -> None:
         self.detach()
@@ -49,8 +48,8 @@ class Taylor(Observing):
     def update(self, reduce: Reduce, processes: int) -> None:
         flat = reduce(self._flat) / processes if processes > 1 else self._flat
         values = flat.split([sums.shape[1] for sums in self._sums.values()])
-        for name, value in zip(self._sums, values, strict=True):
-            self._average[name].lerp_(value, 1 - self.decay)
+        averages = [self._average[name] for name in self._sums]
+        average_in(zip(averages, values, strict=True), 1 - self.decay, flat)
         self._flat.zero_()
 
     def scores(self, model: nn.Module) -> dict[str, torch.Tensor]:

@@ -4,7 +4,8 @@ Plain standard-library dataclasses, so that ``apt-trainer train --help`` answers
 :class:`apt_trainer.settings.config.APTConfig` adds the settings of the Hugging Face ``TrainingArguments``.
 Not for training settings such as batch size: those are inherited.
 
-Units: *steps* are optimizer steps; a value below 1 where steps are expected is a fraction of all steps.
+Units: *steps* are optimizer steps; where they are expected, a float up to 1.0 is a fraction of all steps (1.0: the
+whole run) and a whole number, 1 too, is that many steps.
 Sources: "APT" is the ICML 2024 paper (arXiv 2401.12200); "official" is its released code.
 """
 

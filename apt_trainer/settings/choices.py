@@ -9,6 +9,7 @@ from apt_trainer.errors import unknown_choice
 
 TASKS = (
     "classification",
+    "multi_label_classification",
     "regression",
     "token_classification",
     "question_answering",

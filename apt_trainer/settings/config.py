@@ -14,6 +14,27 @@ from apt_trainer.errors import UserError
 from apt_trainer.settings import MeasureSettings, MethodSettings
 from apt_trainer.settings.engines import before_processes_join, check_deepspeed, join_processes
 from apt_trainer.settings.fsdp import check_fsdp
+from apt_trainer.settings.packages import check_packages
+from apt_trainer.settings.refused import check_refused
+
+_FROM_1, _FROM_0, _SHARE = (1, math.inf, "at least 1"), (0, math.inf, "at least 0"), (0, 1, "from 0 to below 1")
+_RANGES: dict[str, tuple[float, float, str]] = {
+    "per_device_train_batch_size": _FROM_1,
+    "per_device_eval_batch_size": _FROM_1,
+    "gradient_accumulation_steps": _FROM_1,
+    "eval_accumulation_steps": _FROM_1,
+    "save_total_limit": (1, math.inf, "at least 1; null keeps all checkpoints"),
+    "dataloader_num_workers": _FROM_0,
+    "weight_decay": _FROM_0,
+    "warmup_steps": (0, math.inf, "a number of steps, or a fraction of all steps"),
+    "max_grad_norm": (0, math.inf, "at least 0; 0 does not clip"),
+    "adam_beta1": _SHARE,
+    "adam_beta2": _SHARE,
+    "label_smoothing_factor": _SHARE,
+    "seed": (0, 2**32, "from 0 to 2**32 - 1"),
+    "data_seed": (0, 2**32, "from 0 to 2**32 - 1"),
+}
+"""Numbers of the training loop: the least allowed, the first that is too large, and both in words."""
 
 
 @dataclass
@@ -22,9 +43,10 @@ class APTConfig(MethodSettings, MeasureSettings, Seq2SeqTrainingArguments):
     ``transformers.Seq2SeqTrainingArguments``.
 
     Defaults that differ from ``TrainingArguments``: ``learning_rate`` 2e-4 (5e-5), ``warmup_steps`` 0.06 of all steps
-    (0), ``save_strategy`` "no" ("steps"), ``logging_nan_inf_filter`` False (True), since a loss that is not a number
-    must stop the run, ``logging_steps`` 50 (500), and ``ddp_find_unused_parameters`` False (True for most models),
-    since the distillation transform is used outside the wrapped forward and would be taken for unused.
+    (0), ``save_strategy`` "no" ("steps"), ``hub_strategy`` "end" ("every_save"), ``logging_nan_inf_filter`` False
+    (True), since a loss that is not a number must stop the run, ``logging_steps`` 50 (500), and
+    ``ddp_find_unused_parameters`` False (True for most models), since the distillation transform is used outside the
+    wrapped forward and would be taken for unused.
     """
 
     learning_rate: float = field(
@@ -34,6 +56,9 @@ class APTConfig(MethodSettings, MeasureSettings, Seq2SeqTrainingArguments):
     logging_steps: float = field(default=50, metadata={"help": "Steps between log lines."})
     save_strategy: str = field(
         default="no", metadata={"help": "no, steps, epoch or best: when checkpoints are written."}
+    )
+    hub_strategy: str = field(
+        default="end", metadata={"help": "end: with push_to_hub, the finished model is uploaded, once."}
     )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide losses that are not finite from logs."}
@@ -45,11 +70,13 @@ class APTConfig(MethodSettings, MeasureSettings, Seq2SeqTrainingArguments):
         self.check()
         self.check_measuring()
         self._check_numbers()
+        check_packages({"deepspeed": self.deepspeed})
         before_processes_join(self)
         join_processes(self)
         super().__post_init__()
         check_deepspeed(self)
         check_fsdp(self)
+        check_refused(self)
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # would only warn
         if self.logging_nan_inf_filter:
@@ -68,23 +95,45 @@ class APTConfig(MethodSettings, MeasureSettings, Seq2SeqTrainingArguments):
             value = getattr(self, each.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{each.name}={value} is not a finite number.")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name, (least, above, meaning) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < above:
+                raise UserError(f"{name}={value} must be {meaning}.")
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name}={value} must be a number of steps from 1, or a fraction of all steps.")
         for name in ("learning_rate", "full_learning_rate", "dense_learning_rate"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"{name}={value} must be above 0.")
-        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise UserError(f"max_steps={self.max_steps} must be at least 1; -1 trains for num_train_epochs.")
+        if self.num_train_epochs <= 0 and self.max_steps == -1:
             raise UserError(f"num_train_epochs={self.num_train_epochs} must be above 0.")
 
-    def total_steps(self, num_rows: int) -> int:
-        """Optimizer steps of a run over ``num_rows`` training rows, counted as the Trainer does."""
-        if self.max_steps > 0:
+    def total_steps(self, num_rows: int | None) -> int:
+        """Optimizer steps of a run over ``num_rows`` training rows, counted as the Trainer does; None: not known.
+
+        Raises :class:`UserError` where neither rows nor ``max_steps`` tell.
+        """
+        if num_rows is None:
+            if self.max_steps <= 0:
+                raise UserError("The training data have no length, so max_steps has to say how long to train.")
             return int(self.max_steps)
-        batches = math.ceil(num_rows / (self.train_batch_size * self.world_size))
-        per_epoch = max(1, math.ceil(batches / self.gradient_accumulation_steps))
-        return math.ceil(per_epoch * self.num_train_epochs)
+        whole = math.floor if self.dataloader_drop_last else math.ceil
+        processes = 1 if self.accelerator_config.split_batches else self.world_size
+        if self.train_sampling_strategy == "batch_rebalance":
+            per_epoch = whole(num_rows / (self.train_batch_size * processes * self.gradient_accumulation_steps))
+        else:
+            batches = whole(num_rows / (self.train_batch_size * processes))
+            per_epoch = math.ceil(batches / self.gradient_accumulation_steps)
+        if per_epoch == 0:
+            raise UserError(
+                f"{num_rows} training rows make no whole batch of {self.train_batch_size * processes}, and "
+                "dataloader_drop_last drops the rest. Lower per_device_train_batch_size, or do not drop it."
+            )
+        return int(self.max_steps) if self.max_steps > 0 else math.ceil(per_epoch * self.num_train_epochs)
 
     def heldout_rows(self, num_rows: int) -> int:
         """Rows of the training data on which snapshots of the student are chosen as teacher."""

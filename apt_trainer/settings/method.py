@@ -16,7 +16,9 @@ class PruningSettings:
         0.6, "Fraction of the prunable budget to remove, between 0 and 1; null: prune nothing. 0.6 (APT, Table 2)."
     )
     sparsity_metric: str = setting(
-        "params", "What the budget counts: params or flops of the transformer blocks, measured latency, or memory."
+        "params",
+        "What the budget counts: params or flops of the transformer blocks, measured latency, or memory (all weights, "
+        "and the keys and values that a model which generates keeps).",
     )
     prune_targets: list[str] = setting(
         ["heads", "neurons", "hidden"],
@@ -32,20 +34,30 @@ class PruningSettings:
         "before: once, before the first step (APT, for LLaMA); early: in the first part of training; late: in its "
         "second half; after: once, when training has ended.",
     )
+    refit: bool = setting(
+        True,
+        "At a cut before training: the weights that read what is left are solved for anew by least squares, on the "
+        "rows that scored the model.",
+    )
     calibration_samples: int = setting(
         256, "Rows of the training data that score the units where pruning_time is before, or by nri. 256 (APT)."
     )
     calibration_batch_size: int | None = setting(
         None, "Rows per batch of that scoring on one device. Default: per_device_train_batch_size."
     )
-    pruning_start: float | None = setting(None, "First step of pruning (warm-up before it). Default by pruning_time.")
+    pruning_start: float | None = setting(
+        None,
+        "First step of pruning (warm-up before it), or a fraction of all steps. Default by pruning_time.",
+    )
     pruning_end: float | None = setting(
         None,
-        "Step at which the target is reached; with before, the one at which ranks stop growing. Default by "
-        "pruning_time.",
+        "Step at which the target is reached, or a fraction of all steps, 1.0 being the last; with before, the one at "
+        "which ranks stop growing. Default by pruning_time.",
     )
     num_pruning_events: int = setting(
-        5, "How many times units are cut (with before: ranks grow). Official: 10 to 16 over far longer runs."
+        5,
+        "How many times units are cut (with before: ranks grow); fewer where there are fewer steps. Official: 10 to "
+        "16 over far longer runs.",
     )
     sparsity_schedule: str = setting("cubic", "Curve of sparsity over events: cubic (APT, App. C) or linear.")
     mask_window: float = setting(
@@ -189,11 +201,20 @@ def _require(ok: bool, message: str) -> None:
         raise UserError(message)
 
 
+def _require_steps(name: str, value: float | None) -> None:
+    _require(
+        value is None or (value >= 0 and (value <= 1 or float(value).is_integer())),
+        f"{name}={value} must be a number of steps (a whole number), or a fraction of all steps up to 1.0.",
+    )
+
+
 def _check_pruning(s: PruningSettings) -> None:
     if s.target_sparsity is not None:
+        given = s.target_sparsity
+        percent = f" For {given:g} % write {given / 100:g}." if 1 < given < 100 else ""
         _require(
-            0 < s.target_sparsity < 1,
-            f"target_sparsity={s.target_sparsity} must lie between 0 and 1 (0.6 removes 60 %); null prunes nothing.",
+            0 < given < 1,
+            f"target_sparsity={given} must lie between 0 and 1 (0.6 removes 60 %); null prunes nothing.{percent}",
         )
         _require(len(s.prune_targets) > 0, "prune_targets is empty. Name at least one of: " + ", ".join(PRUNE_TARGETS))
     for target in s.prune_targets:
@@ -207,9 +228,8 @@ def _check_pruning(s: PruningSettings) -> None:
         _require(value is None or value >= 1, f"{name}={value} must be at least 1.")
     for name in ("min_heads", "min_neurons"):
         _require(getattr(s, name) >= 0, f"{name}={getattr(s, name)} must not be negative.")
-    for name in ("pruning_start", "pruning_end"):
-        value = getattr(s, name)
-        _require(value is None or value >= 0, f"{name}={value} must be a number of steps or a fraction of all steps.")
+    for name in ("pruning_start", "pruning_end", "mask_window"):
+        _require_steps(name, getattr(s, name))
     _require(
         s.pruning_time != "before" or s.pruning_start is None,
         f"pruning_time: before cuts before the first step, so pruning_start={s.pruning_start} has no meaning. "
@@ -218,7 +238,6 @@ def _check_pruning(s: PruningSettings) -> None:
     _require(s.outlier_weight >= 0, f"outlier_weight={s.outlier_weight} must not be negative.")
     _require(0 <= s.salience_decay < 1, f"salience_decay={s.salience_decay} must lie in [0, 1).")
     _require(0 < s.mask_step <= 1, f"mask_step={s.mask_step} must lie in (0, 1].")
-    _require(s.mask_window >= 0, f"mask_window={s.mask_window} must not be negative; 0 cuts without fading.")
 
 
 def _check_sublayer_scores(s: PruningSettings) -> None:
@@ -257,8 +276,7 @@ def _check_distillation(s: DistillationSettings) -> None:
     for name in ("prediction_weight", "layer_weight"):
         _require(getattr(s, name) >= 0, f"{name}={getattr(s, name)} must not be negative; 0 leaves that loss out.")
     for name in ("distillation_start", "distillation_end"):
-        value = getattr(s, name, None)
-        _require(value is None or value >= 0, f"{name}={value} must be a number of steps or a fraction of all steps.")
+        _require_steps(name, getattr(s, name))
     _require(0 <= s.distillation_weight <= 1, f"distillation_weight={s.distillation_weight} must lie in [0, 1].")
     _require(
         s.distillation_temperature > 0, f"distillation_temperature={s.distillation_temperature} must be positive."

@@ -10,23 +10,25 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from apt_trainer.errors import UserError
 from apt_trainer.settings import DataSettings, MethodSettings, ModelSettings, check_choices, known_settings
+from apt_trainer.settings.shipped import find_file, recipe_names
 
 if TYPE_CHECKING:
     from apt_trainer.settings.config import APTConfig
 
 COMMAND_LINE = "command line"
+_STEPS_OF_TRANSFORMERS = ("warmup_steps", "eval_steps", "save_steps", "logging_steps")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def load_recipe(path: str | None, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, apply command-line overrides and build the settings.
 
     Args:
-        path: a YAML file with one flat mapping, or None to use the overrides alone.
+        path: a YAML file with one flat mapping, or the name of a shipped one; None to use the overrides alone.
         overrides: words such as ``["--learning_rate", "2e-4", "--prune_targets", "heads", "neurons", "--bf16"]``.
 
     Raises:
@@ -62,7 +64,8 @@ def load_recipe(path: str | None, overrides: Sequence[str] = ()) -> Recipe:
     from apt_trainer.settings.config import APTConfig
 
     given = check_recipe(path, overrides)
-    parts = {cls: {key: given[key] for key in given if key in names} for cls, names in _groups().items()}
+    values = {key: _all_steps(key, value) for key, value in given.items()}
+    parts = {cls: {key: values[key] for key in values if key in names} for cls, names in _groups().items()}
     try:
         training = APTConfig(**parts[APTConfig])
     except (ValueError, ImportError) as error:
@@ -112,6 +115,13 @@ def read_values(path: str | None, overrides: Sequence[str] = ()) -> dict[str, An
         else:
             values[key] = _pick(COMMAND_LINE, key, _readings(words, hint), hint)
     return values
+
+
+def _all_steps(key: str, value: Any) -> Any:
+    """``value``; but for 1.0, the whole run, of a key of transformers, which reads 1.0 as one step: the largest
+    fraction below 1, which it rounds up to all steps."""
+    fraction = key in _STEPS_OF_TRANSFORMERS and isinstance(value, float)
+    return math.nextafter(1.0, 0.0) if fraction and value == 1 else value
 
 
 def _groups() -> dict[type, dict[str, Any]]:
@@ -173,9 +183,12 @@ _RecipeLoader.add_implicit_resolver(
 
 def read_file(path: str) -> dict[str, Any]:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = find_file(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file. Give a recipe with --config.") from None
+        names = ", ".join(recipe_names())
+        raise UserError(
+            f"{path}: no such file. Give a recipe with --config, or one that comes with apt_trainer: {names}."
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a recipe: {error}") from error
     try:

@@ -7,6 +7,7 @@ cannot be cut and are refused before they load. Not for the format of pruned mod
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,9 @@ from transformers import AutoConfig, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from apt_trainer.errors import UserError
 from apt_trainer.models import family_of
-from apt_trainer.settings import CHOICES, ModelSettings, resolve_path
+from apt_trainer.models.labels import HEADS, has_head, match_teacher
+from apt_trainer.settings import CHOICES, DataSettings, ModelSettings, resolve_path
+from apt_trainer.settings.packages import TOKENIZERS, require
 from apt_trainer.settings.recipe import Recipe
 from apt_trainer.store.saved_model import OF_HUB, dense_shape, load_pruned
 from apt_trainer.tasks import TaskData, architecture_of, load_task
@@ -58,10 +61,11 @@ def _names_a_gguf_file(path: str) -> bool:
     return path.endswith(GGUF) and not place.is_dir() and (place.parent.is_dir() or path.count("/") > 1)
 
 
-def load_inputs(model: ModelSettings, recipe: Recipe) -> tuple[Any, Any, TaskData]:
+def load_inputs(model: ModelSettings, recipe: Recipe, trained: bool = True) -> tuple[Any, Any, TaskData]:
     """(tokenizer, config, data) of ``model`` on the data of ``recipe``; reads no weights.
 
-    Raises :class:`UserError` for a model without a family before any data are read.
+    ``trained``: whether the model is going to be; else it has to have the head and the labels of the data. Raises
+    :class:`UserError` for a model without a family before any data are read.
     """
     args = recipe.training
     config = load_config(model)
@@ -69,18 +73,58 @@ def load_inputs(model: ModelSettings, recipe: Recipe) -> tuple[Any, Any, TaskDat
     tokenizer = load_tokenizer(model)
     seed = args.seed if args.data_seed is None else args.data_seed
     data = load_task(
-        recipe.data, tokenizer, seed, max_positions=max_positions(config), architecture=architecture_of(config)
+        recipe.data if trained else _with_training_data(recipe.data),
+        tokenizer,
+        seed,
+        max_positions=max_positions(config),
+        architecture=architecture_of(config),
+        config=config,
+        trained=trained,
     )
+    if not trained:
+        _check_head(config, data, str(model.model_name_or_path))
     return tokenizer, config, data
+
+
+def _with_training_data(data: DataSettings) -> DataSettings:
+    """``data`` for a model that is not going to be trained, which may be given without training data."""
+    if data.train_file is not None or data.dataset_name is not None:
+        return data
+    file = data.test_file or data.validation_file
+    return replace(data, train_file=file, validation_file=data.validation_file or file)
+
+
+def _check_head(config: Any, data: TaskData, path: str) -> None:
+    """Raise :class:`UserError` for a saved model whose outputs are not those of the task."""
+    ending = data.model_class.removeprefix("AutoModel")
+    if ending in HEADS and config.architectures and not has_head(config, ending):
+        raise UserError(
+            f"{path} is a {config.architectures[0]}, which has no trained head for this task (…{ending}). Evaluate a "
+            "fine-tuned model, or set the task that it was trained for."
+        )
+    wanted, problem = data.model_kwargs.get("problem_type"), getattr(config, "problem_type", None)
+    if None not in (wanted, problem) and wanted != problem:
+        raise UserError(
+            f"{path} was trained for {problem}, but the task is {wanted}. Set the task it was trained for."
+        )
+    if config.num_labels != data.model_kwargs.get("num_labels", config.num_labels):
+        raise UserError(
+            f"{path} has {config.num_labels} outputs per row, but the task needs {data.model_kwargs['num_labels']}."
+        )
 
 
 def load_tokenizer(settings: ModelSettings) -> Any:
     """The tokenizer, from beside the model or out of its GGUF file unless another one is named."""
     if settings.tokenizer_name_or_path is not None:
         settings = settings.of(settings.tokenizer_name_or_path)
-    options = {name: value for name, value in _options(settings).items() if name in OF_HUB}
-    trust = settings.trust_remote_code
-    return _from_hub(AutoTokenizer.from_pretrained, source_of(settings), trust_remote_code=trust, **options)
+    source = source_of(settings)
+    try:
+        return _from_hub(AutoTokenizer.from_pretrained, source, **_place(settings))
+    except UserError as error:  # transformers names one of these, which may be the wrong one
+        if any(package.modules[0] in str(error).lower() for package in TOKENIZERS):
+            for package in TOKENIZERS:
+                require(package, f"The tokenizer of {source.path}")
+        raise
 
 
 def load_config(settings: ModelSettings) -> Any:
@@ -134,12 +178,62 @@ def build_model(config: Any, data: TaskData, device: str, dtype: str = "auto") -
     return model.to(_dtype(config, dtype))  # type: ignore[no-any-return]
 
 
-def load_model(settings: ModelSettings, data: TaskData, path: str | None = None) -> PreTrainedModel:
-    """The pretrained model with the head of the task (fresh where the checkpoint has none), or the one in ``path``."""
-    settings = settings if path is None else settings.of(path)
+def load_model(settings: ModelSettings, data: TaskData) -> PreTrainedModel:
+    """The pretrained model with the head of the task, fresh where the checkpoint has none."""
     source = source_of(settings)
-    options = {"ignore_mismatched_sizes": path is None, **_weights(settings, source), **data.model_kwargs}
+    options = {"ignore_mismatched_sizes": True, **_weights(settings, source), **data.model_kwargs}
     return _from_hub(getattr(transformers, data.model_class).from_pretrained, source, **options)  # type: ignore[no-any-return]
+
+
+def teacher_settings(settings: ModelSettings, path: str) -> ModelSettings:
+    """Those of the teacher in ``path`` for a model of ``settings``."""
+    return settings.of(path)
+
+
+def load_teacher(settings: ModelSettings, data: TaskData) -> PreTrainedModel:
+    """A model that was fine-tuned for the task, with the labels that its config gives it.
+
+    Raises :class:`UserError` where weights are missing, which would be random.
+    """
+    source = source_of(settings)
+    kept = {name: value for name, value in data.model_kwargs.items() if name == "pad_token_id"}
+    options = {**_weights(settings, source), **kept, "output_loading_info": True}
+    model, found = _from_hub(getattr(transformers, data.model_class).from_pretrained, source, **options)
+    if found["missing_keys"]:
+        raise UserError(
+            f"teacher_name_or_path={settings.model_name_or_path!r} lacks weights for this task "
+            f"({', '.join(sorted(found['missing_keys'])[:3])}), so it would teach at random. Give a model that was "
+            "fine-tuned for it."
+        )
+    return model  # type: ignore[no-any-return]
+
+
+def check_teacher(settings: ModelSettings, data: TaskData, model: PreTrainedModel, tokenizer: Any) -> None:
+    """Raise :class:`UserError` for a teacher of ``settings`` that has other labels or another vocabulary than
+    ``model`` with its ``tokenizer``, or no head for the task; reads no weights. Without a tokenizer beside it, the
+    sizes of the vocabularies are compared."""
+    source, config = source_of(settings), read_config(settings)
+    ending = data.model_class.removeprefix("AutoModel")
+    if ending in HEADS and config.architectures and not has_head(config, ending):
+        raise UserError(
+            f"teacher_name_or_path={settings.model_name_or_path!r} is a {config.architectures[0]}, which has no "
+            f"trained head for this task (…{ending}). Give a model that was fine-tuned for it."
+        )
+    with torch.device("meta"):
+        teacher = getattr(transformers, data.model_class).from_config(config)
+    match_teacher(model, teacher)
+    try:
+        theirs = AutoTokenizer.from_pretrained(source.path, **_place(settings)).get_vocab()
+    except (OSError, ValueError):
+        return
+    ours = tokenizer.get_vocab()
+    other = sorted(token for token in ours if theirs.get(token) != ours[token])
+    if other:
+        raise UserError(
+            f"teacher_name_or_path={settings.model_name_or_path!r} has another vocabulary than the model: "
+            f"{len(other):,} of {len(ours):,} tokens have another number there, such as {other[0]!r}. Give a teacher "
+            "with the same tokenizer."
+        )
 
 
 def load_saved(settings: ModelSettings, data: TaskData | None = None) -> PreTrainedModel:
@@ -162,6 +256,16 @@ def load_dense_shape(settings: ModelSettings) -> PreTrainedModel:
     cls = cls or _saved_class(config, source, None)
     model = cls(stock) if issubclass(cls, PreTrainedModel) else cls.from_config(stock)
     return model.to(_dtype(config, settings.dtype))  # type: ignore[no-any-return]
+
+
+def dtype_of(settings: ModelSettings) -> torch.dtype:
+    """Type that the weights of a model load in. Reads the config."""
+    return _dtype(read_config(settings), settings.dtype)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16" of ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _dtype(config: Any, asked: str) -> torch.dtype:
@@ -224,6 +328,12 @@ def _options(settings: ModelSettings) -> dict[str, Any]:
             raise UserError(f"model_init_kwargs: {name} is not for there. Use {instead}.")
     trust = settings.trust_remote_code
     return {"revision": settings.model_revision, "trust_remote_code": trust, **further}
+
+
+def _place(settings: ModelSettings) -> dict[str, Any]:
+    """Those of them that say where files are, whatever they hold."""
+    options = {name: value for name, value in _options(settings).items() if name in OF_HUB}
+    return options | {"trust_remote_code": settings.trust_remote_code}
 
 
 _HAS_A_SETTING = {

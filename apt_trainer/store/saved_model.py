@@ -25,6 +25,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from wrapt import LazyObjectProxy
 
 from apt_trainer.errors import UserError
+from apt_trainer.libraries.private_names import check_names
 from apt_trainer.models import FAMILIES, HIDDEN, Head, ModelFamily, modeling_apt
 from apt_trainer.models.execution_plan import Plan, plan_from_json
 from apt_trainer.models.modeling_apt import (
@@ -119,6 +120,7 @@ def _complete(config: Any) -> None:
     structure = config.apt_structure
     if structure is None:
         return
+    check_names("loading")
     if "hidden" not in structure:
         config.apt_structure = _from_older_format(structure, config.apt_base_architecture, family)
     _announce(config.apt_base_model_type)

@@ -148,7 +148,8 @@ def _add_impacts(
             "cost_share": impact.share,
             "order": list(impact.order) if math.isfinite(impact.relative) else None,
         }
-    return {"nri_definition": "apt_trainer", "cost": cost, "loss_dense": losses.without(())}
+    timed = {"timed_on": at.place} if cost == "latency" else {}
+    return {"nri_definition": "apt_trainer", "cost": cost, **timed, "loss_dense": losses.without(())}
 
 
 def _finite(value: float) -> float | None:

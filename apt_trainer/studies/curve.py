@@ -266,7 +266,7 @@ class _Results:
 
     def order(self, of: tuple[str, str, int], ordered: Callable[[], tuple[Unit, ...]]) -> tuple[Unit, ...]:
         """Units in the order ``of`` a curve; a stored one that is long enough is taken."""
-        kept = self._known.get(("order", *of), [])
+        kept = self._known.get(_key({"what": "order", "of": of}), [])
         if len(kept) < self._request.counts_of(of[0])[-1]:
             kept = [self._at.units.label(unit) for unit in ordered()]
             self._keep({"what": "order", "of": list(of), "value": kept})
@@ -294,7 +294,7 @@ class _Results:
     def speed(self, units: Sequence[Unit]) -> dict[str, float]:
         """As :func:`~apt_trainer.studies.speed.speedups`; what has as many sublayers of each kind is as fast."""
         at = self._at
-        line = {"what": "speed", "of": composition(at.units, units)}
+        line = {"what": "speed", "of": composition(at.units, units), "device": at.place}
         if self._request.speed and _key(line) not in self._known:
             self._keep(line | {"value": speedups(at.model, at.units, units, at.shape.length)})
         return self._known[_key(line)] if self._request.speed else {}
@@ -312,7 +312,8 @@ class _Results:
 
 
 def _key(line: dict[str, Any]) -> tuple[Any, ...]:
-    return (line["what"], *line["of"])
+    """Seconds of one device are not those of another."""
+    return (line["what"], *line["of"], line.get("device"))
 
 
 def _in_full(request: CurveRequest, count: int) -> bool:
@@ -352,6 +353,7 @@ def _summary(at: Loaded, request: CurveRequest, points: Sequence[Point], results
     return at.described() | {
         "loss_name": loss_name(at.model, at.units),
         "full": {"loss": whole, "perplexity": math.exp(whole), "tasks": tasks},
+        **({"timed_on": at.place} if request.speed else {}),
         "rows": rows,
     }
 

@@ -153,6 +153,8 @@ def drop_units(
         report |= {"loss_name": name, "loss_before": before, "loss_after": after}
     else:
         warnings.append(_unmeasured(at))
+    if listed is None and "latency" in (request.fraction_of, request.cost):
+        report["timed_on"] = at.place
     report |= _sizes(at, dropped)
     report |= {
         "dropped": [at.units.label(unit) for unit in dropped],

@@ -21,6 +21,7 @@ from apt_trainer.evaluate.harness import check_tasks, not_a_language_model, run_
 from apt_trainer.evaluate.quantization import quantize
 from apt_trainer.scoring.sublayers.loss import bounded_exp, loss_name, loss_sums
 from apt_trainer.scoring.sublayers.windows import Calibration
+from apt_trainer.settings.packages import check_packages
 from apt_trainer.studies.inputs import DataRequest, Loaded
 from apt_trainer.studies.metrics import sdr, sdr_relative
 from apt_trainer.studies.plan_scores import measured
@@ -62,6 +63,7 @@ class HeldOut:
         self._at, self._request = at, request
         if request.quantize is not None and not request.asks:
             raise UserError("quantize goes with what is measured: test, tasks of lm_eval or speed. Give one of them.")
+        check_packages({"quantize": request.quantize, "lm_eval_tasks": request.tasks})
         self._test: Calibration | None = None if request.test is None else at.read(request.test)
         if self._test is not None and not self._test.has_labels:
             raise no_loss_on_text(at)
@@ -85,7 +87,8 @@ class HeldOut:
         Returns:
             ``perplexity`` (``exp_loss`` of other heads), ``tasks`` by name and ``accuracy``, their mean: each
             ``value`` with the ends ``low`` and ``high`` of its 95 % interval, and of the full model under ``dense``;
-            ``speedup`` as :func:`~apt_trainer.studies.speed.relative_speed`, ``sdr`` and ``sdr_relative``;
+            ``speedup`` as :func:`~apt_trainer.studies.speed.relative_speed`, ``timed_on``, the device, ``sdr`` and
+            ``sdr_relative``;
             ``quantised``; ``measured_on``, what the scores are of. As far as asked for.
         """
         found: dict[str, Any] = {"measured_on": self._measured_on} if self._request.asks else {}
@@ -96,6 +99,7 @@ class HeldOut:
             found["dense"] = self._dense
         if self._full is not None:
             found["speedup"] = relative_speed(self._full, self._at.model, self._at.shape.length)
+            found["timed_on"] = self._at.place
             if "accuracy" in found:
                 base, new = self._dense["accuracy"]["value"], found["accuracy"]["value"]
                 found["sdr"] = sdr(100 * base, 100 * new, found["speedup"]["whole"])

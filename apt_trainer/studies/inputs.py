@@ -90,6 +90,11 @@ class Loaded:
         return Shape(1, min(128, getattr(self.model.config, "max_position_embeddings", None) or 128))
 
     @property
+    def place(self) -> str:
+        """The device that the model is on, where seconds are timed."""
+        return str(self.model.device)
+
+    @property
     def model_type(self) -> str:
         return str(self.model.config.model_type)
 

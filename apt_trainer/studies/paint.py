@@ -13,6 +13,7 @@ from apt_trainer.errors import UserError, unknown_choice
 from apt_trainer.evaluate.harness import run_tasks
 from apt_trainer.models.execution import check_plan, painted
 from apt_trainer.models.execution_plan import Plan, full, plan_from_json, read_plan
+from apt_trainer.models.labels import MULTI_LABEL, SINGLE_LABEL, problem_type
 from apt_trainer.models.slots import layer_list_path
 from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.report.comparison import METRICS_FILE
@@ -262,5 +263,9 @@ def _guess(at: Loaded) -> float | None:
     if at.calibration is None:
         return None
     head, config = at.units.family.head(at.model), at.model.config
-    classes = config.vocab_size if head.next_token or head.masked_token else config.num_labels
-    return math.log(classes) if classes > 1 else None
+    if head.next_token or head.masked_token:
+        return math.log(config.vocab_size)
+    problem = problem_type(config, at.calibration.batches[0].get("labels"))
+    if problem == MULTI_LABEL:  # each label is a choice of two
+        return math.log(2)
+    return math.log(config.num_labels) if problem == SINGLE_LABEL and config.num_labels > 1 else None

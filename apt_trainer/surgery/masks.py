@@ -110,7 +110,7 @@ class MaskStore:
                 if stub.masked:
                     module = self._model.get_submodule(stub.module)
                     self._handles.append(
-                        module.register_forward_hook(self._bypass(name, STUBS[stub.kind]()), with_kwargs=True)
+                        module.register_forward_hook(self._bypass(name, STUBS[stub.kind](module)), with_kwargs=True)
                     )
 
     def _mask(self, name: str, width: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from apt_trainer.errors import UserError, unknown_choice
+from apt_trainer.models.labels import SEQUENCE_HEAD, TOKEN_HEAD
 from apt_trainer.settings import DataSettings, check_choices
 from apt_trainer.tasks import (
     classification,
@@ -27,6 +28,7 @@ from apt_trainer.tasks import (
 from apt_trainer.tasks.architecture import DECODER, ENCODER, ENCODER_DECODER, architecture_of
 from apt_trainer.tasks.base import FirstRows, TaskData
 from apt_trainer.tasks.generation_scores import ROUGE
+from apt_trainer.tasks.labels import KnownLabels, only_labelled
 from apt_trainer.tasks.loading import read_parts, split_parts
 from apt_trainer.tasks.nested import with_fields
 from apt_trainer.tasks.packing import keeps_sequences_apart
@@ -44,7 +46,8 @@ class TaskKind:
     """What tells one task from another.
 
     The first of ``metrics`` is the default. ``architectures``: the kinds of model that can learn it. ``settings``: the
-    keys of DataSettings that no task without them in its list may set.
+    keys of DataSettings that no task without them in its list may set. ``head``: the ending of the classes of models
+    whose labels are those of the data.
     """
 
     metrics: tuple[str, ...]
@@ -53,8 +56,10 @@ class TaskKind:
     stratified: bool = False
     architectures: tuple[str, ...] = _ANY
     settings: tuple[str, ...] = ()
+    head: str | None = None
 
 
+_OF_LABELS = ("class_weights", "drop_unlabeled")
 _OF_PROMPTS = (
     "prompt_column",
     "input_column",
@@ -71,10 +76,29 @@ _PER_TOKEN = ("perplexity", "token_accuracy")
 
 TASK_KINDS = {
     "classification": TaskKind(
-        ("accuracy", "f1", "matthews"), classification.find_columns, classification.build_classification, True
+        ("accuracy", "f1", "f1_macro", "matthews"),
+        classification.find_columns,
+        classification.build_classification,
+        stratified=True,
+        settings=_OF_LABELS,
+        head=SEQUENCE_HEAD,
     ),
-    "regression": TaskKind(("pearson", "spearman"), classification.find_columns, classification.build_regression),
-    "token_classification": TaskKind(("f1", "accuracy"), tokens.find_columns, tokens.build),
+    "multi_label_classification": TaskKind(
+        ("f1_micro", "f1_macro", "subset_accuracy"),
+        classification.find_list_columns,
+        classification.build_multi_label,
+        settings=("label_separator", "class_weights"),
+        head=SEQUENCE_HEAD,
+    ),
+    "regression": TaskKind(
+        ("pearson", "spearman"),
+        classification.find_columns,
+        classification.build_regression,
+        settings=("drop_unlabeled",),
+    ),
+    "token_classification": TaskKind(
+        ("f1", "accuracy"), tokens.find_columns, tokens.build, settings=("class_weights",), head=TOKEN_HEAD
+    ),
     "question_answering": TaskKind(("f1", "exact_match"), question_answering.find_columns, question_answering.build),
     "language_modeling": TaskKind(
         _PER_TOKEN, language_modeling.find_columns, language_modeling.build, architectures=(DECODER,)
@@ -111,13 +135,16 @@ def load_task(
     split_seed: int | None = None,
     max_positions: int | None = None,
     architecture: str | None = None,
+    config: Any = None,
+    trained: bool = True,
 ) -> TaskData:
     """Read, split and tokenise the data of one run; the same arguments give the same rows in the same order.
 
     ``seed`` picks the rows that max_train_samples keeps; ``split_seed`` (default: ``seed``) picks the rows held out of
     the training data; ``max_positions`` is the longest input of the model in tokens; ``architecture`` is that of
-    :func:`architecture_of` (not given: any that fits the task). A tokenizer without padding token gets its
-    end-of-text token for a decoder. Raises :class:`UserError`.
+    :func:`architecture_of` (not given: any that fits the task). ``config``: of the model, whose label ids are used
+    where it has the labels of the data; if it is not going to be ``trained``, it has to have them. A tokenizer
+    without padding token gets its end-of-text token for a decoder. Raises :class:`UserError`.
     """
     check_choices(data)
     kind = TASK_KINDS[data.task]
@@ -132,11 +159,16 @@ def load_task(
     _check_lengths(data, kind, tokenizer, max_positions)
     named = _named_columns(data)
     parts = {part: with_fields(rows, named) for part, rows in read_parts(data).items()}
+    if "drop_unlabeled" in kind.settings:
+        parts = {
+            part: only_labelled(rows, data.label_column, part, data.drop_unlabeled) for part, rows in parts.items()
+        }
     columns = kind.find_columns(parts, data)
     splits = split_parts(
         parts, data, seed, seed if split_seed is None else split_seed, columns.label if kind.stratified else None
     )
-    task = kind.build(splits, columns, data, tokenizer, metric)
+    labelled = {} if kind.head is None else {"known": KnownLabels.of(config, kind.head, final=not trained)}
+    task = kind.build(splits, columns, data, tokenizer, metric, **labelled)
     return _finished(task, tokenizer, architecture)
 
 
@@ -181,7 +213,7 @@ def _check_architecture(task: str, kind: TaskKind, architecture: str) -> None:
 
 def _check_settings(data: DataSettings, kind: TaskKind) -> None:
     defaults = DataSettings()
-    for name in (*_OF_PROMPTS, *_OF_TARGETS):
+    for name in (*_OF_PROMPTS, *_OF_TARGETS, *_OF_LABELS, "label_separator"):
         if name not in kind.settings and getattr(data, name) != getattr(defaults, name):
             raise UserError(f"{name}={getattr(data, name)!r} has no meaning for task: {data.task}. Remove it.")
 
@@ -195,6 +227,9 @@ def _check_numbers(data: DataSettings) -> None:
         value = getattr(data, name)
         if not 0 <= value < 1:
             raise UserError(f"{name}={value} must lie between 0 and 1 (0.1 holds out 10 % of the training data).")
+    for name in ("max_length", "max_target_length"):
+        if getattr(data, name) < 1:
+            raise UserError(f"{name}={getattr(data, name)} must be at least 1 token.")
     if data.doc_stride < 0:
         raise UserError(f"doc_stride={data.doc_stride} must not be negative.")
 

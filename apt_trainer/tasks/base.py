@@ -1,5 +1,5 @@
-"""What every task shares: the result type, columns, labels, tokenising and padding. Not for reading files: that is
-:mod:`apt_trainer.tasks.loading`; not for one task's own encoding: each has its module.
+"""What every task shares: the result type, columns, tokenising and padding. Not for reading files: that is
+:mod:`apt_trainer.tasks.loading`; not for labels (``labels``) nor for one task's own encoding: each has its module.
 """
 
 from __future__ import annotations
@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
-import importlib.util
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from datasets import ClassLabel, Dataset, Value
+from datasets import Dataset, Value
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from apt_trainer.errors import UserError
@@ -48,6 +47,7 @@ class TaskData:
     compare generated texts: the most tokens to generate, start token included. ``keeps_order``: the metrics need
     predictions in the order of the rows. ``packed``: a training row holds several sequences, which must not see each
     other. ``sums``: what ``metrics`` sums over rows, for their intervals; empty where a row alone has its score.
+    ``label_counts``: how often each label occurs in ``train``; ``class_weights``: what each counts in the loss.
     """
 
     train: Dataset
@@ -67,6 +67,8 @@ class TaskData:
     keeps_order: bool = False
     packed: bool = False
     sums: Mapping[str, Callable[[EvalPrediction], SummedScores]] = field(default_factory=dict)
+    label_counts: Mapping[str, int] = field(default_factory=dict)
+    class_weights: tuple[float, ...] | None = None
 
 
 class HasNames(Protocol):
@@ -197,64 +199,6 @@ def check_filled(rows: Dataset, column: str, setting: str, part: str) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------ labels
-
-
-def label_text(value: Any, feature: Any) -> str:
-    """One label as text, the same for 1, 1.0 and "1"; names of a ``ClassLabel`` where the column has them."""
-    if isinstance(feature, ClassLabel) and isinstance(value, int):
-        return feature.int2str(value) if value >= 0 else str(value)
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value)
-
-
-def label_names(values: Iterable[Any], feature: Any, column: str) -> tuple[str, ...]:
-    """Names in the order of their ids: those of the ``ClassLabel``, else the labels sorted (numbers by size)."""
-    if isinstance(feature, ClassLabel):
-        return tuple(feature.names)
-    values = set(values)
-    fraction = next((v for v in values if isinstance(v, float) and not v.is_integer()), None)
-    if fraction is not None:
-        raise UserError(
-            f"label_column={column!r} holds {fraction}, which is no class. Use task: regression for numbers."
-        )
-    names = {label_text(value, feature): value for value in values}
-    if len(names) < 2:
-        raise UserError(
-            f"label_column={column!r}: all training data has the label {', '.join(names)!r}. "
-            "At least two labels are needed."
-        )
-    numeric = all(isinstance(value, int | float) for value in values)
-    return tuple(sorted(names, key=names.__getitem__ if numeric else None))
-
-
-def check_labels(values: Iterable[Any], feature: Any, names: tuple[str, ...], column: str, part: str) -> None:
-    """Raise :class:`UserError` for a label that the training data does not have, or for hidden ones (-1)."""
-    unknown = sorted({label_text(value, feature) for value in values} - set(names))
-    if not unknown:
-        return
-    if "-1" in unknown:
-        raise UserError(
-            f"label_column={column!r} of the {PART_NAMES[part]} data holds -1, which marks hidden or missing labels, "
-            "so nothing can be measured on it. Use labelled data, or leave out these rows (or this split)."
-        )
-    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    raise UserError(
-        f"label_column={column!r} of the {PART_NAMES[part]} data has the label {unknown[0]!r}, "
-        f"which the training data does not have. Labels of the training data: {shown}."
-    )
-
-
-def label_kwargs(names: tuple[str, ...]) -> dict[str, Any]:
-    """Configuration of a model with one output per label."""
-    return {
-        "num_labels": len(names),
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: i for i, name in enumerate(names)},
-    }
-
-
 # ------------------------------------------------------------------------------------------------ encoding
 
 
@@ -301,14 +245,6 @@ def end_with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int
     """``ids`` with the end-of-text token behind them, once; unchanged where the tokenizer has none."""
     eos = tokenizer.eos_token_id
     return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
-
-
-def require_package(name: str, purpose: str) -> None:
-    """Raise :class:`UserError` where a package of the extra "lm" is missing."""
-    if importlib.util.find_spec(name) is None:
-        raise UserError(
-            f'{purpose} needs the Python package {name}, which is not installed. Run: pip install "apt-trainer[lm]".'
-        )
 
 
 def without_blank(rows: Dataset, column: str, setting: str, part: str) -> Dataset:

@@ -1,9 +1,12 @@
-"""Classification and regression of a text or of a pair of texts. Not for tags per token."""
+"""Classification (one label or several) and regression of a text or of a pair of texts. Not for tags per token."""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,7 @@ from datasets import ClassLabel, Dataset, Value
 from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedTokenizerBase
 
 from apt_trainer.errors import UserError
+from apt_trainer.models.labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL, hot
 from apt_trainer.settings import DataSettings
 from apt_trainer.tasks.base import (
     PART_NAMES,
@@ -18,27 +22,40 @@ from apt_trainer.tasks.base import (
     Splits,
     TaskData,
     check_column,
-    check_labels,
     encode,
     fingerprint,
     first_output,
     is_text,
     keep_logits,
-    label_kwargs,
-    label_names,
-    label_text,
     only_column,
     pad_multiple,
     right_padding,
 )
-from apt_trainer.tasks.metrics import classification_scores, regression_scores
+from apt_trainer.tasks.labels import KnownLabels, class_weights, is_blank, label_text, number_labels
+from apt_trainer.tasks.metrics import classification_scores, multi_label_scores, regression_scores
+from apt_trainer.tasks.summed_scores import SummedScores, multi_label_sums
+
+logger = logging.getLogger(__name__)
 
 
 def find_columns(parts: dict[str, Dataset], data: DataSettings) -> Columns:
     """Check the columns of every part; the text column may be left open where only one fits."""
+    return _columns(parts, data, _is_label, "one label or number per row, all of one type")
+
+
+def find_list_columns(parts: dict[str, Dataset], data: DataSettings) -> Columns:
+    """As :func:`find_columns`, with a list of labels per row, or a text that ``label_separator`` parts."""
+    if data.label_separator is None:
+        kind = "a list of labels per row; of a column of text say how labels are parted, as label_separator: ','"
+        return _columns(parts, data, _is_list_of_labels, kind)
+    if not data.label_separator:
+        raise UserError("label_separator is empty. Give the text between labels, such as ',' or '|'.")
+    return _columns(parts, data, is_text, "text, as label_separator is set")
+
+
+def _columns(parts: dict[str, Dataset], data: DataSettings, fits: Callable[[Any], bool], kind: str) -> Columns:
     for part, rows in parts.items():
-        kind = "one label or number per row, all of one type"
-        check_column(rows, data.label_column, "label_column", part, _is_label, kind)
+        check_column(rows, data.label_column, "label_column", part, fits, kind)
     text = data.text_column or only_column(parts["train"], (data.label_column, data.text_pair_column), is_text, "text")
     for part, rows in parts.items():
         for column, setting in ((text, "text_column"), (data.text_pair_column, "text_pair_column")):
@@ -48,33 +65,87 @@ def find_columns(parts: dict[str, Dataset], data: DataSettings) -> Columns:
 
 
 def build_classification(
-    splits: Splits, columns: Columns, data: DataSettings, tokenizer: PreTrainedTokenizerBase, metric: str
+    splits: Splits,
+    columns: Columns,
+    data: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    metric: str,
+    known: KnownLabels | None = None,
 ) -> TaskData:
-    """One label per row; ids follow the names of the data set, else the sorted labels of all training data."""
+    """One label per row; ids as in ``labels``."""
     column = columns.label
-    feature = splits.all_train.features[column]
-    names = label_names(splits.all_train.unique(column), feature, column)
-    ids = {name: i for i, name in enumerate(names)}
-    label_ids = {}
-    for part, rows in splits.parts.items():
-        feature = rows.features[column]
-        check_labels(rows.unique(column), feature, names, column, part)
-        label_ids[part] = [ids[label_text(value, feature)] for value in rows[column][:]]
-    kwargs = {**label_kwargs(names), "problem_type": "single_label_classification"}
-    return _build(splits, label_ids, columns, data, tokenizer, metric, kwargs)
+    whole = splits.parts | {"train": splits.all_train}
+    found = {part: (set(rows.unique(column)), rows.features[column]) for part, rows in whole.items()}
+    labels = number_labels(found, column, known)
+    ids = {
+        part: [labels.ids[label_text(value, rows.features[column])] for value in rows[column][:]]
+        for part, rows in splits.parts.items()
+    }
+    counts = labels.counts(ids["train"])
+    kwargs = {**labels.model_kwargs, "problem_type": SINGLE_LABEL}
+    task = _build(splits, ids, columns, data, tokenizer, metric, kwargs)
+    weights = class_weights(data, counts, len(ids["train"]), multi=False)
+    return replace(task, label_counts=counts, class_weights=weights)
+
+
+def build_multi_label(
+    splits: Splits,
+    columns: Columns,
+    data: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    metric: str,
+    known: KnownLabels | None = None,
+) -> TaskData:
+    """Any number of labels per row, none included; ``labels`` are 0 or 1 for each, in the order of ids."""
+    column = columns.label
+    whole = {part: _label_lists(rows, column, data, part) for part, rows in splits.parts.items()}
+    every = _label_lists(splits.all_train, column, data, "train")
+    features = {part: getattr(rows.features[column], "feature", None) for part, rows in splits.parts.items()}
+    found = {part: (set(chain.from_iterable(lists)), features[part]) for part, lists in whole.items()}
+    labels = number_labels(found | {"train": (set(chain.from_iterable(every)), features["train"])}, column, known)
+    targets = {}
+    for part, lists in whole.items():
+        ids = [[labels.ids[label_text(value, features[part])] for value in row] for row in lists]
+        targets[part] = [hot(row, len(labels.names)) for row in ids]
+    counts = labels.counts(i for row in targets["train"] for i, number in enumerate(row) if number)
+    kwargs = {**labels.model_kwargs, "problem_type": MULTI_LABEL}
+    task = _build(splits, targets, columns, data, tokenizer, metric, kwargs)
+    weights = class_weights(data, counts, len(targets["train"]), multi=True)
+    sums = {"validation": _multi_label_sums, "test": _multi_label_sums}
+    return replace(task, label_counts=counts, class_weights=weights, sums=sums)
+
+
+def _label_lists(rows: Dataset, column: str, data: DataSettings, part: str) -> list[list[Any]]:
+    """The labels of each row, text parted and without blanks at its ends."""
+    lists: list[list[Any]] = rows[column][:]
+    if data.label_separator is not None:
+        parted = [text.split(data.label_separator) for text in rows[column][:]]
+        return [[label.strip() for label in labels if label.strip()] for labels in parted]
+    for row, labels in enumerate(lists):
+        where = f"label_column={column!r} of the {PART_NAMES[part]} data, row {row} of those used (counted from 0)"
+        if any(map(is_blank, labels)):
+            raise UserError(f"{where}: {labels} holds an empty label. Leave it out.")
+        if len(set(labels)) < len(labels) and not isinstance(labels[0], str):
+            raise UserError(
+                f"{where}: {labels} names a label twice. If these are 0 and 1 for each label in turn, give the names "
+                "or numbers of those that are 1."
+            )
+    return lists
 
 
 def build_regression(
     splits: Splits, columns: Columns, data: DataSettings, tokenizer: PreTrainedTokenizerBase, metric: str
 ) -> TaskData:
     """One number per row, as it stands: it is neither scaled nor shifted."""
+    if data.class_weights is not None:
+        raise UserError("class_weights has no meaning for task: regression. Remove it.")
     numbers = {part: _numbers(rows, columns.label, part) for part, rows in splits.parts.items()}
     if "test" in numbers and set(numbers["test"]) == {-1.0} and -1.0 not in numbers["train"]:
         raise UserError(
             f"label_column={columns.label!r} of the test data holds only -1, which marks hidden labels. "
             "Use labelled data, or leave out the test data."
         )
-    kwargs = {"num_labels": 1, "problem_type": "regression"}
+    kwargs = {"num_labels": 1, "problem_type": REGRESSION}
     return _build(splits, numbers, columns, data, tokenizer, metric, kwargs)
 
 
@@ -101,7 +172,8 @@ def _build(
     }
     for part, rows in encoded.items():
         _check_not_empty(rows["input_ids"], columns, part)
-    scores = _regression_metrics if model_kwargs["problem_type"] == "regression" else _classification_metrics
+        _warn_of_blank(splits.parts[part][columns.text][:], columns, part)
+    scores = _METRICS[model_kwargs["problem_type"]]
     return TaskData(
         train=encoded["train"],
         validation=encoded["validation"],
@@ -142,8 +214,20 @@ def _check_not_empty(inputs: Iterable[list[int]], columns: Columns, part: str) -
             )
 
 
+def _warn_of_blank(texts: Sequence[str], columns: Columns, part: str) -> None:
+    blank = sum(not text.strip() for text in texts)
+    if blank:
+        logger.warning(
+            "%d of %d rows of the %s data have no text in %r.", blank, len(texts), PART_NAMES[part], columns.text
+        )
+
+
 def _is_label(feature: Any) -> bool:
     return isinstance(feature, ClassLabel | Value)
+
+
+def _is_list_of_labels(feature: Any) -> bool:
+    return _is_label(getattr(feature, "feature", None))
 
 
 def _numbers(rows: Dataset, column: str, part: str) -> list[float]:
@@ -168,3 +252,14 @@ def _classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 def _regression_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return regression_scores(np.ravel(first_output(prediction.predictions)), np.ravel(prediction.label_ids))
+
+
+def _multi_label_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    return multi_label_scores(first_output(prediction.predictions), np.asarray(prediction.label_ids))
+
+
+def _multi_label_sums(prediction: EvalPrediction) -> SummedScores:
+    return multi_label_sums(first_output(prediction.predictions), np.asarray(prediction.label_ids))
+
+
+_METRICS = {SINGLE_LABEL: _classification_metrics, MULTI_LABEL: _multi_label_metrics, REGRESSION: _regression_metrics}

@@ -31,6 +31,7 @@ from apt_trainer.tasks.base import (
 from apt_trainer.tasks.chat import ChatTemplate, chat_template, check_conversation, clean_messages
 from apt_trainer.tasks.packing import DecoderCollator, pack
 from apt_trainer.tasks.prompts import PromptColumns
+from apt_trainer.tasks.text_windows import frame_of, framed_once
 from apt_trainer.tasks.token_scores import causal_sums, token_scores
 
 logger = logging.getLogger(__name__)
@@ -112,8 +113,12 @@ def _prompt_and_completion(prompt: str, completion: str, tokenizer: PreTrainedTo
     """
     from trl.data_utils import common_prefix_length
 
-    ids = end_with_eos(tokenizer(prompt + completion, verbose=False).input_ids, tokenizer)
-    start = common_prefix_length(tokenizer(prompt, verbose=False).input_ids, ids)
+    frame = frame_of(tokenizer)
+    before, whole = (
+        framed_once(tokenizer(text, verbose=False).input_ids, frame) for text in (prompt, prompt + completion)
+    )
+    ids = end_with_eos(whole, tokenizer)
+    start = common_prefix_length(before, ids)
     return ids, [0] * start + [1] * (len(ids) - start)
 
 

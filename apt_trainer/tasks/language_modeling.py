@@ -1,8 +1,9 @@
 """Next-token prediction on plain text for decoders: the text is tokenised, joined and cut into blocks of max_length.
 
 Not for prompts with answers: that is ``instruction_tuning``. Every row is one document and ends with the end-of-text
-token; a txt file is one running text. Blocks do not overlap, so the first token of a block is not predicted, and
-within a block documents see each other. Perplexity is over all predicted tokens.
+token; a txt file is one running text. Blocks do not overlap, so the first token of a block is not predicted: the start
+token where the tokenizer puts one before a text, as each of its documents has too. Within a block documents see each
+other. Perplexity is over all predicted tokens.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from apt_trainer.tasks.base import (
 )
 from apt_trainer.tasks.loading import PLAIN_TEXT
 from apt_trainer.tasks.packing import DecoderCollator, cut_into_blocks
+from apt_trainer.tasks.text_windows import frame_of, framed_once
 from apt_trainer.tasks.token_scores import causal_sums, token_scores
 
 
@@ -81,12 +83,13 @@ def _blocks(
     running = _is_running(part, data)
     if not running:
         rows = without_blank(rows, columns.text, "text_column", part)
-    encoded = encode(rows, _tokenise, with_indices=True, tokenizer=tokenizer, column=columns.text, running=running)
-    if sum(map(len, encoded["input_ids"])) < 2:
+    encoded = encode(rows, _tokenise, tokenizer=tokenizer, column=columns.text, running=running)
+    blocks = cut_into_blocks(encoded, data.max_length, frame_of(tokenizer).opening)
+    if len(blocks) == 0:
         raise UserError(
             f"The {PART_NAMES[part]} data has fewer than two tokens, so nothing is predicted. Give more text."
         )
-    return cut_into_blocks(encoded, data.max_length)
+    return blocks
 
 
 def _is_running(part: str, data: DataSettings) -> bool:
@@ -95,18 +98,10 @@ def _is_running(part: str, data: DataSettings) -> bool:
 
 
 def _tokenise(
-    batch: dict[str, list[Any]],
-    indices: list[int],
-    tokenizer: PreTrainedTokenizerBase,
-    column: str,
-    running: bool,
+    batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, column: str, running: bool
 ) -> dict[str, Any]:
-    """Special tokens of the tokenizer stand once per document, or before the first piece of a running text."""
-    if not running:
-        return {
-            "input_ids": [end_with_eos(ids, tokenizer) for ids in tokenizer(batch[column], verbose=False).input_ids]
-        }
-    inputs = tokenizer(batch[column], add_special_tokens=False, verbose=False).input_ids
-    if indices[0] == 0:
-        inputs[0] = tokenizer(batch[column][0], verbose=False).input_ids
-    return {"input_ids": inputs}
+    """Special tokens of the tokenizer stand round a document, and not round a piece of a running text."""
+    if running:
+        return {"input_ids": tokenizer(batch[column], add_special_tokens=False, verbose=False).input_ids}
+    documents, frame = tokenizer(batch[column], verbose=False).input_ids, frame_of(tokenizer)
+    return {"input_ids": [end_with_eos(framed_once(ids, frame), tokenizer) for ids in documents]}

@@ -20,14 +20,35 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def classification_scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """``logits`` [N, labels], ``labels`` [N]; f1 is that of label 1 if there are two labels, else the macro mean."""
+    """``logits`` [N, labels], ``labels`` [N]; f1 is that of label 1 if there are two labels, else the macro mean;
+    ``f1_macro`` is always that mean."""
     predicted = np.argmax(logits, axis=-1)
     average = "binary" if logits.shape[-1] == 2 else "macro"
     return {
         "accuracy": float(accuracy_score(labels, predicted)),
         "f1": float(f1_score(labels, predicted, average=average, zero_division=0)),
+        "f1_macro": float(f1_score(labels, predicted, average="macro", zero_division=0)),
         "matthews": float(matthews_corrcoef(labels, predicted)),
     }
+
+
+def multi_label_scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Both [N, labels], ``labels`` 0 or 1; a label is predicted from a probability of 0.5 on.
+
+    F1 over all decisions (micro) and its mean over labels (macro, 0 for a label that neither occurs nor is predicted),
+    and the share of rows with all labels right.
+    """
+    predicted, expected = predicted_labels(logits), np.asarray(labels) > 0.5
+    return {
+        "f1_micro": float(f1_score(expected, predicted, average="micro", zero_division=0)),
+        "f1_macro": float(f1_score(expected, predicted, average="macro", zero_division=0)),
+        "subset_accuracy": float((predicted == expected).all(axis=1).mean()),
+    }
+
+
+def predicted_labels(logits: np.ndarray) -> np.ndarray:
+    """[N, labels] of bool: where the sigmoid of ``logits`` is at least 0.5."""
+    return np.asarray(logits) >= 0
 
 
 def regression_scores(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -1,32 +1,33 @@
 """Rows of token ids as batches for a decoder: cut into blocks, packed, padded or laid end to end.
 
-Cutting, packing and collating are TRL's; it is imported when a task needs it, since that takes seconds. Not for what
-is in a row: that is the task's module.
+Packing and collating are TRL's; it is imported when a task needs it, since that takes seconds. Not for what is in a
+row: that is the task's module.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from apt_trainer.tasks.base import require_package
+from apt_trainer.settings.packages import TRL, require
+from apt_trainer.tasks.text_windows import cut
 
 _IN_MEMORY = {"keep_in_memory": True, "load_from_cache_file": False}
 
 
-def cut_into_blocks(rows: Dataset, length: int) -> Dataset:
-    """All ``input_ids`` one after the other, in blocks of ``length`` tokens; the last block may be shorter.
+def cut_into_blocks(rows: Dataset, length: int, opening: Sequence[int] = ()) -> Dataset:
+    """All ``input_ids`` one after the other, in blocks of ``length`` tokens that begin with ``opening``.
 
-    A last block of one token, which predicts nothing, is left out.
+    The last block may be shorter; one that predicts nothing is left out.
     """
-    from trl.data_utils import pack_dataset
-
-    blocks = pack_dataset(rows, length, "wrapped", map_kwargs={"batch_size": None, **_IN_MEMORY})
-    return blocks if len(blocks["input_ids"][-1]) > 1 else blocks.select(range(len(blocks) - 1))
+    tokens = np.concatenate([chunk.flatten().to_numpy() for chunk in rows.data.column("input_ids").chunks])
+    return Dataset.from_dict({"input_ids": [block.ids for block in cut(tokens, length, opening)]})
 
 
 def pack(rows: Dataset, length: int) -> Dataset:
@@ -50,7 +51,7 @@ class DecoderCollator:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int | None) -> None:
-        require_package("trl", "Training a decoder on texts")
+        require(TRL, "Training a decoder on texts")
         from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
         self._pad = DataCollatorForLanguageModeling(tokenizer.pad_token_id, pad_to_multiple_of=pad_to_multiple_of)

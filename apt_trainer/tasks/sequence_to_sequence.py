@@ -18,6 +18,7 @@ from transformers import DataCollatorForSeq2Seq, EvalPrediction, PreTrainedToken
 
 from apt_trainer.errors import UserError
 from apt_trainer.settings import DataSettings
+from apt_trainer.settings.packages import BLEU, ROUGE, Package, require
 from apt_trainer.tasks.base import (
     Splits,
     TaskData,
@@ -27,7 +28,6 @@ from apt_trainer.tasks.base import (
     is_text,
     only_column,
     pad_multiple,
-    require_package,
     without_blank,
 )
 from apt_trainer.tasks.generation_scores import rouge_scores, translation_scores
@@ -68,14 +68,14 @@ def build_summarization(
     splits: Splits, columns: SourceAndTarget, data: DataSettings, tokenizer: PreTrainedTokenizerBase, metric: str
 ) -> TaskData:
     """Scored by ROUGE."""
-    return _build(splits, columns, data, tokenizer, metric, rouge_scores, "rouge_score")
+    return _build(splits, columns, data, tokenizer, metric, rouge_scores, ROUGE)
 
 
 def build_translation(
     splits: Splits, columns: SourceAndTarget, data: DataSettings, tokenizer: PreTrainedTokenizerBase, metric: str
 ) -> TaskData:
     """Scored by BLEU and chrF."""
-    task = _build(splits, columns, data, tokenizer, metric, translation_scores, "sacrebleu")
+    task = _build(splits, columns, data, tokenizer, metric, translation_scores, BLEU)
     if task.generation_length is None:
         return task
     sums = partial(_compare, tokenizer=tokenizer, scores=translation_sums)
@@ -89,7 +89,7 @@ def _build(
     tokenizer: PreTrainedTokenizerBase,
     metric: str,
     scores: Scores,
-    package: str,
+    package: Package,
 ) -> TaskData:
     _check_lengths(data, tokenizer)
     encoded = {}
@@ -114,7 +114,7 @@ def _build(
     )
     if metric == "perplexity":
         return task
-    require_package(package, f"metric={metric!r}")
+    require(package, f"metric: {metric}")
     compare = partial(_compare, tokenizer=tokenizer, scores=scores)
     return replace(
         task,

@@ -1,7 +1,7 @@
 """Scores as functions of sums over rows, so that the score of any draw of rows can be told: for confidence intervals.
 
-Of tags, answers and translations. Not for the scores of a whole data set: those are in ``metrics`` and
-``generation_scores``, and the sum over all rows gives the same numbers.
+Of several labels per row, tags, answers and translations. Not for the scores of a whole data set: those are in
+``metrics`` and ``generation_scores``, and the sum over all rows gives the same numbers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from apt_trainer.tasks.metrics import bio_spans, looks_like_bio, squad_rows
+from apt_trainer.tasks.metrics import bio_spans, looks_like_bio, predicted_labels, squad_rows
 
 _CHARACTERS, _BETA = 6, 2  # sacrebleu's defaults of chrF
 _WORDS = 4  # longest n-gram of BLEU
@@ -32,6 +32,23 @@ def answer_sums(predicted: Sequence[str], golds: Sequence[Sequence[str]]) -> Sum
         np.column_stack([rows, np.ones(len(rows))]),
         lambda sums: {"exact_match": sums[:, 0] / sums[:, 2], "f1": sums[:, 1] / sums[:, 2]},
     )
+
+
+def multi_label_sums(logits: np.ndarray, labels: np.ndarray) -> SummedScores:
+    """Of :func:`~apt_trainer.tasks.metrics.multi_label_scores`: per label right, predicted and expected."""
+    predicted, expected = predicted_labels(logits), np.asarray(labels) > 0.5
+    right = (predicted == expected).all(axis=1)
+    counts = np.stack([predicted & expected, predicted, expected], axis=2).reshape(len(right), -1)
+
+    def scores(sums: np.ndarray) -> dict[str, np.ndarray]:
+        of_labels = sums[:, 2:].reshape(len(sums), -1, 3)
+        return {
+            "f1_micro": _f1(of_labels.sum(axis=1)),
+            "f1_macro": _f1(of_labels).mean(axis=1),
+            "subset_accuracy": sums[:, 0] / sums[:, 1],
+        }
+
+    return SummedScores(np.column_stack([right, np.ones(len(right)), counts]).astype(float), scores)
 
 
 def tag_sums(

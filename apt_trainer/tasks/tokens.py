@@ -19,19 +19,16 @@ from apt_trainer.tasks.base import (
     Splits,
     TaskData,
     check_column,
-    check_labels,
     encode,
     fingerprint,
     first_output,
     is_list_of_text,
     keep_logits,
-    label_kwargs,
-    label_names,
-    label_text,
     only_column,
     pad_multiple,
     require_fast,
 )
+from apt_trainer.tasks.labels import KnownLabels, class_weights, is_blank, label_text, number_labels
 from apt_trainer.tasks.metrics import entity_scores, looks_like_bio, tag_scores
 from apt_trainer.tasks.summed_scores import SummedScores, tag_sums
 
@@ -52,26 +49,34 @@ def find_columns(parts: dict[str, Dataset], data: DataSettings) -> Columns:
 
 
 def build(
-    splits: Splits, columns: Columns, data: DataSettings, tokenizer: PreTrainedTokenizerBase, metric: str
+    splits: Splits,
+    columns: Columns,
+    data: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    metric: str,
+    known: KnownLabels | None = None,
 ) -> TaskData:
     """The first piece of a word bears its tag, further pieces are ignored; words past max_length are not scored."""
     require_fast(tokenizer, "token_classification")
     column = columns.label
-    names = label_names(_tags(splits.all_train, column), splits.all_train.features[column].feature, column)
-    encoded = {}
-    for part, rows in splits.parts.items():
-        feature = rows.features[column].feature
-        check_labels(set(_tags(rows, column)), feature, names, column, part)
-        encoded[part] = encode(
+    whole = splits.parts | {"train": splits.all_train}
+    found = {part: (set(_tags(rows, column)), rows.features[column].feature) for part, rows in whole.items()}
+    labels = number_labels(found, column, known, "word")
+    names = labels.names
+    encoded = {
+        part: encode(
             rows,
             _tokenise,
             tokenizer=tokenizer,
             columns=columns,
-            feature=feature,
-            ids={name: i for i, name in enumerate(names)},
+            feature=rows.features[column].feature,
+            ids=dict(labels.ids),
             prefix=_word_prefix(tokenizer),
             max_length=data.max_length,
         )
+        for part, rows in splits.parts.items()
+    }
+    counts = labels.counts(i for row in encoded["train"]["labels"][:] for i in row if i != IGNORED_LABEL)
     scores, sums = partial(_metrics, names=names), partial(_sums, names=names)
     return TaskData(
         train=encoded["train"],
@@ -80,13 +85,15 @@ def build(
         test_name="test" if "test" in encoded else "validation",
         collator=DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=pad_multiple(data)),
         model_class="AutoModelForTokenClassification",
-        model_kwargs=label_kwargs(names),
+        model_kwargs=labels.model_kwargs,
         metric_name=metric,
         metrics={"validation": scores, "test": scores},
         label_names=names,
         fingerprint=fingerprint(splits.train, columns),
         preprocess_logits=keep_logits,
         sums={"validation": sums, "test": sums},
+        label_counts=counts,
+        class_weights=class_weights(data, counts, sum(counts.values()), multi=False),
     )
 
 
@@ -134,10 +141,10 @@ def _check_lengths(rows: Dataset, text: str, label: str, part: str) -> None:
     row = 0
     for batch in rows.select_columns([text, label]).iter(batch_size=1000):
         for words, tags in zip(batch[text], batch[label], strict=True):
-            if len(words) != len(tags) or None in words or None in tags:
+            if len(words) != len(tags) or None in words or any(map(is_blank, tags)):
                 raise UserError(
                     f"Row {row} (counted from 0) of the {PART_NAMES[part]} data has {len(words)} words in {text!r} "
-                    f"and {len(tags)} tags in {label!r}. Every word needs one tag, and neither may be null."
+                    f"and {len(tags)} tags in {label!r}. Every word needs one tag, and neither may be empty."
                 )
             row += 1
 

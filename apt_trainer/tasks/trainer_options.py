@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from apt_trainer.errors import UserError
+from apt_trainer.models.class_weights import check_smoothing
 from apt_trainer.settings.config import APTConfig
 from apt_trainer.tasks.base import TaskData
 
@@ -13,13 +14,14 @@ from apt_trainer.tasks.base import TaskData
 def set_task_arguments(args: APTConfig, data: TaskData, given: Mapping[str, Any]) -> None:
     """Set what the task decides of the training arguments; of the rest, what the recipe leaves open.
 
-    Raises :class:`UserError` for a sampling that the metrics of the task cannot follow.
+    Raises :class:`UserError` for a sampling that the metrics of the task cannot follow, and for two losses at once.
     """
     if data.keeps_order and args.train_sampling_strategy == "group_by_length":
         raise UserError(
             "train_sampling_strategy: group_by_length also reorders evaluation data, whose order the metrics of this "
             "task need. Set train_sampling_strategy: random."
         )
+    check_smoothing(args.label_smoothing_factor, data.model_kwargs.get("problem_type"), data.class_weights is not None)
     args.predict_with_generate = data.generation_length is not None
     if args.predict_with_generate and args.generation_max_length is None:
         args.generation_max_length = data.generation_length
@@ -34,4 +36,5 @@ def data_options(data: TaskData, part: str) -> dict[str, Any]:
         "data_collator": data.collator,
         "compute_metrics": data.metrics[part],
         "preprocess_logits_for_metrics": data.preprocess_logits,
+        "class_weights": data.class_weights,
     }

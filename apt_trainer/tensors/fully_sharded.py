@@ -2,7 +2,7 @@
 
 Parameters that it holds are DTensors split along their first dimension; they stay so when it is taken off. Knows
 torch only: not the method, an engine or the moments of an optimizer. All calls that read or make whole values are
-collective. Uses names of torch that are not documented (:func:`missing_names`); checked with torch 2.11 and 2.13.
+collective. Uses names of torch that are not documented (``libraries.private_names``).
 """
 
 from __future__ import annotations
@@ -14,12 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-_OF_STATE = ("_pre_forward_hook_handle", "_post_forward_hook_handle")
-_OF_GROUP = (
-    "fsdp_params",
-    "_module_to_pre_save_state_dict_hook_handle",
-    "_module_to_pre_load_state_dict_hook_handle",
-)
 _ON_MODULES = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")
 _METHODS = ("generate",)
 """Methods that the Trainer registers as forward methods, which leaves a wrapper on the instance."""
@@ -116,12 +110,15 @@ def strip(model: nn.Module) -> None:
     from torch.distributed._composable_state import _module_state_mapping
 
     for state in _states(model):
-        for name in _OF_STATE:
-            getattr(state, name).remove()
+        state._pre_forward_hook_handle.remove()
+        state._post_forward_hook_handle.remove()
         for group in _groups(state):
-            for handles in (getattr(group, name) for name in _OF_GROUP[1:]):
-                for handle in handles.values():
-                    handle.remove()
+            saving, loading = (
+                group._module_to_pre_save_state_dict_hook_handle,
+                group._module_to_pre_load_state_dict_hook_handle,
+            )
+            for handle in (*saving.values(), *loading.values()):
+                handle.remove()
             for parameter in group.fsdp_params:
                 parameter._post_load_hook_handle.remove()
             group.fsdp_params.clear()  # they lie in cycles, and each refers to the parts of its parameter
@@ -141,20 +138,6 @@ def plain_modules(model: nn.Module) -> Iterator[None]:
         for module, own_class, attributes in taken:
             module.__class__ = own_class
             module.__dict__.update(attributes)
-
-
-def missing_names(model: nn.Module) -> list[str]:
-    """Undocumented names used here that this version of torch does not have."""
-    missing: list[str] = []
-    for state in _states(model):
-        missing += [f"FSDPState.{name}" for name in _OF_STATE if not hasattr(state, name)]
-        for group in _groups(state):
-            missing += [f"FSDPParamGroup.{name}" for name in _OF_GROUP if not hasattr(group, name)]
-            for parameter in getattr(group, _OF_GROUP[0], ()):
-                missing += [] if hasattr(parameter, "_post_load_hook_handle") else ["FSDPParam._post_load_hook_handle"]
-    if not is_held(model) or not any(_groups(state) for state in _states(model)):
-        missing.append("FSDPState._fsdp_param_group")
-    return sorted(set(missing))
 
 
 def _states(model: nn.Module) -> list[Any]:

@@ -89,6 +89,10 @@ class BestWithinBudget(WholeCheckpoints):
             return
         found = self.state.best_model_checkpoint
         path = None if found is None or not Path(found).is_dir() else Path(found)
+        damaged = [] if path is None else [f for f in checkpoint.OF_WEIGHTS if checkpoint.damage(path / f) is not None]
+        if damaged:  # told, not raised: the final model is there
+            self._tell(f"{', '.join(damaged)} of {path} is damaged or missing; the final model is kept.")
+            found = path = None
         agree("the best checkpoint", self.state.global_step, None if path is None else path.name)
         if path is not None and load_weights(path, self.model, self.pruner):
             self._tell(
@@ -97,7 +101,7 @@ class BestWithinBudget(WholeCheckpoints):
             )
         elif found is not None:
             self._tell(f"The best checkpoint {found} is gone or has another shape; the final model is kept.")
-        else:
+        elif not damaged:
             self._tell("No checkpoint was evaluated within the final budget; the final model is kept.")
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file
 from torch import nn
@@ -26,15 +27,18 @@ from apt_trainer.errors import UserError
 from apt_trainer.measure.latency import example_inputs
 from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.store.events import write_json
+from apt_trainer.store.model_card import CARD_FILE, model_card
+from apt_trainer.store.rescue import PLAN_FILE, rescuing
 from apt_trainer.store.saved_model import load_pruned
 from apt_trainer.training.engines import optimizer_file
 from apt_trainer.training.engines.agreement import processes
 
-PLAN_FILE = "pruning_plan.json"
 STATE_FILE = "apt_state.json"
 TENSORS_FILE = "apt_state.safetensors"
 WEIGHTS_FILE = "apt_training.safetensors"
 TEACHER_FILE = "apt_teacher.safetensors"
+OF_WEIGHTS = (STATE_FILE, WEIGHTS_FILE)
+"""What the weights of a checkpoint alone are read from."""
 STAGING, REPLACED = ".saving-", ".replaced-"
 
 
@@ -54,23 +58,41 @@ def save_pruned(model: PreTrainedModel, path: Path, plan: PruningPlan, tokenizer
     """Write the finished model, plan and tokenizer to ``path`` and check that it reloads.
 
     Written to a temporary folder beside it first and checked there, then moved; if anything fails, an older model in
-    ``path`` stays whole. What a save that was killed left there is removed. Returns the largest difference of logits
-    between ``model`` and the reloaded one on a random batch; raises RuntimeError when it is above 1e-5 of the largest
-    logit.
+    ``path`` stays whole and ``model`` is kept elsewhere (``rescue``). What a save that was killed left there is
+    removed. Returns the largest difference of logits between ``model`` and the reloaded one on a random batch; raises
+    RunError when it is above 1e-5 of the largest logit, or anything else fails.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
+    with rescuing(model, path, plan):
+        path.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        return _save(model, path, plan, tokenizer)
+
+
+def _save(model: PreTrainedModel, path: Path, plan: PruningPlan, tokenizer: Any) -> float:
     staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=path))
     try:
-        model.save_pretrained(staging)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        write_json(staging / PLAN_FILE, plan.to_json())
+        write_model(model, staging, plan, tokenizer)
         difference = reload_difference(model, staging)
         _move_in(staging, path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return difference
+
+
+def write_model(
+    model: PreTrainedModel,
+    folder: Path,
+    plan: PruningPlan,
+    tokenizer: Any = None,
+    card: ModelCard | None = None,
+    **options: Any,
+) -> None:
+    """Write all files of the finished model to an empty ``folder``; ``options``: of ``save_pretrained``."""
+    model.save_pretrained(folder, **options)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    write_json(folder / PLAN_FILE, plan.to_json())
+    (card or model_card(model)).save(folder / CARD_FILE)
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -116,10 +138,14 @@ def reload_difference(model: PreTrainedModel, path: Path) -> float:
     else:
         again = type(model).from_pretrained(path, **same)
     device = next(model.parameters()).device
-    batch = example_inputs(model, 1, 16, device)
     was_training = model.training
-    outputs = [candidate.to(device).eval()(**batch) for candidate in (model, again)]
-    model.train(was_training)
+    try:
+        batch = example_inputs(model, 1, 16, device)
+        outputs = [candidate.to(device).eval()(**batch) for candidate in (model, again)]
+    except torch.OutOfMemoryError:  # the device has no room for both; equal weights are as good
+        return _weight_difference(model, again, path)
+    finally:
+        model.train(was_training)
     ours, theirs = (next(v for v in out.values() if torch.is_tensor(v)).float() for out in outputs)
     difference = float((ours - theirs).abs().max())
     if not difference <= 1e-5 * max(1.0, float(ours.abs().max())):
@@ -127,6 +153,14 @@ def reload_difference(model: PreTrainedModel, path: Path) -> float:
             f"The model saved in {path} gives other logits when loaded again (difference {difference:.3g})."
         )
     return difference
+
+
+def _weight_difference(model: PreTrainedModel, again: PreTrainedModel, path: Path) -> float:
+    """0.0; raises RuntimeError where a weight of ``again``, which was loaded from ``path``, is another."""
+    for (name, ours), theirs in zip(model.named_parameters(), again.parameters(), strict=True):
+        if not torch.equal(ours.cpu(), theirs.cpu()):
+            raise RuntimeError(f"The model saved in {path} has another {name} when loaded again.")
+    return 0.0
 
 
 def save_training_state(path: Path, weights: dict[str, torch.Tensor], state: TrainingState) -> None:
@@ -166,7 +200,7 @@ def read_training_state(path: Path) -> tuple[Mapping[str, Any], dict[str, torch.
 
 def read_description(path: Path) -> Mapping[str, Any]:
     """JSON part of a checkpoint of which only the weights are wanted; raises :class:`UserError` when it is none."""
-    _require(path, STATE_FILE, WEIGHTS_FILE)
+    _require(path, *OF_WEIGHTS)
     described: Mapping[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     return described
 
@@ -175,10 +209,10 @@ def check_complete(path: Path) -> Mapping[str, Any]:
     """JSON part of a checkpoint; raises :class:`UserError` when it is none, is incomplete, or has a truncated file."""
     _require(path, STATE_FILE, TENSORS_FILE, WEIGHTS_FILE, TRAINER_STATE_NAME)
     _require(path, optimizer_file.TENSORS_FILE, optimizer_file.NUMBERS_FILE)
-    for file in sorted(path.iterdir()):
-        damage = _damage(file)
-        if damage is not None:
-            raise UserError(f"{file} is damaged ({damage}), so {path.name} cannot be used. Resume from an older one.")
+    for file in sorted(file for file in path.iterdir() if file.is_file()):
+        found = damage(file)
+        if found is not None:
+            raise UserError(f"{file} is damaged ({found}), so {path.name} cannot be used. Resume from an older one.")
     described: Mapping[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     if described["teacher_shape"] is not None:
         _require(path, TEACHER_FILE)
@@ -188,8 +222,10 @@ def check_complete(path: Path) -> Mapping[str, Any]:
     return described
 
 
-def _damage(file: Path) -> str | None:
+def damage(file: Path) -> str | None:
     """What is wrong with a file, as far as its size and its ends tell."""
+    if not file.is_file():
+        return "missing"
     try:
         if file.suffix == ".json":
             json.loads(file.read_text(encoding="utf-8"))

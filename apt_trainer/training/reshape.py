@@ -15,13 +15,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_utils import has_length
 
 from apt_trainer.errors import UserError
+from apt_trainer.libraries.private_names import check_names
 from apt_trainer.settings.engines import wants_deepspeed
 from apt_trainer.settings.fsdp import wants_fsdp
 from apt_trainer.tensors.partitioned import shape_of
+from apt_trainer.training.compiled import compile_options
 from apt_trainer.training.engines import engine_of
 from apt_trainer.training.engines.agreement import agree
 from apt_trainer.training.engines.base import plain_optimizer
@@ -43,23 +47,18 @@ class LiveModel:
 
 
 def check_options(trainer: Any) -> None:
-    """Raise :class:`UserError` for options of the Trainer under which shapes cannot change."""
+    """Raise :class:`UserError` for what a Trainer was started with, or libraries of its engine, under which shapes
+    cannot change."""
+    check_names(*engine_of(trainer).needs)
     if trainer.pruner.impact is not None and not trainer.args.prunes_before and trainer.train_dataset is not None:
-        rows = min(trainer.args.calibration_samples, len(trainer.train_dataset))
+        rows = trainer.args.calibration_samples
+        if has_length(trainer.train_dataset):
+            rows = min(rows, len(trainer.train_dataset))
         if rows < trainer.args.world_size:
             raise UserError(
                 f"calibration_samples and the training data give no row to some of the {trainer.args.world_size} "
                 f"processes ({rows} rows), but each takes part in what nri measures. Raise calibration_samples."
             )
-    if trainer.args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
-        raise UserError(
-            f"lr_scheduler_type={str(trainer.args.lr_scheduler_type.value)!r} follows a metric, which a change of "
-            "shape interrupts. Use one that follows the step, for example linear or cosine."
-        )
-    if trainer.args.enable_jit_checkpoint:
-        raise UserError(
-            "enable_jit_checkpoint saves in the middle of a step. Remove it: SIGTERM saves after a step anyway."
-        )
     if wants_deepspeed(trainer.args) and not trainer.is_deepspeed_enabled:
         raise UserError(
             "DeepSpeed is asked for, but accelerate has not switched it on for these processes. Start them with "
@@ -71,8 +70,15 @@ def check_options(trainer: Any) -> None:
             "FSDP is asked for, but accelerate has not switched it on for these processes. Start them with "
             "apt-trainer train --accelerate_config fsdp2, or accelerate launch with that profile."
         )
-    if trainer.args.auto_find_batch_size:
-        raise UserError("auto_find_batch_size restarts training on a model that may be cut already. Switch it off.")
+
+
+def take_compiling(trainer: Any) -> dict[str, Any] | None:
+    """What ``compiled.compile_options`` says; accelerate, which would wrap the model, compiles nothing itself."""
+    options = compile_options(trainer.args)
+    if options is not None and trainer.is_fsdp_enabled:
+        raise UserError("torch_compile under FSDP is not supported. Remove it, or train under DDP.")
+    trainer.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+    return options
 
 
 def own_storage(model: nn.Module) -> None:
@@ -103,6 +109,7 @@ def reshape(trainer: Any, change: Callable[[], Edits]) -> None:
     state = engine.carried(edits)
     _agree_on_shape(trainer)
     engine.release()
+    trainer.compiled.forget()
     trainer.optimizer_ages = ages(state) if engine.groups_by_age else {}
     _rebuild(trainer, model, schedule)
     engine_of(trainer).give(state)
@@ -152,6 +159,7 @@ def _rebuild(trainer: Any, model: nn.Module, schedule: dict[str, Any]) -> None:
     engine_of(trainer).enclose(model)
     Trainer._prepare_for_training(trainer, trainer.state.max_steps, trainer.live_dataloader, None)
     engine_of(trainer).adopt()
+    engine_of(trainer).check_optimizer()
     set_schedule(trainer, schedule)
 
 

@@ -14,15 +14,18 @@ from torch import nn
 
 from apt_trainer.errors import UserError
 from apt_trainer.models import ModelFamily
+from apt_trainer.models.class_weights import ClassWeights
 from apt_trainer.models.shares import Shares, count
 
 
 class StepLosses:
     """``together``: whether the micro-batches of all processes of ``accelerator`` are weighed as one batch; otherwise
-    those of each are, and processes count alike."""
+    those of each are, and processes count alike. ``weights``: of the labels in the task's loss."""
 
-    def __init__(self, family: ModelFamily, accelerator: Any, together: bool = True) -> None:
-        self.family, self.accelerator, self.together = family, accelerator, together
+    def __init__(
+        self, family: ModelFamily, accelerator: Any, together: bool = True, weights: ClassWeights | None = None
+    ) -> None:
+        self.family, self.accelerator, self.together, self.weights = family, accelerator, together, weights
         self._counted: torch.Tensor | None = None
         self._finite = torch.ones((), dtype=torch.bool, device=accelerator.device)
         self._noted: dict[str, dict[int, torch.Tensor]] = {}
@@ -30,7 +33,7 @@ class StepLosses:
     def begin(self, batches: Sequence[Mapping[str, Any]], model: nn.Module) -> None:
         """Count over all micro-batches of a step; collective where processes are weighed together."""
         if batches:
-            counted = torch.stack([count(batch, self.family, model) for batch in batches]).sum(0)
+            counted = torch.stack([count(batch, self.family, model, self.weights) for batch in batches]).sum(0)
             counted = counted.to(self.accelerator.device)
             self._counted = self.accelerator.reduce(counted, reduction="sum") if self.together else counted
 
@@ -42,8 +45,17 @@ class StepLosses:
         """What a micro-batch of the step counts; outside of a step a batch stands alone."""
         if self._counted is None:
             return Shares.whole(self.family)
-        counted, processes = count(inputs, self.family, model), self.accelerator.num_processes if self.together else 1
-        return Shares.of(counted, self._counted, processes, self.family)
+        counted = count(inputs, self.family, model, self.weights)
+        return Shares.of(counted, self._counted, self.processes, self.family)
+
+    @property
+    def processes(self) -> int:
+        """How many processes are weighed together."""
+        return int(self.accelerator.num_processes) if self.together else 1
+
+    def labels(self) -> torch.Tensor | None:
+        """How many labels the losses of the step are means over; None outside of a step."""
+        return None if self._counted is None else self._counted[0]
 
     def note(self, name: str, value: torch.Tensor, step: int) -> None:
         """Add the part of one micro-batch to a loss of ``step``."""

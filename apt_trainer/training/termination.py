@@ -1,13 +1,18 @@
 """SIGTERM, as clusters send it before they take a machine away: a checkpoint at the next step, then exit code 143.
 
 All processes stop at the same step, whichever of them was told. Their flags are exchanged while a step computes, so
-that nobody waits for it. Not for Ctrl-C, which stops at once, nor before training begins or after it has ended.
+that nobody waits for it. Ctrl-C stops at once, and so does SIGTERM before training begins and after it has ended; but
+what is being saved then is saved (:func:`finishing`).
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -18,6 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from apt_trainer.training.engines.agreement import processes
 
 EXIT_TERMINATED = 128 + signal.SIGTERM
+_log = logging.getLogger(__name__)
 
 
 class Terminated(SystemExit):
@@ -26,6 +32,51 @@ class Terminated(SystemExit):
     def __init__(self, step: int) -> None:
         super().__init__(EXIT_TERMINATED)
         self.step = step
+
+
+@contextmanager
+def finishing(what: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM take effect when the block has ended; the second of them at once. ``what`` it does."""
+    told: list[int] = []
+
+    def hold(number: int, frame: Any) -> None:
+        if told:
+            give_back()
+            signal.raise_signal(number)
+        told.append(number)
+        _log.warning("Told to end: %s first. Once more ends at once.", what)
+
+    def give_back() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    previous = {number: signal.signal(number, hold) for number in numbers}
+    try:
+        yield
+    finally:
+        give_back()
+    if told:
+        signal.raise_signal(told[0])
+
+
+@contextmanager
+def ending_cleanly() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block as an exception does, so that processes it started and temporary folders go.
+
+    Not in a process of a launcher: told to end while it waits for others, it has to end at once.
+    """
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    alone = "RANK" not in os.environ and threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, leave) for number in ((signal.SIGTERM, signal.SIGHUP) if alone else ())}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class StopOnSignal(TrainerCallback):

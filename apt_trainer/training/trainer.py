@@ -7,113 +7,149 @@ and some private ones: those that prepare a run, run an epoch, read and write ch
 
 from __future__ import annotations
 
+import copy
 import itertools
+import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedModel, Trainer, set_seed
+from transformers.trainer_pt_utils import get_parameter_names
+from transformers.trainer_utils import has_length
 
 from apt_trainer.distillation.session import SelfDistillation, split_heldout
 from apt_trainer.errors import UserError
+from apt_trainer.libraries.private_names import check_names
 from apt_trainer.models import HIDDEN
-from apt_trainer.models.batch import real_tokens
+from apt_trainer.models.labels import match_teacher
 from apt_trainer.plan.limits import warn_of_collapse
+from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.plan.ranks import mean_growth
-from apt_trainer.plan.schedule import Schedule, make_schedule
+from apt_trainer.plan.schedule import Schedule, fewer_events, make_schedule
+from apt_trainer.pruning.given_model import IN_USE, check_loaded
 from apt_trainer.pruning.pruner import AdaptivePruner, Decision
 from apt_trainer.scoring import Importance
 from apt_trainer.scoring.calibration import Batch, shares
 from apt_trainer.settings.config import APTConfig
+from apt_trainer.settings.engines import check_launch, wants_deepspeed
+from apt_trainer.settings.fsdp import wants_fsdp
+from apt_trainer.settings.packages import check_packages
 from apt_trainer.store.events import append_event, truncate_after
-from apt_trainer.store.saved_model import as_pruned
+from apt_trainer.store.hub import check_upload
 from apt_trainer.surgery import adapters as lora
+from apt_trainer.surgery.refit import refit
 from apt_trainer.surgery.slicing import Grow, Keep
 from apt_trainer.surgery.tuning import base_weight_names
-from apt_trainer.training import checkpoint
+from apt_trainer.training import checkpoint, trackers
 from apt_trainer.training import reshape as runtime
-from apt_trainer.training.best_model import BestWithinBudget, check_candidates
+from apt_trainer.training.best_model import check_candidates
 from apt_trainer.training.callback import MethodCallback
+from apt_trainer.training.compiled import CompiledSteps
 from apt_trainer.training.engines import engine_of
 from apt_trainer.training.engines.agreement import agree
 from apt_trainer.training.engines.base import restore_forward
-from apt_trainer.training.engines.groups import parameter_groups
+from apt_trainer.training.engines.groups import UNDECAYED, parameter_groups
+from apt_trainer.training.engines.optimizer_class import check_objects, check_optimizer, check_overrides
 from apt_trainer.training.engines.optimizer_file import read_optimizer, save_optimizer
 from apt_trainer.training.engines.silence import naming_the_silent
 from apt_trainer.training.engines.state import State
+from apt_trainer.training.finished_model import FinishedModel
+from apt_trainer.training.micro_batch import MicroBatches
 from apt_trainer.training.resume import load_run
 from apt_trainer.training.step_losses import StepLosses
 from apt_trainer.training.termination import StopOnSignal
 
 EVENTS_FILE = "events.jsonl"
 
+logger = logging.getLogger(__name__)
 
-class APTTrainer(BestWithinBudget):
+
+class APTTrainer(FinishedModel):
     """Fine-tunes, prunes, grows adapters and distils in one run.
 
     Args:
-        model: a plain Hugging Face model of a supported family; adapters are inserted here.
+        model: a plain Hugging Face model of a supported family; adapters are inserted here. Or ``model_init``, which
+            gives such a model to each call of :meth:`train`.
         args: :class:`APTConfig`.
         importance: a scoring rule of the user's own, instead of ``args.importance``.
         teacher: a fine-tuned model of the same task, where ``args.distillation`` is "model".
         heldout_dataset: data on which snapshots of the student are chosen as teacher. By default
             ``args.heldout_fraction`` of the training data is split off for it when needed.
-        others: as ``transformers.Trainer``.
+        class_weights: what each label counts in the loss (:class:`~apt_trainer.models.class_weights.ClassWeights`).
+        optimizer_cls_and_kwargs: class and options of the optimizer, instead of ``args.optim``; a new one is made
+            after each change of shape, to which the state is carried.
+        others: as ``transformers.Trainer``, but for ``optimizers``: made for the parameters of the dense model, they
+            are refused.
 
-    After :meth:`train`, ``model`` is the merged and cut model: ``model.save_pretrained(path)`` and
-    ``load_pruned(path)``.
+    A subclass may override ``compute_loss``, ``training_step`` and ``get_batch_samples``: see
+    :mod:`~apt_trainer.training.micro_batch`. After :meth:`train`, ``model`` is the merged and cut model:
+    ``model.save_pretrained(path)`` and ``load_pruned(path)``.
     """
 
     args: APTConfig
     model: Any
     model_wrapped: Any
     optimizer: Any
-    loss_is_scaled_for_ga = True  # by the shares of StepLosses
+    last_inputs: dict[str, Any] | None  # of a micro-batch
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        args: APTConfig,
+        model: PreTrainedModel | None = None,
+        args: APTConfig | None = None,
         train_dataset: Any = None,
         *,
         importance: Importance | None = None,
         teacher: PreTrainedModel | None = None,
         heldout_dataset: Any = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        optimizers: Any = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(args, APTConfig):
+            raise UserError(
+                f"args is {type(args).__name__}. Give an APTConfig, which has all of TrainingArguments too."
+            )
+        check_packages(vars(args))
+        check_launch(args)
+        check_objects(optimizers)
+        if (model is None) == (model_init is None):
+            raise UserError("Give either a model or model_init, a function that makes one.")
+        self.args, self.model_init = args, model_init
+        if model is None:
+            set_seed(args.seed)
+            model = self.call_model_init()
+        if teacher is not None and teacher is model:
+            raise UserError("teacher is the model itself, which trains. Load the teacher as a model of its own.")
         if (teacher is not None) != (args.distillation == "model"):
             raise UserError(
                 "A teacher model and distillation: model belong together; one was given without the other."
             )
-        if hasattr(model.config, "apt_structure"):
+        if hasattr(getattr(model, "config", None), "apt_structure"):
             raise UserError("The model is a pruned one already. Start from the dense model it was made from.")
-        self.pruner = AdaptivePruner(model, args, importance=importance, seed=args.seed)
+        check_names("training")
+        check_upload(args)
+        self._given = importance, teacher
+        self._label_order = None if teacher is None else match_teacher(model, teacher)
+        self.pruner = self._make_pruner(model)
         if train_dataset is not None and heldout_dataset is None:
-            number = args.heldout_rows(len(train_dataset))
-            train_dataset, heldout_dataset = split_heldout(train_dataset, number, args.seed)
+            train_dataset, heldout_dataset = _split_heldout(train_dataset, args)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
-        runtime.check_options(self)
-        runtime.own_storage(model)
-        self.distillation = SelfDistillation(
-            args,
-            self.pruner.dense_plan.counts[HIDDEN],
-            args.seed,
-            None if teacher is None else engine_of(self).place(teacher),
-            self.accelerator.autocast,
-        )
-        self._teacher_shape: dict[str, Any] | None = None
+        self.model_init, self.optimizer_cls_and_kwargs = model_init, optimizer_cls_and_kwargs
         self.heldout_dataset = heldout_dataset
-        self.schedule = self._make_schedule()
-        self.live_dataloader: Any = None
-        self.optimizer_ages: dict[str, int] = {}
-        self._restored: tuple[Mapping[str, Any], dict[str, torch.Tensor]] | None = None
-        self.step_losses = StepLosses(self.pruner.family, self.accelerator, args.average_tokens_across_devices)
-        self._last_inputs: dict[str, Any] | None = None
-        self._finished, self._stop = False, StopOnSignal()
+        runtime.check_options(self)
+        check_overrides(self, APTTrainer)
+        check_optimizer(args, optimizer_cls_and_kwargs, self.get_optimizer_cls_and_kwargs, model)
+        self.compiled = CompiledSteps(runtime.take_compiling(self))
+        self._set_up()
+        self._micro_batches, self._stop = MicroBatches(self), StopOnSignal()
+        self._tracked: str | None = None
         self.add_callback(MethodCallback(self))
         self.add_callback(self._stop)
 
@@ -124,51 +160,28 @@ class APTTrainer(BestWithinBudget):
 
         Raises :class:`~apt_trainer.training.termination.Terminated` after a SIGTERM, once a checkpoint is written.
         """
-        if self._finished:
-            raise UserError("This trainer has finished its run. Make a new one with a dense model to train again.")
-        with naming_the_silent(self.args.ddp_timeout):
+        split = wants_deepspeed(self.args) or wants_fsdp(self.args)
+        if self._begun and (self.model_init is None or split):
+            done = "has finished its run" if self._finished else "was interrupted, and its model is as it was left"
+            raise UserError(
+                f"This trainer {done}. Make a new one with a dense model to train again; an interrupted run goes on "
+                "there with train(resume_from_checkpoint=True)."
+            )
+        with self.keeping_what_is_trained(), naming_the_silent(self.args.ddp_timeout):
+            if not self._finished:  # else a model of the same kind was saved before
+                self.rehearse()
             result = super().train(*args, **kwargs)
         self._stop.leave()
+        if not self.schedule.meets_budget(self.state.global_step):
+            self._tell(
+                f"Training ended at step {self.state.global_step} of {self.state.max_steps}, before the last units go "
+                f"at step {self.schedule.end}: {self.pruner.sparsity():.1%} is removed, not what was asked for."
+            )
+        if self.is_world_process_zero():
+            self._tracked = trackers.mlflow_run(self.callback_handler.callbacks)
         self.finish()
+        self.upload_if_asked()
         return result
-
-    def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
-        """As the Trainer's: the micro-batches of a step, whose losses are weighed together."""
-        batches, number = super().get_batch_samples(*args)
-        self.step_losses.begin(batches, self.model)
-        return batches, number
-
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        self._last_inputs = inputs
-        loss = super().training_step(self.model_wrapped, inputs, num_items_in_batch)
-        self.step_losses.look_at(loss)
-        return loss
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        step, family, inputs = self.state.global_step, self.pruner.family, self._prepare_inputs(inputs)
-        self.pruner.set_tokens(real_tokens(inputs, family))
-        shares = self.step_losses.shares(inputs, self.model)
-        mu = self.schedule.mu(step) if self.distillation.ready else 0.0
-        asked = dict(inputs)
-        if mu > 0.0:
-            engine_of(self).settle()
-            taught = self.distillation.teach(inputs)
-            asked |= {"output_hidden_states": True} if self.distillation.uses_layers else {}
-        loss, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
-        if self.compute_loss_func is None:  # else that function has divided by num_items_in_batch
-            loss = shares.of_task(loss)
-        if self.args.distillation != "none":
-            self.step_losses.note("loss/task", loss, step)
-        if mu > 0.0:
-            alive = self.pruner.alive_layers()
-            distance = self.distillation.loss(inputs, outputs, taught, self.model, family, alive, step, shares)
-            self.step_losses.note("loss/distillation", distance, step)
-            loss = mu * distance + (1 - mu) * loss
-        return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Two learning rates: ``full_learning_rate`` for base weights, ``learning_rate`` for adapters and head.
@@ -176,34 +189,38 @@ class APTTrainer(BestWithinBudget):
         Groups are parted by ``optimizer_ages`` too, where an engine keeps one step count per group.
         """
         if self.optimizer is None:
-            module = model or self.model
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args, module)
-            base = base_weight_names(module, self.pruner.family)
-            rates = {True: self.args.full_learning_rate or self.args.learning_rate, False: self.args.learning_rate}
-            groups = parameter_groups(module, base, self.optimizer_ages, rates, self.args.weight_decay)
+            args, module, given = self.args, model or self.model, self.optimizer_cls_and_kwargs
+            cls, options = given or self.get_optimizer_cls_and_kwargs(args, module)
+            rate = options.get("lr", args.learning_rate)
+            decay = {"weight_decay": args.weight_decay, **(given[1] if given else {})}["weight_decay"]
+            rates = {True: args.full_learning_rate or rate, False: rate}
+            base, decayed = base_weight_names(module, self.pruner.family), set(self.get_decay_parameter_names(module))
+            groups = parameter_groups(module, base, self.optimizer_ages, rates, decay, decayed)
             self.optimizer = cls(groups, **options)
         return self.optimizer
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """All parameters but biases and those of norms."""
+        return get_parameter_names(model, [nn.LayerNorm], UNDECAYED)  # type: ignore[no-any-return]
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer's, with the parts of the loss and the sparsity. No name has a "/": for trackers that keep
+        names as paths, "loss" and "task_loss" would be a file and a folder."""
         self.check_finite()
         logs |= self.step_losses.means()
         if self.pruner.settings.prunes and "loss" in logs:
-            logs["pruning/sparsity"] = self.pruner.sparsity()
-        super().log(logs, start_time)
+            logs["sparsity"] = self.pruner.sparsity()
+        with trackers.reopened(self._tracked):
+            super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Of the Trainer itself: a checkpoint in training form. After :meth:`train`: the merged, cut model that loads
-        anywhere apt_trainer is imported. Raises :class:`UserError` when called in a run."""
-        path = Path(output_dir or str(self.args.output_dir))
+        if not _internal_call:
+            super().save_model(output_dir)
+            return
         self.check_finite()
-        if self.is_in_train and not _internal_call:
-            raise UserError("save_model is for after train(); in a run checkpoints are written by save_strategy.")
-        if _internal_call:
-            weights, state = engine_of(self).weights_to_save(), self.training_state()
-            if self.args.should_save:
-                checkpoint.save_training_state(path, weights, state)
-        elif self.args.should_save:
-            checkpoint.save_pruned(self.model, path, self.pruner.plan, self.processing_class)
+        weights, state = engine_of(self).weights_to_save(), self.training_state()
+        if self.args.should_save:
+            checkpoint.save_training_state(Path(output_dir or str(self.args.output_dir)), weights, state)
 
     # ------------------------------------------------------------------ the method's own steps
 
@@ -214,10 +231,6 @@ class APTTrainer(BestWithinBudget):
         weights = None if teacher is None else engine_of(self).weights_to_save(teacher)
         shape = None if teacher is None else self._teacher_shape
         return checkpoint.TrainingState(description, tensors, self.distillation.state(self.model), weights, shape)
-
-    def check_finite(self) -> None:
-        """Raise :class:`UserError` if any loss so far was not finite; waits for the device."""
-        self.step_losses.check_finite(self.state.global_step)
 
     def before_step(self) -> None:
         """Before the first forward pass of an optimizer step."""
@@ -247,8 +260,8 @@ class APTTrainer(BestWithinBudget):
         self.pruner.start(self.schedule, 0, self._sum_over_processes, self.args.world_size)
         with torch.random.fork_rng(devices=[]):  # the run that follows does not depend on calibration_samples
             batches = self._calibration_batches()
-            self._last_inputs = next(batches)
-            self.pruner.calibrate(itertools.chain([self._last_inputs], batches), self._calibration_loss)
+            self.last_inputs = next(batches)
+            self.pruner.calibrate(itertools.chain([self.last_inputs], batches), self._calibration_loss)
         decision = self._decide(0)
         assert decision is not None
         self._change_shape(decision, 0, started)
@@ -268,6 +281,8 @@ class APTTrainer(BestWithinBudget):
         growth = mean_growth(lora.ranks(self.model), decision.ranks)
 
         def change() -> runtime.Edits:
+            if self.args.prunes_before and self.args.refit and decision.kind == "prune":
+                self._refit(decision.plan)
             event = self.pruner.apply(decision, step, self.distillation.teacher.parameter_ids())
             edits: dict[str, list[Keep | Grow]] = dict(event.edits)
             return edits | self.distillation.follow(self.model, event.survivors, growth)
@@ -279,27 +294,69 @@ class APTTrainer(BestWithinBudget):
         warn_of_collapse(step, **losses)
         self._write_record(self.pruner.describe(step, decision.kind) | {"seconds": seconds, **losses})
 
-    def finish(self) -> None:
-        """Merge adapters and make ``model`` what ``save_pretrained`` writes and ``load_pruned`` reads."""
-        self.check_finite()
-        self.pruner.detach()
-        self.pruner.masks.close()
-        self.distillation.end(self.model)
-        self.model = engine_of(self).leave()
-        self.pruner.set_tune("full")
-        self.load_best()
-        self.model.requires_grad_(True)
-        as_pruned(self.model, self.pruner.family, self.pruner.plan, self.args.remote_code)
-        self.model_wrapped = self.model
-        self._finished = True
-
     # ------------------------------------------------------------------ inside
+
+    def _refit(self, plan: PruningPlan) -> None:
+        """Solve the weights that will read what ``plan`` leaves anew, on the rows that scored the model."""
+        p, sum_over_processes = self.pruner, self._sum_over_processes
+        batches, loss_of = self._calibration_batches, self._calibration_loss
+        with torch.random.fork_rng(devices=[]):
+            refit(self.model, p.family, p.spaces, p.plan, plan, batches, loss_of, sum_over_processes)
+
+    def _make_pruner(self, model: PreTrainedModel) -> AdaptivePruner:
+        check_loaded(model)
+        importance = copy.deepcopy(self._given[0]) if self.model_init is not None else self._given[0]
+        args = self.args
+        pruner = AdaptivePruner(model, args, importance=importance, seed=args.seed, timed_on=args.device)
+        setattr(model, IN_USE, True)
+        return pruner
+
+    def _set_up(self) -> None:
+        """All that belongs to one run of ``model``, whose pruner is made."""
+        args, teacher = self.args, self._given[1]
+        runtime.own_storage(self.model)
+        self.distillation = SelfDistillation(
+            args,
+            self.pruner.dense_plan.counts[HIDDEN],
+            args.seed,
+            None if teacher is None else engine_of(self).place(teacher),
+            self.accelerator.autocast,
+            self._label_order,
+        )
+        self._teacher_shape: dict[str, Any] | None = None
+        self.schedule = self._make_schedule()
+        self.live_dataloader: Any = None
+        self.optimizer_ages: dict[str, int] = {}
+        self._restored: tuple[Mapping[str, Any], dict[str, torch.Tensor]] | None = None
+        if self.pruner.impact is not None:
+            self.pruner.impact.weights = self.class_weights
+        together = args.average_tokens_across_devices
+        self.step_losses = StepLosses(self.pruner.family, self.accelerator, together, self.class_weights)
+        self.last_inputs = None
+        self._begun = self._finished = False
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """As the Trainer's, which has made a model with ``model_init`` by now and sets what the trial asks for."""
+        super()._hp_search_setup(trial)
+        if self.model_init is not None:
+            self.args.check()
+            self.pruner = self._make_pruner(self.model)
+            self._set_up()
 
     def _make_schedule(self) -> Schedule:
         """For the errors it raises; the loop's own number of steps replaces it in :meth:`start`."""
         if self.train_dataset is None:
             raise UserError("train_dataset is missing.")
-        return check_candidates(self.args, make_schedule(self.args, self.args.total_steps(len(self.train_dataset))))
+        return check_candidates(self.args, make_schedule(self.args, self._steps_to_come()))
+
+    def _steps_to_come(self) -> int:
+        own_loader = type(self).get_train_dataloader is not Trainer.get_train_dataloader
+        streams = isinstance(self.train_dataset, IterableDataset)
+        if not (own_loader or streams):
+            return self.args.total_steps(len(self.train_dataset))
+        if self.args.max_steps > 0:
+            return int(self.args.max_steps)
+        return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
 
     def start(self) -> None:
         """When the loop begins, all else being restored."""
@@ -310,11 +367,16 @@ class APTTrainer(BestWithinBudget):
             self.pruner.restore_scores(*self._restored)
             self._restored = None
         if self.is_world_process_zero():
+            fewer = fewer_events(self.args, self.schedule)
+            if fewer is not None:
+                logger.warning(fewer)
             truncate_after(Path(str(self.args.output_dir)) / EVENTS_FILE, step)
 
     def _calibration_batches(self) -> Iterator[Batch | None]:
         """This process' share of the rows that score the model; None where its rows have run out."""
         args, data = self.args, self.train_dataset
+        if not has_length(data):
+            data = list(itertools.islice(data, args.calibration_samples))
         collate = self._get_collator_with_removed_columns(self.data_collator, "Calibration")
         size = args.calibration_batch_size or args.train_batch_size
         for rows in shares(len(data), args.calibration_samples, size, args.seed, args.process_index, args.world_size):
@@ -323,7 +385,7 @@ class APTTrainer(BestWithinBudget):
     def _calibration_loss(self, batch: Batch) -> torch.Tensor:
         """Task loss of the plain model. Gradients in float16 would need the scaler of accelerate."""
         with nullcontext() if self.args.fp16 else self.accelerator.autocast():
-            return super().compute_loss(self.model, dict(batch))  # type: ignore[no-any-return]
+            return self.compute_loss(self.model, dict(batch))  # type: ignore[no-any-return]
 
     def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")  # type: ignore[no-any-return]
@@ -351,12 +413,12 @@ class APTTrainer(BestWithinBudget):
     @torch.no_grad()
     def _probe_loss(self) -> float | None:
         """Task loss on the last batch in evaluation mode, to see what a cut costs at once."""
-        if self._last_inputs is None:
+        if self.last_inputs is None:
             return None
         model = self.accelerator.unwrap_model(self.model_wrapped)
         model.eval()
         with self.compute_loss_context_manager():
-            loss = super().compute_loss(model, self._prepare_inputs(dict(self._last_inputs)))
+            loss = self.compute_loss(model, self._prepare_inputs(dict(self.last_inputs)))
         model.train()
         return float(loss)
 
@@ -367,6 +429,7 @@ class APTTrainer(BestWithinBudget):
     # ------------------------------------------------------------------ engine and checkpoints
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        self._begun = True
         state: State = {}
         if resume_from_checkpoint is None:
             if self.pruner.settings.prunes_before:
@@ -380,6 +443,7 @@ class APTTrainer(BestWithinBudget):
         engine_of(self).split()
         _, self.live_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
         engine_of(self).check()
+        engine_of(self).check_optimizer()
         self.distillation.teacher.join(self.model, engine_of(self).one_dtype)
         if resume_from_checkpoint is not None:
             engine_of(self).give_whole(state)
@@ -389,7 +453,8 @@ class APTTrainer(BestWithinBudget):
 
     def _run_epoch(self, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(**kwargs)
+            with self._micro_batches.wrapped():
+                super()._run_epoch(**kwargs)
         else:  # resumed at its end, where the loop of transformers would take one more step
             self.control.should_training_stop = True
 
@@ -397,5 +462,22 @@ class APTTrainer(BestWithinBudget):
         save_optimizer(self, Path(output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._begun = True
         description, tensors, self._teacher_shape = load_run(self, Path(resume_from_checkpoint))
         self._restored = description, tensors
+
+
+def _split_heldout(data: Any, args: APTConfig) -> tuple[Any, Any]:
+    """(training data, rows held out to choose the teacher on, or None)
+
+    Raises :class:`UserError` where the data have no length and that is in the way.
+    """
+    if has_length(data):
+        return split_heldout(data, args.heldout_rows(len(data)), args.seed)
+    args.total_steps(None)
+    if args.heldout_rows(1) > 0:
+        raise UserError(
+            f"train_dataset is {type(data).__name__}, of which no rows can be split off to choose the teacher on. "
+            "Give heldout_dataset, or set distillation: none."
+        )
+    return data, None

@@ -21,6 +21,8 @@ from apt_trainer.training.evaluation_loop import EachRowOnce
 
 STAGED = f"{STAGING}checkpoint"
 """Folder in the output folder in which a checkpoint is written."""
+GOES_ON = "resume_from_checkpoint: auto, which goes on from the last checkpoint and begins anew where there is none"
+"""The one way out of a run that was ended, wherever it was."""
 _log = logging.getLogger(__name__)
 
 
@@ -46,13 +48,8 @@ def last_whole(output: Path) -> Path:
     found = find_whole(output)
     if found is not None:
         return found
-    if checkpoints_in(output):
-        raise UserError(
-            f"No checkpoint in {output} is whole. Remove resume_from_checkpoint and {output} to start anew."
-        )
-    raise UserError(
-        f"resume_from_checkpoint is set, but {output} holds no checkpoint. Remove the setting to start anew."
-    )
+    which = "no checkpoint that is whole" if checkpoints_in(output) else "no checkpoint"
+    raise UserError(f"resume_from_checkpoint is set, but {output} holds {which}. To begin, set {GOES_ON}.")
 
 
 def _step(path: Path) -> int | None:

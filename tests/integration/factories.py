@@ -64,8 +64,8 @@ SAVED = (6, 10)
 
 
 class Rows(Dataset[dict[str, torch.Tensor]]):
-    """Random token rows with labels of one task ("classification", "regression", "tokens", "answers", "text" after a
-    prompt, or "target", a text of its own)."""
+    """Random token rows with labels of one task ("classification", "several" labels, "regression", "tokens",
+    "answers", "text" after a prompt, or "target", a text of its own)."""
 
     def __init__(self, number: int = 110, task: str = "classification", padded: bool = True) -> None:
         generator = torch.Generator().manual_seed(11)
@@ -91,6 +91,8 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
             return {"labels": torch.where(self.mask.bool(), self.ids % LABELS, -100)}
         if task == "regression":
             return {"labels": self.ids.float().mean(1) / VOCABULARY}
+        if task == "several":
+            return {"labels": (self.ids[:, :LABELS] % 2).float()}
         return {"labels": self.ids[:, 0] % LABELS}
 
     def __len__(self) -> int:
@@ -264,7 +266,7 @@ def events_of(folder: Path, *kinds: str) -> list[dict[str, Any]]:
 
 def losses_of(trainer: APTTrainer) -> dict[int, tuple[float, ...]]:
     """Every logged loss by step: total, task, distillation where there is one."""
-    names = ("loss", "loss/task", "loss/distillation")
+    names = ("loss", "task_loss", "distillation_loss")
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {entry["step"]: tuple(entry[name] for name in names if name in entry) for entry in logs}
 

@@ -11,6 +11,7 @@ import torch
 from texts import TOKENS, word_tokenizer, words
 from tiny import ALL_TASKS, tiny_config
 from transformers import PreTrainedModel
+from transformers.training_args import OptimizerNames
 
 from apt_trainer import APTConfig, UserError
 from apt_trainer.runs import dry_run
@@ -70,6 +71,24 @@ def test_names_that_transformers_knows(name: str | None) -> None:
     check_attention("kernels-community/flash-attn@main:function")
 
 
+# ---------------------------------------------------------------------------- optimizers, devices, batches
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("optim", OptimizerNames.LOMO, "optim: lomo cannot be used"),
+        ("adam_beta2", 2.0, "optim: adamw_torch_fused cannot be made: Invalid beta parameter at index 1: 2.0"),
+        ("_n_gpu", 4, "sees 4 GPUs .*--accelerate_config ddp"),
+        ("per_device_train_batch_size", 10_000, "make no whole batch of 10000, and dataloader_drop_last"),
+    ],
+)
+def test_what_stops_the_trainer_stops_the_dry_run(ready: Recipe, name: str, value: Any, message: str) -> None:
+    ready.training.dataloader_drop_last = True
+    setattr(ready.training, name, value)
+    refused(ready, message)
+
+
 # ---------------------------------------------------------------------------- memory
 
 
@@ -103,7 +122,7 @@ def test_what_is_counted_is_said(ready: Recipe) -> None:
     text = dry_run.plan(ready)
     words = f"logits over {len(TOKENS)} words with log-probabilities and gradients)"
     assert f"(weights, gradients, optimizer, activations, {words} of the dense model" in text
-    ready.training.distillation, ready.training.teacher_name_or_path = "model", "somewhere"
+    ready.training.distillation, ready.training.teacher_name_or_path = "model", ready.model.model_name_or_path
     assert "gradients; without the teacher)" in dry_run.plan(ready)
 
 

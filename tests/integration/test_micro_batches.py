@@ -62,6 +62,8 @@ def tiny_task(name: str) -> tuple[PreTrainedModel, Dataset[Any]]:
         return tiny_model("bert", "ForTokenClassification"), Ragged(92, "tokens")
     if name == "classes":
         return tiny_model("bert"), Rows(92)
+    if name == "several":
+        return tiny_model("bert"), Rows(92, "several")
     if name == "answers":
         return tiny_model("llama", "ForQuestionAnswering"), Rows(92, "answers")
     return tiny_model(name, LANGUAGE_MODELS[name]), Ragged(92)
@@ -102,6 +104,7 @@ def assert_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor],
 # ---------------------------------------------------------------------------- accumulation
 
 SMOOTHED = {"label_smoothing_factor": 0.1, "distillation_layer_map": "none"}
+WEIGHTED = {"options": {"class_weights": [0.2, 1.0, 3.0]}}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", PLAIN),
     "distilled": ("llama", {}),
@@ -111,6 +114,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tokens": ("tokens", {}),
     "classes": ("classes", {}),
     "answers": ("answers", {}),
+    "weighted": ("classes", WEIGHTED),
+    "weighted_tokens": ("tokens", WEIGHTED),
+    "several": ("several", WEIGHTED),
 }
 
 
@@ -196,7 +202,7 @@ def test_logged_parts_are_means_over_steps(tmp_path: Path) -> None:
     logs = [{log["step"]: log for log in trainer.state.log_history if "loss" in log} for trainer in (each, fourth)]
     assert list(logs[1]) == [4, 8, 12, 16, 20]
     for step, log in logs[1].items():
-        for name in ("loss", "loss/task", "loss/distillation"):
+        for name in ("loss", "task_loss", "distillation_loss"):
             values = [logs[0][s][name] for s in range(step - 3, step + 1) if name in logs[0][s]]
             assert log[name] == pytest.approx(sum(values) / len(values), rel=ROUNDING), (step, name)
 
@@ -218,14 +224,15 @@ import torch
 torch.set_num_threads(1)
 from safetensors.torch import save_file
 from integration.factories import losses_of, weights_of
-from integration.test_micro_batches import ROWS, WORLDS, evaluated, trained
+from integration.test_micro_batches import CASES, ROWS, WORLDS, evaluated, trained
 from integration.test_zero import deepspeed_config
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 (folder / f"evaluated.{{rank}}.json").write_text(json.dumps(evaluated(folder / "evaluated", 2)))
-for name, stage in WORLDS.items():
+for name, (case, stage) in WORLDS.items():
     engine = {{"deepspeed": deepspeed_config(stage)}} if stage else {{"ddp_backend": "gloo"}}
-    trainer = trained(folder / name, size=2, rows=ROWS, **engine)
+    kind, changes = CASES[case]
+    trainer = trained(folder / name, kind, size=2, rows=ROWS, **engine, **changes)
     save_file(weights_of(trainer.model), folder / f"{{name}}.{{rank}}.safetensors")
     result = {{"world": trainer.args.world_size, "losses": losses_of(trainer)}}
     (folder / f"{{name}}.{{rank}}.json").write_text(json.dumps(result))
@@ -234,15 +241,18 @@ os._exit(0)
 
 ROWS = 88
 """A multiple of the batch: the last batch of two processes would be filled up."""
-WORLDS = {"ddp": 0, "zero2": 2, "zero3": 3}
-"""Runs of two processes, with two micro-batches each: name → stage of ZeRO."""
+WORLDS = {"ddp": ("distilled", 0), "zero2": ("distilled", 2), "zero3": ("distilled", 3), "weighted": ("weighted", 0)}
+"""Runs of two processes, with two micro-batches each: name → case and stage of ZeRO."""
 
 
-def evaluated(folder: Path, size: int) -> float:
-    """Loss of a classifier on 11 rows, by the trainer of finished models."""
-    model = tiny_model("bert")
-    trainer = plain_trainer(model, config(folder, per_device_eval_batch_size=size), eval_dataset=Rows(11))
-    return float(trainer.evaluate()["eval_loss"])
+def evaluated(folder: Path, size: int) -> list[float]:
+    """Loss of a classifier on 11 rows, by the trainer of finished models; with and without weights of its labels."""
+    options, losses = {"eval_dataset": Rows(11)}, []
+    for weights in (None, WEIGHTED["options"]["class_weights"]):
+        arguments = config(folder, per_device_eval_batch_size=size)
+        trainer = plain_trainer(tiny_model("bert"), arguments, class_weights=weights, **options)
+        losses.append(float(trainer.evaluate()["eval_loss"]))
+    return losses
 
 
 @pytest.mark.distributed
@@ -250,14 +260,15 @@ def test_two_processes_with_ragged_rows_equal_one(whole: Any, tmp_path: Path) ->
     """One test for all entries of ``WORLDS``, since starting two processes takes longer than the rest."""
     results = [f"{name}.{rank}.json" for name in (*WORLDS, "evaluated") for rank in (0, 1)]
     two_processes(tmp_path, WORKER, *results)
-    expected = whole("distilled", ROWS)
-    for name in WORLDS:
+    for name, (case, _) in WORLDS.items():
+        expected = whole(case, ROWS)
         for rank in (0, 1):
             found = json.loads((tmp_path / f"{name}.{rank}.json").read_text())
             assert found["world"] == 2
             for step, values in losses_of(expected).items():
                 assert found["losses"][str(step)] == pytest.approx(values, rel=ROUNDING, abs=1e-6), (name, step)
-            assert_weights(weights_of(expected.model), load_file(tmp_path / f"{name}.{rank}.safetensors"))
+            found_weights = load_file(tmp_path / f"{name}.{rank}.safetensors")
+            assert_weights(weights_of(expected.model), found_weights, 1e-5 if case == "weighted" else 1e-6)
     loss = evaluated(tmp_path / "alone", 4)
     for rank in (0, 1):
         assert json.loads((tmp_path / f"evaluated.{rank}.json").read_text()) == pytest.approx(loss, rel=ROUNDING)

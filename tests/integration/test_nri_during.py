@@ -138,9 +138,9 @@ def test_a_process_without_rows_is_refused(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_a_target_that_takes_all_that_may_go_before_the_last_event(name: str, tmp_path: Path) -> None:
     """Whole sublayers overshoot the targets of events; then there is nothing left to measure."""
-    trainer = during(tmp_path, name, num_pruning_events=4, target_sparsity=0.9, sparsity_schedule="cubic")
+    trainer = during(tmp_path, name, num_pruning_events=4, target_sparsity=0.66, sparsity_schedule="cubic")
     trainer.train()
-    assert trainer.pruner.sparsity() >= 0.9
+    assert trainer.pruner.sparsity() >= 0.66
     assert len(events_of(tmp_path, "prune")) == 4
 
 

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 import apt_trainer
 from apt_trainer import APTTrainer, UserError, load_pruned
+from apt_trainer.errors import RunError
 from apt_trainer.measure import example_inputs
 from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.training.checkpoint import reload_difference
@@ -213,12 +214,15 @@ def test_a_full_disk_leaves_the_older_model_whole(tmp_path: Path, monkeypatch: p
     with torch.no_grad():
         trainer.model.classifier.weight.mul_(3)
     monkeypatch.setattr("apt_trainer.training.checkpoint.os.replace", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(RunError, match="No space left") as failed:
         trainer.save_model(str(target))
     monkeypatch.undo()
     assert torch.equal(logits(load_pruned(target).eval(), batch), expected)
-    files = {"config.json", "model.safetensors", "modeling_apt.py", "pruning_plan.json"}
-    assert {file.name for file in target.iterdir()} == files
+    (rescued,) = target.glob("rescued-*")
+    assert str(rescued) in str(failed.value)
+    assert torch.equal(logits(load_pruned(rescued).eval(), batch), logits(trainer.model, batch))
+    others = {"README.md", "config.json", "model.safetensors", "modeling_apt.py", "pruning_plan.json"}
+    assert {file.name for file in target.iterdir()} == {*others, rescued.name}
     trainer.save_model(str(target))
     assert torch.equal(logits(load_pruned(target).eval(), batch), logits(trainer.model, batch))
 

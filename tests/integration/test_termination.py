@@ -80,7 +80,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from integration.test_termination import Kill, _trainer
-from apt_trainer.termination import Terminated
+from apt_trainer.training.termination import Terminated
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 try:

@@ -81,7 +81,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from safetensors.torch import save_file
-from apt_trainer.engines.agreement import Disagreement
+from apt_trainer.training.engines.agreement import Disagreement
 from apt_trainer.errors import UserError
 from integration.factories import GLOBAL_BATCH, SAVED, losses_of, make_trainer, trained, weights_of
 from integration.test_zero import CASES, Spoiled, deepspeed_config, logits_of, time_outs, unset_hf_deepspeed_config

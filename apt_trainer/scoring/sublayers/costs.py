@@ -15,8 +15,7 @@ from torch import nn
 
 from apt_trainer.measure import compare_latency, count_parameters, evaluating, example_inputs
 from apt_trainer.measure.latency import now, take_turns
-from apt_trainer.models import Space
-from apt_trainer.plan.cost import Weigh, parameter_cost
+from apt_trainer.plan.cost import CostModel, cached_numbers, memory_cost, parameter_cost
 from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.scoring.sublayers.drop import plan_without
 from apt_trainer.scoring.sublayers.gates import switched_off
@@ -44,8 +43,8 @@ def unit_costs(model: nn.Module, units: Units, cost: str, shape: Shape, heads: b
     Args:
         model: The dense model; for seconds with weights, else the meta device will do.
         units: Its units.
-        cost: "params", "memory" (bytes of weights, and of keys and values where they are cached), "latency" (seconds
-            of one forward pass) or "none" (1 each).
+        cost: "params", "memory" (bytes, as :func:`~apt_trainer.plan.cost.memory_cost` counts them), "latency"
+            (seconds of one forward pass) or "none" (1 each).
         shape: For memory and latency.
         heads: Single heads too; their seconds are timed on a copy of the model.
     """
@@ -54,7 +53,8 @@ def unit_costs(model: nn.Module, units: Units, cost: str, shape: Shape, heads: b
     if cost == "latency":
         of_sublayer = _seconds(model, units, shape)
     elif cost == "memory":
-        of_sublayer = {unit: _bytes(model, units, unit, shape) for unit in units.sublayers}
+        memory = _memory(model, units, shape)
+        of_sublayer = {unit: _without(memory, units, unit) for unit in units.sublayers}
     else:
         of_sublayer = {unit: float(_parameters(model, units, unit)) for unit in units.sublayers}
     found = {unit: sum(of_sublayer[part] for part in units.parts([unit])) for unit in units.members}
@@ -67,8 +67,10 @@ def _of_heads(
     """Cost of every head; an only head is its attention."""
     if cost == "latency":
         found = dict.fromkeys(units.heads, _seconds_per_head(model, units, shape))
+    elif cost == "memory":
+        found = _per_head(_memory(model, units, shape), units)
     else:
-        found = _bytes_per_head(model, units, shape) if cost == "memory" else _parameters_per_head(model, units)
+        found = _per_head(parameter_cost(model, units.family, units.spaces), units)
     return {
         head: costs[attention] if units.space(head).size == 1 else found[head]
         for head, attention in units.heads.items()
@@ -90,17 +92,12 @@ def block_shares(model: nn.Module, units: Units) -> dict[Unit, float]:
 
 
 def cache_bytes(model: nn.Module, units: Units, unit: Unit, shape: Shape) -> int:
-    """Bytes of the keys and values that an attention or a head leaves in the cache of ``shape``."""
-    element = next(model.parameters()).element_size()
+    """Bytes of the keys and values that an attention or a head leaves in the cache of ``shape``; 0 for others."""
+    (sublayer,) = units.members[units.heads[unit] if unit.head is not None else unit]
     space = units.space(unit)
     heads = space.size if unit.head is None else 1
-    return shape.batch_size * shape.length * heads * _cached_numbers(space) * element
-
-
-def _cached_numbers(space: Space) -> int:
-    """Entries of a key and a value for one token, per head: rows of the projections that are not queries."""
-    rows = sum(sum(part.parts) for part in space.slices if part.side == "out" and part.module not in space.norms)
-    return rows - space.channels
+    element = next(model.parameters()).element_size()
+    return shape.batch_size * heads * cached_numbers(model, sublayer, space, shape.length) * element
 
 
 def _parameters(model: nn.Module, units: Units, unit: Unit) -> int:
@@ -108,26 +105,20 @@ def _parameters(model: nn.Module, units: Units, unit: Unit) -> int:
     return sum(count_parameters(model.get_submodule(path)) for path in sublayer.modules)
 
 
-def _bytes(model: nn.Module, units: Units, unit: Unit, shape: Shape) -> float:
-    (sublayer,) = units.members[unit]
-    modules = [model.get_submodule(path) for path in sublayer.modules]
-    size = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
-    cached = unit.kind != "mlp" and model.can_generate()  # type: ignore[operator]
-    return float(size + (cache_bytes(model, units, unit, shape) if cached else 0))
+def _memory(model: nn.Module, units: Units, shape: Shape) -> CostModel:
+    return memory_cost(model, units.family, units.spaces, shape.batch_size, shape.length)
 
 
-def _parameters_per_head(model: nn.Module, units: Units, weigh: Weigh | None = None) -> dict[Unit, float]:
-    cost = parameter_cost(model, units.family, units.spaces, weigh)
+def _without(cost: CostModel, units: Units, unit: Unit) -> float:
+    """What ``cost`` of the dense model falls by when all heads or neurons of a sublayer go."""
+    counts = PruningPlan.dense(units.spaces).counts
+    return cost.total(counts) - cost.total({**counts, units.space(unit).name: 0})
+
+
+def _per_head(cost: CostModel, units: Units) -> dict[Unit, float]:
     counts = PruningPlan.dense(units.spaces).counts
     of_space = {name: cost.marginal(name, counts) for name in {units.space(head).name for head in units.heads}}
     return {head: of_space[units.space(head).name] for head in units.heads}
-
-
-def _bytes_per_head(model: nn.Module, units: Units, shape: Shape) -> dict[Unit, float]:
-    found = _parameters_per_head(model, units, lambda name, parameter: float(parameter.element_size()))
-    if not model.can_generate():  # type: ignore[operator]
-        return found
-    return {head: size + cache_bytes(model, units, head, shape) for head, size in found.items()}
 
 
 def _seconds_per_head(model: nn.Module, units: Units, shape: Shape) -> float:

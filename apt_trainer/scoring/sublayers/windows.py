@@ -9,15 +9,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from apt_trainer.errors import UserError
 from apt_trainer.models.batch import IGNORED
+from apt_trainer.models.labels import (
+    MULTI_LABEL,
+    REGRESSION,
+    SEQUENCE_HEAD,
+    as_text,
+    head_of,
+    hot,
+    match_labels,
+    names_of,
+    problem_type,
+    shown,
+)
 from apt_trainer.scoring.sublayers.units import Units
+from apt_trainer.tasks.text_windows import Frame, cut, frame_of, plain_ids
 
 MASKED_SHARE = 0.15
 
@@ -46,18 +61,18 @@ def from_text(
     if length < 4 or (longest is not None and length > longest):
         limit = f" and at most the {longest} positions of the model" if longest is not None else ""
         raise UserError(f"length={length} must be at least 4{limit}.")
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+    ids = plain_ids(tokenizer, text)
     opening, closing = _frame(tokenizer, model, units)
-    body = length - len(opening) - len(closing)
-    if len(ids) < body:
+    whole = length - len(closing)
+    windows = [one.ids for one in cut(ids, whole, opening) if len(one.ids) == whole]
+    if not windows:
         raise UserError(
             f"The text has {len(ids):,} tokens, fewer than one window of {length:,}. Give more text or "
             "a smaller length."
         )
-    windows = ids[: len(ids) // body * body].view(-1, body)
     chosen = torch.linspace(0, len(windows) - 1, min(samples, len(windows))).round().long()
-    edges = [torch.tensor([edge], dtype=torch.long).expand(len(chosen), -1) for edge in (opening, closing)]
-    rows = torch.cat([edges[0], windows[chosen], edges[1]], dim=1)
+    end = np.asarray(closing, dtype=np.int64)
+    rows = torch.stack([torch.from_numpy(np.concatenate([windows[i], end])) for i in chosen.tolist()])
     encoded = _asked(rows, tokenizer, model, units, seed)
     batches = tuple(
         {name: value[start : start + batch_size] for name, value in encoded.items()}
@@ -70,10 +85,15 @@ def from_text(
 def from_rows(
     lines: Sequence[str], tokenizer: Any, model: Any, samples: int, length: int, batch_size: int = 8
 ) -> Calibration:
-    """At most ``samples`` JSON lines with ``text`` and ``label`` (a number, or a name that the config knows)."""
+    """At most ``samples`` JSON lines with ``text`` and ``label``: a name or a number of a label of the model, a list
+    of them where a row may have several, or what a regression predicts."""
+    if head_of(model) != SEQUENCE_HEAD:
+        raise UserError(
+            "Rows with a text and a label are for classification and regression of texts, and the model is a "
+            f"{type(model).__name__}. Give a text."
+        )
     texts: list[str] = []
-    labels: list[float] = []
-    names = {str(name): number for name, number in (model.config.label2id or {}).items()}
+    labels: list[Any] = []
     for number, line in enumerate((line for line in lines if line.strip()), start=1):
         if len(texts) == samples:
             break
@@ -83,32 +103,66 @@ def from_rows(
             row = None
         if not isinstance(row, dict) or not isinstance(row.get("text"), str) or "label" not in row:
             raise UserError(f'Row {number} is not {{"text": "…", "label": …}} with a text.')
-        label = names.get(row["label"], row["label"]) if isinstance(row["label"], str) else row["label"]
-        if not isinstance(label, int | float) or isinstance(label, bool):
-            raise UserError(f"Row {number} has the label {label!r}. Known: {', '.join(names)}, or a number.")
-        if isinstance(label, int) and not 0 <= label < model.config.num_labels:
-            raise UserError(f"Row {number} has the label {label}; the model has {model.config.num_labels} labels.")
         texts.append(row["text"])
-        labels.append(label)
+        labels.append(row["label"])
     if not texts:
         raise UserError("The file holds no rows.")
+    targets = _targets(labels, model.config)
     batches = []
     for start in range(0, len(texts), batch_size):
         encoded = tokenizer(
             texts[start : start + batch_size], padding=True, truncation=True, max_length=length, return_tensors="pt"
         )
         part = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-        batches.append(part | {"labels": torch.tensor(labels[start : start + batch_size])})
-    digest = hashlib.sha256(json.dumps([texts, labels]).encode()).hexdigest()
+        batches.append(part | {"labels": targets[start : start + batch_size]})
+    digest = hashlib.sha256(json.dumps([texts, targets.tolist()]).encode()).hexdigest()
     return Calibration(tuple(batches), len(texts), None, digest, True)
 
 
-def _frame(tokenizer: Any, model: Any, units: Units) -> tuple[list[int], list[int]]:
-    """Special tokens round a window: those of an encoder; a decoder is calibrated on running text without."""
-    if model.config.is_encoder_decoder or units.stacks != ("encoder",):
-        return [], []
-    edges = (tokenizer.cls_token_id, tokenizer.sep_token_id)
-    return tuple([] if edge is None else [edge] for edge in edges)  # type: ignore[return-value]
+def _targets(labels: Sequence[Any], config: Any) -> torch.Tensor:
+    """What the loss of the model takes: ids [rows], 0 or 1 [rows, labels], or numbers [rows] or [rows, numbers]."""
+    several = isinstance(labels[0], list)
+    problem = problem_type(config, torch.empty(0) if several else None)
+    if problem == REGRESSION:
+        return torch.tensor([_numbers(label, number, config) for number, label in enumerate(labels, start=1)])
+    lists = [label if isinstance(label, list) else [label] for label in labels]
+    names = names_of(config)
+    found = sorted({as_text(label) for of_row in lists for label in of_row})
+    ids = match_labels(found, names, found)
+    for number, of_row in enumerate(lists, start=1):
+        for label in of_row:
+            if ids is None and match_labels([as_text(label)], names, ()) is None:
+                raise UserError(
+                    f"Row {number} has the label {label!r}; the model has {len(names)} labels: {shown(names)}."
+                )
+        if problem != MULTI_LABEL and len(of_row) != 1:
+            raise UserError(f"Row {number} has the labels {of_row}; the model takes one per row.")
+    if ids is None:
+        raise UserError(f"The rows name labels in several ways: {shown(found)}. Labels of the model: {shown(names)}.")
+    numbered = [[ids[as_text(label)] for label in of_row] for of_row in lists]
+    if problem == MULTI_LABEL:
+        return torch.tensor([hot(of_row, len(names)) for of_row in numbered])
+    return torch.tensor(numbered)[:, 0]
+
+
+def _numbers(label: Any, number: int, config: Any) -> Any:
+    """``label`` of the row ``number``, checked to be what a regression predicts."""
+    values = label if isinstance(label, list) else [label]
+    if len(values) != config.num_labels or not all(
+        isinstance(value, int | float) and math.isfinite(value) for value in values
+    ):
+        raise UserError(
+            f"Row {number} has the label {label!r}; the model predicts {config.num_labels} finite numbers per row."
+        )
+    return [float(value) for value in values] if isinstance(label, list) else float(label)
+
+
+def _frame(tokenizer: Any, model: Any, units: Units) -> Frame:
+    """Special tokens round a window: none where a half of it is asked for from the other, no end in running text."""
+    frame = frame_of(tokenizer)
+    if model.config.is_encoder_decoder:
+        return Frame((), ())
+    return Frame(frame.opening, ()) if units.family.head(model).next_token else frame
 
 
 def _asked(rows: torch.Tensor, tokenizer: Any, model: Any, units: Units, seed: int) -> dict[str, torch.Tensor]:

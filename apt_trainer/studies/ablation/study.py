@@ -12,6 +12,7 @@ from typing import Any
 
 from apt_trainer.errors import UserError, unknown_choice
 from apt_trainer.settings.recipe import read_file
+from apt_trainer.settings.shipped import find_file, study_names
 from apt_trainer.studies.ablation.commands import Command, TrainCommand, told_of_base
 
 TRAIN = TrainCommand()
@@ -82,8 +83,12 @@ def read_study(
         UserError: for an unreadable file, an unknown or missing key, a wrong type, a base file that is missing, a
             variant that cannot work or equals another, or an unknown command or baseline.
     """
+    path = str(find_file(path))
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such file. Give a study with --study.")
+        names = ", ".join(study_names())
+        raise UserError(
+            f"{path}: no such file. Give a study with --study, or one that comes with apt_trainer: {names}."
+        )
     content = read_file(path) | ({"output_dir": output_dir} if output_dir else {})
     content |= {"seeds": list(seeds)} if seeds is not None else {}
     for key in content:

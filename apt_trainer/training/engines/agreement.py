@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
 
-from apt_trainer.errors import RunError
+from apt_trainer.errors import RunError, UserError
 
 
 class Disagreement(RunError):
@@ -41,6 +43,25 @@ def agree(what: str, step: int, *parts: object) -> None:
             f"step {step}: processes disagree on {what}; rank(s) {ranks} differ from the others. "
             "Look at the devices and the software of those processes, then resume from the last checkpoint."
         )
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Context that all processes enter and leave: a :class:`UserError` or :class:`RunError` of one of them is raised
+    on all, so that none waits for those that have failed."""
+    failure: UserError | RunError | None = None
+    try:
+        yield
+    except (UserError, RunError) as error:
+        failure = error
+    failures: list[Any] = [failure and (isinstance(failure, UserError), str(failure))] * processes()
+    if processes() > 1:
+        dist.all_gather_object(failures, failures[0])
+    if failure is not None:
+        raise failure
+    for told in failures:
+        if told is not None:
+            raise (UserError if told[0] else RunError)(told[1])
 
 
 def outliers(digests: list[str]) -> list[int]:

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers.utils.logging import get_logger
 
+from apt_trainer.errors import UserError
+from apt_trainer.libraries.private_names import Use
 from apt_trainer.tensors.partitioned import copy_of, split_as, whole_value
 from apt_trainer.training.engines.state import MASTER, Edits, State, carry, collect, restore
 
@@ -29,6 +31,9 @@ class Engine:
 
     ``trainer``: a Hugging Face trainer whose model is prepared.
     """
+
+    needs: tuple[Use, ...] = ()
+    """What of ``libraries.private_names`` it relies on."""
 
     one_dtype = False
     """Whether all parameters get the type of the model, adapters too."""
@@ -66,6 +71,26 @@ class Engine:
 
     def check(self) -> None:
         """Once, when training begins: raise :class:`UserError` where a change of shape would fail later."""
+
+    def check_optimizer(self) -> None:
+        """Once an engine is made: raise :class:`UserError` where a subclass has made an optimizer that does not hold
+        all that trains, or a schedule that cannot be put back after a change of shape."""
+        trainer, optimizer = self.trainer, plain_optimizer(self.trainer)
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        trained = {name: id(p) for name, p in self.model.named_parameters() if p.requires_grad}
+        left_out = [name for name, parameter in trained.items() if parameter not in held]
+        if left_out:
+            raise UserError(
+                f"The optimizer that create_optimizer of {type(trainer).__name__} made lacks {len(left_out)} of the "
+                f"{len(trained)} parameters that train, such as {left_out[0]}. It is called after each change of "
+                "shape, with self.optimizer None: let it make a new one of all that requires a gradient."
+            )
+        if not hasattr(trainer.lr_scheduler, "lr_lambdas") or plain_optimizer(trainer.lr_scheduler) is not optimizer:
+            raise UserError(
+                f"create_scheduler of {type(trainer).__name__} must set self.lr_scheduler to a LambdaLR of "
+                f"self.optimizer, but it is {type(trainer.lr_scheduler).__name__}: of others the position cannot be "
+                "put back after a change of shape. See transformers.get_scheduler."
+            )
 
     def settle(self) -> None:
         """Wait for what the engine has begun on its own, before parameters are read outside a forward pass."""
@@ -150,9 +175,9 @@ class Engine:
         return model
 
 
-def plain_optimizer(trainer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer under all wrappers."""
-    optimizer: Any = trainer.optimizer
+def plain_optimizer(owner: Any) -> torch.optim.Optimizer:
+    """The torch optimizer under all wrappers of a trainer's, or of a schedule's."""
+    optimizer: Any = owner.optimizer
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer  # type: ignore[no-any-return]

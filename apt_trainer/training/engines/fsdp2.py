@@ -15,7 +15,7 @@ autocast decides by operation what computes in it, as under DDP, which leaves no
 
 The Trainer and accelerate prepare the rest of it. accelerate leaves a model alone that FSDP2 holds already, but finds
 the parameters of the optimizer by the addresses of their parts, which are all 0 for parts without entries; hence
-:meth:`Fsdp2Engine.adopt`. Checked with accelerate 1.15; for torch see ``fully_sharded``.
+:meth:`Fsdp2Engine.adopt`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from accelerate.utils import convert_outputs_to_fp32
 from accelerate.utils.modeling import get_mixed_precision_context_manager
 from torch import nn
 
-from apt_trainer.errors import UserError
 from apt_trainer.surgery.slicing import Keep
 from apt_trainer.surgery.tuning import base_weight_names
 from apt_trainer.tensors import fully_sharded
@@ -42,6 +41,8 @@ from apt_trainer.training.engines.state import Edits, State, follow
 
 class Fsdp2Engine(Engine):
     """FSDP2."""
+
+    needs = ("fsdp2",)
 
     def place(self, model: nn.Module) -> nn.Module:
         """In host memory, until the student is split and it can be too."""
@@ -68,17 +69,12 @@ class Fsdp2Engine(Engine):
         """Give the optimizer the parameters that the model has."""
         trainer, model = self.trainer, self.model
         base, rates = base_weight_names(model, trainer.pruner.family), {True: 1.0, False: 0.0}
-        groups = parameter_groups(model, base, trainer.optimizer_ages, rates, trainer.args.weight_decay)
+        decayed = set(trainer.get_decay_parameter_names(model))
+        groups = parameter_groups(model, base, trainer.optimizer_ages, rates, trainer.args.weight_decay, decayed)
         for held, group in zip(plain_optimizer(trainer).param_groups, groups, strict=True):
             held["params"] = group["params"]
 
     def check(self) -> None:
-        missing = fully_sharded.missing_names(self.model)
-        if missing:
-            raise UserError(
-                f"torch {torch.__version__} has no {', '.join(missing)}, which changing shapes under FSDP2 needs. "
-                "Install torch 2.13, or use DDP or DeepSpeed."
-            )
         self.adopt()
 
     def settle(self) -> None:

@@ -9,13 +9,18 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 from torch import nn
-from transformers.trainer_pt_utils import get_parameter_names
 
 UNDECAYED = ["bias", "norm", "layernorm", "LayerNorm"]
+"""Parts of names of parameters without weight decay."""
 
 
 def parameter_groups(
-    model: nn.Module, base: Set[str], ages: Mapping[str, int], rates: Mapping[bool, float], weight_decay: float
+    model: nn.Module,
+    base: Set[str],
+    ages: Mapping[str, int],
+    rates: Mapping[bool, float],
+    weight_decay: float,
+    decayed: Set[str],
 ) -> list[dict[str, Any]]:
     """Groups of all that trains.
 
@@ -23,9 +28,8 @@ def parameter_groups(
         base: names of trained base weights.
         ages: steps done per name, where each group must be of one age; empty elsewhere.
         rates: learning rate of base weights (True) and of all else (False).
-        weight_decay: of everything but biases and norms.
+        weight_decay: of those named in ``decayed``.
     """
-    decayed = set(get_parameter_names(model, [nn.LayerNorm], UNDECAYED))
     groups: dict[tuple[bool, bool, int], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -21,6 +21,9 @@ State = dict[str, dict[str, Any]]
 MASTER = "master"
 """State name of the float32 value of a parameter that trains in half precision."""
 STEP = "step"
+SCALES = ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "sum", "state2", "step_size")
+"""State names of what an update is divided by (or, in Rprop, multiplied with), in the optimizers of torch and
+bitsandbytes."""
 
 
 def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
@@ -40,8 +43,8 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: State) ->
 
 
 def carry(state: State, edits: Edits) -> State:
-    """Optimizer state after ``edits``: entries of survivors as they were; new entries start at zero, but second
-    moments at the mean of the old ones, since Adam would otherwise move them several times too far."""
+    """Optimizer state after ``edits``: entries of survivors as they were; new entries start at zero, but those
+    of ``SCALES`` at the mean of the old ones, since Adam would otherwise move them several times too far."""
     carried: State = {}
     for name, of_parameter in state.items():
         carried[name] = {key: follow(value, key, edits.get(name, [])) for key, value in of_parameter.items()}
@@ -62,7 +65,7 @@ def follow(value: Any, key: str, edits: list[Keep | Grow], in_place: bool = Fals
         else:
             shape = list(value.shape)
             shape[edit.dim] = edit.extra
-            fill = value.mean() if key == "exp_avg_sq" else value.new_zeros(())
+            fill = value.mean() if key in SCALES else value.new_zeros(())
             value = torch.cat([value, fill.expand(shape)], edit.dim)
     return value
 

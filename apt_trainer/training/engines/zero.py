@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO-1 and ZeRO-2: whole parameters on every process, optimizer state in flat parts, one per process.
 
 A group of the optimizer is one flat tensor with one step count, so parameters of different age train in different
-groups. Uses names of DeepSpeed that are not documented; checked with deepspeed 0.19.8. What differs in ZeRO-3 is in
+groups. Uses names of DeepSpeed that are not documented (``libraries.private_names``). What differs in ZeRO-3 is in
 ``training.engines.zero3``.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from apt_trainer.errors import UserError
+from apt_trainer.libraries.private_names import Use
 from apt_trainer.surgery.slicing import Grow
 from apt_trainer.tensors.partitioned import whole
 from apt_trainer.training.engines.base import Engine, fresh_leaves
@@ -50,16 +50,6 @@ class Shard:
         return torch.cat(parts)[: self.shape.numel()].view(self.shape)
 
 
-OF_ENGINE = (
-    "module_forward_pre_hook",
-    "module_forward_post_hook",
-    "basic_optimizer",
-    "client_optimizer",
-    "seq_data_parallel_group",
-)
-"""Undocumented attributes of DeepSpeed's engine that are used here."""
-
-
 class EndAtSkippedStep(TrainerCallback):
     """Ends a run whose gradients are not finite: DeepSpeed leaves such a step out and goes on without a word, where in
     other engines the loss shows it."""
@@ -77,15 +67,9 @@ class EndAtSkippedStep(TrainerCallback):
 class ZeroEngine(Engine):
     """ZeRO-1 and ZeRO-2."""
 
+    needs: tuple[Use, ...] = ("zero", "zero12")
     one_dtype = True
     groups_by_age = True
-    of_optimizer: tuple[str, ...] = (
-        "bit16_groups",
-        "single_partition_of_fp32_groups",
-        "_hp_optimizer_states_linked",
-        "_lazy_init_hp_params_optimizer_state",
-    )
-    """Undocumented attributes of DeepSpeed's optimizer that are used here."""
 
     def __init__(self, trainer: Any) -> None:
         super().__init__(trainer)
@@ -105,13 +89,6 @@ class ZeroEngine(Engine):
         model.to(self.trainer.args.device)  # with DeepSpeed the Trainer leaves that to the engine
 
     def check(self) -> None:
-        used = [(self._engine, name) for name in OF_ENGINE] + [(self._zero, name) for name in self.of_optimizer]
-        missing = [f"{type(owner).__name__}.{name}" for owner, name in used if not hasattr(owner, name)]
-        if missing:
-            raise UserError(
-                f"deepspeed {version('deepspeed')} has no {', '.join(missing)}, which changing shapes needs. "
-                "Install deepspeed 0.19.8, or use DDP."
-            )
         # DeepSpeed works in a copy of the group of all processes, which has torch's own time-out.
         timeout = timedelta(seconds=self.trainer.args.ddp_timeout)
         dist.distributed_c10d._set_pg_timeout(timeout, self._engine.seq_data_parallel_group)
@@ -148,6 +125,9 @@ class ZeroEngine(Engine):
 
     def _let_go(self, group: int) -> None:
         """What the optimizer has kept of a group has been carried."""
+
+    def check_optimizer(self) -> None:
+        """Nothing: DeepSpeed's holds flat parts, and none that a subclass makes is let pass."""
 
     def release(self) -> None:
         zero, inner = self._zero, self._engine.basic_optimizer

@@ -15,7 +15,7 @@ the first two are let go at once (weights that are offloaded, with the engine), 
 groups of the optimizer are made no larger than a layer, where ``sub_group_size`` is not given; a step then takes one
 small reduction per group, for the norm of the gradients. Moments of what did not change stay in their parts.
 
-Uses names of DeepSpeed that are not documented; checked with deepspeed 0.19.8.
+Uses names of DeepSpeed that are not documented (``libraries.private_names``).
 """
 
 from __future__ import annotations
@@ -38,15 +38,8 @@ from apt_trainer.training.engines.zero import Shard, ZeroEngine
 class Zero3Engine(ZeroEngine):
     """ZeRO-3."""
 
+    needs = ("zero", "zero3")
     leaves_cycles = True
-    of_optimizer = (
-        "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
-        "fp16_groups",
-        "fp16_partitioned_groups",
-        "fp16_partitioned_groups_flat",
-        "fp32_partitioned_groups_flat",
-        "parameter_offload",
-    )
 
     def split(self) -> None:
         """Partition the model parameter by parameter, in the type it trains in; DeepSpeed would put the whole of it on

@@ -397,6 +397,27 @@ def test_regression_loss_is_the_squared_error() -> None:
     assert loss.item() == pytest.approx((1 + 9) / 2)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_loss_of_several_labels_is_the_bernoulli_kl(temperature: float) -> None:
+    """Summed over labels: of three, with logits -3 where the teacher has 3, 3 · 3 · (2σ(3) - 1) = 8.146."""
+    generator = np.random.default_rng(5)
+    student, teacher = generator.normal(size=(2, 6, 4)) * 3
+    p, q = (1 / (1 + np.exp(-x / temperature)) for x in (teacher, student))
+    by_hand = temperature**2 * (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))).sum(axis=1).mean()
+    outputs = [SequenceClassifierOutput(logits=torch.tensor(x)) for x in (student, teacher)]
+    loss = prediction_loss(*outputs, temperature, problem="multi_label_classification")
+    assert loss.item() == pytest.approx(by_hand, rel=1e-5)
+    for ours, theirs, expected in ((-3.0, 3.0, 8.14629), (3.0, -3.0, 8.14629), (5.0, 0.0, 5.44070), (200.0, 200.0, 0)):
+        outputs = [SequenceClassifierOutput(logits=torch.full((2, 3), x)) for x in (ours, theirs)]
+        loss = prediction_loss(*outputs, 1.0, problem="multi_label_classification")
+        assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_loss_of_several_numbers_is_the_squared_error() -> None:
+    student, teacher = (SequenceClassifierOutput(logits=torch.full((2, 3), x)) for x in (5.0, 0.0))
+    assert prediction_loss(student, teacher, 4.0, problem="regression").item() == 25.0
+
+
 def test_token_loss_is_the_mean_kl_over_real_tokens() -> None:
     student, teacher = random_hidden(2, (2, 4, 3), 0)
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])

@@ -29,7 +29,7 @@ from transformers import (
 from apt_trainer.errors import UserError
 from apt_trainer.evaluate import bootstrap, harness
 from apt_trainer.evaluate.bootstrap import mean_interval
-from apt_trainer.evaluate.harness import run_tasks
+from apt_trainer.evaluate.harness import check_tasks, run_tasks
 from apt_trainer.evaluate.perplexity import perplexity
 from apt_trainer.evaluate.saved import LanguageRequest, evaluate_language
 from apt_trainer.runs.run import evaluate
@@ -107,25 +107,26 @@ def test_interval_does_not_depend_on_what_is_held_at_a_time(monkeypatch):
 def test_perplexity_without_overlap(llama, tokenizer, batch_size):
     text = words(50)
     ids = tokenizer(text)["input_ids"]
-    expected = [log_probabilities(llama, ids[start : start + 8]) for start in range(0, 48, 8)]  # two words are left
+    expected = [
+        log_probabilities(llama, ids[start : start + 8]) for start in range(0, 50, 8)
+    ]  # the last are two words
     result = perplexity(llama, tokenizer, text, window=8, batch_size=batch_size)
     assert result.nll == pytest.approx([-np.mean(window) for window in expected], rel=1e-5)
-    assert result.counts == (7,) * 6
-    assert result.value == pytest.approx(math.exp(-np.mean(expected)), rel=1e-5)
+    assert result.counts == (*(7,) * 6, 1)
+    assert result.value == pytest.approx(math.exp(-np.mean(sum(expected, []))), rel=1e-5)
     low, high = result.interval()
     assert min(result.nll) < math.log(low) < math.log(result.value) < math.log(high) < max(result.nll)
 
 
-@pytest.mark.parametrize("stride", [1, 3, 7])
+@pytest.mark.parametrize("stride", [1, 3, 5, 7])
 def test_perplexity_with_a_stride_predicts_every_token_once(llama, tokenizer, stride):
     ids = tokenizer(words(29))["input_ids"]
     result = perplexity(llama, tokenizer, words(29), window=8, stride=stride, batch_size=2)
     expected = log_probabilities(llama, ids[:8])
-    end = 8
-    while end + stride <= 29:
-        end += stride
-        expected += log_probabilities(llama, ids[end - 8 : end])[-stride:]
-    assert result.predicted_tokens == end - 1 == len(expected)
+    for start in range(stride, 29 - 8 + stride, stride):
+        end = min(29, start + 8)
+        expected += log_probabilities(llama, ids[start:end])[start - stride + 8 - end :]
+    assert result.predicted_tokens == 28 == len(expected)
     assert result.value == pytest.approx(math.exp(-np.mean(expected)), rel=1e-5)
 
 
@@ -151,7 +152,7 @@ def test_perplexity_uses_the_first_tokens_only_and_leaves_the_model_alone(tokeni
     [
         ({"window": 51}, "window=51 must be at least 2 and at most the 32 positions"),
         ({"window": 1}, "window=1 must be at least 2"),
-        ({"window": 20, "max_tokens": 19}, "The text has 19 tokens, fewer than one window of 20"),
+        ({"window": 20, "max_tokens": 1}, "The text has 1 tokens, so nothing is predicted"),
         ({"window": 8, "stride": 9}, "stride=9 must lie between 1 and the window of 8"),
         ({"window": 8, "batch_size": 0}, "batch_size=0 must be at least 1"),
     ],
@@ -230,8 +231,9 @@ def test_task_scores_are_those_of_own_log_likelihoods(llama, tokenizer, task_fil
 
 def test_shipped_tasks_are_found_by_name_and_say_when_their_data_are_missing(llama, tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="The data of blimp_local could not be read"):
-        run_tasks(llama, tokenizer, ["blimp_local"])
+    for check in (partial(run_tasks, llama, tokenizer), check_tasks):
+        with pytest.raises(UserError, match="blimp/sample.jsonl. Set the environment variable APT_TASK_DATA"):
+            check(["blimp_local"])
 
 
 def test_unknown_task_names_the_nearest(llama, tokenizer, monkeypatch):

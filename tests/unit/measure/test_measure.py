@@ -385,7 +385,9 @@ def test_benchmark_of_a_model_that_generates(make, tmp_path, no_processes):
     assert no_processes[0].settings["dtype"] == found["dtype"] == "bfloat16"
     parameters = sum(p.numel() for p in model.parameters())
     assert found["total_params"] == found["total_params_dense"] == parameters
-    assert found["disk_bytes_dense"] == 2 * parameters and found["disk_bytes"] == size_on_disk(tmp_path)
+    assert found["disk_bytes_dense"] == 4 * parameters and found["disk_bytes"] == size_on_disk(tmp_path)  # as saved
+    assert found["disk_dtype"] == found["disk_dtype_dense"] == "float32"
+    assert found["memory_bytes"] == 2 * parameters + found["generation"]["pruned"]["2"]["cache_bytes"]
     assert found["flops"] == found["flops_dense"] > 2 * PROMPT * 2 * 50 * 32
     of_two = found["generation"]["pruned"]["2"]
     assert of_two["prefill_tokens_per_second"] == pytest.approx(2 * PROMPT * 1000 / of_two["prefill_ms"]["median_ms"])

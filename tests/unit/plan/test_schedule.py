@@ -109,11 +109,12 @@ def test_nothing_is_pruned_without_a_target() -> None:
 def test_events_of_many_runs(total: int, number: int, start: float, end: float) -> None:
     first, last = round(start * total), round(end * total)
     settings = {"pruning_start": start, "pruning_end": end, "num_pruning_events": number, "distillation": "none"}
-    if last - first < number:
+    if last <= first:
         with pytest.raises(UserError):
             schedule(total, **settings)
         return
     s = schedule(total, **settings)
+    number = min(number, last - first)
     assert len(s.events) == number and s.events[-1] == s.end == last and s.start == first
     bounds = (s.start, *s.events)
     gaps = [b - a for a, b in zip(bounds, s.events, strict=False)]
@@ -196,17 +197,8 @@ def test_a_run_without_steps(total: int) -> None:
         schedule(total)
 
 
-def test_too_few_steps_for_the_events_names_the_numbers() -> None:
-    with pytest.raises(UserError) as error:
-        schedule(20)
-    text = str(error.value)
-    assert "5 pruning events need at least 5 steps" in text and "there are 4 (step 2 to 6 of 20)" in text
-    assert "Lower num_pruning_events, move pruning_end or train longer" in text
-    assert schedule(20, num_pruning_events=4).events == (3, 4, 5, 6)
-
-
 def test_pruning_that_ends_before_it_starts() -> None:
-    with pytest.raises(UserError, match=r"there are -100 \(step 400 to 300 of 1000\)"):
+    with pytest.raises(UserError, match="begin at step 400 and end at step 300 of 1000.*pruning_start below"):
         schedule(pruning_start=400)
 
 

@@ -135,8 +135,8 @@ def test_phases_are_cut_at_pruning_and_at_changes_of_what_trains():
 RUNS = {
     "pruned": ([event(10), event(10, "teacher"), event(20, sparsity=0.6), event(30, "phase", tune="full")], logs()),
     "pruned before training": ([event(0), event(10, "grow"), event(20, "grow")], logs()),
-    "parts of the loss": ([event(10)], logs(**{"loss/task": 0.4, "loss/distillation": 0.0})),
-    "many layers": ([event(10, layers=60)], logs(**{"loss/task": 0.4, "loss/distillation": 90.0})),
+    "parts of the loss": ([event(10)], logs(**{"task_loss": 0.4, "distillation_loss": 0.0})),
+    "many layers": ([event(10, layers=60)], logs(**{"task_loss": 0.4, "distillation_loss": 90.0})),
     "loss not a number": ([event(10)], [{"step": 1, "loss": math.nan}, {"step": 2, "loss": None}]),
     "no adapters": ([event(10) | {"ranks": {}}], logs()),
     "phases only": ([event(10, "phase"), event(20, "phase", tune="full")], logs()),

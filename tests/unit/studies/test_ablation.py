@@ -325,7 +325,7 @@ def test_a_name_given_twice_is_refused(tmp_path):
 
 def test_a_missing_study_is_refused(capsys):
     assert cli.main(["ablate", "--study", "none.yaml"]) == 2
-    assert "error: none.yaml: no such file. Give a study with --study." in capsys.readouterr().err
+    assert "error: none.yaml: no such file. Give a study with --study, or one that comes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

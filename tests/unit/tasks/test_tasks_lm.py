@@ -598,7 +598,7 @@ def test_missing_padding_and_packages(tmp_path: Path, tokenizer: Any, monkeypatc
         load_task(settings, tokenizer, 0)
     tokenizer.eos_token = "</s>"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'needs the Python package trl.*pip install "apt-trainer\[lm\]"'):
+    with pytest.raises(UserError, match=r"needs the package trl.*pip install 'apt-trainer\[lm\]'"):
         load_task(settings, tokenizer, 0)
 
 

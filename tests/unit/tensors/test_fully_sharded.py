@@ -58,7 +58,6 @@ def held(group: None) -> tuple[Tied, Tied]:
 
 def test_nothing_stays_when_it_is_taken_off(held: tuple[Tied, Tied]) -> None:
     model, plain = held
-    assert fully_sharded.missing_names(model) == []
     assert sum(isinstance(module, FSDPModule) for module in model.modules()) == 3
     model(IDS).sum().backward()
     with torch.no_grad():
@@ -128,9 +127,3 @@ def test_parts_can_be_read_and_replaced(held: tuple[Tied, Tied]) -> None:
     with whole_modules(layer):
         assert torch.equal(layer.weight, expected) and not is_dtensor(layer.bias)
     assert layer.weight is old
-
-
-def test_what_a_version_of_torch_lacks_is_told(held: tuple[Tied, Tied], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fully_sharded, "_OF_STATE", ("_pre_forward_hook_handle", "_gone"))
-    assert fully_sharded.missing_names(held[0]) == ["FSDPState._gone"]
-    assert fully_sharded.missing_names(held[1]) == ["FSDPState._fsdp_param_group"]

