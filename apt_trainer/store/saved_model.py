@@ -241,6 +241,7 @@ def load_pruned(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     Raises:
         UserError: ``path`` holds no complete pruned model, or cannot be reached.
     """
+    check_names("loading")
     _check_folder(Path(path), kwargs.get("subfolder") or "")
     wants_info = kwargs.pop("output_loading_info", False)
     try:
