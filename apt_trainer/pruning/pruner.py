@@ -35,6 +35,8 @@ from apt_trainer.scoring.calibration import Batch, calibrate
 from apt_trainer.scoring.observing import Observing
 from apt_trainer.scoring.rank_score import RankScore
 from apt_trainer.settings import MethodSettings
+from apt_trainer.store.saved_model import dense_copy
+from apt_trainer.store.starting_point import starting_point
 from apt_trainer.surgery import adapters as lora
 from apt_trainer.surgery.cutting import apply_plan
 from apt_trainer.surgery.masks import MaskStore
@@ -72,8 +74,9 @@ class PruningEvent:
 class AdaptivePruner:
     """Scores units and adapters while ``model`` trains, and changes its shape when the schedule says so.
 
-    ``model`` must be a plain Hugging Face model; adapters are inserted here when the settings ask for them. What is
-    chosen by seconds is timed on ``timed_on``, where the model is going to run; default: where it is.
+    ``model`` must be a plain Hugging Face model, dense or pruned before; adapters are inserted here when the settings
+    ask for them. ``origin``: what it began with. ``dense_plan``: of the dense original. What is chosen by seconds is
+    timed on ``timed_on``, where the model is going to run; default: where it is.
     """
 
     def __init__(
@@ -91,11 +94,14 @@ class AdaptivePruner:
         self.model, self.settings, self.seed = model, settings, seed
         self.family = family_of(model.config)
         self.family.set_post_norm_policy(model.config, settings.post_norm_policy)
-        self.spaces = self.family.spaces(model)
+        self.origin = starting_point(model)
+        self.spaces, self.plan = self.origin.spaces, self.origin.plan
         self.sublayers = self.family.sublayers(model)
-        self.plan = self.dense_plan = PruningPlan.dense(self.spaces)
-        self.block_cost = parameter_cost(model, self.family, self.spaces)
-        self.cost = cost_of(model, self.family, self.spaces, settings, timed_on)
+        self.dense_plan = PruningPlan.dense(self.spaces)
+        self.block_cost = parameter_cost(self.origin.dense, self.family, self.spaces)
+        timed = settings.sparsity_metric == "latency" and self.origin.is_pruned  # which needs weights
+        dense = dense_copy(model) if timed else self.origin.dense
+        self.cost = cost_of(dense, self.family, self.spaces, settings, timed_on)
         self.limits = limits_of(settings)
         if settings.sparsity_metric != "latency":  # else once processes have agreed on seconds
             self._check_budget()
@@ -245,8 +251,12 @@ class AdaptivePruner:
         return self._observing or self.masks.is_open
 
     def sparsity(self) -> float:
-        """Share of the prunable budget removed so far, in the unit of ``sparsity_metric``."""
+        """Share of the prunable budget of the dense original that is gone, in the unit of ``sparsity_metric``."""
         return 1 - self.cost.total(self.plan.counts) / self.cost.total(self.dense_plan.counts)
+
+    def sparsity_of_start(self) -> float:
+        """As :meth:`sparsity`, but of what the model had when it was given here."""
+        return 1 - self.cost.total(self.plan.counts) / self.cost.total(self.origin.plan.counts)
 
     def norm_paths(self) -> list[str]:
         """Norms of the dense model on the residual stream and over all heads of an attention together."""
@@ -280,6 +290,7 @@ class AdaptivePruner:
         """(JSON part, tensor part) of everything that is not a weight of the model."""
         json_part = {
             "plan": self.plan.to_json(),
+            "start": self.origin.plan.digest(),
             "ranks": lora.ranks(self.model),
             "tune": self.tune,
             "adapter_parameters_at_start": self.adapter_parameters_at_start,
@@ -293,7 +304,10 @@ class AdaptivePruner:
         return json_part, {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
     def restore_shapes(self, description: Mapping[str, Any]) -> None:
-        """Give the freshly built dense model the shapes of a checkpoint, before its weights are loaded."""
+        """Give the model, as it was when the run began, the shapes of a checkpoint, before its weights are loaded.
+
+        Raises as :func:`give_shapes`.
+        """
         self.plan = give_shapes(self.model, self.family, self.spaces, self.plan, description)
         self.adapter_parameters_at_start = description["adapter_parameters_at_start"]
         if description.get("seconds") is not None:
@@ -318,7 +332,7 @@ class AdaptivePruner:
 
     def _check_budget(self) -> None:
         sparsity = self.settings.target_sparsity
-        check_budget(self.spaces, self.sublayers, self.dense_plan, self.cost, self.limits, sparsity)
+        check_budget(self.spaces, self.sublayers, self.origin.plan, self.cost, self.limits, sparsity)
 
     def _insert_adapters(self) -> None:
         s = self.settings
@@ -365,8 +379,10 @@ class AdaptivePruner:
     def _select(self, event: int | None) -> PruningPlan:
         """Plan for ``event``; None: the cut before training."""
         assert self.schedule is not None
-        sparsity = self.schedule.target_sparsity if event is None else self.schedule.sparsity(event)
-        budget = (1 - sparsity) * self.cost.total(self.dense_plan.counts)
+        dense = self.cost.total(self.dense_plan.counts)
+        lost = 1 - self.cost.total(self.origin.plan.counts) / dense
+        sparsity = self.schedule.target_sparsity if event is None else self.schedule.sparsity(event, lost)
+        budget = (1 - sparsity) * dense
         scores, densities = self.importance.scores(self.model), self.importance.densities
         plan = select(scores, self.spaces, self.plan, self.cost, budget, self.limits, densities)
         self.importance.check_kept(plan.counts)
@@ -408,11 +424,17 @@ class AdaptivePruner:
 
 
 def give_shapes(
-    model: nn.Module, family: ModelFamily, spaces: list[Space], dense: PruningPlan, description: Mapping[str, Any]
+    model: nn.Module, family: ModelFamily, spaces: list[Space], start: PruningPlan, description: Mapping[str, Any]
 ) -> PruningPlan:
-    """Cut a dense ``model`` with fresh adapters to what :meth:`AdaptivePruner.state` said; load values after it."""
+    """Cut ``model``, which has the units of ``start`` and fresh adapters, to what :meth:`AdaptivePruner.state` said;
+    load values after it.
+
+    Raises :class:`UserError` where the run began with a model of other units.
+    """
+    if description.get("start", start.digest()) != start.digest():
+        raise UserError("The checkpoint does not fit the model: its run began with one of other units. Give that one.")
     plan = PruningPlan.from_json(description["plan"])
-    apply_plan(model, family, spaces, dense, plan)
+    apply_plan(model, family, spaces, start, plan)
     lora.grow_to(model, description["ranks"])
     if description["tune"] == "full":
         lora.merge_adapters(model)

@@ -13,7 +13,9 @@ class PruningSettings:
     """What is removed, how much of it and when."""
 
     target_sparsity: float | None = setting(
-        0.6, "Fraction of the prunable budget to remove, between 0 and 1; null: prune nothing. 0.6 (APT, Table 2)."
+        0.6,
+        "Fraction of the prunable budget to remove, between 0 and 1; null: prune nothing. 0.6 (APT, Table 2). For a "
+        "model that was pruned before: of its dense original, what is gone already included.",
     )
     sparsity_metric: str = setting(
         "params",

@@ -22,7 +22,7 @@ from apt_trainer.models.labels import HEADS, has_head, match_teacher
 from apt_trainer.settings import CHOICES, DataSettings, ModelSettings, resolve_path
 from apt_trainer.settings.packages import TOKENIZERS, require
 from apt_trainer.settings.recipe import Recipe
-from apt_trainer.store.saved_model import OF_HUB, dense_shape, load_pruned
+from apt_trainer.store.saved_model import OF_HUB, dense_shape, load_pruned, model_class
 from apt_trainer.tasks import TaskData, architecture_of, load_task
 
 GGUF = ".gguf"
@@ -169,12 +169,21 @@ def refuse_quantised(config: Any, path: str) -> None:
 
 
 def build_model(config: Any, data: TaskData, device: str, dtype: str = "auto") -> PreTrainedModel:
-    """A model for the task on ``device`` ("meta" for shapes alone), without loading weights; ``dtype``: theirs."""
+    """A model for the task on ``device`` ("meta" for shapes alone), without loading weights; ``dtype``: theirs.
+
+    Raises :class:`UserError` for a pruned model that has another head.
+    """
+    auto, architecture = getattr(transformers, data.model_class), getattr(config, "apt_base_architecture", None)
+    if architecture is not None and type(config) not in auto._model_mapping:
+        raise UserError(
+            f"The pruned model was saved as {architecture}, but the task needs one of {data.model_class}. Tune it for "
+            "the task of its head, or prune the dense model with a head for this task."
+        )
     config = copy.deepcopy(config)
     for name, value in data.model_kwargs.items():
         setattr(config, name, value)
     with torch.device(device):
-        model = getattr(transformers, data.model_class).from_config(config)
+        model = auto.from_config(config)
     return model.to(_dtype(config, dtype))  # type: ignore[no-any-return]
 
 
@@ -255,6 +264,16 @@ def load_dense_shape(settings: ModelSettings) -> PreTrainedModel:
     cls, stock = dense_shape(config)
     cls = cls or _saved_class(config, source, None)
     model = cls(stock) if issubclass(cls, PreTrainedModel) else cls.from_config(stock)
+    return model.to(_dtype(config, settings.dtype))  # type: ignore[no-any-return]
+
+
+def load_shape(settings: ModelSettings) -> PreTrainedModel:
+    """A saved model, pruned or stock, with random weights: for sizes. Reads the config."""
+    config = read_config(settings)
+    architecture = getattr(config, "apt_base_architecture", None)
+    if architecture is None:
+        return load_dense_shape(settings)
+    model = model_class(architecture)(config)
     return model.to(_dtype(config, settings.dtype))  # type: ignore[no-any-return]
 
 

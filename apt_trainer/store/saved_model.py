@@ -2,9 +2,10 @@
 
 The classes of the format are those of ``modeling_apt``; here a cut model becomes one of them, older formats are read,
 and the Auto classes learn them. A stock loader does not know the model type and fails loudly instead of filling
-missing weights at random. With ``apt_plan`` the layers run by an execution plan (``models.execution``); the rest of
-the config is then still that of the layers, one after the other. ``apt_post_norm_policy``, where it is not the
-default, says which no-ops those of gone sublayers are to be (``models.family``). Not for checkpoints inside a run
+missing weights at random. ``apt_kept`` tells which units of the dense model are left (``PruningPlan.packed``), for
+who prunes further. With ``apt_plan`` the layers run by an execution plan (``models.execution``); the rest of the
+config is then still that of the layers, one after the other. ``apt_post_norm_policy``, where it is not the default,
+says which no-ops those of gone sublayers are to be (``models.family``). Not for checkpoints inside a run
 (``training.checkpoint``).
 """
 
@@ -44,6 +45,7 @@ from apt_trainer.plan.pruning_plan import PruningPlan
 if TYPE_CHECKING:  # this module is imported as soon as AutoConfig is, which must not wait for modelling code
     from transformers import PreTrainedConfig, PreTrainedModel
 
+KEPT = "apt_kept"
 _SIZES = ("in_features", "out_features", "embedding_dim", "normalized_shape", "nf", "nx")
 OF_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Arguments of ``from_pretrained`` that say where files are, whatever they hold."""
@@ -169,21 +171,22 @@ def register(configs: Any) -> None:
 
 
 def as_pruned(model: PreTrainedModel, family: ModelFamily, plan: PruningPlan, remote_code: bool = True) -> None:
-    """Turn a cut stock model, in place, into the class that saves and loads with its structure.
+    """Turn a cut model, in place, into the class that saves and loads with its structure.
 
-    A model whose shapes are those of the dense one stays a stock model. ``remote_code``: saves carry the code that
-    loads them where this package is not installed.
+    A stock model whose shapes are those of the dense one stays a stock model. ``remote_code``: saves carry the code
+    that loads them where this package is not installed.
     """
-    if hasattr(model.config, "apt_structure"):
-        return
-    stock = type(model)
-    with torch.device("meta"):
-        dense = stock(copy.deepcopy(model.config))
+    dense = dense_copy(model, "meta")
     structure = describe_structure(model, dense, family, plan)
-    if any(structure.values()):
+    if hasattr(model.config, "apt_structure"):
+        model.config.describe(model.config.apt_base_architecture, structure)
+    elif any(structure.values()):
         become_own(model, structure)
-        if not remote_code:
-            setattr(model.config, REMOTE_CODE, False)
+    else:
+        return
+    setattr(model.config, KEPT, plan.packed(family.spaces(dense)))
+    if not remote_code:
+        setattr(model.config, REMOTE_CODE, False)
 
 
 def become_own(model: PreTrainedModel, structure: Structure, plan: Mapping[str, Any] | None = None) -> None:
@@ -223,8 +226,13 @@ def dense_copy(model: PreTrainedModel, device: torch.device | str | None = None)
     It is made on ``device`` at once, by default that of ``model``; "meta" is enough to count.
     """
     cls, config = dense_shape(model.config)
-    with torch.device(device or model.device):
-        return (cls or type(model))._from_config(config, dtype=model.dtype)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(model.dtype)
+    try:
+        with torch.device(device or model.device):  # not by from_config, which would part it under ZeRO-3
+            return (cls or type(model))(config)
+    finally:
+        torch.set_default_dtype(default)
 
 
 def load_pruned(path: str | Path, **kwargs: Any) -> PreTrainedModel:

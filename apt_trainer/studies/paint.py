@@ -15,7 +15,6 @@ from apt_trainer.models.execution import check_plan, painted
 from apt_trainer.models.execution_plan import Plan, full, plan_from_json, read_plan
 from apt_trainer.models.labels import MULTI_LABEL, SINGLE_LABEL, problem_type
 from apt_trainer.models.slots import layer_list_path
-from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.report.comparison import METRICS_FILE
 from apt_trainer.report.painting import paint_markdown, plot_paint
 from apt_trainer.scoring.sublayers.cosine import Watch, cosine_scores, unwatched
@@ -137,13 +136,13 @@ def keep_plan(
             raise UserError(f"{path}: under this plan the {found['loss_name']} is not finite. Nothing was written.")
     saved = plan.to_json(at.model_type)
     paint(at.model, plan)
-    found["reload_difference"] = save_pruned(at.model, folder, PruningPlan.dense(at.units.spaces), at.tokenizer)
+    found["reload_difference"] = save_pruned(at.model, folder, at.units.plan, at.tokenizer)
     write_json(folder / PLAN_FILE, saved)
     return found
 
 
 def _prepare(settings: ModelSettings, data: DataRequest | None) -> Loaded:
-    at = prepare(settings, data)
+    at = prepare(settings, data, post_norm_policy=None)
     layer_list_path(at.model, at.units.family)
     if at.calibration is not None and not at.calibration.has_labels:
         raise no_loss_on_text(at)

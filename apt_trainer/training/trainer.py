@@ -74,8 +74,8 @@ class APTTrainer(FinishedModel):
     """Fine-tunes, prunes, grows adapters and distils in one run.
 
     Args:
-        model: a plain Hugging Face model of a supported family; adapters are inserted here. Or ``model_init``, which
-            gives such a model to each call of :meth:`train`.
+        model: a plain Hugging Face model of a supported family, or one that was pruned before; adapters are inserted
+            here. Or ``model_init``, which gives such a model to each call of :meth:`train`.
         args: :class:`APTConfig`.
         importance: a scoring rule of the user's own, instead of ``args.importance``.
         teacher: a fine-tuned model of the same task, where ``args.distillation`` is "model".
@@ -131,8 +131,6 @@ class APTTrainer(FinishedModel):
             raise UserError(
                 "A teacher model and distillation: model belong together; one was given without the other."
             )
-        if hasattr(getattr(model, "config", None), "apt_structure"):
-            raise UserError("The model is a pruned one already. Start from the dense model it was made from.")
         check_names("training")
         check_upload(args)
         self._given = importance, teacher
@@ -164,7 +162,7 @@ class APTTrainer(FinishedModel):
         if self._begun and (self.model_init is None or split):
             done = "has finished its run" if self._finished else "was interrupted, and its model is as it was left"
             raise UserError(
-                f"This trainer {done}. Make a new one with a dense model to train again; an interrupted run goes on "
+                f"This trainer {done}. Make a new one to train again; an interrupted run goes on "
                 "there with train(resume_from_checkpoint=True)."
             )
         with self.keeping_what_is_trained(), naming_the_silent(self.args.ddp_timeout):
@@ -317,7 +315,7 @@ class APTTrainer(FinishedModel):
         runtime.own_storage(self.model)
         self.distillation = SelfDistillation(
             args,
-            self.pruner.dense_plan.counts[HIDDEN],
+            self.pruner.plan.counts[HIDDEN],
             args.seed,
             None if teacher is None else engine_of(self).place(teacher),
             self.accelerator.autocast,

@@ -49,11 +49,11 @@ def _masks(model: nn.Module, units: Units, heads: Sequence[Unit]) -> MaskStore:
     spaces = {space.name: space for space in map(units.space, heads)}
     gone = units.lost(heads)
     masks = MaskStore(model, list(spaces.values()), ())
-    masks.open({name: space.size for name, space in spaces.items()})
+    masks.open({name: len(units.plan.kept[name]) for name in spaces})
     masks.move(
         {
-            name: torch.tensor([head for head in range(space.size) if head not in gone[name]])
-            for name, space in spaces.items()
+            name: torch.tensor([at for at, head in enumerate(units.plan.kept[name]) if head not in gone[name]])
+            for name in spaces
         },
         1.0,
     )
