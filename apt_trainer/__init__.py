@@ -1,7 +1,7 @@
 """Fine-tune any Hugging Face transformer and get a smaller, faster model back: adaptive pruning while tuning (APT).
 
-Names load on first use, so that ``import apt_trainer`` is quick; once transformers' Auto classes are imported they
-learn to load pruned models.
+Names load on first use, so that ``import apt_trainer`` is quick. Before or after it, transformers' Auto classes learn
+to load pruned models as soon as they are imported.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
-@wrapt.when_imported("transformers.models.auto.modeling_auto")
+@wrapt.when_imported("transformers.models.auto.configuration_auto")
 def _register(module: Any) -> None:
     if refusal() is None:  # else whoever uses a name of this package is told
-        import_module(f"{__name__}.store.saved_model").register()
+        import_module(f"{__name__}.store.saved_model").register(module.CONFIG_MAPPING)

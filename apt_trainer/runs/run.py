@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -225,7 +224,7 @@ def _of_start(trainer: APTTrainer, parameters: int) -> dict[str, Any]:
 def _inference_memory(recipe: Recipe) -> dict[str, Any]:
     """Peak memory of running what was saved and its dense shape; empty, with a warning, where that fails."""
     args = recipe.training
-    saved = replace(recipe.model, model_name_or_path=str(args.output_dir), gguf_file=None, tokenizer_name_or_path=None)
+    saved = recipe.model.of(str(args.output_dir))
     sizes = max(args.latency_batch_sizes), args.latency_length, args.latency_new_tokens
     try:
         return {"inference_memory": measure_memory(saved, *sizes, str(args.device))}

@@ -165,6 +165,11 @@ class DistillationSettings:
         "lora", "Map from student to teacher dimensions: identity plus lora (APT), or identity."
     )
     heldout_fraction: float = setting(0.05, "Share of the training data on which teacher snapshots are chosen.")
+    remote_code: bool = setting(
+        True,
+        "Save the code with the model by which transformers, with trust_remote_code, loads it where this package is "
+        "not installed.",
+    )
 
 
 @dataclass

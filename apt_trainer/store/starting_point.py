@@ -19,7 +19,7 @@ from apt_trainer.errors import UserError
 from apt_trainer.models import Space, family_of
 from apt_trainer.models.base import exists, linear_shape
 from apt_trainer.models.family import POST_NORM_POLICY
-from apt_trainer.models.sizes import get_size
+from apt_trainer.models.modeling_apt import get_size
 from apt_trainer.plan.pruning_plan import PLAN_FILE, PruningPlan
 from apt_trainer.store.saved_model import KEPT, dense_copy
 

@@ -97,7 +97,7 @@ class FinishedModel(BestWithinBudget):
         if choose_best:
             self.load_best()
         self.model.requires_grad_(True)
-        as_pruned(self.model, self.pruner.family, self.pruner.plan)
+        as_pruned(self.model, self.pruner.family, self.pruner.plan, self.args.remote_code)
         accept_generation_config(self.model)
         self.model_wrapped = self.model
         delattr(self.model, IN_USE)

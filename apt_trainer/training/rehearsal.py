@@ -71,7 +71,10 @@ def rehearse(model: PreTrainedModel, output: Path, pruner: AdaptivePruner, token
         UserError: the end of a run would fail.
     """
     if pruner.settings.prunes and not pruner.origin.is_pruned:
-        model_class(model.config.model_type, type(model).__name__)
+        try:
+            model_class(type(model).__name__)
+        except ValueError as error:
+            raise UserError(str(error)) from error
     check_output(output)
     check_room(output, pruner)
     accept_generation_config(model)

@@ -1,8 +1,8 @@
 """Sublayers and heads switched off for a while: the model computes what it will without them, and nothing moves.
 
-While a gate is closed the modules of a sublayer do not run; their no-ops (``models.stubs``) do. Single heads run, and
-a mask takes what they give (``surgery.masks``), which equals the smaller model up to the order of a sum. Not for
-fading, nor for training: the weights behind a closed gate are not in the graph.
+While a gate is closed the modules of a sublayer do not run; their no-ops (``models.modeling_apt``) do. Single heads
+run, and a mask takes what they give (``surgery.masks``), which equals the smaller model up to the order of a sum. Not
+for fading, nor for training: the weights behind a closed gate are not in the graph.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from apt_trainer.models.stubs import STUBS
+from apt_trainer.models.modeling_apt import STUBS
 from apt_trainer.scoring.sublayers.units import Unit, Units
 from apt_trainer.surgery.masks import MaskStore
 

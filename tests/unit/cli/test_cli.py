@@ -129,6 +129,7 @@ def test_train_prints_the_metrics_of_the_run(monkeypatch, capsys, tmp_path):
     recipes = []
     metrics = {"metric_name": "accuracy", "task_metric": 0.5, "evaluated_on": "test", "sparsity": 0.6}
     monkeypatch.setattr("apt_trainer.runs.run.train", lambda recipe: recipes.append(recipe) or metrics)
+    (tmp_path / "config.json").write_text('{"model_type": "apt_bert"}')
     assert cli.main(["train", "--output_dir", str(tmp_path), "--prune_targets", "heads", "neurons"]) == 0
     printed = capsys.readouterr().out
     assert "0.5000" in printed and f"load_pruned({str(tmp_path)!r})" in printed

@@ -335,7 +335,7 @@ def test_kept_plans_reload_equal(name: str, tmp_path: Path) -> None:
     assert gap(logits(again, batch), expected) <= 1e-6 and again.config.num_hidden_layers == len(NESTED.executions)
     assert gap(logits(copy.deepcopy(again), batch), expected) <= 1e-6
     written = json.loads((tmp_path / "config.json").read_text())
-    assert written["apt_format_version"] == 2 and written["model_type"] == f"apt_{name}"
+    assert written["apt_format_version"] == 3 and written["model_type"] == f"apt_{name}"
     for key in ("num_hidden_layers", "n_layers", "n_layer", "layer_types"):
         assert written.get(key, dense.get(key)) == dense.get(key)
     again.save_pretrained(tmp_path / "again")
