@@ -16,11 +16,11 @@ from apt_trainer.libraries.versions import check_versions, refusal
 if TYPE_CHECKING:
     from apt_trainer.errors import UserError
     from apt_trainer.models import FAMILIES, ModelFamily
-    from apt_trainer.models.execution_plan import Plan
     from apt_trainer.plan.pruning_plan import PruningPlan
     from apt_trainer.pruning.pruner import AdaptivePruner
     from apt_trainer.scoring import IMPORTANCES, Importance
     from apt_trainer.settings.config import APTConfig
+    from apt_trainer.settings.execution_plan import Plan
     from apt_trainer.store.painted_model import paint
     from apt_trainer.store.saved_model import load_pruned
     from apt_trainer.training.trainer import APTTrainer
@@ -35,7 +35,7 @@ _HOME = {
     "IMPORTANCES": "scoring",
     "Importance": "scoring",
     "ModelFamily": "models",
-    "Plan": "models.execution_plan",
+    "Plan": "settings.execution_plan",
     "PruningPlan": "plan.pruning_plan",
     "UserError": "errors",
     "load_pruned": "store.saved_model",

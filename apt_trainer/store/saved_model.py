@@ -28,7 +28,6 @@ from wrapt import LazyObjectProxy
 from apt_trainer.errors import UserError
 from apt_trainer.libraries.private_names import check_names
 from apt_trainer.models import FAMILIES, HIDDEN, Head, ModelFamily, modeling_apt
-from apt_trainer.models.execution_plan import Plan, plan_from_json
 from apt_trainer.models.modeling_apt import (
     DENSE,
     PREFIX,
@@ -41,6 +40,7 @@ from apt_trainer.models.modeling_apt import (
     stock_classes,
 )
 from apt_trainer.plan.pruning_plan import PruningPlan
+from apt_trainer.settings.execution_plan import Plan, plan_from_json
 
 if TYPE_CHECKING:  # this module is imported as soon as AutoConfig is, which must not wait for modelling code
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -43,10 +43,10 @@ from transformers import PreTrainedModel
 from apt_trainer import AdaptivePruner, APTTrainer, UserError, cli, load_pruned, paint
 from apt_trainer.measure import count_parameters
 from apt_trainer.models import HIDDEN, Space, family_of
-from apt_trainer.models.execution_plan import full
 from apt_trainer.plan.cost import parameter_cost
 from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.settings import MethodSettings
+from apt_trainer.settings.execution_plan import full
 from apt_trainer.store.saved_model import as_pruned
 from apt_trainer.store.starting_point import starting_point
 from apt_trainer.surgery.cutting import apply_plan
