@@ -1,7 +1,7 @@
 """Fine-tune any Hugging Face transformer and get a smaller, faster model back: adaptive pruning while tuning (APT).
 
-Names load on first use, so that ``import apt_trainer`` is quick; once transformers' Auto classes are imported they
-learn to load pruned models.
+Names load on first use, so that ``import apt_trainer`` is quick. Before or after it, transformers' Auto classes learn
+to load pruned models as soon as they are imported.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from apt_trainer.libraries.versions import check_versions, refusal
 if TYPE_CHECKING:
     from apt_trainer.errors import UserError
     from apt_trainer.models import FAMILIES, ModelFamily
-    from apt_trainer.models.execution_plan import Plan
     from apt_trainer.plan.pruning_plan import PruningPlan
     from apt_trainer.pruning.pruner import AdaptivePruner
     from apt_trainer.scoring import IMPORTANCES, Importance
     from apt_trainer.settings.config import APTConfig
+    from apt_trainer.settings.execution_plan import Plan
     from apt_trainer.store.painted_model import paint
     from apt_trainer.store.saved_model import load_pruned
     from apt_trainer.training.trainer import APTTrainer
@@ -35,7 +35,7 @@ _HOME = {
     "IMPORTANCES": "scoring",
     "Importance": "scoring",
     "ModelFamily": "models",
-    "Plan": "models.execution_plan",
+    "Plan": "settings.execution_plan",
     "PruningPlan": "plan.pruning_plan",
     "UserError": "errors",
     "load_pruned": "store.saved_model",
@@ -66,7 +66,7 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
-@wrapt.when_imported("transformers.models.auto.modeling_auto")
+@wrapt.when_imported("transformers.models.auto.configuration_auto")
 def _register(module: Any) -> None:
     if refusal() is None:  # else whoever uses a name of this package is told
-        import_module(f"{__name__}.store.saved_model").register()
+        import_module(f"{__name__}.store.saved_model").register(module.CONFIG_MAPPING)

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import fields
+
+from apt_trainer.cli.train import settings_help
+from apt_trainer.errors import UserError
+from apt_trainer.settings import ModelSettings
 
 HELP = "Measure a saved model against a dense one: parameters, FLOPs, latency or generation speed, memory."
-TAKES_SETTINGS = False
+TAKES_SETTINGS = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="folder of a saved model, hub name or GGUF file")
+    parser.add_argument(
+        "path", metavar="PATH", help="folder of a saved model, hub name or GGUF file; stands before any setting"
+    )
     parser.add_argument(
         "--baseline", metavar="MODEL", help="model to compare with (default: the dense shape of the pruned one)"
     )
@@ -31,15 +38,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda … (default: the accelerator if there is one)")
     parser.add_argument("--output", metavar="FILE.json", help="write all numbers there; '-' prints them")
+    parser.epilog = settings_help((ModelSettings,))
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from apt_trainer.evaluate.compare import benchmark
     from apt_trainer.report.tables import comparison_table
-    from apt_trainer.settings import ModelSettings
+    from apt_trainer.settings.recipe import read_values
 
+    given = read_values(None, overrides)
+    other = [name for name in given if name not in {field.name for field in fields(ModelSettings)}]
+    if other:
+        raise UserError(f"{other[0]} says nothing about the model, which is all that benchmark can be told.")
     metrics = benchmark(
-        ModelSettings(args.path, dtype=args.dtype),
+        ModelSettings(**given | {"model_name_or_path": args.path, "dtype": args.dtype}),
         baseline=args.baseline,
         batch_sizes=args.batch_sizes,
         length=args.length,

@@ -95,10 +95,6 @@ def result_text(metrics: Mapping[str, Any], path: str) -> str:
     """What a run ends with: dense against pruned, and how to load the result."""
     from apt_trainer.report.tables import comparison_table
 
-    if metrics["sparsity"] > 0 and not metrics.get("stock_checkpoint"):
-        load = f"from apt_trainer import load_pruned\n    model = load_pruned({path!r})"
-    else:
-        load = f"from transformers import AutoModel\n    model = AutoModel.from_pretrained({path!r})"
     direction = "" if metrics.get("greater_is_better", True) else "; lower is better"
     return f"""
 {comparison_table(metrics)}
@@ -106,8 +102,19 @@ def result_text(metrics: Mapping[str, Any], path: str) -> str:
 {metrics["metric_name"]} is measured on the {metrics["evaluated_on"]} data{direction}.
 All numbers are in {path}/metrics.json, the picture is {path}/run.png. Load the result:
 
-    {load}
+    {loading_code(path)}
 """
+
+
+def loading_code(path: str) -> str:
+    """Python that loads the model saved in ``path``, with the head it has there."""
+    from apt_trainer.models.modeling_apt import PREFIX
+
+    saved = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    if saved["model_type"].startswith(PREFIX):
+        return f"from apt_trainer import load_pruned\n    model = load_pruned({path!r})"
+    name = saved["architectures"][0]
+    return f"from transformers import {name}\n    model = {name}.from_pretrained({path!r})"
 
 
 def settings_help(groups: Sequence[type]) -> str:

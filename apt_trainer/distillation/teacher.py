@@ -25,7 +25,14 @@ from torch import nn
 from transformers.utils import ModelOutput, find_labels
 
 from apt_trainer.tensors.fully_sharded import plain_modules
-from apt_trainer.tensors.partitioned import copy_of, gather_while_it_runs, is_partitioned, partition_all, strip_modules
+from apt_trainer.tensors.partitioned import (
+    copy_of,
+    gather_while_it_runs,
+    is_partitioned,
+    partition_all,
+    shape_of,
+    strip_modules,
+)
 
 _HOOKS = (
     "_forward_hooks",
@@ -72,6 +79,10 @@ def freeze(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+def _embedding_width(model: Any) -> int:
+    return int(shape_of(model.get_input_embeddings().weight)[1])
+
+
 def _hooks_of(module: nn.Module) -> list[dict[int, Any]]:
     return [getattr(module, name) for name in _HOOKS]
 
@@ -102,9 +113,13 @@ class Teacher:
     def external(
         cls, model: nn.Module, num_hidden: int | None = None, label_order: Sequence[int] | None = None
     ) -> Teacher:
-        """Another model as teacher, frozen in place; ``num_hidden`` is ``model.config.hidden_size`` by default.
-        ``label_order``: as :func:`match_teacher` gives it; logits are brought into the student's order."""
-        teacher = cls(int(model.config.hidden_size) if num_hidden is None else num_hidden)  # type: ignore[union-attr]
+        """Another model as teacher, frozen in place; ``num_hidden`` is by default what its config says or, if it was
+        pruned, the width of its embeddings. ``label_order``: as :func:`match_teacher` gives it; logits are brought
+        into the student's order."""
+        if num_hidden is None:
+            pruned = hasattr(model.config, "apt_structure")
+            num_hidden = _embedding_width(model) if pruned else int(model.config.hidden_size)  # type: ignore[union-attr]
+        teacher = cls(num_hidden)
         teacher.model, teacher.hidden_index, teacher.is_external = freeze(model), None, True
         teacher._label_order = None if label_order is None else torch.tensor(label_order)
         return teacher

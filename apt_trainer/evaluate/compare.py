@@ -67,7 +67,7 @@ def benchmark(
             take.
     """
     settings = ModelSettings(model) if isinstance(model, str) else model
-    other = None if baseline is None else replace(settings, model_name_or_path=baseline, gguf_file=None)
+    other = None if baseline is None else settings.of(baseline)
     place = choose_device(device)
     _check_types(settings, other)  # mistakes are told before processes start
     peaks = measure_memory(settings, max(batch_sizes), length, new_tokens, str(place), other)

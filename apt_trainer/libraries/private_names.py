@@ -48,8 +48,8 @@ NAMES: dict[Use, tuple[Name, ...]] = {
         ),
         Name(
             "transformers.configuration_utils.PreTrainedConfig",
-            ("_attn_implementation", "attribute_map"),
-            "give a pruned model the attention and the names of its stock config",
+            ("_attn_implementation", "attribute_map", "_name_or_path"),
+            "give a pruned model the attention and the names of its stock config, and find the plan beside it",
         ),
         Name(
             "transformers.models.auto.auto_factory._BaseAutoModelClass",
@@ -88,6 +88,7 @@ NAMES: dict[Use, tuple[Name, ...]] = {
             ),
             "copy the student without its hooks",
         ),
+        Name("torch.nn.modules.module.Module", ("_compiled_call_impl",), "see that a model is compiled already"),
         Name("torch._subclasses.fake_tensor.FakeTensorMode", (), "count operations without computing"),
         Name(
             "peft.tuners.lora.layer.LoraLayer",
@@ -160,6 +161,18 @@ NAMES: dict[Use, tuple[Name, ...]] = {
             ("dataloader", "description", "prediction_loss_only", "metric_key_prefix"),
             "count each row once in an evaluation",
         ),
+        Name(f"{_TRAINER}.get_eval_dataloader", ("eval_dataset",), "keep one loader for each set of rows"),
+        Name(f"{_TRAINER}._get_dataloader", ("is_training",), "leave no row out of an evaluation"),
+        Name(f"{_TRAINER}.get_decay_parameter_names", ("model",), "decay what the dense model would"),
+        Name(f"{_TRAINER}._hp_search_setup", ("trial",), "begin each trial with a model of its own"),
+        Name(f"{_TRAINER}.init_hf_repo", ("token",), "make the repository before training"),
+        Name(
+            f"{_TRAINER}.push_to_hub",
+            ("commit_message", "blocking", "token", "revision"),
+            "upload the finished model, not the state of the run",
+        ),
+        Name(f"{_TRAINER}.create_model_card", (), "write the card of the finished model"),
+        Name("torch._dynamo", ("reset",), "forget what was compiled for other shapes"),
         Name(f"{_TRAINER}.log", ("logs", "start_time"), "log sparsity and the parts of the loss"),
         Name(f"{_TRAINER}.save_model", ("output_dir", "_internal_call"), "write a checkpoint or the finished model"),
         Name(

@@ -45,7 +45,7 @@ class Slice:
 @dataclass(frozen=True)
 class SizeAttribute:
     """A number that a module keeps about its own size: ``per_unit`` times the units left, or, where that is None,
-    the units themselves. How it is set: ``models.sizes``."""
+    the units themselves. How it is set: ``modeling_apt``."""
 
     module: str
     name: str
@@ -109,7 +109,7 @@ class Space:
 
 @dataclass(frozen=True)
 class Stub:
-    """Which no-op replaces which module when a sublayer goes; kinds are defined in ``models.stubs``.
+    """Which no-op replaces which module when a sublayer goes; kinds are defined in ``models.modeling_apt``.
 
     ``masked``: whether it already acts while every unit is only masked. False for what stands before the units,
     since it is enough to replace what comes after them.

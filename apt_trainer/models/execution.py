@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from apt_trainer.errors import UserError
 from apt_trainer.models import family_of
-from apt_trainer.models.execution_plan import Execution, Plan
 from apt_trainer.models.slots import layer_list_path, per_layer_values, set_slot, slot_holders
+from apt_trainer.settings.execution_plan import Execution, Plan
 
 
 class PaintedLayers(nn.ModuleList):

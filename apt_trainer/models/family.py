@@ -185,8 +185,15 @@ class ModelFamily:
         return bool(policy == "keep_norm")
 
     def set_post_norm_policy(self, config: Any, policy: str) -> None:
-        """Make ``config``, and with it its model, one of ``policy``; raises as :meth:`keeps_norms`."""
+        """Make ``config``, and with it its model, one of ``policy``; raises as :meth:`keeps_norms`, and for a pruned
+        model without sublayers that left something else."""
         self._check_policy(policy)
+        before = getattr(config, POST_NORM_POLICY, POST_NORM_POLICIES[0])
+        if policy != before and (getattr(config, "apt_structure", None) or {}).get("replaced"):
+            raise UserError(
+                f"The model lost attentions or feed-forwards with post_norm_policy={before!r}, and others cannot go "
+                f"with {policy!r}. Set post_norm_policy: {before}."
+            )
         if policy != POST_NORM_POLICIES[0]:
             setattr(config, POST_NORM_POLICY, policy)
         elif hasattr(config, POST_NORM_POLICY):

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from apt_trainer.models import HIDDEN, ModelFamily, Space, Sublayer
-from apt_trainer.models.base import base_layer
+from apt_trainer.models.base import base_layer, exists
 
 Term = tuple[str, ...]
 """Names of the spaces whose counts are multiplied; the empty term is a constant."""
@@ -136,7 +136,8 @@ def memory_cost(
     for sublayer in family.sublayers(model):
         cached = element * batch_size * cached_numbers(model, sublayer, by_name[sublayer.space], length)
         if cached:
-            terms[sublayer.space][(sublayer.space,)] = terms[sublayer.space].get((sublayer.space,), 0.0) + cached
+            of_guard = terms.setdefault(sublayer.space, {})  # none of a sublayer that is gone
+            of_guard[(sublayer.space,)] = of_guard.get((sublayer.space,), 0.0) + cached
     return CostModel(terms)
 
 
@@ -170,10 +171,12 @@ def fitted_cost(
 
 
 def _dimensions(model: nn.Module, spaces: Sequence[Space]) -> dict[tuple[str, int], tuple[str, float]]:
-    """(parameter name, dim) → (space, entries per unit)."""
+    """(parameter name, dim) → (space, entries per unit), of the modules that are left."""
     dims: dict[tuple[str, int], tuple[str, float]] = {}
     for space in spaces:
         for part in space.slices:
+            if not exists(model, part.module):
+                continue
             module = base_layer(model.get_submodule(part.module))
             width = float(sum(part.parts))
             for name, parameter in module.named_parameters(recurse=False):

@@ -16,6 +16,8 @@ import torch
 from apt_trainer.errors import UserError
 from apt_trainer.models import HIDDEN, Space
 
+PLAN_FILE = "pruning_plan.json"
+
 
 @dataclass(frozen=True)
 class PruningPlan:
@@ -68,8 +70,18 @@ class PruningPlan:
         """Hash by which processes check that they decided the same."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
-    def to_json(self) -> dict[str, Any]:
-        return {"format_version": 1, "kept": {name: list(units) for name, units in self.kept.items()}}
+    def to_json(self, start: PruningPlan | None = None) -> dict[str, Any]:
+        """``kept``: units of the dense model. Where they were taken from ``start``, a model that was pruned before,
+        ``kept_of_start``: the same by their positions in that one."""
+        data = {"format_version": 1, "kept": {name: list(units) for name, units in self.kept.items()}}
+        if start is not None:
+            where = start.survivors(self)
+            of_start = {
+                name: where[name].tolist() if name in where else list(range(len(units)))
+                for name, units in self.kept.items()
+            }
+            data |= {"kept_of_start": of_start} if of_start != data["kept"] else {}
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PruningPlan:
@@ -81,6 +93,25 @@ class PruningPlan:
                 "It was written by another version of apt_trainer, or is damaged."
             )
         return cls({name: tuple(units) for name, units in kept.items()})
+
+    def packed(self, spaces: Sequence[Space]) -> dict[str, str]:
+        """Space that lost units → those left, unit k as bit k of a hexadecimal number; for configs."""
+        shrunk = [space.name for space in spaces if len(self.kept[space.name]) < space.size]
+        return {name: f"{sum(1 << unit for unit in self.kept[name]):x}" for name in shrunk}
+
+    @classmethod
+    def unpacked(cls, packed: Any, spaces: Sequence[Space]) -> PruningPlan:
+        """The plan that :meth:`packed` gave; raises :class:`UserError` for anything else."""
+        kept = dict(cls.dense(spaces).kept)
+        try:
+            for name, bits in packed.items():
+                digits = f"{int(bits, 16):b}"[::-1]
+                kept[name] = tuple(unit for unit, digit in enumerate(digits) if digit == "1")
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"The config does not tell which units are left ({error}); it is damaged.") from error
+        if kept.keys() != {space.name for space in spaces}:
+            raise UserError("The config names units that its model does not have; it is damaged.")
+        return cls(kept)
 
 
 def _is_sorted_units(units: Any) -> bool:

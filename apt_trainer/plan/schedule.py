@@ -45,12 +45,16 @@ class Schedule:
         """Whether after ``step`` completed steps nothing is left to remove, and so nothing is masked."""
         return self.before or step >= self.end
 
-    def sparsity(self, event: int) -> float:
-        """Target after event number ``event`` (0-based): s_T·(1 − (1 − j/n)³) (APT, App. C)."""
+    def sparsity(self, event: int, start: float = 0.0) -> float:
+        """Target after event number ``event`` (0-based): s_0 + (s_T − s_0)·(1 − (1 − j/n)³) (APT, App. C).
+
+        ``start``: s_0, the sparsity of a model that was pruned before.
+        """
         if self.before:
             return self.target_sparsity
         progress = (event + 1) / len(self.events)
-        return self.target_sparsity * (1 - (1 - progress) ** (3 if self.cubic else 1))
+        share = 1 - (1 - progress) ** (3 if self.cubic else 1)
+        return start + (self.target_sparsity - start) * share
 
     def tuning_share(self, event: int) -> float:
         """Share in (0, 1] of the growth of adapter parameters that is reached at ``event`` (0-based); linear."""

@@ -1,7 +1,7 @@
 """What a model must not hold already when it is given to be pruned: wrappers, adapters, quantised or absent weights.
 
 Each is one :class:`UserError` that says what the model holds and what to do. Not for whether its family is known
-(``models``), nor for models that are pruned already (``training.trainer``).
+(``models``), nor for what a pruned model has left (``store.starting_point``).
 """
 
 from __future__ import annotations

@@ -36,6 +36,9 @@ from apt_trainer.scoring.calibration import Batch, calibrate
 from apt_trainer.scoring.observing import Observing
 from apt_trainer.scoring.rank_score import RankScore
 from apt_trainer.settings import MethodSettings
+from apt_trainer.store.saved_model import dense_copy
+from apt_trainer.store.starting_point import starting_point
+from apt_trainer.store.stock import DENSE_SIZES
 from apt_trainer.surgery import adapters as lora
 from apt_trainer.surgery.cutting import apply_plan
 from apt_trainer.surgery.masks import MaskStore
@@ -73,8 +76,9 @@ class PruningEvent:
 class AdaptivePruner:
     """Scores units and adapters while ``model`` trains, and changes its shape when the schedule says so.
 
-    ``model`` must be a plain Hugging Face model; adapters are inserted here when the settings ask for them. What is
-    chosen by seconds is timed on ``timed_on``, where the model is going to run; default: where it is.
+    ``model`` must be a plain Hugging Face model, dense or pruned before; adapters are inserted here when the settings
+    ask for them. ``origin``: what it began with. ``dense_plan``: of the dense original. What is chosen by seconds is
+    timed on ``timed_on``, where the model is going to run; default: where it is.
     """
 
     def __init__(
@@ -92,11 +96,15 @@ class AdaptivePruner:
         self.model, self.settings, self.seed = model, settings, seed
         self.family = family_of(model.config)
         self.family.set_post_norm_policy(model.config, settings.post_norm_policy)
-        self.spaces = self.family.spaces(model)
+        self.origin = starting_point(model)
+        vars(model.config).pop(DENSE_SIZES, None)  # a stock model is a dense one of its own, whatever it was cut from
+        self.spaces, self.plan = self.origin.spaces, self.origin.plan
         self.sublayers = self.family.sublayers(model)
-        self.plan = self.dense_plan = PruningPlan.dense(self.spaces)
-        self.block_cost = parameter_cost(model, self.family, self.spaces)
-        self.cost = cost_of(model, self.family, self.spaces, settings, timed_on)
+        self.dense_plan = PruningPlan.dense(self.spaces)
+        self.block_cost = parameter_cost(self.origin.dense, self.family, self.spaces)
+        timed = settings.sparsity_metric == "latency" and self.origin.is_pruned  # which needs weights
+        dense = dense_copy(model) if timed else self.origin.dense
+        self.cost = cost_of(dense, self.family, self.spaces, settings, timed_on)
         self.limits = limits_of(settings)
         uniform = settings.prunes and settings.shape == "uniform"
         self.shape = uniform_shape(model, self.family, settings.prune_targets) if uniform else None
@@ -248,8 +256,12 @@ class AdaptivePruner:
         return self._observing or self.masks.is_open
 
     def sparsity(self) -> float:
-        """Share of the prunable budget removed so far, in the unit of ``sparsity_metric``."""
+        """Share of the prunable budget of the dense original that is gone, in the unit of ``sparsity_metric``."""
         return 1 - self.cost.total(self.plan.counts) / self.cost.total(self.dense_plan.counts)
+
+    def sparsity_of_start(self) -> float:
+        """As :meth:`sparsity`, but of what the model had when it was given here."""
+        return 1 - self.cost.total(self.plan.counts) / self.cost.total(self.origin.plan.counts)
 
     def norm_paths(self) -> list[str]:
         """Norms of the dense model on the residual stream and over all heads of an attention together."""
@@ -290,6 +302,7 @@ class AdaptivePruner:
         """(JSON part, tensor part) of everything that is not a weight of the model."""
         json_part = {
             "plan": self.plan.to_json(),
+            "start": self.origin.plan.digest(),
             "ranks": lora.ranks(self.model),
             "tune": self.tune,
             "adapter_parameters_at_start": self.adapter_parameters_at_start,
@@ -303,7 +316,10 @@ class AdaptivePruner:
         return json_part, {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
     def restore_shapes(self, description: Mapping[str, Any]) -> None:
-        """Give the freshly built dense model the shapes of a checkpoint, before its weights are loaded."""
+        """Give the model, as it was when the run began, the shapes of a checkpoint, before its weights are loaded.
+
+        Raises as :func:`give_shapes`.
+        """
         self.plan = give_shapes(self.model, self.family, self.spaces, self.plan, description)
         self.adapter_parameters_at_start = description["adapter_parameters_at_start"]
         if description.get("seconds") is not None:
@@ -328,9 +344,9 @@ class AdaptivePruner:
 
     def _check_budget(self) -> None:
         sparsity = self.settings.target_sparsity
-        dense, limits = self.dense_plan, self.limits
-        least = None if self.shape is None else self.shape.least(self.spaces, dense, self.cost, limits)
-        check_budget(self.spaces, self.sublayers, dense, self.cost, limits, sparsity, least)
+        start, limits = self.origin.plan, self.limits
+        least = None if self.shape is None else self.shape.least(self.spaces, start, self.cost, limits)
+        check_budget(self.spaces, self.sublayers, start, self.cost, limits, sparsity, least)
 
     def _insert_adapters(self) -> None:
         s = self.settings
@@ -377,8 +393,10 @@ class AdaptivePruner:
     def _select(self, event: int | None) -> PruningPlan:
         """Plan for ``event``; None: the cut before training."""
         assert self.schedule is not None
-        sparsity = self.schedule.target_sparsity if event is None else self.schedule.sparsity(event)
-        budget = (1 - sparsity) * self.cost.total(self.dense_plan.counts)
+        dense = self.cost.total(self.dense_plan.counts)
+        lost = 1 - self.cost.total(self.origin.plan.counts) / dense
+        sparsity = self.schedule.target_sparsity if event is None else self.schedule.sparsity(event, lost)
+        budget = (1 - sparsity) * dense
         plan = self.choose(self.importance.scores(self.model), self.plan, budget, self.importance.densities)
         self.importance.check_kept(plan.counts)
         return plan
@@ -419,11 +437,17 @@ class AdaptivePruner:
 
 
 def give_shapes(
-    model: nn.Module, family: ModelFamily, spaces: list[Space], dense: PruningPlan, description: Mapping[str, Any]
+    model: nn.Module, family: ModelFamily, spaces: list[Space], start: PruningPlan, description: Mapping[str, Any]
 ) -> PruningPlan:
-    """Cut a dense ``model`` with fresh adapters to what :meth:`AdaptivePruner.state` said; load values after it."""
+    """Cut ``model``, which has the units of ``start`` and fresh adapters, to what :meth:`AdaptivePruner.state` said;
+    load values after it.
+
+    Raises :class:`UserError` where the run began with a model of other units.
+    """
+    if description.get("start", start.digest()) != start.digest():
+        raise UserError("The checkpoint does not fit the model: its run began with one of other units. Give that one.")
     plan = PruningPlan.from_json(description["plan"])
-    apply_plan(model, family, spaces, dense, plan)
+    apply_plan(model, family, spaces, start, plan)
     lora.grow_to(model, description["ranks"])
     if description["tune"] == "full":
         lora.merge_adapters(model)

@@ -26,8 +26,10 @@ _KIND_NAMES = {"heads": "heads", "neurons": "neurons", HIDDEN: "hidden dimension
 def uniform_shape(model: PreTrainedModel, family: ModelFamily, targets: Collection[str]) -> UniformShape:
     """What plans of equal layers of the dense ``model`` have to keep to, so that they are stock checkpoints.
 
-    ``targets``: as ``prune_targets``. Raises :class:`UserError` for one that its config cannot say.
+    ``targets``: as ``prune_targets``. Raises :class:`UserError` for one that its config cannot say, and as
+    :func:`check_start`.
     """
+    check_start(model)
     spaces, config = family.spaces(model), model.config
     if "sublayers" in targets and family.keeps_norms(config):
         raise UserError(
@@ -48,6 +50,15 @@ def uniform_shape(model: PreTrainedModel, family: ModelFamily, targets: Collecti
             f"prune_targets: [{', '.join(named)}] (sublayers: whole layers) or fewer of these, or shape: free."
         )
     return UniformShape(trial.layers, allowed)
+
+
+def check_start(model: PreTrainedModel) -> None:
+    """Raise :class:`UserError` unless ``model`` is a stock one, which others of equal layers can come from."""
+    if hasattr(model.config, "apt_structure"):
+        raise UserError(
+            "shape: uniform starts from a stock model, but this one was pruned to a shape that no stock config "
+            "describes. Start from its dense original, or set shape: free to prune it further."
+        )
 
 
 def check_stock(model: PreTrainedModel, family: ModelFamily, plan: PruningPlan) -> None:

@@ -6,11 +6,12 @@ exception: it is measured, so the model is built with random weights. Not for ru
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from apt_trainer.models import HIDDEN, family_of
 from apt_trainer.plan.cost import flops_cost
@@ -23,6 +24,7 @@ from apt_trainer.runs.preflight import check_before_loading, check_installed, ch
 from apt_trainer.settings.config import APTConfig
 from apt_trainer.settings.recipe import Recipe
 from apt_trainer.store.pretrained import build_model, dtype_name, load_inputs
+from apt_trainer.store.starting_point import starting_point
 from apt_trainer.surgery import adapters as lora
 from apt_trainer.tasks import TaskData
 from apt_trainer.tasks.trainer_options import set_task_arguments
@@ -48,14 +50,14 @@ def plan(recipe: Recipe) -> str:
     memory = memory_estimate(model, args, recipe.data.max_length, predicted)
     lines = [
         f"model        {type(model).__name__}, {format_count(sum(p.numel() for p in model.parameters()))} parameters "
-        f"with adapters, {format_count(pruner.block_cost.total(pruner.plan.counts))} in blocks",
+        f"with adapters, {format_count(pruner.block_cost.total(pruner.plan.counts))} in blocks{_of_original(pruner)}",
         f"data         {len(data.train):,} training rows, {len(data.validation):,} validation, "
         f"{len(data.test):,} reported on ({data.test_name})",
         *_label_lines(data),
         f"trains       {' → '.join(tune_phases(args))}; {format_count(_trained(model))} parameters at first",
         f"steps        {schedule.total:,} of {args.train_batch_size * args.gradient_accumulation_steps} rows",
         f"memory       {format_bytes(memory)} estimated at the first step "
-        f"({_counted(model, args)}){_of_dense_model(pruner, args)}",
+        f"({_counted(model, args)}){_of_model_at_first(pruner, args)}",
         *([f"timed        on {args.device}, with weights in {dtype_name(model.dtype)}"] if timed else []),
         "",
         _space_table(pruner),
@@ -84,14 +86,27 @@ def _weight(weight: float | None) -> str:
     return "" if weight is None else f" (weight {weight:.3g})"
 
 
-def _of_dense_model(pruner: AdaptivePruner, args: APTConfig) -> str:
-    """What a cut before the first step takes off the estimate, which is for the dense model."""
+def _of_original(pruner: AdaptivePruner) -> str:
+    """Of a model that was pruned before, what it has of its dense original."""
+    if not pruner.origin.is_pruned:
+        return ""
+    dense = format_count(pruner.block_cost.total(pruner.dense_plan.counts))
+    lost = f"{pruner.sparsity():.1%} of {pruner.settings.sparsity_metric} removed before"
+    return f" ({lost}; {dense} in the dense original)"
+
+
+def _of_model_at_first(pruner: AdaptivePruner, args: APTConfig) -> str:
+    """What a cut before the first step takes off the estimate, which is for the model before it."""
     if not args.prunes_before:
         return ""
     cut = evenly_cut(pruner, args.target_sparsity or 0.0)
-    fewer = pruner.block_cost.total(pruner.dense_plan.counts) - pruner.block_cost.total(cut.counts)
+    fewer = pruner.block_cost.total(pruner.plan.counts) - pruner.block_cost.total(cut.counts)
     freed = int(fewer * next(pruner.model.parameters()).element_size())
-    return f" of the dense model; the cut before it frees about {format_bytes(freed)} of weights"
+    return f" of {_before_the_cut(pruner)}; the cut before it frees about {format_bytes(freed)} of weights"
+
+
+def _before_the_cut(pruner: AdaptivePruner) -> str:
+    return "the model as given" if pruner.origin.is_pruned else "the dense model"
 
 
 def tune_phases(args: APTConfig) -> list[str]:
@@ -104,7 +119,7 @@ def tune_phases(args: APTConfig) -> list[str]:
     return phases
 
 
-def memory_estimate(model: nn.Module, args: APTConfig, length: int, predicted: int) -> int:
+def memory_estimate(model: PreTrainedModel, args: APTConfig, length: int, predicted: int) -> int:
     """Bytes of the first training step: weights, gradients and Adam moments of what trains, activations and logits.
 
     Activations are counted as 16 values per token and hidden dimension and 3 per token and neuron in each layer
@@ -118,15 +133,15 @@ def memory_estimate(model: nn.Module, args: APTConfig, length: int, predicted: i
         length: Tokens per input.
         predicted: Tokens per row that a language model predicts.
     """
+    family, origin = family_of(model.config), starting_point(model)
+    counts = origin.plan.counts
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    family = family_of(model.config)
-    spaces = {space.name: space for space in family.spaces(model)}
     tokens = args.train_batch_size * length
-    hidden, layers = spaces[HIDDEN].size, len(family.layer_paths(model))
+    hidden, layers = counts[HIDDEN], len(family.layer_paths(model))
     per_layer = 16 * hidden
-    per_layer += sum(3 * s.size for s in spaces.values() if s.kind == "neurons") // layers
-    per_layer += sum(2 * s.size * length for s in spaces.values() if s.kind == "heads") // layers
+    per_layer += sum(3 * counts[s.name] for s in origin.spaces if s.kind == "neurons") // layers
+    per_layer += sum(2 * counts[s.name] * length for s in origin.spaces if s.kind == "heads") // layers
     if args.gradient_checkpointing:
         per_layer = hidden + per_layer // layers
     element = 2 if args.bf16 or args.fp16 else 4
@@ -156,13 +171,14 @@ def _space_table(pruner: AdaptivePruner) -> str:
     rows: list[Mapping[str, Any]] = []
     for kind, targets in (("heads", "heads"), ("neurons", "neurons"), (HIDDEN, "hidden")):
         members = [space for space in pruner.spaces if space.kind == kind]
-        unit = pruner.block_cost.marginal(members[0].name, pruner.plan.counts)
+        sizes = [pruner.plan.counts[space.name] for space in members]
+        left = next((space for space in members if pruner.plan.counts[space.name]), members[0])
+        unit = pruner.block_cost.marginal(left.name, pruner.plan.counts)
         rows.append(
             {
                 "kind": kind,
-                "units": " + ".join(str(s.size) for s in members)
-                if len(members) < 3
-                else f"{len(members)} × {members[0].size}",
+                "units": _sizes(sizes)
+                + (f" of {_sizes([s.size for s in members])}" if pruner.origin.is_pruned else ""),
                 "unit": f"{unit:,.0f}",
                 "pruned": _pruned(pruner, targets),
                 "step": pruner.limits.round_to[kind],
@@ -199,6 +215,15 @@ def _shape_lines(pruner: AdaptivePruner, schedule: Schedule) -> list[str]:
     ]
 
 
+def _sizes(sizes: Sequence[int]) -> str:
+    """Units per sublayer, or where they differ, of all: "12 × 64", "31 (0 to 4)"."""
+    if len(sizes) < 3:
+        return " + ".join(map(str, sizes))
+    if len(set(sizes)) == 1:
+        return f"{len(sizes)} × {sizes[0]}"
+    return f"{sum(sizes)} ({min(sizes)} to {max(sizes)})"
+
+
 def _pruned(pruner: AdaptivePruner, kind: str) -> str:
     if not pruner.settings.prunes or kind not in pruner.limits.kinds:
         return "no"
@@ -208,15 +233,15 @@ def _pruned(pruner: AdaptivePruner, kind: str) -> str:
 def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig) -> list[str]:
     if not schedule.events:
         return ["Nothing is pruned (target_sparsity: null)."]
-    dense = pruner.dense_plan
-    flops = flops_cost(pruner.model, pruner.family, pruner.spaces, 1, args.reference_length)
+    at_first = pruner.plan
+    flops = flops_cost(pruner.origin.dense, pruner.family, pruner.spaces, 1, args.reference_length)
     adapters = lora.adapter_parameters(pruner.model)
     rows = [
         {
             "step": 0,
-            "target": "0 %",
-            "params": format_count(pruner.block_cost.total(dense.counts)),
-            "flops": format_count(flops.total(dense.counts)),
+            **_removed(pruner, pruner.sparsity()),
+            "params": format_count(pruner.block_cost.total(at_first.counts)),
+            "flops": format_count(flops.total(at_first.counts)),
             "adapters": format_count(adapters),
         }
     ]
@@ -225,19 +250,20 @@ def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig)
         rows.append(
             {
                 "step": "0, cut",
-                "target": f"{schedule.target_sparsity:.1%}",
+                **_removed(pruner, schedule.target_sparsity),
                 "params": format_count(pruner.block_cost.total(cut.counts)),
                 "flops": format_count(flops.total(cut.counts)),
                 "adapters": f"≤ {format_count(adapters)}",
             }
         )
     for number, step in enumerate(schedule.events):
-        even = evenly_cut(pruner, schedule.sparsity(number))
+        sparsity = schedule.sparsity(number, pruner.sparsity())
+        even = evenly_cut(pruner, sparsity)
         growth = 1 + schedule.tuning_share(number) * (args.tuning_growth - 1) if args.rank_growth != "none" else 1
         rows.append(
             {
                 "step": step,
-                "target": f"{schedule.sparsity(number):.1%}",
+                **_removed(pruner, sparsity),
                 "params": format_count(pruner.block_cost.total(even.counts)),
                 "flops": format_count(flops.total(even.counts)),
                 "adapters": f"≤ {format_count(adapters * growth)}",
@@ -246,13 +272,15 @@ def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig)
     columns = [
         ("step", "step"),
         ("target", f"{args.sparsity_metric} removed"),
+        *([("of_start", "of this model")] if pruner.origin.is_pruned else []),
         ("params", "block parameters"),
         ("flops", f"block FLOPs at 1×{args.reference_length}"),
         ("adapters", "adapter parameters"),
     ]
     then = f"masks fade over {schedule.window} steps."
     if schedule.before:
-        then = f"the dense model is {_scoring(pruner, args)}cut before the first step, after which only ranks grow."
+        scored = f"{_before_the_cut(pruner)} is {_scoring(pruner, args)}"
+        then = f"{scored}cut before the first step, after which only ranks grow."
     elif pruner.impact is not None:
         then = f"at each event the model is {_scoring(pruner, args)}cut; with fewer sublayers left, passes are fewer."
     fewer = fewer_events(args, schedule)
@@ -270,6 +298,12 @@ def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig)
     return lines
 
 
+def _removed(pruner: AdaptivePruner, sparsity: float) -> dict[str, str]:
+    """``sparsity`` of the dense original, and what that is of the model as given."""
+    of_start = 1 - (1 - sparsity) / (1 - pruner.sparsity())
+    return {name: f"{share:.1%}" if share else "0 %" for name, share in (("target", sparsity), ("of_start", of_start))}
+
+
 def _scoring(pruner: AdaptivePruner, args: APTConfig) -> str:
     """What is done to the model before it is cut."""
     if not pruner.importance.needs_data:
@@ -283,7 +317,9 @@ def _scoring(pruner: AdaptivePruner, args: APTConfig) -> str:
 def evenly_cut(pruner: AdaptivePruner, sparsity: float, free: bool = False) -> PruningPlan:
     """A plan at ``sparsity`` in which every kind loses about the same share; ``free``: of whatever shape."""
     budget = (1 - sparsity) * pruner.cost.total(pruner.dense_plan.counts)
-    scores = {space.name: torch.linspace(1, 0, space.size, dtype=torch.float64) for space in pruner.spaces}
+    scores = {name: torch.linspace(1, 0, number, dtype=torch.float64) for name, number in pruner.plan.counts.items()}
     if free:
-        return select(scores, pruner.spaces, pruner.dense_plan, pruner.cost, budget, pruner.limits, True)
-    return pruner.choose(scores, pruner.dense_plan, budget, densities=True)
+        return select(
+            scores, pruner.spaces, pruner.plan, pruner.cost, budget, pruner.limits, scores_are_densities=True
+        )
+    return pruner.choose(scores, pruner.plan, budget, densities=True)

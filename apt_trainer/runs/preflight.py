@@ -65,6 +65,11 @@ def check_before_loading(recipe: Recipe, config: Any, data: TaskData, tokenizer:
             "dense_baseline starts a process of its own, which would join those of the launcher. Train the dense "
             "model alone (target_sparsity: null, tune: full), or start without a launcher."
         )
+    if args.dense_baseline and getattr(config, "apt_structure", None) is not None:
+        raise UserError(
+            "dense_baseline compares with the dense model that model_name_or_path names, but that one is pruned. Set "
+            "dense_baseline: false; train its dense original in a run of its own (target_sparsity: null, tune: full)."
+        )
     if args.heldout_rows(len(data.train)) >= len(data.train):
         raise UserError(
             f"The training data have {len(data.train)} row, all of it held out to choose the teacher on. Give more "

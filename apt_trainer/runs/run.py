@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -109,7 +108,7 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
         raise UserError(
             f"packing: true, but in {type(model).__name__} packed sequences would see each other. Set packing: false."
         )
-    dense_parameters = count_parameters(model)
+    start_parameters = count_parameters(model)
     trainer = APTTrainer(
         model,
         args,
@@ -145,8 +144,7 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
         "block_params_dense": int(trainer.pruner.block_cost.total(trainer.pruner.dense_plan.counts)),
         "block_params": int(trainer.pruner.block_cost.total(trainer.pruner.plan.counts)),
         "sparsity": trainer.pruner.sparsity(),
-        "stock_checkpoint": not hasattr(trainer.model.config, "apt_structure"),
-        "total_params_dense": dense_parameters,
+        "total_params_dense": count_parameters(dense_copy(trainer.model, "meta")),
         "total_params": count_parameters(trainer.model),
         "disk_bytes_dense": sum(p.numel() * p.element_size() for p in dense_copy(trainer.model, "meta").parameters()),
         "disk_bytes": size_on_disk(output),
@@ -162,7 +160,7 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
         "device": str(args.device),
         "engine": engine,
         "versions": versions(),
-    }
+    } | _of_start(trainer, start_parameters)
     metrics |= {f"{name}_dense": dense[name] for name in _COMPARED if name in dense}
     if args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
         metrics["best_checkpoint"] = Path(trainer.state.best_model_checkpoint).name
@@ -211,10 +209,22 @@ def _measure_further(metrics: dict[str, Any], recipe: Recipe, trainer: APTTraine
         metrics |= _inference_memory(recipe)
 
 
+def _of_start(trainer: APTTrainer, parameters: int) -> dict[str, Any]:
+    """Sizes of a model that was pruned before the run, which began with so many ``parameters``."""
+    pruner = trainer.pruner
+    if not pruner.origin.is_pruned:
+        return {}
+    return {
+        "block_params_start": int(pruner.block_cost.total(pruner.origin.plan.counts)),
+        "total_params_start": parameters,
+        "sparsity_of_start": pruner.sparsity_of_start(),
+    }
+
+
 def _inference_memory(recipe: Recipe) -> dict[str, Any]:
     """Peak memory of running what was saved and its dense shape; empty, with a warning, where that fails."""
     args = recipe.training
-    saved = replace(recipe.model, model_name_or_path=str(args.output_dir), gguf_file=None, tokenizer_name_or_path=None)
+    saved = recipe.model.of(str(args.output_dir))
     sizes = max(args.latency_batch_sizes), args.latency_length, args.latency_new_tokens
     try:
         return {"inference_memory": measure_memory(saved, *sizes, str(args.device))}

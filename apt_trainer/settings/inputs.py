@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from apt_trainer.errors import UserError
 from apt_trainer.settings.choices import setting
@@ -26,6 +27,22 @@ class ModelSettings:
     trust_remote_code: bool = setting(False, "Run Python code that comes with the model.")
     dtype: str = setting("float32", "Type the weights are loaded in: auto, float32, bfloat16 or float16.")
     attn_implementation: str | None = setting(None, "Attention back end, for example sdpa or eager.")
+    model_init_kwargs: dict[str, Any] | None = setting(
+        None,
+        "Further arguments of from_pretrained: cache_dir, subfolder, or values of the config such as "
+        "{output_hidden_states: true}. A token for the hub goes into the environment variable HF_TOKEN.",
+    )
+
+    def of(self, path: str) -> ModelSettings:
+        """The same for another model: without what says where this one is."""
+        return replace(
+            self,
+            model_name_or_path=path,
+            gguf_file=None,
+            tokenizer_name_or_path=None,
+            model_revision="main",
+            model_init_kwargs=None,
+        )
 
 
 @dataclass

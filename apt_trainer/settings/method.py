@@ -13,7 +13,9 @@ class PruningSettings:
     """What is removed, how much of it and when."""
 
     target_sparsity: float | None = setting(
-        0.6, "Fraction of the prunable budget to remove, between 0 and 1; null: prune nothing. 0.6 (APT, Table 2)."
+        0.6,
+        "Fraction of the prunable budget to remove, between 0 and 1; null: prune nothing. 0.6 (APT, Table 2). For a "
+        "model that was pruned before: of its dense original, what is gone already included.",
     )
     sparsity_metric: str = setting(
         "params",
@@ -39,6 +41,11 @@ class PruningSettings:
         "early",
         "before: once, before the first step (APT, for LLaMA); early: in the first part of training; late: in its "
         "second half; after: once, when training has ended.",
+    )
+    refit: bool = setting(
+        True,
+        "At a cut before training: the weights that read what is left are solved for anew by least squares, on the "
+        "rows that scored the model.",
     )
     calibration_samples: int = setting(
         256, "Rows of the training data that score the units where pruning_time is before, or by nri. 256 (APT)."
@@ -169,6 +176,11 @@ class DistillationSettings:
         "lora", "Map from student to teacher dimensions: identity plus lora (APT), or identity."
     )
     heldout_fraction: float = setting(0.05, "Share of the training data on which teacher snapshots are chosen.")
+    remote_code: bool = setting(
+        True,
+        "Save the code with the model by which transformers, with trust_remote_code, loads it where this package is "
+        "not installed.",
+    )
 
 
 @dataclass

@@ -64,13 +64,7 @@ _OPTIMIZERS = {
     "grokadamw": _of("grokadamw"),
     "stable_adamw": _of("optimi", "torch-optimi"),
 }
-_OPTIMIZER_FAMILIES = {
-    "galore_": _of("galore_torch", "galore-torch"),
-    "apollo_": _of("apollo_torch", "apollo-torch"),
-    "schedule_free_": _of("schedulefree"),
-}
 _OPTIMIZER_PARTS = {
-    "lomo": _of("lomo_optim", "lomo-optim"),
     "bnb": BITSANDBYTES,
     "8bit": BITSANDBYTES,
     "32bit": BITSANDBYTES,
@@ -112,8 +106,6 @@ def _needed(settings: Mapping[str, Any]) -> Iterator[tuple[str, Package]]:
         yield f"optim: {optimizer}", package
     if settings.get("deepspeed"):
         yield "deepspeed", DEEPSPEED
-    if settings.get("use_liger_kernel"):
-        yield "use_liger_kernel: true", _of("liger_kernel", "liger-kernel")
     if settings.get("lm_eval_tasks"):
         yield f"lm_eval_tasks: {settings['lm_eval_tasks']}", HARNESS
     if settings.get("quantize") in _QUANTIZE:
@@ -131,8 +123,7 @@ def _needed(settings: Mapping[str, Any]) -> Iterator[tuple[str, Package]]:
 def _of_optimizer(name: str) -> list[Package]:
     if name in _OPTIMIZERS:
         return [_OPTIMIZERS[name]]
-    found = [package for start, package in _OPTIMIZER_FAMILIES.items() if name.startswith(start)]
-    return found + list(dict.fromkeys(package for part, package in _OPTIMIZER_PARTS.items() if part in name))
+    return list(dict.fromkeys(package for part, package in _OPTIMIZER_PARTS.items() if part in name))
 
 
 def _of_task(settings: Mapping[str, Any]) -> Iterator[tuple[str, Package]]:

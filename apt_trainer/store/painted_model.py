@@ -9,7 +9,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from apt_trainer.models.execution import check_plan
-from apt_trainer.models.execution_plan import Plan
+from apt_trainer.settings.execution_plan import Plan
 from apt_trainer.store.saved_model import become_own, put_saved_plan
 
 

@@ -22,7 +22,7 @@ from apt_trainer.models.labels import HEADS, has_head, match_teacher
 from apt_trainer.settings import CHOICES, DataSettings, ModelSettings, resolve_path
 from apt_trainer.settings.packages import TOKENIZERS, require
 from apt_trainer.settings.recipe import Recipe
-from apt_trainer.store.saved_model import dense_shape, load_pruned
+from apt_trainer.store.saved_model import OF_HUB, dense_shape, load_pruned, model_class
 from apt_trainer.store.stock import with_dense_sizes
 from apt_trainer.tasks import TaskData, architecture_of, load_task
 
@@ -117,11 +117,10 @@ def _check_head(config: Any, data: TaskData, path: str) -> None:
 def load_tokenizer(settings: ModelSettings) -> Any:
     """The tokenizer, from beside the model or out of its GGUF file unless another one is named."""
     if settings.tokenizer_name_or_path is not None:
-        source = find_source(settings.tokenizer_name_or_path)
-    else:
-        source = source_of(settings)
+        settings = settings.of(settings.tokenizer_name_or_path)
+    source = source_of(settings)
     try:
-        return _from_hub(AutoTokenizer.from_pretrained, source, **_trust(settings))
+        return _from_hub(AutoTokenizer.from_pretrained, source, **_place(settings))
     except UserError as error:  # transformers names one of these, which may be the wrong one
         if any(package.modules[0] in str(error).lower() for package in TOKENIZERS):
             for package in TOKENIZERS:
@@ -143,7 +142,7 @@ def load_config(settings: ModelSettings) -> Any:
 def read_config(settings: ModelSettings) -> Any:
     """The config, whatever it says; raises :class:`UserError` where there is none, or for an attention that cannot
     compute in the type of the weights."""
-    config = _from_hub(AutoConfig.from_pretrained, source_of(settings), **_trust(settings))
+    config = _from_hub(AutoConfig.from_pretrained, source_of(settings), **_options(settings))
     attention = settings.attn_implementation or ""
     # under bf16: true it would fail once training is over
     if "flash" in attention and _dtype(config, settings.dtype) == torch.float32:
@@ -171,12 +170,21 @@ def refuse_quantised(config: Any, path: str) -> None:
 
 
 def build_model(config: Any, data: TaskData, device: str, dtype: str = "auto") -> PreTrainedModel:
-    """A model for the task on ``device`` ("meta" for shapes alone), without loading weights; ``dtype``: theirs."""
+    """A model for the task on ``device`` ("meta" for shapes alone), without loading weights; ``dtype``: theirs.
+
+    Raises :class:`UserError` for a pruned model that has another head.
+    """
+    auto, architecture = getattr(transformers, data.model_class), getattr(config, "apt_base_architecture", None)
+    if architecture is not None and type(config) not in auto._model_mapping:
+        raise UserError(
+            f"The pruned model was saved as {architecture}, but the task needs one of {data.model_class}. Tune it for "
+            "the task of its head, or prune the dense model with a head for this task."
+        )
     config = copy.deepcopy(config)
     for name, value in data.model_kwargs.items():
         setattr(config, name, value)
     with torch.device(device):
-        model = getattr(transformers, data.model_class).from_config(config)
+        model = auto.from_config(config)
     return model.to(_dtype(config, dtype))  # type: ignore[no-any-return]
 
 
@@ -189,7 +197,7 @@ def load_model(settings: ModelSettings, data: TaskData) -> PreTrainedModel:
 
 def teacher_settings(settings: ModelSettings, path: str) -> ModelSettings:
     """Those of the teacher in ``path`` for a model of ``settings``."""
-    return replace(settings, model_name_or_path=path, tokenizer_name_or_path=None, gguf_file=None)
+    return settings.of(path)
 
 
 def load_teacher(settings: ModelSettings, data: TaskData) -> PreTrainedModel:
@@ -225,7 +233,7 @@ def check_teacher(settings: ModelSettings, data: TaskData, model: PreTrainedMode
         teacher = getattr(transformers, data.model_class).from_config(config)
     match_teacher(model, teacher)
     try:
-        theirs = AutoTokenizer.from_pretrained(source.path, **_trust(settings)).get_vocab()
+        theirs = AutoTokenizer.from_pretrained(source.path, **_place(settings)).get_vocab()
     except (OSError, ValueError):
         return
     ours = tokenizer.get_vocab()
@@ -244,21 +252,31 @@ def load_saved(settings: ModelSettings, data: TaskData | None = None) -> PreTrai
     config = read_config(settings)
     options = _weights(settings, source)
     if getattr(config, "apt_base_architecture", None):
-        return load_pruned(source.path, **{k: v for k, v in options.items() if k in ("dtype", "attn_implementation")})
+        return _from_hub(load_pruned, source, **options)  # type: ignore[no-any-return]
     return _from_hub(_saved_class(config, source, data).from_pretrained, source, **options)  # type: ignore[no-any-return]
 
 
-def load_dense_shape(settings: ModelSettings, itself: bool = False) -> PreTrainedModel:
-    """The dense model that a saved one was cut from, with random weights: for size and speed. Reads the config.
+def load_dense_shape(settings: ModelSettings) -> PreTrainedModel:
+    """The dense model that a saved one was cut from, with random weights: for size and speed. Reads the config."""
+    return _dense(settings, with_dense_sizes(read_config(settings)))
 
-    ``itself``: a stock checkpoint is taken for a dense model, whatever it was cut from.
-    """
-    source = source_of(settings)
+
+def load_shape(settings: ModelSettings) -> PreTrainedModel:
+    """A saved model, pruned or stock, with random weights: for sizes. Reads the config."""
     config = read_config(settings)
+    architecture = getattr(config, "apt_base_architecture", None)
+    if architecture is None:
+        return _dense(settings, config)
+    model = model_class(architecture)(config)
+    return model.to(_dtype(config, settings.dtype))  # type: ignore[no-any-return]
+
+
+def _dense(settings: ModelSettings, config: Any) -> PreTrainedModel:
+    """The dense model of ``config``, with random weights."""
     if settings.attn_implementation:
         config._attn_implementation = settings.attn_implementation
-    cls, stock = dense_shape(config if itself else with_dense_sizes(config))
-    cls = cls or _saved_class(config, source, None)
+    cls, stock = dense_shape(config)
+    cls = cls or _saved_class(config, source_of(settings), None)
     model = cls(stock) if issubclass(cls, PreTrainedModel) else cls.from_config(stock)
     return model.to(_dtype(config, settings.dtype))  # type: ignore[no-any-return]
 
@@ -285,7 +303,12 @@ def _saved_class(config: Any, source: Source, data: TaskData | None) -> Any:
     if source.gguf_file is not None:
         encoder_decoder = getattr(config, "is_encoder_decoder", False)
         return transformers.AutoModelForSeq2SeqLM if encoder_decoder else transformers.AutoModelForCausalLM
-    return getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+    name = (config.architectures or [""])[0]
+    if hasattr(transformers, name):
+        return getattr(transformers, name)
+    of_its_own = getattr(config, "auto_map", None) or {}  # a model that comes with code
+    autos = [auto for auto, path in of_its_own.items() if auto.startswith("AutoModel") and path.endswith(f".{name}")]
+    return getattr(transformers, autos[0] if autos else "AutoModel")
 
 
 def choose_device(asked: str | None = None) -> torch.device:
@@ -315,12 +338,41 @@ def source_of(settings: ModelSettings) -> Source:
     return find_source(settings.model_name_or_path, settings.gguf_file)
 
 
-def _trust(settings: ModelSettings) -> dict[str, Any]:
-    return {"revision": settings.model_revision, "trust_remote_code": settings.trust_remote_code}
+def _options(settings: ModelSettings) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` for whatever is read from the place of the model."""
+    further = settings.model_init_kwargs or {}
+    if isinstance(further.get("token"), str):
+        raise UserError(
+            "model_init_kwargs holds a token, which would be written into the results. Put it into the environment "
+            "variable HF_TOKEN."
+        )
+    for name, instead in _HAS_A_SETTING.items():
+        if name in further:
+            raise UserError(f"model_init_kwargs: {name} is not for there. Use {instead}.")
+    trust = settings.trust_remote_code
+    return {"revision": settings.model_revision, "trust_remote_code": trust, **further}
+
+
+def _place(settings: ModelSettings) -> dict[str, Any]:
+    """Those of them that say where files are, whatever they hold."""
+    options = {name: value for name, value in _options(settings).items() if name in OF_HUB}
+    return options | {"trust_remote_code": settings.trust_remote_code}
+
+
+_HAS_A_SETTING = {
+    "revision": "model_revision",
+    "trust_remote_code": "the setting of that name",
+    "dtype": "the setting of that name",
+    "torch_dtype": "dtype",
+    "attn_implementation": "the setting of that name",
+    "gguf_file": "the setting of that name",
+    "device_map": "--device of evaluate and benchmark; a run chooses its devices itself",
+    "quantization_config": "--quantize of evaluate",
+}
 
 
 def _weights(settings: ModelSettings, source: Source) -> dict[str, Any]:
-    options = _trust(settings) | {"dtype": settings.dtype}
+    options = _options(settings) | {"dtype": settings.dtype}
     if settings.attn_implementation:
         options["attn_implementation"] = settings.attn_implementation
     if source.gguf_file is not None:
@@ -335,6 +387,7 @@ def _from_hub(load: Any, source: Source, **options: Any) -> Any:
         return load(source.path, **options)
     except UserError:
         raise
-    except (OSError, ImportError, ValueError, SafetensorError) as error:  # no such files, unreadable content …
+    except (OSError, ImportError, ValueError, TypeError, SafetensorError) as error:
+        # no such files, unreadable content, an argument that the model does not take …
         name = source.path if source.gguf_file is None else str(Path(source.path) / source.gguf_file)
         raise UserError(f"{name} could not be loaded: {str(error).strip().splitlines()[0]}") from error

@@ -17,9 +17,8 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from apt_trainer.errors import Retold, RunError, reason
-from apt_trainer.plan.pruning_plan import PruningPlan
+from apt_trainer.plan.pruning_plan import PLAN_FILE, PruningPlan
 
-PLAN_FILE = "pruning_plan.json"
 RESCUED = "rescued-"
 """How folders of rescued models begin."""
 

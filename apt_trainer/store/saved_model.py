@@ -1,58 +1,77 @@
-"""The format of a finished model, and how it loads: stock modelling code, other sizes, equal logits.
+"""What a finished model is saved as, and how it loads: stock modelling code, other sizes, equal logits.
 
-``config.json`` carries the stock config under an own model type ("apt_" + base) plus ``apt_structure``: parameter
-shapes, size attributes and no-op modules that differ from the dense model; ``apt_post_norm_policy``, where it is not
-the default, says which no-ops those are to be (``models.family``). A stock loader does not know the type and
-fails loudly instead of filling missing weights at random. Loading builds the stock class on the meta device, applies
-the structure and lets Hugging Face fill it; it needs no remote code. With ``apt_plan`` the layers run by an execution
-plan (``painting``); the rest of the config is then still that of the layers, one after the other.
-Not for checkpoints inside a run (``training.checkpoint``).
+The classes of the format are those of ``modeling_apt``; here a cut model becomes one of them, older formats are read,
+and the Auto classes learn them. A stock loader does not know the model type and fails loudly instead of filling
+missing weights at random. ``apt_kept`` tells which units of the dense model are left (``PruningPlan.packed``), for
+who prunes further. With ``apt_plan`` the layers run by an execution plan (``models.execution``); the rest of the
+config is then still that of the layers, one after the other. ``apt_post_norm_policy``, where it is not the default,
+says which no-ops those of gone sublayers are to be (``models.family``). Not for checkpoints inside a run
+(``training.checkpoint``).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from functools import cache
+import json
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from wrapt import LazyObjectProxy
 
 from apt_trainer.errors import UserError
 from apt_trainer.libraries.private_names import check_names
-from apt_trainer.models import FAMILIES, ModelFamily
-from apt_trainer.models.execution import put_plan
-from apt_trainer.models.execution_plan import Plan, plan_from_json
-from apt_trainer.models.sizes import ConfigView, get_size, set_size
-from apt_trainer.models.stubs import STUB_KINDS, STUBS, put_stub
+from apt_trainer.models import FAMILIES, HIDDEN, Head, ModelFamily, family_of, modeling_apt
+from apt_trainer.models.modeling_apt import (
+    DENSE,
+    PREFIX,
+    REMOTE_CODE,
+    STUB_KINDS,
+    ConfigView,
+    config_class,
+    get_size,
+    model_class,
+    stock_classes,
+)
 from apt_trainer.plan.pruning_plan import PruningPlan
+from apt_trainer.settings.execution_plan import Plan, plan_from_json
 from apt_trainer.store.stock import DENSE_SIZES, become_stock, with_dense_sizes
 
-FORMAT_VERSION = 2
-_WITHOUT_PLAN = 1  # what a model without an execution plan is saved as: older versions can read it
-PREFIX = "apt_"
-_DENSE = "apt_per_layer"  # in memory only: what the config of a model with an execution plan says about its layers
-_SIZES = ("in_features", "out_features", "embedding_dim", "normalized_shape", "nf", "nx")
+if TYPE_CHECKING:  # this module is imported as soon as AutoConfig is, which must not wait for modelling code
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-Structure = dict[str, dict[str, Any]]
+KEPT = "apt_kept"
+_SIZES = ("in_features", "out_features", "embedding_dim", "normalized_shape", "nf", "nx")
+OF_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""Arguments of ``from_pretrained`` that say where files are, whatever they hold."""
+
+Structure = dict[str, Any]
 
 
 def describe_structure(model: nn.Module, dense: nn.Module, family: ModelFamily, plan: PruningPlan) -> Structure:
-    """What sets ``model`` apart from ``dense`` (which may be on the meta device)."""
-    structure: Structure = {"replaced": {}, "parameters": {}, "attributes": {}}
+    """What sets the base of ``model`` apart from that of ``dense`` (which may be on the meta device); ``modeling_apt``
+    says in which form."""
+    structure: Structure = {"replaced": {}, "parameters": {}, "attributes": {}, "hidden": None}
+    head = family.head(model)
+    of_head = {*head.reads, *head.writes, *head.norms}
     for path, module in model.named_modules():
         if type(module) in STUB_KINDS:
             structure["replaced"][path] = STUB_KINDS[type(module)]
             continue
+        if path in of_head:
+            continue
         original = dense.get_submodule(path)
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.shape != getattr(original, name).shape:
-                structure["parameters"][f"{path}.{name}"] = list(parameter.shape)
+            before = getattr(original, name).shape
+            if parameter.shape != before:
+                kept = [None if new == old else new for new, old in zip(parameter.shape, before, strict=True)]
+                structure["parameters"][f"{path}.{name}"] = kept
         for name in _SIZES:
             if getattr(module, name, None) != getattr(original, name, None):
                 value = getattr(module, name)
@@ -60,147 +79,116 @@ def describe_structure(model: nn.Module, dense: nn.Module, family: ModelFamily, 
     for space in family.spaces(dense):
         for path, name, value in space.sizes(plan.kept[space.name]):
             if get_size(dense.get_submodule(path), name) != value:
-                kept = list(value) if isinstance(value, tuple) else value
-                structure["attributes"].setdefault(path, {})[name] = kept
+                kept_units = list(value) if isinstance(value, tuple) else value
+                structure["attributes"].setdefault(path, {})[name] = kept_units
+        if space.name == HIDDEN and len(plan.kept[HIDDEN]) < space.size:
+            structure["hidden"] = _hidden(family, len(plan.kept[HIDDEN]))
     return structure
 
 
-def apply_structure(model: nn.Module, structure: Mapping[str, Mapping[str, Any]]) -> None:
-    """Give a freshly built dense ``model`` the shapes of ``structure``; new parameters are not initialised."""
-    for path, kind in structure["replaced"].items():
-        if kind not in STUBS:
-            raise UserError(
-                f"The checkpoint replaces {path} by {kind!r}, which this version of apt_trainer does not know."
-            )
-        put_stub(model, path, kind)
-    for full_name, shape in structure["parameters"].items():
-        path, _, name = full_name.rpartition(".")
-        module = model.get_submodule(path)
-        old = module._parameters[name]
-        assert old is not None
-        module._parameters[name] = nn.Parameter(torch.empty(shape, dtype=old.dtype, device=old.device))
-    for path, attributes in structure["attributes"].items():
-        module = model.get_submodule(path)
-        for name, value in attributes.items():
-            if not all(isinstance(number, int) for number in (value if isinstance(value, list) else [value])):
-                raise UserError(f"The checkpoint gives {path}.{name} the value {value!r}; sizes are whole numbers.")
-            set_size(module, name, tuple(value) if isinstance(value, list) else value)
+def _hidden(family: ModelFamily, size: int) -> dict[str, Any]:
+    """What a head of any kind has to know where hidden dimensions were cut to ``size``."""
+    heads = {ending: _sides(head) for ending, head in family.heads.items()}
+    return {"size": size, "reads": list(family.base_reads), "heads": heads}
 
 
-@cache
-def config_class(model_type: str) -> type[PreTrainedConfig]:
-    """Config class for pruned models of a stock ``model_type``.
-
-    An instance announces its model class to the Auto classes.
-    """
-    base: Any = type(AutoConfig.for_model(model_type))
-
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        architecture = kwargs.pop("apt_base_architecture", None)
-        version = kwargs.pop("apt_format_version", _WITHOUT_PLAN)
-        structure, plan = kwargs.pop("apt_structure", None), kwargs.pop("apt_plan", None)
-        base.__init__(self, *args, **kwargs)
-        if version > FORMAT_VERSION:
-            raise UserError(
-                f"The checkpoint has format {version}, this version of apt_trainer reads up to {FORMAT_VERSION}."
-            )
-        FAMILIES[model_type].keeps_norms(self)
-        self.describe(architecture, structure, plan)
-
-    def describe(self: Any, architecture: str | None, structure: Any, plan: Any = None) -> None:
-        self.apt_base_model_type = model_type
-        self.apt_format_version = _WITHOUT_PLAN if plan is None else FORMAT_VERSION
-        self.apt_base_architecture, self.apt_structure = architecture, structure
-        if plan is not None:
-            self.apt_plan = plan
-        if architecture is not None:
-            _announce(model_class(model_type, architecture), base)
-
-    def to_dict(self: Any) -> dict[str, Any]:
-        values = base.to_dict(self)
-        return values | _under_own_names(self, values.pop(_DENSE, {}))
-
-    namespace = {"model_type": PREFIX + model_type, "__init__": __init__, "describe": describe, "to_dict": to_dict}
-    return type("Apt" + base.__name__, (base,), namespace | {"__module__": __name__})
+def _sides(head: Head) -> dict[str, list[str]]:
+    sides = {"reads": head.reads, "writes": head.writes, "norms": head.norms}
+    return {name: list(paths) for name, paths in sides.items() if paths}
 
 
-def _under_own_names(config: PreTrainedConfig, values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` of attributes as ``config`` stores them."""
-    return {config.attribute_map.get(name, name): value for name, value in values.items()}
+def _from_older_format(structure: Mapping[str, Any], architecture: str, family: ModelFamily) -> Structure:
+    """A structure without "hidden", as formats 1 and 2 have it: with the head that was saved, and shapes in full."""
+    parts: Structure = {name: dict(structure[name]) for name in ("replaced", "parameters", "attributes")}
+    widths = [
+        sizes["embedding_dim"]
+        for path, sizes in parts["attributes"].items()
+        if path.endswith(family.embeddings[0]) and "embedding_dim" in sizes
+    ]
+    head = next((head for ending, head in family.heads.items() if architecture.endswith(ending)), Head())
+    for path in (*head.reads, *head.writes, *head.norms):
+        parts["attributes"].pop(path, None)
+        for name in ("weight", "bias"):
+            parts["parameters"].pop(f"{path}.{name}", None)
+    for name, shape in parts["parameters"].items():
+        if name.removesuffix(".weight").endswith(family.embeddings):
+            parts["parameters"][name] = [None, *shape[1:]]
+    return parts | {"hidden": _hidden(family, widths[0]) if widths else None}
+
+
+def _complete(config: Any) -> None:
+    """Called with every config of the format: checks it, reads older formats and lets the Auto classes know it."""
+    family = FAMILIES[config.apt_base_model_type]
+    family.keeps_norms(config)
+    structure = config.apt_structure
+    if structure is None:
+        return
+    check_names("loading")
+    if "hidden" not in structure:
+        config.apt_structure = _from_older_format(structure, config.apt_base_architecture, family)
+    _announce(config.apt_base_model_type)
 
 
 def put_saved_plan(model: PreTrainedModel, plan: Plan) -> None:
     """Let ``model``, whose class is of this format, run by ``plan`` and say so when it is saved."""
-    setattr(model.config, _DENSE, put_plan(model, plan))
+    from apt_trainer.models.execution import put_plan
+
+    setattr(model.config, DENSE, put_plan(model, plan))
+
+
+def _put_plan_of_config(model: PreTrainedModel) -> None:
+    config: Any = model.config
+    put_saved_plan(model, plan_from_json(config.apt_plan, config.apt_base_model_type, config.num_hidden_layers))
+
+
+modeling_apt.HOOKS.update(config=_complete, plan=_put_plan_of_config)
 
 
 @cache
-def model_class(model_type: str, architecture: str) -> type[PreTrainedModel]:
-    """Subclass of a stock model class that builds itself with the structure in its config."""
-    base: Any = getattr(transformers, architecture, None)
-    if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
-        raise UserError(
-            f"The checkpoint is for {architecture!r}, which is no model class of the installed transformers."
+def _announce(model_type: str) -> None:
+    """Register the classes of ``model_type`` with every Auto class that serves the stock ones."""
+    own: Any = config_class(model_type)
+    stock = own.__mro__[1]
+    transformers.AutoConfig.register(PREFIX + model_type, own, exist_ok=True)
+    for name, classes in stock_classes(stock).items():
+        ours = tuple(model_class(cls.__name__) for cls in classes)
+        auto = getattr(transformers, name)
+        auto._model_mapping.register(own, ours if len(ours) > 1 else ours[0], exist_ok=True)
+    tokenizer = transformers.TOKENIZER_MAPPING.get(stock, None)
+    if tokenizer is not None:
+        transformers.TOKENIZER_MAPPING.register(own, tokenizer, exist_ok=True)
+
+
+def register(configs: Any) -> None:
+    """Make AutoConfig, and with it every Auto class, recognise pruned models of every family.
+
+    ``configs`` is transformers' CONFIG_MAPPING. Modules that import it may be half imported, so that a class is made
+    only when its model type is met.
+    """
+    for model_type in FAMILIES:
+        configs.register(
+            PREFIX + model_type, LazyObjectProxy(partial(config_class, model_type), interface=Callable), exist_ok=True
         )
 
-    def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        check_names("loading")
-        if config.apt_base_architecture != architecture:
-            raise UserError(
-                f"The model was saved as {config.apt_base_architecture} and cannot load as {architecture}."
-            )
-        for name, value in vars(config).pop(_DENSE, {}).items():
-            setattr(config, name, value)
-        config.__class__ = stock_config  # a stock model may look up the class of its base by that of its config
-        try:
-            base.__init__(self, config, *args, **kwargs)  # type: ignore[misc]
-        finally:
-            config.__class__ = own_config
-        apply_structure(self, config.apt_structure)
-        if getattr(config, "apt_plan", None) is not None:
-            put_saved_plan(self, plan_from_json(config.apt_plan, model_type, config.num_hidden_layers))
-        self.tie_weights()
 
-    own_config = config_class(model_type)
-    stock_config = own_config.__mro__[1]
-    namespace = {"config_class": own_config, "__init__": __init__, "__module__": __name__}
-    return type("Apt" + base.__name__, (base,), namespace)
+def as_pruned(model: PreTrainedModel, family: ModelFamily, plan: PruningPlan, remote_code: bool = True) -> None:
+    """Turn a cut model, in place, into the class that saves and loads with its structure.
 
-
-def _announce(cls: type[PreTrainedModel], stock_config: type[PreTrainedConfig]) -> None:
-    """Register ``cls`` with every Auto class that serves its stock class."""
-    stock = cls.__mro__[1]
-    for name in dir(transformers.models.auto):
-        auto = getattr(transformers.models.auto, name) if name.startswith("AutoModel") else None
-        mapping = getattr(auto, "_model_mapping", None)
-        if mapping is not None and stock_config in mapping and stock in _classes(mapping[stock_config]):
-            auto.register(cls.config_class, cls, exist_ok=True)  # type: ignore[union-attr]
-
-
-def _classes(entry: Any) -> tuple[type, ...]:
-    return entry if isinstance(entry, tuple) else (entry,)
-
-
-def register() -> None:
-    """Make the Auto classes recognise pruned models of every family. Called on ``import apt_trainer``."""
-    for model_type in FAMILIES:
-        AutoConfig.register(PREFIX + model_type, config_class(model_type), exist_ok=True)
-
-
-def as_pruned(model: PreTrainedModel, family: ModelFamily, plan: PruningPlan) -> None:
-    """Turn a cut stock model, in place, into the class that saves and loads with its structure.
-
-    A model whose shapes are those of the dense one stays a stock model, and one whose layers are all cut alike becomes
-    a stock model of a smaller config where that can say so (``stock``).
+    A stock model whose shapes are those of the dense one stays a stock model, and one whose layers are all cut alike
+    becomes a stock model of a smaller config where that can say so (``stock``). ``remote_code``: other saves carry the
+    code that loads them where this package is not installed.
     """
-    if hasattr(model.config, "apt_structure"):
-        return
-    stock = type(model)
-    with torch.device("meta"):
-        dense = stock(copy.deepcopy(model.config))
+    dense = _shape_of(model, model.config, "meta")
     structure = describe_structure(model, dense, family, plan)
-    if any(structure.values()) and not become_stock(model, family, plan):
+    if hasattr(model.config, "apt_structure"):
+        model.config.describe(model.config.apt_base_architecture, structure)
+    elif any(structure.values()) and not become_stock(model, family, plan):
         become_own(model, structure)
+    else:
+        return
+    setattr(model.config, KEPT, plan.packed(family.spaces(dense)))
+    if not remote_code:
+        setattr(model.config, REMOTE_CODE, False)
 
 
 def become_own(model: PreTrainedModel, structure: Structure, plan: Mapping[str, Any] | None = None) -> None:
@@ -209,8 +197,9 @@ def become_own(model: PreTrainedModel, structure: Structure, plan: Mapping[str, 
     shared, model_type = model.config, model.config.model_type
     config = copy.deepcopy(shared)  # not made anew: some configs read their own values differently the second time
     config.__class__ = config_class(model_type)
+    vars(config).pop(DENSE_SIZES, None)  # of what its dense model was cut from
     config.describe(stock.__name__, structure, plan)
-    model.__class__ = model_class(model_type, stock.__name__)
+    model.__class__ = model_class(stock.__name__)
     for module in model.modules():
         own = getattr(module, "config", None)
         if own is shared:
@@ -226,7 +215,9 @@ def dense_shape(config: PreTrainedConfig) -> tuple[type[PreTrainedModel] | None,
         return None, copy.deepcopy(config)
     cls = getattr(transformers, architecture)
     values = config.to_dict()
-    values.pop("model_type", None)
+    for name in ("model_type", "auto_map"):
+        values.pop(name, None)
+    values["architectures"] = [architecture]
     stock = cls.config_class(**{name: value for name, value in values.items() if not name.startswith("apt_")})
     stock._attn_implementation = config._attn_implementation
     return cls, stock
@@ -237,40 +228,86 @@ def dense_copy(model: PreTrainedModel, device: torch.device | str | None = None)
 
     It is made on ``device`` at once, by default that of ``model``; "meta" is enough to count.
     """
-    cls, config = dense_shape(with_dense_sizes(model.config))
-    with torch.device(device or model.device):
-        return (cls or type(model))._from_config(config, dtype=model.dtype)
+    return _shape_of(model, with_dense_sizes(model.config), device)
+
+
+def _shape_of(
+    model: PreTrainedModel, config: PreTrainedConfig, device: torch.device | str | None = None
+) -> PreTrainedModel:
+    """What the dense model of ``config`` is on ``device``, of the class and type of weights of ``model``."""
+    cls, config = dense_shape(config)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(model.dtype)
+    try:
+        with torch.device(device or model.device):  # not by from_config, which would part it under ZeRO-3
+            return (cls or type(model))(config)
+    finally:
+        torch.set_default_dtype(default)
 
 
 def load_pruned(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a model saved by ``APTTrainer`` (or ``save_pretrained`` of one): class, sizes and weights as saved.
 
-    ``kwargs`` as ``from_pretrained``. Raises :class:`UserError` when ``path`` holds no complete pruned model.
+    Args:
+        path: Folder, or name on the hub.
+        kwargs: As for ``from_pretrained`` of an Auto class: ``revision``, ``token``, ``cache_dir``, ``subfolder``,
+            ``dtype``, ``device_map``, values of the config such as ``output_hidden_states``, and so on.
+
+    Returns:
+        The model; with ``output_loading_info=True`` a tuple of it and a dictionary, as Auto classes do.
+
+    Raises:
+        UserError: ``path`` holds no complete pruned model, or cannot be reached.
     """
     check_names("loading")
-    if not (Path(path) / "config.json").is_file():
-        raise UserError(f"{path} holds no config.json. Give the folder that a run wrote its model to.")
-    config = AutoConfig.from_pretrained(path)
-    architecture = getattr(config, "apt_base_architecture", None)
-    if architecture is None:
-        names = config.architectures or []
-        if hasattr(config, DENSE_SIZES):
-            return _complete(path, getattr(transformers, names[0]), config, kwargs)
-        raise UserError(f"{path} is a stock model ({', '.join(names)}); load it with transformers.")
-    return _complete(path, model_class(config.apt_base_model_type, architecture), config, kwargs)
-
-
-def _complete(path: str | Path, cls: Any, config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> PreTrainedModel:
-    """The model of class ``cls`` in ``path``; raises :class:`UserError` unless all of its weights are there."""
+    _check_folder(Path(path), kwargs.get("subfolder") or "")
+    wants_info = kwargs.pop("output_loading_info", False)
     try:
-        model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is damaged or incomplete: {str(error).splitlines()[0]}") from error
-    problems = [
-        f"{len(info[key])} {key.replace('_', ' ')}"
-        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info[key]
-    ]
+        config = kwargs.get("config")
+        if not isinstance(config, transformers.PreTrainedConfig):
+            hub = {name: kwargs[name] for name in OF_HUB if name in kwargs}
+            config = transformers.AutoConfig.from_pretrained(path if config is None else config, **hub)
+        architecture = getattr(config, "apt_base_architecture", None)
+        names = config.architectures or []
+        if architecture is None and not (names and hasattr(config, DENSE_SIZES)):
+            raise UserError(f"{path} is a stock model ({', '.join(names)}); load it with transformers.")
+        options = kwargs | {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are looked at below
+        cls = getattr(transformers, names[0]) if architecture is None else model_class(architecture)
+        if not isinstance(config, cls.config_class):
+            raise UserError(f"{path} is damaged: it says it is a {architecture}, with a {type(config).__name__}.")
+        model, info = cls.from_pretrained(path, **options)
+    except UserError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        what = "is damaged or incomplete" if Path(path).is_dir() else "could not be loaded"
+        raise UserError(f"{path} {what}: {str(error).strip().splitlines()[0]}") from error
+    checked = ["missing_keys", "unexpected_keys"]
+    if not kwargs.get("ignore_mismatched_sizes", False):
+        checked.append("mismatched_keys")
+    # what a base model by itself makes anew, such as the pooler, which not every model had that it comes from
+    anew = tuple(f"{name}." for name in family_of(model.config).trained_base)
+    found = {key: [name for name in info[key] if not str(name).startswith(anew)] for key in checked}
+    problems = [f"{len(names)} {key.replace('_', ' ')}" for key, names in found.items() if names]
     if problems:
         raise UserError(f"{path} is damaged or incomplete: {', '.join(problems)}.")
-    return model  # type: ignore[no-any-return]
+    return (model, info) if wants_info else model
+
+
+def _check_folder(path: Path, subfolder: str) -> None:
+    """Raise :class:`UserError` for a folder without a model, or with weights outside of it. A path that is none, of
+    one or two parts, is a name on the hub."""
+    is_path = path.is_absolute() or len(path.parts) > 2 or path.parts[:1] in ((".",), ("..",), ("~",))
+    if not path.exists() and not is_path:
+        return
+    folder = path / subfolder
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no config.json. Give the folder that a run wrote its model to.")
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{index} is damaged or incomplete: {error!r}.") from error
+        outside = sorted(str(name) for name in named if not isinstance(name, str) or Path(name).name != name)
+        if outside:
+            raise UserError(f"{index} names {outside[0]}, which is outside of the folder.")

@@ -11,18 +11,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from apt_trainer.models import HIDDEN, ModelFamily, Space
 from apt_trainer.models.base import exists
 from apt_trainer.models.family import POST_NORM_POLICY, StackTable
-from apt_trainer.models.sizes import get_size
+from apt_trainer.models.modeling_apt import get_size
 from apt_trainer.plan.pruning_plan import PruningPlan
+
+if TYPE_CHECKING:  # this module is imported as soon as AutoConfig is, as saved_model is
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 DENSE_SIZES = "apt_dense_sizes"
 """Entry of a stock config: the numbers of the dense model in its place, for comparisons. No loader needs it."""

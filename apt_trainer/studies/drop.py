@@ -11,13 +11,16 @@ from typing import Any
 
 from apt_trainer.errors import UserError, unknown_choice
 from apt_trainer.measure import count_parameters
-from apt_trainer.pruning.uniform_shape import check_stock, uniform_shape
+from apt_trainer.plan.cost import parameter_cost
+from apt_trainer.plan.pruning_plan import PruningPlan
+from apt_trainer.pruning.uniform_shape import check_start, check_stock, uniform_shape
 from apt_trainer.report.comparison import METRICS_FILE
 from apt_trainer.scoring.sublayers.cosine import Watch, cosine_scores, unwatched
 from apt_trainer.scoring.sublayers.costs import Shape, block_shares, cache_bytes, shares, unit_costs
 from apt_trainer.scoring.sublayers.drop import (
     collapse_warning,
     depth_share,
+    depth_share_of_dense,
     depth_warning,
     drop,
     head_share,
@@ -30,6 +33,7 @@ from apt_trainer.scoring.sublayers.units import Unit, Units
 from apt_trainer.settings import ModelSettings
 from apt_trainer.settings.choices import SHAPES
 from apt_trainer.store.events import write_json
+from apt_trainer.store.starting_point import starting_point
 from apt_trainer.studies import lists
 from apt_trainer.studies.choices import BASELINES, COSTS, FRACTIONS, METHODS, NO_COSINE
 from apt_trainer.studies.held_out import HeldOut, HeldOutRequest
@@ -188,9 +192,11 @@ def drop_units(
     }
     measures.see_full()
     plan = drop(at.model, at.units, dropped)
+    if at.units.is_pruned:
+        report["of_dense"] = _of_dense(at, dropped, plan)
     report["parameters_after"] = count_parameters(at.model)
     (folder / METRICS_FILE).unlink(missing_ok=True)  # of the model that is replaced now
-    report["reload_difference"] = save_pruned(at.model, folder, plan, at.tokenizer)
+    report["reload_difference"] = save_pruned(at.model, folder, plan, at.tokenizer, at.units.plan)
     write_json(folder / REPORT_FILE, report)
     write_json(folder / LIST_FILE, report["drop_list"])
     (folder / PROGRESS_FILE).unlink(missing_ok=True)
@@ -201,13 +207,18 @@ def drop_units(
 
 def _metrics(report: Mapping[str, Any]) -> dict[str, Any]:
     """What a table of several drops shows of a report."""
-    found = {"sparsity": report["block_parameter_share"], "depth_share": report["depth_share"]}
+    of_dense = report.get("of_dense", report)
+    found = {"sparsity": of_dense["block_parameter_share"], "depth_share": of_dense["depth_share"]}
+    if of_dense is not report:
+        found["sparsity_of_start"] = report["block_parameter_share"]
     found |= {"units": len(report["dropped"]), "total_params": report["parameters_after"]}
     return found | {key: report[key] for key in ("loss_before", "loss_after") if key in report}
 
 
 def _asked(at: Loaded, request: DropRequest) -> tuple[tuple[Unit, ...] | None, tuple[Unit, ...], Budget]:
     """(units of a list, candidates, budget); raises :class:`UserError` for what this model cannot give."""
+    if request.even:
+        check_start(at.model)
     if request.drop_list is not None:
         return lists.read(request.drop_list, at.units, at.model_type), (), Budget(count=1)
     if request.even:
@@ -263,7 +274,8 @@ def _unmeasured(at: Loaded) -> str:
 
 
 def _sizes(at: Loaded, dropped: Sequence[Unit]) -> dict[str, Any]:
-    """How much goes: share of the parameters in blocks, of the sublayers, of the heads, and of the cache per token."""
+    """How much of the model goes: share of the parameters in blocks, of the sublayers, of the heads, and of the cache
+    per token."""
     share = block_shares(at.model, at.units)
     parts = at.units.parts(dropped)
     found: dict[str, Any] = {
@@ -283,6 +295,14 @@ def _sizes(at: Loaded, dropped: Sequence[Unit]) -> dict[str, Any]:
     return found
 
 
+def _of_dense(at: Loaded, dropped: Sequence[Unit], plan: PruningPlan) -> dict[str, Any]:
+    """What the model, which was pruned before, lacks now of its dense original."""
+    start = starting_point(at.model)
+    cost = parameter_cost(start.dense, at.units.family, start.spaces)
+    left = cost.total(plan.counts) / cost.total(PruningPlan.dense(start.spaces).counts)
+    return {"depth_share": depth_share_of_dense(at.units, dropped), "block_parameter_share": 1 - left}
+
+
 def report_text(report: Mapping[str, Any]) -> str:
     """What a drop did, in a few lines."""
     heads = f", {report['head_share']:.1%} of the heads" if "head_share" in report else ""
@@ -291,6 +311,12 @@ def report_text(report: Mapping[str, Any]) -> str:
         f"parameters   {report['parameters']:,} → {report['parameters_after']:,} "
         f"({report['block_parameter_share']:.1%} of the blocks, {report['depth_share']:.1%} of the sublayers{heads})",
     ]
+    if "of_dense" in report:
+        of_dense = report["of_dense"]
+        lines.append(
+            f"of dense     {of_dense['block_parameter_share']:.1%} of the blocks, {of_dense['depth_share']:.1%} of "
+            "the sublayers, with what was gone before"
+        )
     if "loss_before" in report:
         lines.append(f"{report['loss_name']:<12} {report['loss_before']:.4g} → {report['loss_after']:.4g}")
     else:

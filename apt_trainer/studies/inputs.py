@@ -14,6 +14,7 @@ import torch
 from apt_trainer.errors import UserError
 from apt_trainer.measure import count_parameters
 from apt_trainer.models import family_of
+from apt_trainer.models.family import POST_NORM_POLICY
 from apt_trainer.scoring.sublayers.costs import Shape
 from apt_trainer.scoring.sublayers.impact import Key, Losses
 from apt_trainer.scoring.sublayers.loss import loss_name, refuse_broken
@@ -24,8 +25,8 @@ from apt_trainer.settings.choices import POST_NORM_POLICIES
 from apt_trainer.store.events import append_event, read_events
 from apt_trainer.store.pretrained import (
     choose_device,
-    load_dense_shape,
     load_saved,
+    load_shape,
     load_tokenizer,
     read_config,
     refuse_quantised,
@@ -96,7 +97,9 @@ class Loaded:
 
     @property
     def model_type(self) -> str:
-        return str(self.model.config.model_type)
+        """Of the dense original."""
+        config = self.model.config
+        return str(getattr(config, "apt_base_model_type", config.model_type))
 
     def described(self) -> dict[str, Any]:
         """The calibration and the model, for reports and for telling whether a run goes on with the same."""
@@ -112,22 +115,20 @@ class Loaded:
         }
 
 
-def prepare(settings: ModelSettings, data: DataRequest | None, post_norm_policy: str = REMOVE_NORM) -> Loaded:
-    """Tokenizer, shapes and data; no weights. ``post_norm_policy``: what is left of a sublayer that goes."""
+def prepare(settings: ModelSettings, data: DataRequest | None, post_norm_policy: str | None = REMOVE_NORM) -> Loaded:
+    """Tokenizer, shapes and data; no weights. ``post_norm_policy``: what is left of a sublayer that goes; None: as the
+    model has it."""
     content = None if data is None else _read(data.data)
     config = read_config(settings)
     refuse_quantised(config, str(settings.model_name_or_path))
     family = family_of(config)
-    family.set_post_norm_policy(config, post_norm_policy)
-    if getattr(config, "apt_structure", None) is not None:
-        raise UserError(
-            f"{settings.model_name_or_path} is a pruned model already. Start from the dense model it was made from."
-        )
+    policy = str(post_norm_policy or getattr(config, POST_NORM_POLICY, REMOVE_NORM))
+    family.set_post_norm_policy(config, policy)
     tokenizer = load_tokenizer(settings)
     with torch.device("meta"):
-        model = load_dense_shape(settings, itself=True)
-    family.set_post_norm_policy(model.config, post_norm_policy)
-    at = Loaded(settings, tokenizer, model, find_units(model), None, post_norm_policy)
+        model = load_shape(settings)
+    family.set_post_norm_policy(model.config, policy)
+    at = Loaded(settings, tokenizer, model, find_units(model), None, policy)
     if data is not None and content is not None:
         at.calibration = at.read(data, content)
     return at

@@ -44,7 +44,7 @@ def _entry(unit: Unit) -> dict[str, Any]:
 def _heads(units: Units) -> dict[str, int]:
     """Heads of an attention per stack; they number the same in all layers of a dense model."""
     return {
-        stack: max(units.space(unit).size for unit in units.sublayers if unit.stack == stack and unit.kind != "mlp")
+        stack: max(space.size for space in units.spaces if space.stack == stack and space.kind == "heads")
         for stack in units.stacks
     }
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from apt_trainer.errors import UserError
-from apt_trainer.models.execution_plan import Loop, Parallel, Plan, Stage, full
+from apt_trainer.settings.execution_plan import Loop, Parallel, Plan, Stage, full
 
 SWEPT = ("skip", "reverse", "random", "middle_repeat", "parallel", "looped_parallel")
 """Plans that change the whole middle: one per start layer."""

@@ -12,15 +12,14 @@ from typing import Any
 from apt_trainer.errors import UserError, unknown_choice
 from apt_trainer.evaluate.harness import run_tasks
 from apt_trainer.models.execution import check_plan, painted
-from apt_trainer.models.execution_plan import Plan, full, plan_from_json, read_plan
 from apt_trainer.models.labels import MULTI_LABEL, SINGLE_LABEL, problem_type
 from apt_trainer.models.slots import layer_list_path
-from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.report.comparison import METRICS_FILE
 from apt_trainer.report.painting import paint_markdown, plot_paint
 from apt_trainer.scoring.sublayers.cosine import Watch, cosine_scores, unwatched
 from apt_trainer.scoring.sublayers.loss import exp_loss, loss_name, loss_sums, refuse_broken
 from apt_trainer.settings import ModelSettings
+from apt_trainer.settings.execution_plan import Plan, full, plan_from_json, read_plan
 from apt_trainer.store.events import append_event, read_events, write_json
 from apt_trainer.store.painted_model import paint
 from apt_trainer.studies.classes import layer_classes
@@ -137,13 +136,13 @@ def keep_plan(
             raise UserError(f"{path}: under this plan the {found['loss_name']} is not finite. Nothing was written.")
     saved = plan.to_json(at.model_type)
     paint(at.model, plan)
-    found["reload_difference"] = save_pruned(at.model, folder, PruningPlan.dense(at.units.spaces), at.tokenizer)
+    found["reload_difference"] = save_pruned(at.model, folder, at.units.plan, at.tokenizer)
     write_json(folder / PLAN_FILE, saved)
     return found
 
 
 def _prepare(settings: ModelSettings, data: DataRequest | None) -> Loaded:
-    at = prepare(settings, data)
+    at = prepare(settings, data, post_norm_policy=None)
     layer_list_path(at.model, at.units.family)
     if at.calibration is not None and not at.calibration.has_labels:
         raise no_loss_on_text(at)

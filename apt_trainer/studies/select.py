@@ -209,20 +209,22 @@ def consecutive_runs(
     """
     budget.check(candidates, "consecutive")
     for length in range(1, len(candidates) + 1):
-        runs = [run for run in _runs(candidates, length) if budget.met(run)]
+        runs = [run for run in _runs(candidates, length, budget.units) if budget.met(run)]
         if runs:
-            scored = [
-                (1.0 - float(similarity[run[0].stack][run[0].layer, run[0].layer + length]), run) for run in runs
-            ]
+            scored = [(1.0 - float(similarity[run[0].stack][run[0].layer, run[-1].layer + 1]), run) for run in runs]
             scored.sort(key=lambda pair: pair[0])
             return [[Ranked(unit, score) for unit in run] for score, run in scored]
     raise UserError("No run of neighbouring layers is long enough: protected layers part them. Drop fewer.")
 
 
-def _runs(candidates: Sequence[Unit], length: int) -> list[list[Unit]]:
+def _runs(candidates: Sequence[Unit], length: int, units: Units | None) -> list[list[Unit]]:
+    """Runs of ``length``; layers between which all others are gone are neighbours."""
+    place = {unit: unit.layer for unit in candidates}
+    if units is not None:
+        place = {unit: number for number, unit in enumerate(units.of("block"))}
     found = []
     for unit in candidates:
-        run = [other for other in candidates if other.stack == unit.stack and 0 <= other.layer - unit.layer < length]
+        run = [other for other in candidates if other.stack == unit.stack and 0 <= place[other] - place[unit] < length]
         if len(run) == length:
             found.append(run)
     return found

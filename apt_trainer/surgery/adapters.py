@@ -55,7 +55,6 @@ def insert_of_ranks(model: nn.Module, ranks: Mapping[str, int], rank: int, alpha
 
     Their values are fresh: load them after it.
     """
-    model.__dict__.pop("peft_config", None)  # of the adapters that were merged
     _inject(model, list(ranks), rank, alpha, dropout=0.0)
     grow_to(model, ranks)
 
@@ -149,3 +148,4 @@ def merge_adapters(model: nn.Module) -> None:
             merged = plain.weight + delta.to(plain.weight)
         plain.weight = parameter_like(plain.weight, merged)
         model.set_submodule(path, plain)
+    model.__dict__.pop("peft_config", None)  # or PEFT takes the next adapters for further ones

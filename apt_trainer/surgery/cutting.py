@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from apt_trainer.models import ModelFamily, Space, Sublayer
-from apt_trainer.models.sizes import set_size
-from apt_trainer.models.stubs import put_stub
+from apt_trainer.models.modeling_apt import put_stub, set_size
 from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.surgery.slicing import EditLog, slice_module
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from apt_trainer.models import Space, Sublayer
-from apt_trainer.models.stubs import STUBS, NoOp
+from apt_trainer.models.modeling_apt import STUBS, NoOp
 
 
 class MaskStore:

@@ -25,10 +25,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from apt_trainer.errors import UserError
 from apt_trainer.measure.latency import example_inputs
-from apt_trainer.plan.pruning_plan import PruningPlan
+from apt_trainer.plan.pruning_plan import PLAN_FILE, PruningPlan
 from apt_trainer.store.events import write_json
 from apt_trainer.store.model_card import CARD_FILE, model_card
-from apt_trainer.store.rescue import PLAN_FILE, rescuing
+from apt_trainer.store.rescue import rescuing
 from apt_trainer.store.saved_model import load_pruned
 from apt_trainer.training.engines import optimizer_file
 from apt_trainer.training.engines.agreement import processes
@@ -54,9 +54,12 @@ class TrainingState:
     teacher_shape: dict[str, Any] | None
 
 
-def save_pruned(model: PreTrainedModel, path: Path, plan: PruningPlan, tokenizer: Any = None) -> float:
+def save_pruned(
+    model: PreTrainedModel, path: Path, plan: PruningPlan, tokenizer: Any = None, start: PruningPlan | None = None
+) -> float:
     """Write the finished model, plan and tokenizer to ``path`` and check that it reloads.
 
+    ``start``: what there was before this run, where that matters (``PruningPlan.to_json``).
     Written to a temporary folder beside it first and checked there, then moved; if anything fails, an older model in
     ``path`` stays whole and ``model`` is kept elsewhere (``rescue``). What a save that was killed left there is
     removed. Returns the largest difference of logits between ``model`` and the reloaded one on a random batch; raises
@@ -65,13 +68,13 @@ def save_pruned(model: PreTrainedModel, path: Path, plan: PruningPlan, tokenizer
     with rescuing(model, path, plan):
         path.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
-        return _save(model, path, plan, tokenizer)
+        return _save(model, path, plan, tokenizer, start)
 
 
-def _save(model: PreTrainedModel, path: Path, plan: PruningPlan, tokenizer: Any) -> float:
+def _save(model: PreTrainedModel, path: Path, plan: PruningPlan, tokenizer: Any, start: PruningPlan | None) -> float:
     staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=path))
     try:
-        write_model(model, staging, plan, tokenizer)
+        write_model(model, staging, plan, tokenizer, start=start)
         difference = reload_difference(model, staging)
         _move_in(staging, path)
     finally:
@@ -85,13 +88,14 @@ def write_model(
     plan: PruningPlan,
     tokenizer: Any = None,
     card: ModelCard | None = None,
+    start: PruningPlan | None = None,
     **options: Any,
 ) -> None:
     """Write all files of the finished model to an empty ``folder``; ``options``: of ``save_pretrained``."""
     model.save_pretrained(folder, **options)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    write_json(folder / PLAN_FILE, plan.to_json())
+    write_json(folder / PLAN_FILE, plan.to_json(start))
     (card or model_card(model)).save(folder / CARD_FILE)
 
 

@@ -97,7 +97,7 @@ class FinishedModel(BestWithinBudget):
         if choose_best:
             self.load_best()
         self.model.requires_grad_(True)
-        as_pruned(self.model, self.pruner.family, self.pruner.plan)
+        as_pruned(self.model, self.pruner.family, self.pruner.plan, self.args.remote_code)
         accept_generation_config(self.model)
         self.model_wrapped = self.model
         delattr(self.model, IN_USE)
@@ -118,7 +118,7 @@ class FinishedModel(BestWithinBudget):
             raise UserError("save_model is for after train(); in a run checkpoints are written by save_strategy.")
         if self.args.should_save:
             path = Path(output_dir or self._output)
-            checkpoint.save_pruned(self.model, path, self.pruner.plan, self._tokenizer())
+            checkpoint.save_pruned(self.model, path, self.pruner.plan, self._tokenizer(), self.pruner.origin.plan)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """As the Trainer's; raises :class:`UserError` on all processes where the hub cannot be written to."""
@@ -149,7 +149,9 @@ class FinishedModel(BestWithinBudget):
         card = model_card(self.model, **kwargs)
         return upload(
             self.hub_model_id,
-            lambda folder: checkpoint.write_model(self.model, folder, self.pruner.plan, self._tokenizer(), card),
+            lambda folder: checkpoint.write_model(
+                self.model, folder, self.pruner.plan, self._tokenizer(), card, self.pruner.origin.plan
+            ),
             self._output,
             blocking,
             commit_message=commit_message,

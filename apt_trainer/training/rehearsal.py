@@ -58,7 +58,9 @@ def expected_bytes(pruner: AdaptivePruner) -> int:
     """Of the finished model, about: the share of the blocks that goes is the target's, whatever that counts."""
     named = [(name, p) for name, p in pruner.model.named_parameters() if ".lora_" not in name]
     dense = sum(p.numel() * p.element_size() for _, p in named)
-    removed = (pruner.settings.target_sparsity or 0.0) * pruner.block_cost.total(pruner.dense_plan.counts)
+    whole = pruner.block_cost.total(pruner.dense_plan.counts)
+    gone = whole - pruner.block_cost.total(pruner.plan.counts)
+    removed = max(0.0, (pruner.settings.target_sparsity or 0.0) * whole - gone)
     return dense - int(removed * named[0][1].element_size())
 
 
@@ -68,8 +70,11 @@ def rehearse(model: PreTrainedModel, output: Path, pruner: AdaptivePruner, token
     Raises:
         UserError: the end of a run would fail.
     """
-    if pruner.settings.prunes:
-        model_class(model.config.model_type, type(model).__name__)
+    if pruner.settings.prunes and not pruner.origin.is_pruned:
+        try:
+            model_class(type(model).__name__)
+        except ValueError as error:
+            raise UserError(str(error)) from error
     check_output(output)
     check_room(output, pruner)
     accept_generation_config(model)

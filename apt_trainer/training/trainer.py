@@ -29,6 +29,7 @@ from apt_trainer.libraries.private_names import check_names
 from apt_trainer.models import HIDDEN
 from apt_trainer.models.labels import match_teacher
 from apt_trainer.plan.limits import warn_of_collapse
+from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.plan.ranks import mean_growth
 from apt_trainer.plan.schedule import Schedule, fewer_events, make_schedule
 from apt_trainer.pruning.given_model import IN_USE, check_loaded
@@ -42,6 +43,7 @@ from apt_trainer.settings.packages import check_packages
 from apt_trainer.store.events import append_event, truncate_after
 from apt_trainer.store.hub import check_upload
 from apt_trainer.surgery import adapters as lora
+from apt_trainer.surgery.refit import refit
 from apt_trainer.surgery.slicing import Grow, Keep
 from apt_trainer.surgery.tuning import base_weight_names
 from apt_trainer.training import checkpoint, trackers
@@ -72,8 +74,8 @@ class APTTrainer(FinishedModel):
     """Fine-tunes, prunes, grows adapters and distils in one run.
 
     Args:
-        model: a plain Hugging Face model of a supported family; adapters are inserted here. Or ``model_init``, which
-            gives such a model to each call of :meth:`train`.
+        model: a plain Hugging Face model of a supported family, or one that was pruned before; adapters are inserted
+            here. Or ``model_init``, which gives such a model to each call of :meth:`train`.
         args: :class:`APTConfig`.
         importance: a scoring rule of the user's own, instead of ``args.importance``.
         teacher: a fine-tuned model of the same task, where ``args.distillation`` is "model".
@@ -129,8 +131,6 @@ class APTTrainer(FinishedModel):
             raise UserError(
                 "A teacher model and distillation: model belong together; one was given without the other."
             )
-        if hasattr(getattr(model, "config", None), "apt_structure"):
-            raise UserError("The model is a pruned one already. Start from the dense model it was made from.")
         check_names("training")
         check_upload(args)
         self._given = importance, teacher
@@ -162,11 +162,12 @@ class APTTrainer(FinishedModel):
         if self._begun and (self.model_init is None or split):
             done = "has finished its run" if self._finished else "was interrupted, and its model is as it was left"
             raise UserError(
-                f"This trainer {done}. Make a new one with a dense model to train again; an interrupted run goes on "
+                f"This trainer {done}. Make a new one to train again; an interrupted run goes on "
                 "there with train(resume_from_checkpoint=True)."
             )
         with self.keeping_what_is_trained(), naming_the_silent(self.args.ddp_timeout):
-            self.rehearse()
+            if not self._finished:  # else a model of the same kind was saved before
+                self.rehearse()
             result = super().train(*args, **kwargs)
         self._stop.leave()
         if not self.schedule.meets_budget(self.state.global_step):
@@ -278,6 +279,8 @@ class APTTrainer(FinishedModel):
         growth = mean_growth(lora.ranks(self.model), decision.ranks)
 
         def change() -> runtime.Edits:
+            if self.args.prunes_before and self.args.refit and decision.kind == "prune":
+                self._refit(decision.plan)
             event = self.pruner.apply(decision, step, self.distillation.teacher.parameter_ids())
             edits: dict[str, list[Keep | Grow]] = dict(event.edits)
             return edits | self.distillation.follow(self.model, event.survivors, growth)
@@ -290,6 +293,13 @@ class APTTrainer(FinishedModel):
         self._write_record(self.pruner.describe(step, decision.kind) | {"seconds": seconds, **losses})
 
     # ------------------------------------------------------------------ inside
+
+    def _refit(self, plan: PruningPlan) -> None:
+        """Solve the weights that will read what ``plan`` leaves anew, on the rows that scored the model."""
+        p, sum_over_processes = self.pruner, self._sum_over_processes
+        batches, loss_of = self._calibration_batches, self._calibration_loss
+        with torch.random.fork_rng(devices=[]):
+            refit(self.model, p.family, p.spaces, p.plan, plan, batches, loss_of, sum_over_processes)
 
     def _make_pruner(self, model: PreTrainedModel) -> AdaptivePruner:
         check_loaded(model)
@@ -305,7 +315,7 @@ class APTTrainer(FinishedModel):
         runtime.own_storage(self.model)
         self.distillation = SelfDistillation(
             args,
-            self.pruner.dense_plan.counts[HIDDEN],
+            self.pruner.plan.counts[HIDDEN],
             args.seed,
             None if teacher is None else engine_of(self).place(teacher),
             self.accelerator.autocast,

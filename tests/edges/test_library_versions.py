@@ -32,7 +32,7 @@ from apt_trainer import APTTrainer, cli, load_pruned
 from apt_trainer.errors import UserError
 from apt_trainer.libraries import private_names, versions
 from apt_trainer.libraries.private_names import NAMES, check_names, missing
-from apt_trainer.models.stubs import STUBS
+from apt_trainer.models.modeling_apt import STUBS
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(apt_trainer.__file__).parent

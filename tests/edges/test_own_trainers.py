@@ -16,7 +16,7 @@ import pytest
 import torch
 from integration.factories import SHORT, Rows, SaveAt, config, events_of, losses_of, weights_of
 from integration.test_processes import two_processes
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from tiny import adapted, tiny_model
 from torch import nn
 from torch.nn import functional as F
@@ -446,8 +446,8 @@ def test_optimizers_that_cannot_be_made_anew_are_refused(tmp_path: Path) -> None
     ):
         with pytest.raises(UserError, match=message):
             made(tmp_path, options={"optimizer_cls_and_kwargs": given})
-    for optim, message in (("galore_adamw", "cannot be used"), ("lomo", "cannot be used")):
-        with pytest.raises(UserError, match=f"optim: {optim} {message}"):
+    for optim in ("galore_adamw", "lomo"):
+        with pytest.raises(UserError, match=f"optim='{optim}' .* survives a change of shape"):
             made(tmp_path, optim=optim)
 
 
@@ -722,7 +722,7 @@ def peft_model() -> Any:
 
 def with_added_adapter() -> Any:
     model = tiny_model("bert")
-    model.add_adapter(LoraConfig(target_modules=["query"]))
+    inject_adapter_in_model(LoraConfig(target_modules=["query"]), model)  # what model.add_adapter does
     return model
 
 

@@ -435,7 +435,7 @@ def test_a_compiler_that_is_not_there_is_told_before_training(
 TWO = """
 import os, sys
 from pathlib import Path
-from apt_trainer.engines.agreement import failing_together
+from apt_trainer.training.engines.agreement import failing_together
 from edges.test_saving import few, unsaved_tokenizer
 from integration.factories import losses_of
 folder, first, losses = Path(sys.argv[1]), os.environ["RANK"] == "0", []

@@ -55,7 +55,7 @@ sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from apt_trainer import impact_pass
+from apt_trainer.pruning import impact_pass
 from apt_trainer.pruning import latency_cost
 from integration.test_measured_seconds import LATENCY, clock_of, costs_of, during, trained
 from integration.test_zero import deepspeed_config

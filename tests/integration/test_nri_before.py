@@ -108,7 +108,7 @@ from functools import partial
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from apt_trainer import impact_pass
+from apt_trainer.pruning import impact_pass
 from integration.test_nri_before import in_world
 
 impact_pass.Shape = partial(impact_pass.Shape, max_seconds=0.5)

@@ -14,7 +14,7 @@ from tiny import logits, randomise, tiny_config, tiny_model
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from apt_trainer import APTTrainer, UserError, load_pruned
-from apt_trainer.models import HIDDEN
+from apt_trainer.models import HIDDEN, family_of
 from apt_trainer.plan.schedule import make_schedule
 from apt_trainer.pruning.pruner import AdaptivePruner
 from apt_trainer.runs import dry_run, preflight
@@ -36,7 +36,13 @@ from integration.factories import (
 from integration.test_processes import two_processes
 
 BEFORE: dict[str, Any] = {"pruning_time": "before", "pruning_start": None, "pruning_end": 8, "num_pruning_events": 2}
-BEFORE |= {"distillation": "none", "distillation_end": None, "max_steps": 12, "calibration_samples": 24}
+BEFORE |= {
+    "distillation": "none",
+    "distillation_end": None,
+    "max_steps": 12,
+    "calibration_samples": 24,
+    "refit": False,
+}
 MODELS = {"bert": ("ForSequenceClassification", "classification"), "llama": ("ForCausalLM", "text")}
 OTHERS = {"gpt2": ("ForCausalLM", "text"), "t5": ("ForConditionalGeneration", "target")}
 EVENTS = [(0, "prune"), (4, "grow"), (8, "grow")]
@@ -263,6 +269,51 @@ def test_two_processes_share_the_scoring_and_agree(tmp_path: Path) -> None:
     ]
 
 
+# ---------------------------------------------------------------------------- weights that are solved for anew
+
+
+@torch.no_grad()
+def doubled(model: PreTrainedModel) -> dict[str, list[float]]:
+    """Let the second half of all neurons be a copy of the first; scores by which the copies go first."""
+    scores = {}
+    for space in family_of(model.config).spaces(model):
+        if space.kind != "neurons":
+            continue
+        half = space.size // 2
+        scores[space.name] = [1.0] * half + [0.0] * (space.size - half)
+        for part in space.slices:
+            if part.side == "out":
+                for parameter in model.get_submodule(part.module).parameters():
+                    rows = parameter.T if type(model.get_submodule(part.module)).__name__ == "Conv1D" else parameter
+                    rows[half : 2 * half] = rows[:half]
+    return scores
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5"])
+def test_a_refit_makes_up_for_what_others_can_say(name: str, tmp_path: Path) -> None:
+    """Neurons go that others double: without a refit their part is lost, with one nearly nothing is."""
+    lost = []
+    for refit in (False, True):
+        task, data = (MODELS | OTHERS)[name]
+        model = tiny_model(name, task)
+        options = {"importance": Fixed(doubled(model))}
+        changes = {"refit": refit, "target_sparsity": 0.1, "round_to": 1, "prune_targets": ["neurons"]}
+        trainer = make_trainer(tmp_path / str(refit), model, Rows(40, data), options, **{**BEFORE, **changes})
+        trainer.train()
+        record = events_of(tmp_path / str(refit))[0]
+        lost.append(abs(record["loss_after"] - record["loss_before"]))
+    assert lost[1] < 0.2 * lost[0]
+
+
+def test_a_run_with_a_refit_resumes_bit_for_bit(tmp_path: Path) -> None:
+    whole = before(tmp_path / "whole", "llama", {"callbacks": [SaveAt([5])]}, refit=True)
+    whole.train()
+    resumed = before(tmp_path / "resumed", "llama", refit=True)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    ours, theirs = whole.model.state_dict(), resumed.model.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 # ---------------------------------------------------------------------------- rules, phases, teachers, records
 
 
@@ -389,7 +440,10 @@ def test_what_is_not_finite_stops_the_run(tmp_path: Path, what: str) -> None:
 
 
 def test_the_plan_shows_the_cut_before_the_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, data = tiny_model("bert"), SimpleNamespace(train=Rows(), validation=Rows(4), test=Rows(4), test_name="test")
+    model, data = (
+        tiny_model("bert"),
+        SimpleNamespace(train=Rows(), validation=Rows(4), test=Rows(4), test_name="test", label_counts=None),
+    )
     monkeypatch.setattr(dry_run, "load_inputs", lambda model_settings, recipe: (None, model.config, data))
     monkeypatch.setattr(dry_run, "build_model", lambda *args: model)
     monkeypatch.setattr(preflight, "build_model", lambda *args: tiny_model("bert"))

@@ -24,8 +24,9 @@ from apt_trainer.runs import dry_run
 from apt_trainer.runs.run import train
 from apt_trainer.settings import DataSettings, ModelSettings
 from apt_trainer.settings.recipe import Recipe
-from apt_trainer.store.pretrained import load_saved
+from apt_trainer.store.pretrained import load_dense_shape, load_saved, load_shape
 from apt_trainer.store.saved_model import as_pruned, dense_copy
+from apt_trainer.store.starting_point import starting_point
 from apt_trainer.studies.drop import DropRequest, drop_units
 from apt_trainer.surgery.cutting import apply_plan
 from integration.factories import DEFAULTS, SHORT, Rows, make_trainer, weights_of
@@ -194,7 +195,7 @@ def test_what_no_stock_config_can_say_keeps_its_own_format(name: str, change: di
     kept = {space: units[: change.get(space, len(units))] for space, units in dense.kept.items()}
     given = given_to(model)
     finished(model, PruningPlan(kept)).save_pretrained(tmp_path)
-    assert model.config.model_type == f"apt_{name}"
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == f"apt_{name}"
     with torch.no_grad():
         assert torch.equal(load_pruned(tmp_path).eval()(**given).logits, model.eval()(**given).logits)
 
@@ -203,7 +204,7 @@ def test_a_kept_norm_is_no_whole_layer() -> None:
     model = tiny_model("bert", layers=LAYERS, apt_post_norm_policy="keep_norm")
     _, spaces, dense = parts(model)
     finished(model, uniform_plan(spaces, dense, (), ("layers.1",)))
-    assert model.config.model_type == "apt_bert"
+    assert hasattr(model.config, "apt_structure")
 
 
 # ---------------------------------------------------------------------- whole runs
@@ -284,6 +285,39 @@ def test_what_a_config_cannot_say_is_refused_before_training(tmp_path: Path) -> 
         _run(tmp_path, "llama", target_sparsity=0.99)
 
 
+def test_a_pruned_start_that_no_stock_config_describes_is_refused(tmp_path: Path) -> None:
+    model = dense_model("llama")
+    _, _, dense = parts(model)
+    uneven = PruningPlan({**dense.kept, "layers.0.neurons": dense.kept["layers.0.neurons"][:8]})
+    finished(model, uneven).save_pretrained(tmp_path / "first")
+    word_tokenizer().save_pretrained(tmp_path / "first")
+    refused = "shape: uniform starts from a stock model, but this one was pruned"
+    with pytest.raises(UserError, match=refused):
+        make_trainer(tmp_path / "second", load_pruned(tmp_path / "first"), Rows(task="text"), **UNIFORM)
+    request = DropRequest(kind="block", count=1, method="random", shape="uniform")
+    with pytest.raises(UserError, match=refused):
+        drop_units(ModelSettings(str(tmp_path / "first")), request, str(tmp_path / "smaller"), device="cpu")
+
+
+def test_a_stock_result_is_a_dense_model_of_its_own_for_a_free_cut(tmp_path: Path) -> None:
+    model, plan = case("llama")
+    finished(model, plan).save_pretrained(tmp_path / "stock")
+    stock = ModelSettings(str(tmp_path / "stock"))
+    first, second = load_saved(stock), load_pruned(tmp_path / "stock")
+    own, sizes = count_parameters(first), {p.shape for p in first.parameters()}
+    assert {p.shape for p in load_shape(stock).parameters()} == sizes == {p.shape for p in second.parameters()}
+    assert count_parameters(load_dense_shape(stock)) == count_parameters(case("llama")[0]) > own
+    _, _, dense = parts(first)
+    finished(first, PruningPlan({**dense.kept, "layers.0.neurons": (1, 2, 5)})).save_pretrained(tmp_path / "free")
+    again = load_pruned(tmp_path / "free").eval()
+    assert count_parameters(dense_copy(again, "meta")) == own > count_parameters(again)
+    given = given_to(again)
+    with torch.no_grad():
+        assert torch.equal(again(**given).logits, first.eval()(**given).logits)
+    start = starting_point(again)
+    assert len(start.plan.kept["layers.0.neurons"]) == 3 and start.is_pruned
+
+
 def test_unprunable_runs_ask_nothing_of_a_shape(tmp_path: Path) -> None:
     trainer = _run(tmp_path, "bert", target_sparsity=None)
     assert trainer.pruner.shape is None
@@ -332,7 +366,22 @@ def test_a_recipe_measures_the_dense_model_beside_its_stock_result(tmp_path: Pat
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| parameters | {metrics['total_params_dense']:,} | {metrics['total_params']:,} |" in card
     assert "Pruned model" in card and "from transformers import LlamaForCausalLM" in card
-    assert "from transformers import AutoModel" in result_text(metrics, str(tmp_path / "out"))
+    assert "from transformers import LlamaForCausalLM" in result_text(metrics, str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("sparsity", [None, 0.3])
+def test_metrics_of_a_stock_start_are_those_of_one_dense_model(sparsity: float | None, tmp_path: Path) -> None:
+    """Which is the start, whatever it was cut from."""
+    recipe = _recipe(tmp_path, "llama", shape="free", target_sparsity=sparsity)
+    model, plan = case("llama")
+    finished(model, plan)
+    model.resize_token_embeddings(len(TOKENS))
+    model.save_pretrained(tmp_path / "model")
+    metrics = train(recipe)
+    assert metrics["total_params_dense"] == count_parameters(model)
+    embeddings_head_and_norm = 2 * len(TOKENS) * 12 + 12
+    assert metrics["block_params_dense"] == count_parameters(model) - embeddings_head_and_norm
+    assert (metrics["total_params"] < metrics["total_params_dense"]) == (sparsity is not None)
 
 
 # ---------------------------------------------------------------------- drops

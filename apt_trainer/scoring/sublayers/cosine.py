@@ -56,7 +56,7 @@ def cosine_scores(
     """Score every unit of ``model`` but those ``off`` on ``batches``.
 
     Args:
-        model: Dense model on any device; it gets its training flags back.
+        model: On any device; it gets its training flags back.
         units: Its units.
         batches: Inputs of the model, padded anywhere, of any size.
         off: Units that are switched off meanwhile.
@@ -104,17 +104,21 @@ class _Observer:
         self._start = self._stream = torch.empty(0)
 
     def attach(self, model: nn.Module) -> None:
+        for path in self._units.blocks.values():
+            block = model.get_submodule(path)
+            self._handles.append(block.register_forward_pre_hook(self._enter, with_kwargs=True))
+        if self._units.family.keeps_norms(model.config):  # of a sublayer that is gone its norm is still on the way
+            for sublayer in self._units.gone:
+                output = model.get_submodule(sublayer.output)
+                self._handles.append(output.register_forward_hook(partial(self._pass, None)))
         for unit, parts in self._units.members.items():
-            if unit.kind == "block":
-                block = model.get_submodule(parts[0].block)
-                self._handles.append(block.register_forward_pre_hook(self._enter, with_kwargs=True))
-            elif unit not in self._off or self._units.family.post_norm:  # its norm may have stayed
+            may_run = unit not in self._off or self._units.family.post_norm  # then its norm may have stayed
+            if unit.kind != "block" and may_run:
                 output = model.get_submodule(parts[0].output)
                 self._handles.append(output.register_forward_hook(partial(self._pass, unit)))
-        for unit, parts in self._units.members.items():
-            if unit.kind == "block":
-                block = model.get_submodule(parts[0].block)
-                self._handles.append(block.register_forward_hook(partial(self._leave, unit)))
+        for unit, path in self._units.blocks.items():
+            block = model.get_submodule(path)
+            self._handles.append(block.register_forward_hook(partial(self._leave, unit)))
 
     def detach(self) -> None:
         for handle in self._handles:
@@ -126,17 +130,17 @@ class _Observer:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._start = self._stream = args[0] if args else kwargs["hidden_states"]
 
-    def _pass(self, unit: Unit, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+    def _pass(self, unit: Unit | None, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         before = self._start if self._units.parallel else self._stream
         output = output.reshape(before.shape)  # OPT runs its feed-forward on [tokens, hidden]
         after = output if self._units.family.post_norm else before + output
-        if unit not in self._off:
+        if unit is not None and unit not in self._off:
             self._add(unit, before, after)
         self._stream = after
 
     def _leave(self, unit: Unit, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         after = output[0] if isinstance(output, tuple) else output
-        if not self._off.issuperset(self._units.parts([unit])):
+        if unit in self._units.members and not self._off.issuperset(self._units.parts([unit])):
             self._add(unit, self._start, after)
         if self._similarity:
             self._states.append(self._unit_vectors(self._start, unit.stack))

@@ -1,6 +1,6 @@
 """What a unit costs: parameters, seconds, bytes or nothing; and shares of it, by which impact is normalised.
 
-Shares are of the sum over all sublayers of the dense model, or of all its layers. A head costs what its attention is
+Shares are of the sum over all sublayers of the model, or of all its layers. A head costs what its attention is
 smaller without it; the norm and the like go with the attention. Not for neurons (``plan.cost``).
 """
 
@@ -16,7 +16,6 @@ from torch import nn
 from apt_trainer.measure import compare_latency, count_parameters, evaluating, example_inputs
 from apt_trainer.measure.latency import now, take_turns
 from apt_trainer.plan.cost import CostModel, cached_numbers, memory_cost, parameter_cost
-from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.scoring.sublayers.drop import plan_without
 from apt_trainer.scoring.sublayers.gates import switched_off
 from apt_trainer.scoring.sublayers.units import Unit, Units
@@ -41,7 +40,7 @@ def unit_costs(model: nn.Module, units: Units, cost: str, shape: Shape, heads: b
     """Cost of every unit, blocks included, and single heads where asked for.
 
     Args:
-        model: The dense model; for seconds with weights, else the meta device will do.
+        model: As it is; for seconds with weights, else the meta device will do.
         units: Its units.
         cost: "params", "memory" (bytes, as :func:`~apt_trainer.plan.cost.memory_cost` counts them), "latency"
             (seconds of one forward pass) or "none" (1 each).
@@ -72,7 +71,7 @@ def _of_heads(
     else:
         found = _per_head(parameter_cost(model, units.family, units.spaces), units)
     return {
-        head: costs[attention] if units.space(head).size == 1 else found[head]
+        head: costs[attention] if len(units.left(head)) == 1 else found[head]
         for head, attention in units.heads.items()
     }
 
@@ -86,8 +85,7 @@ def shares(costs: Mapping[Unit, float], units: Units) -> dict[Unit, float]:
 def block_shares(model: nn.Module, units: Units) -> dict[Unit, float]:
     """Parameters of every unit, heads included, divided by those of all layers, of which a norm may stay."""
     costs = unit_costs(model, units, "params", Shape(), heads=True)
-    blocks = [parts[0].block for unit, parts in units.members.items() if unit.kind == "block"]
-    total = sum(count_parameters(model.get_submodule(path)) for path in blocks)
+    total = sum(count_parameters(model.get_submodule(path)) for path in units.blocks.values())
     return {unit: cost / total for unit, cost in costs.items()}
 
 
@@ -95,7 +93,7 @@ def cache_bytes(model: nn.Module, units: Units, unit: Unit, shape: Shape) -> int
     """Bytes of the keys and values that an attention or a head leaves in the cache of ``shape``; 0 for others."""
     (sublayer,) = units.members[units.heads[unit] if unit.head is not None else unit]
     space = units.space(unit)
-    heads = space.size if unit.head is None else 1
+    heads = len(units.left(unit)) if unit.head is None else 1
     element = next(model.parameters()).element_size()
     return shape.batch_size * heads * cached_numbers(model, sublayer, space, shape.length) * element
 
@@ -110,22 +108,22 @@ def _memory(model: nn.Module, units: Units, shape: Shape) -> CostModel:
 
 
 def _without(cost: CostModel, units: Units, unit: Unit) -> float:
-    """What ``cost`` of the dense model falls by when all heads or neurons of a sublayer go."""
-    counts = PruningPlan.dense(units.spaces).counts
+    """What ``cost`` of the model falls by when all heads or neurons of a sublayer go."""
+    counts = units.plan.counts
     return cost.total(counts) - cost.total({**counts, units.space(unit).name: 0})
 
 
 def _per_head(cost: CostModel, units: Units) -> dict[Unit, float]:
-    counts = PruningPlan.dense(units.spaces).counts
+    counts = units.plan.counts
     of_space = {name: cost.marginal(name, counts) for name in {units.space(head).name for head in units.heads}}
     return {head: of_space[units.space(head).name] for head in units.heads}
 
 
 def _seconds_per_head(model: nn.Module, units: Units, shape: Shape) -> float:
     """Time saved by a copy without every other head, per head: a head that is only masked saves none."""
-    gone = [head for head in units.heads if (head.head or 0) % 2]
+    gone = [head for head in units.heads if units.left(head).index(head.head or 0) % 2]
     small = copy.deepcopy(model)
-    apply_plan(small, units.family, units.spaces, PruningPlan.dense(units.spaces), plan_without(units, gone))
+    apply_plan(small, units.family, units.spaces, units.plan, plan_without(units, gone))
     timed = compare_latency(
         {"dense": model, "small": small}, [shape.batch_size], shape.length, max_seconds=shape.max_seconds
     )

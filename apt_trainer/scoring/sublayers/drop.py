@@ -28,19 +28,22 @@ def plan_without(units: Units, dropped: Sequence[Unit]) -> PruningPlan:
     """The plan that keeps everything but the units ``dropped``; raises :class:`UserError` for units that must stay."""
     units.check(dropped)
     gone = units.lost(dropped)
-    dense = PruningPlan.dense(units.spaces)
+    lost = {name: set(of_space) for name, of_space in gone.items()}
     return PruningPlan(
-        {name: tuple(unit for unit in kept if unit not in gone.get(name, ())) for name, kept in dense.kept.items()}
+        {
+            name: tuple(unit for unit in kept if unit not in lost.get(name, ()))
+            for name, kept in units.plan.kept.items()
+        }
     )
 
 
 def drop(model: PreTrainedModel, units: Units, dropped: Sequence[Unit]) -> PruningPlan:
-    """Take the units ``dropped`` out of the dense ``model``, in place and for good.
+    """Take the units ``dropped`` out of ``model``, in place and for good.
 
     The model then saves and loads as a pruned one (``store.saved_model``). Returns its plan.
     """
     plan = plan_without(units, dropped)
-    apply_plan(model, units.family, units.spaces, PruningPlan.dense(units.spaces), plan)
+    apply_plan(model, units.family, units.spaces, units.plan, plan)
     as_pruned(model, units.family, plan)
     return plan
 
@@ -50,17 +53,23 @@ def depth_share(units: Units, dropped: Sequence[Unit]) -> float:
     return sum(part.head is None for part in units.parts(dropped)) / len(units.sublayers)
 
 
+def depth_share_of_dense(units: Units, dropped: Sequence[Unit]) -> float:
+    """Sublayers of the dense original that are gone without ``dropped`` over all that it has."""
+    gone = len(units.gone) + sum(part.head is None for part in units.parts(dropped))
+    return gone / (len(units.gone) + len(units.sublayers))
+
+
 def head_share(units: Units, dropped: Sequence[Unit]) -> float:
     """Dropped heads over all heads, those of whole attentions included."""
     attentions = [unit for unit in units.sublayers if unit.kind != "mlp"]
     gone = units.lost(dropped)
     lost = sum(len(gone.get(units.space(unit).name, ())) for unit in attentions)
-    return lost / sum(units.space(unit).size for unit in attentions)
+    return lost / sum(len(units.left(unit)) for unit in attentions)
 
 
 def depth_warning(units: Units, dropped: Sequence[Unit]) -> str | None:
-    """A sentence for a drop of more than :data:`DEEP`."""
-    share = depth_share(units, dropped)
+    """A sentence where more than :data:`DEEP` of the dense original's sublayers are gone then."""
+    share = depth_share_of_dense(units, dropped)
     if share <= DEEP:
         return None
     return (

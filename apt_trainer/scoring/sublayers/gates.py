@@ -1,8 +1,8 @@
 """Sublayers and heads switched off for a while: the model computes what it will without them, and nothing moves.
 
-While a gate is closed the modules of a sublayer do not run; their no-ops (``models.stubs``) do. Single heads run, and
-a mask takes what they give (``surgery.masks``), which equals the smaller model up to the order of a sum. Not for
-fading, nor for training: the weights behind a closed gate are not in the graph.
+While a gate is closed the modules of a sublayer do not run; their no-ops (``models.modeling_apt``) do. Single heads
+run, and a mask takes what they give (``surgery.masks``), which equals the smaller model up to the order of a sum. Not
+for fading, nor for training: the weights behind a closed gate are not in the graph.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from apt_trainer.models.stubs import STUBS
+from apt_trainer.models.modeling_apt import STUBS
 from apt_trainer.scoring.sublayers.units import Unit, Units
 from apt_trainer.surgery.masks import MaskStore
 
@@ -49,11 +49,11 @@ def _masks(model: nn.Module, units: Units, heads: Sequence[Unit]) -> MaskStore:
     spaces = {space.name: space for space in map(units.space, heads)}
     gone = units.lost(heads)
     masks = MaskStore(model, list(spaces.values()), ())
-    masks.open({name: space.size for name, space in spaces.items()})
+    masks.open({name: len(units.plan.kept[name]) for name in spaces})
     masks.move(
         {
-            name: torch.tensor([head for head in range(space.size) if head not in gone[name]])
-            for name, space in spaces.items()
+            name: torch.tensor([at for at, head in enumerate(units.plan.kept[name]) if head not in gone[name]])
+            for name in spaces
         },
         1.0,
     )

@@ -1,4 +1,4 @@
-"""Units: one attention, one of its heads, one feed-forward or one whole layer, under its number in the dense model.
+"""Units: one attention, one of its heads, one feed-forward or one whole layer, under its number in the dense original.
 
 Not for neurons, nor for the weights behind a head (``models.Space``).
 """
@@ -15,6 +15,8 @@ from torch import nn
 
 from apt_trainer.errors import UserError
 from apt_trainer.models import ModelFamily, Space, Stack, Sublayer, family_of
+from apt_trainer.plan.pruning_plan import PruningPlan
+from apt_trainer.store.starting_point import starting_point
 
 UnitKind = Literal["attention", "cross_attention", "mlp", "block", "head", "cross_head"]
 
@@ -55,25 +57,35 @@ class Unit:
 
 @dataclass(frozen=True)
 class Units:
-    """All units of one dense model.
+    """All units that one model has, dense or pruned before; spaces and numbers are those of its dense original.
 
-    ``members``: the sublayers behind each unit but heads, in the order of a forward pass, blocks after all others.
-    ``protected``: what always stays. ``parallel``: all sublayers of a layer read the input of the layer.
+    ``plan``: what is left of ``spaces``. ``members``: the sublayers behind each unit but heads, in the order of a
+    forward pass, blocks after all others. ``gone``: sublayers that the model lacks; ``blocks``: path of every layer,
+    also of one that lost all. ``protected``: what always stays. ``parallel``: all sublayers of a layer read the input
+    of the layer.
     """
 
     family: ModelFamily
     spaces: tuple[Space, ...]
+    plan: PruningPlan
     members: dict[Unit, tuple[Sublayer, ...]]
+    gone: tuple[Sublayer, ...]
+    blocks: dict[Unit, str]
     protected: frozenset[Unit]
     parallel: bool
 
     @property
+    def is_pruned(self) -> bool:
+        """Whether the model lacks units of its dense original."""
+        return self.plan != PruningPlan.dense(self.spaces)
+
+    @property
     def stacks(self) -> tuple[Stack, ...]:
-        return tuple(dict.fromkeys(unit.stack for unit in self.members))
+        return tuple(dict.fromkeys(unit.stack for unit in self.blocks))
 
     def layers(self, stack: Stack) -> int:
         """Layers of a stack."""
-        return sum(unit.kind == "block" and unit.stack == stack for unit in self.members)
+        return sum(unit.stack == stack for unit in self.blocks)
 
     @cached_property
     def sublayers(self) -> tuple[Unit, ...]:
@@ -87,7 +99,7 @@ class Units:
             Unit(HEAD_KINDS[unit.kind], unit.layer, unit.stack, head): unit
             for unit in self.sublayers
             if unit.kind in HEAD_KINDS
-            for head in range(self.space(unit).size)
+            for head in self.left(unit)
         }
 
     @cached_property
@@ -99,6 +111,10 @@ class Units:
         """Heads or neurons of a sublayer; of a head, those that it is one of."""
         return self._spaces[self.members[self.heads[unit] if unit.head is not None else unit][0].space]
 
+    def left(self, unit: Unit) -> tuple[int, ...]:
+        """Heads or neurons that a sublayer has, by their numbers in the dense original; of a head, those beside it."""
+        return self.plan.kept[self.space(unit).name]
+
     @cached_property
     def _spaces(self) -> dict[str, Space]:
         return {space.name: space for space in self.spaces}
@@ -108,11 +124,11 @@ class Units:
         return tuple(unit for member in MEMBERS[kind] for unit in self.every if unit.kind == member)
 
     def lost(self, units: Iterable[Unit]) -> dict[str, Collection[int]]:
-        """Space → positions in it that go with ``units``: some heads, or all that there is."""
+        """Space → its units, as the dense original counts them, that go with ``units``: some heads, or all left."""
         found: dict[str, Collection[int]] = {}
         for unit in units:
             if unit.head is None:
-                found |= {part.space: range(self._spaces[part.space].size) for part in self.members[unit]}
+                found |= {part.space: self.plan.kept[part.space] for part in self.members[unit]}
             else:
                 name = self.space(unit).name
                 found[name] = {*found.get(name, ()), unit.head}
@@ -128,7 +144,7 @@ class Units:
         for unit in self.sublayers:
             space = self.space(unit)
             gone = lost.get(space.name, ())
-            if len(gone) == space.size:
+            if len(gone) == len(self.left(unit)):
                 found.append(unit)
             elif gone:
                 found += [Unit(HEAD_KINDS[unit.kind], unit.layer, unit.stack, head) for head in sorted(gone)]
@@ -146,7 +162,8 @@ class Units:
         found = []
         for unit in candidates:
             space = self.space(unit)
-            if unit not in self.protected and (unit.head is None or taken[space.name] < space.size - space.minimum):
+            free = len(self.left(unit)) - space.minimum
+            if unit not in self.protected and (unit.head is None or taken[space.name] < free):
                 taken[space.name] += 1
                 found.append(unit)
         return tuple(found)
@@ -155,7 +172,7 @@ class Units:
         if unit.head is None:
             return unit not in self.protected
         space = self.space(unit)
-        return len({*lost.get(space.name, ()), unit.head}) <= space.size - space.minimum
+        return len({*lost.get(space.name, ()), unit.head}) <= len(self.left(unit)) - space.minimum
 
     def label(self, unit: Unit) -> str:
         """Name of a unit for people, with its stack where there are two."""
@@ -179,32 +196,56 @@ class Units:
     def _described(self, unit: Unit) -> str:
         """What there is instead of ``unit``."""
         where = (unit.kind, unit.layer, unit.stack)
-        beside = sum((head.kind, head.layer, head.stack) == where for head in self.heads)
+        beside = [head.head for head in self.heads if (head.kind, head.layer, head.stack) == where]
         if beside:
-            return f"heads 0 to {beside - 1} in that attention"
+            return f"heads {_numbers(beside)} in that attention"
+        same = [other.layer for other in self.every if (other.kind, other.stack) == (unit.kind, unit.stack)]
+        if self.gone and same:
+            return f"units of kind {unit.kind!r} in layers {_numbers(list(dict.fromkeys(same)))}"
         if len(self.stacks) == 1:
             return f"layers 0 to {self.layers(self.stacks[0]) - 1}"
         return " and ".join(f"{stack} layers 0 to {self.layers(stack) - 1}" for stack in self.stacks)
 
 
 def find_units(model: nn.Module) -> Units:
-    """Units of a dense ``model``, which may be on the meta device.
+    """Units of a plain ``model``, which may be on the meta device.
 
-    Raises :class:`UserError` for a model without a family or one that has been pruned already.
+    Raises :class:`UserError` as :func:`~apt_trainer.store.starting_point.starting_point`.
     """
     config: Any = model.config
-    if getattr(config, "apt_structure", None) is not None:
-        raise UserError("The model is a pruned one already. Start from the dense model it was made from.")
-    family = family_of(config)
-    spaces = tuple(family.spaces(model))
+    family, start = family_of(config), starting_point(model)  # type: ignore[arg-type]
     members: dict[Unit, list[Sublayer]] = {}
     blocks: dict[Unit, list[Sublayer]] = {}
+    gone: list[Sublayer] = []
+    paths: dict[Unit, str] = {}
     for sublayer in family.sublayers(model):
         kind: UnitKind = "cross_attention" if sublayer.crosses else sublayer.kind
+        block = Unit("block", sublayer.layer, sublayer.stack)
+        paths[block] = sublayer.block
+        if not start.plan.kept[sublayer.space]:
+            gone.append(sublayer)
+            continue
         members[Unit(kind, sublayer.layer, sublayer.stack)] = [sublayer]
-        blocks.setdefault(Unit("block", sublayer.layer, sublayer.stack), []).append(sublayer)
+        blocks.setdefault(block, []).append(sublayer)
     members |= blocks
-    stays = {space.name for space in spaces if space.minimum > 0}
+    stays = {space.name for space in start.spaces if space.minimum > 0}
     protected = {unit for unit, parts in members.items() if any(part.space in stays for part in parts)}
     fixed = {unit: tuple(parts) for unit, parts in members.items()}
-    return Units(family, spaces, fixed, frozenset(protected), family.parallel(config))
+    return Units(
+        family,
+        tuple(start.spaces),
+        start.plan,
+        fixed,
+        tuple(gone),
+        paths,
+        frozenset(protected),
+        family.parallel(config),
+    )
+
+
+def _numbers(values: Sequence[Any]) -> str:
+    """``values``, which rise, as "0 to 3" where none is left out, else one by one."""
+    first, last = values[0], values[-1]
+    if last - first + 1 == len(values) > 1:
+        return f"{first} to {last}"
+    return ", ".join(map(str, values))

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from apt_trainer.errors import UserError
 from apt_trainer.models import family_of
-from apt_trainer.models.stubs import NoOp
+from apt_trainer.models.modeling_apt import NoOp
 from apt_trainer.store.export.check import NEW_TOKENS, TOLERANCE, greedy, prompt_of, run_alone
 from apt_trainer.store.export.gguf_tokenizer import add_tokenizer
 

@@ -25,8 +25,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from apt_trainer.errors import UserError
 from apt_trainer.models import family_of
+from apt_trainer.models.modeling_apt import NoOp
 from apt_trainer.models.slots import set_slot, slot_holders
-from apt_trainer.models.stubs import NoOp
 from apt_trainer.store.export.check import NEW_TOKENS, TOLERANCE, batches, greedy, prompt_of, run_alone
 from apt_trainer.store.export.onnx_session import PAST, PRESENT
 from apt_trainer.store.saved_model import dense_shape

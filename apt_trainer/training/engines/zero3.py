@@ -125,10 +125,10 @@ class Zero3Engine(ZeroEngine):
         return self._zero.parameter_offload.get_param_coordinator()
 
     def _layer_part(self) -> int:
-        """Entries of one layer of the dense model that one process has."""
+        """Entries of one layer of the model at first that one process has."""
         pruner = self.trainer.pruner
         layers = len(pruner.family.block_modules(self.trainer.model))
-        return int(pruner.block_cost.total(pruner.dense_plan.counts)) // (layers * dist.get_world_size())
+        return int(pruner.block_cost.total(pruner.origin.plan.counts)) // (layers * dist.get_world_size())
 
     def _forget_gradients(self) -> None:
         """All are nought between two steps."""

@@ -129,6 +129,7 @@ def test_train_prints_the_metrics_of_the_run(monkeypatch, capsys, tmp_path):
     recipes = []
     metrics = {"metric_name": "accuracy", "task_metric": 0.5, "evaluated_on": "test", "sparsity": 0.6}
     monkeypatch.setattr("apt_trainer.runs.run.train", lambda recipe: recipes.append(recipe) or metrics)
+    (tmp_path / "config.json").write_text('{"model_type": "apt_bert"}')
     assert cli.main(["train", "--output_dir", str(tmp_path), "--prune_targets", "heads", "neurons"]) == 0
     printed = capsys.readouterr().out
     assert "0.5000" in printed and f"load_pruned({str(tmp_path)!r})" in printed
@@ -164,6 +165,7 @@ def test_evaluate_leaves_the_output_dir_of_the_recipe_alone(monkeypatch, capsys,
 def test_evaluate_on_a_text_and_tasks_needs_no_recipe(monkeypatch, capsys, tmp_path):
     calls = []
     text = {"value": 21.5, "low": 20.0, "high": 23.0, "window": 64, "predicted_tokens": 4032}
+    text["start_token"] = None
     tasks = {"piqa": {"examples": 8, "metrics": {"acc": {"value": 0.75, "low": 0.5, "high": 1.0}}}}
     monkeypatch.setattr("apt_trainer.runs.run.evaluate", lambda *_: pytest.fail("no data are named"))
     monkeypatch.setattr(
@@ -204,6 +206,7 @@ def test_evaluate_hands_settings_of_the_model_on(monkeypatch, capsys):
 def test_benchmark_prints_dense_against_pruned(monkeypatch, capsys):
     calls = []
     numbers = {"metric_name": "", "total_params_dense": 2000, "total_params": 500, "flops_dense": 10, "flops": 4}
+    numbers |= {"device": "cpu", "dtype": "bfloat16", "threads": 1}
     monkeypatch.setattr(
         "apt_trainer.evaluate.compare.benchmark", lambda model, **sizes: calls.append((model, sizes)) or numbers
     )

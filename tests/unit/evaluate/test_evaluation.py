@@ -417,7 +417,7 @@ def pruned_llama(tmp_path: Path) -> Path:
     structure = {"replaced": {}, "parameters": shapes, "attributes": attributes}
     AutoConfig.register(PREFIX + "llama", config_class("llama"), exist_ok=True)
     config = config_class("llama")(**values, apt_base_architecture="LlamaForCausalLM", apt_structure=structure)
-    model = model_class("llama", "LlamaForCausalLM")(config)
+    model = model_class("LlamaForCausalLM")(config)
     randomise(model, seed=5)
     model.save_pretrained(tmp_path / "pruned")
     word_tokenizer().save_pretrained(tmp_path / "pruned")

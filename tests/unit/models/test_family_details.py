@@ -30,8 +30,7 @@ from apt_trainer.distillation.teacher import Teacher
 from apt_trainer.measure import Latency, count_parameters, example_inputs
 from apt_trainer.models import FAMILIES, HIDDEN, Space, family_of
 from apt_trainer.models.batch import of_stack, predicted_tokens, real_tokens
-from apt_trainer.models.sizes import BiasOfKeptHeads, ConfigView, get_size, set_size
-from apt_trainer.models.stubs import ZeroAttention
+from apt_trainer.models.modeling_apt import BiasOfKeptHeads, ConfigView, ZeroAttention, get_size, set_size
 from apt_trainer.plan.cost import parameter_cost
 from apt_trainer.plan.limits import Limits
 from apt_trainer.plan.pruning_plan import PruningPlan

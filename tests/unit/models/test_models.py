@@ -24,7 +24,7 @@ from transformers import AutoModel, AutoModelForMultipleChoice, XLNetConfig
 from apt_trainer.errors import UserError
 from apt_trainer.models import FAMILIES, HIDDEN, Slice, family_of
 from apt_trainer.models.base import base_layer, linear_shape
-from apt_trainer.models.stubs import (
+from apt_trainer.models.modeling_apt import (
     STUB_KINDS,
     STUBS,
     PassAttention,

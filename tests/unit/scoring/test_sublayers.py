@@ -82,11 +82,19 @@ def test_units_of_a_decoder_and_of_two_stacks() -> None:
         two.check([Unit("cross_attention", 1)])
 
 
-def test_pruned_models_are_refused() -> None:
+def test_units_of_a_pruned_model_are_those_left_under_their_old_numbers() -> None:
     model = model_of("llama")
-    drop(model, find_units(model), attention(1))
-    with pytest.raises(UserError, match="pruned one already"):
-        find_units(model)
+    whole = find_units(model)
+    drop(model, whole, [*attention(1), Unit("head", 0, head=1), Unit("mlp", 2)])
+    units = find_units(model)
+    assert units.of("attention") == tuple(unit for unit in whole.of("attention") if unit.layer != 1)
+    assert [unit.head for unit in units.of("heads") if unit.layer == 0] == [0, 2, 3]
+    assert units.layers("decoder") == whole.layers("decoder") and units.is_pruned and not whole.is_pruned
+    for missing in (*attention(1), Unit("head", 0, head=1), Unit("mlp", 2)):
+        with pytest.raises(UserError, match="does not exist: the model has"):
+            units.check([missing])
+    assert drop(model, units, [Unit("block", 2)]).counts["layers.2.heads"] == 0
+    assert find_units(model).of("block") == whole.of("block")[:2]
 
 
 # ---------------------------------------------------------------------- cosine importance
@@ -1008,7 +1016,3 @@ def test_a_model_that_breaks_down_is_not_written(saved: Path, tmp_path: Path, mo
     small = tmp_path / "small"
     monkeypatch.undo()
     assert cli.main(["drop", *model_and_data(saved), "--count", "1", "--output", str(small)]) == 0
-    assert (
-        cli.main(["drop", "--model", str(small), "--method", "reverse", "--count", "1", "--output", str(small)]) == 2
-    )
-    assert "pruned model already" in capsys.readouterr().err

@@ -27,13 +27,13 @@ from apt_trainer import APTConfig, APTTrainer, Plan, cli, load_pruned, paint
 from apt_trainer.errors import UserError
 from apt_trainer.models import family_of
 from apt_trainer.models.execution import PaintedLayers, painted, put_plan
-from apt_trainer.models.execution_plan import Execution, Loop, Parallel, full, plan_from_json, read_plan
 from apt_trainer.models.slots import layer_list_path
 from apt_trainer.report.painting import paint_markdown, plot_paint
 from apt_trainer.scoring.sublayers.drop import drop
 from apt_trainer.scoring.sublayers.loss import exp_loss, loss_sums
 from apt_trainer.scoring.sublayers.units import Unit, find_units
 from apt_trainer.scoring.sublayers.windows import from_text
+from apt_trainer.settings.execution_plan import Execution, Loop, Parallel, full, plan_from_json, read_plan
 from apt_trainer.store.saved_model import dense_copy
 from apt_trainer.studies import named_plans as named
 from apt_trainer.studies.plan_scores import Benchmark, benchmarks_of, measured, summarise
@@ -335,7 +335,7 @@ def test_kept_plans_reload_equal(name: str, tmp_path: Path) -> None:
     assert gap(logits(again, batch), expected) <= 1e-6 and again.config.num_hidden_layers == len(NESTED.executions)
     assert gap(logits(copy.deepcopy(again), batch), expected) <= 1e-6
     written = json.loads((tmp_path / "config.json").read_text())
-    assert written["apt_format_version"] == 2 and written["model_type"] == f"apt_{name}"
+    assert written["apt_format_version"] == 3 and written["model_type"] == f"apt_{name}"
     for key in ("num_hidden_layers", "n_layers", "n_layer", "layer_types"):
         assert written.get(key, dense.get(key)) == dense.get(key)
     again.save_pretrained(tmp_path / "again")

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from apt_trainer.errors import UserError
 from apt_trainer.measure import count_parameters
 from apt_trainer.models import HIDDEN
-from apt_trainer.models.stubs import STUB_KINDS
+from apt_trainer.models.modeling_apt import STUB_KINDS
 from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.surgery.cutting import apply_plan, removed_sublayers
 from apt_trainer.surgery.slicing import EditLog, Grow, Keep, slice_module
