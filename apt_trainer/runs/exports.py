@@ -44,7 +44,8 @@ def export_all(args: APTConfig, dense: PreTrainedModel, data: TaskData, found: d
         RunError: one could not be written or measured; those before it are in ``found``.
     """
     output = Path(str(args.output_dir))
-    model, tokenizer = load_for_export(str(output))
+    with _saved_before(output, "loading it for its exports failed", f"apt-trainer export {output} tries again"):
+        model, tokenizer = load_for_export(str(output))
     folders = {name: output / FOLDER / name for name in args.export}
     for name, folder in folders.items():
         form, quantize = parse_format(name)
@@ -55,10 +56,10 @@ def export_all(args: APTConfig, dense: PreTrainedModel, data: TaskData, found: d
             if not has_cache(model):
                 run = OnnxModel(folder / found[name]["file"], torch.get_num_threads())
                 found[name]["task_metric"] = task_metric(run, data, args.per_device_eval_batch_size)
-    if args.measure_latency:
-        timed = {name: folder for name, folder in folders.items() if found[name]["loaded_by"] is not None}
+    timed = {name: folder for name, folder in folders.items() if found[name]["loaded_by"] is not None}
+    if args.measure_latency and timed:
         sizes = args.latency_batch_sizes, args.latency_length, args.latency_new_tokens
-        with _saved_before(output, "timing its exports failed", "they are in the folder export there"):
+        with _saved_before(output, "timing its exports failed", f"they are in its folder {FOLDER}"):
             for name, speed in compare_speed(dense, model, timed, *sizes).items():
                 found[name]["speed"] = speed
     for name, folder in folders.items():
