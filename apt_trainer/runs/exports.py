@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,8 @@ def export_all(args: APTConfig, dense: PreTrainedModel, data: TaskData, found: d
         write_json(folder / RECORD, found[name])
 
 
-def task_metric(run: OnnxModel, data: TaskData, batch_size: int) -> float:
-    """The metric of a task on its test rows, predicted by an exported encoder."""
+def task_metric(run: Callable[[Mapping[str, Any]], Mapping[str, Any]], data: TaskData, batch_size: int) -> float:
+    """The metric of a task on its test rows; ``run``: from a batch to the outputs of an encoder, numpy arrays."""
     predictions = EvalLoopContainer(do_nested_concat=True, padding_index=-100)
     labels = EvalLoopContainer(do_nested_concat=True, padding_index=-100)
     for batch in DataLoader(data.test, batch_size, collate_fn=data.collator):  # type: ignore[arg-type]

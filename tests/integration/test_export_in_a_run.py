@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,14 @@ from apt_trainer.runs.run import evaluate, train
 from apt_trainer.settings import DataSettings, ModelSettings
 from apt_trainer.settings.recipe import Recipe
 from apt_trainer.store.export.onnx_session import OnnxModel
-from apt_trainer.store.pretrained import load_saved
+from apt_trainer.store.pretrained import load_inputs, load_model, load_saved
 
 LENGTH = 8
+HEADS = {
+    "classification": "ForSequenceClassification",
+    "token_classification": "ForTokenClassification",
+    "question_answering": "ForQuestionAnswering",
+}
 
 
 def recipe(folder: Path, family: str, task: str, **changes: Any) -> Recipe:
@@ -32,23 +38,33 @@ def recipe(folder: Path, family: str, task: str, **changes: Any) -> Recipe:
     else:
         config = tiny_config(family)
         config.vocab_size, config.pad_token_id = len(TOKENS), 0
-        ALL_TASKS["ForSequenceClassification"].from_config(config).save_pretrained(folder / "dense")
+        ALL_TASKS[HEADS[task]].from_config(config).save_pretrained(folder / "dense")
     word_tokenizer().save_pretrained(folder / "dense")
-    rows = [{"text": words(6, i), "label": "ab"[i % 2]} for i in range(40)]
     texts = folder / "rows.jsonl"
-    texts.write_text(
-        "".join(json.dumps(row if task == "classification" else {"text": row["text"]}) + "\n" for row in rows)
-    )
+    texts.write_text("".join(json.dumps(row(task, i)) + "\n" for i in range(40)))
     values = {"max_steps": 4, "pruning_time": "before", "distillation": "none", "target_sparsity": 0.3, "round_to": 1}
     values |= {"per_device_train_batch_size": 4, "use_cpu": True, "report_to": [], "disable_tqdm": True}
     values |= {"calibration_samples": 8, "num_pruning_events": 1, "measure_latency": False} | changes
     return Recipe(
         model=ModelSettings(str(folder / "dense")),
-        data=DataSettings(task=task, train_file=str(texts), validation_file=str(texts), max_length=LENGTH),
+        data=DataSettings(task=task, train_file=str(texts), validation_file=str(texts), max_length=16, doc_stride=4),
         training=APTConfig(output_dir=str(folder / "out"), **values),
         path=None,
         given={},
     )
+
+
+def row(task: str, number: int) -> dict[str, Any]:
+    if task == "question_answering":
+        context = words(6, number + 99)
+        answer = context.split()[2]
+        found = {"text": [answer], "answer_start": [context.index(answer)]}
+        return {"id": str(number), "question": words(3, number), "context": context, "answers": found}
+    if task == "token_classification":
+        return {"text": words(3 + number % 4, number).split(), "label": list("ABABOO")[: 3 + number % 4]}
+    if task == "classification":
+        return {"text": words(6, number), "label": "ab"[number % 2]}
+    return {"text": words(6, number)}
 
 
 def refused(recipe: Recipe, message: str) -> None:
@@ -78,9 +94,9 @@ def test_a_run_ends_with_a_classifier_for_onnxruntime(tmp_path: Path, monkeypatc
     run, right = OnnxModel(output / "export/onnx_int8" / small["file"]), 0
     again = load_saved(ModelSettings(str(output)))
     for line in (tmp_path / "rows.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        asked = word_tokenizer()(row["text"], return_tensors="np")
-        right += again.config.id2label[int(run(asked)["logits"].argmax())] == row["label"]
+        told = json.loads(line)
+        asked = word_tokenizer()(told["text"], return_tensors="np")
+        right += again.config.id2label[int(run(asked)["logits"].argmax())] == told["label"]
     assert small["task_metric"] == pytest.approx(right / 40)
 
     assert small["speed"]["threads"] == torch.get_num_threads()
@@ -90,8 +106,27 @@ def test_a_run_ends_with_a_classifier_for_onnxruntime(tmp_path: Path, monkeypatc
     ratio = times["dense"]["2"]["forward"]["median_ms"] / times["export"]["2"]["forward"]["median_ms"]
     assert small["speed"]["speedup"]["export"]["2"]["forward"] == pytest.approx(ratio)
     shown = result_text(metrics, str(output))
-    row = next(line for line in shown.splitlines() if line.startswith("| onnx_int8"))
-    assert f"{small['task_metric']:.4f}" in row and f"{ratio:.2f} ×" in row
+    line = next(line for line in shown.splitlines() if line.startswith("| onnx_int8"))
+    assert f"{small['task_metric']:.4f}" in line and f"{ratio:.2f} ×" in line
+
+
+@pytest.mark.parametrize("task", ["question_answering", "token_classification"])
+def test_the_metric_of_an_export_is_that_of_evaluate(task: str, tmp_path: Path) -> None:
+    """Of the same model, whose outputs are given as an export gives them."""
+    ready = recipe(tmp_path, "bert", task)
+    _, _, data = load_inputs(ready.model, ready)
+    model = load_model(ready.model, data).eval()
+    model.save_pretrained(tmp_path / "tuned")
+    word_tokenizer().save_pretrained(tmp_path / "tuned")
+
+    @torch.no_grad()
+    def run(batch: Mapping[str, Any]) -> dict[str, Any]:
+        found = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return {name: value.numpy() for name, value in found.items()}
+
+    scores = evaluate(str(tmp_path / "tuned"), ready)
+    assert exports.task_metric(run, data, 3) == pytest.approx(scores[f"validation_{data.metric_name}"], abs=1e-6)
+    assert scores[f"validation_{data.metric_name}"] > 0
 
 
 def test_a_run_whose_export_fails_keeps_model_and_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
