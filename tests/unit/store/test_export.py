@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,30 @@ def test_decoders_in_llama_cpp(
     assert record["greedy_tokens_equal"] and record["same_tokenization"]
     small = export(model, "gguf", tmp_path / "small", quantize="q8_0", tokenizer=tokenizer)
     assert small["bytes"] < 0.6 * record["bytes"]
+
+
+@pytest.mark.node
+def test_transformers_js_classifies(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """``NODE_PATH`` names the folder in which transformers.js is installed."""
+    model = cut("bert", "ForSequenceClassification", ("layers.1.heads",), vocab_size=len(tokenizer), pad_token_id=1)
+    tokenizer.model_max_length = 32
+    export(model, "onnx", tmp_path / "small", tokenizer=tokenizer)
+    script = """
+        const { pipeline, env } = require("@huggingface/transformers");
+        [env.allowRemoteModels, env.localModelPath] = [false, process.argv[1]];
+        const options = { dtype: "fp32", device: "cpu" };
+        pipeline("text-classification", "small", options)
+            .then(classify => classify(process.argv[2], { top_k: 9 }))
+            .then(found => console.log(JSON.stringify(found)));
+    """
+    text = "the cat sat on the matter"
+    done = subprocess.run(["node", "-e", script, f"{tmp_path}/", text], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = {each["label"]: each["score"] for each in json.loads(done.stdout.splitlines()[-1])}
+    with torch.no_grad():
+        expected = model(**tokenizer(text, return_tensors="pt")).logits[0].softmax(-1)
+    names = model.config.id2label
+    assert found == pytest.approx({names[i]: float(score) for i, score in enumerate(expected)}, abs=1e-5)
 
 
 @pytest.mark.parametrize(
