@@ -23,12 +23,16 @@ if TYPE_CHECKING:
     from apt_trainer.settings.config import APTConfig
     from apt_trainer.store.painted_model import paint
     from apt_trainer.store.saved_model import load_pruned
+    from apt_trainer.training.any_trainer import APTDPOTrainer, APTRewardTrainer, APTSFTTrainer, with_pruning
     from apt_trainer.training.trainer import APTTrainer
 
 __version__ = "0.1.0"
 
 _HOME = {
     "APTConfig": "settings.config",
+    "APTDPOTrainer": "training.any_trainer",
+    "APTRewardTrainer": "training.any_trainer",
+    "APTSFTTrainer": "training.any_trainer",
     "APTTrainer": "training.trainer",
     "AdaptivePruner": "pruning.pruner",
     "FAMILIES": "models",
@@ -40,12 +44,16 @@ _HOME = {
     "UserError": "errors",
     "load_pruned": "store.saved_model",
     "paint": "store.painted_model",
+    "with_pruning": "training.any_trainer",
 }
 
 __all__ = [
     "FAMILIES",
     "IMPORTANCES",
     "APTConfig",
+    "APTDPOTrainer",
+    "APTRewardTrainer",
+    "APTSFTTrainer",
     "APTTrainer",
     "AdaptivePruner",
     "Importance",
@@ -55,6 +63,7 @@ __all__ = [
     "UserError",
     "load_pruned",
     "paint",
+    "with_pruning",
 ]
 
 

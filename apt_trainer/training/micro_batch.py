@@ -19,24 +19,27 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import has_length
 
 from apt_trainer.errors import UserError
 from apt_trainer.models.batch import real_tokens
 from apt_trainer.training.engines import engine_of
+from apt_trainer.training.fused_head import FUSED, with_log_probs
 
-_NO_DATA = ("output_hidden_states", "output_attentions", "return_dict", "use_cache", "num_items_in_batch")
+_NO_DATA = ("output_hidden_states", "output_attentions", "return_dict", "use_cache", "num_items_in_batch", FUSED)
 """Arguments of a forward pass that say what is wanted of it."""
 _TOKENS = ("input_ids", "inputs_embeds", "attention_mask")
 
 
 class Pass:
-    """A forward pass of the student: its ``inputs`` by name, its ``outputs``, and those of the teacher, ``taught``."""
+    """A forward pass of the student: its ``inputs`` by name, its ``outputs``, and those of the teacher, ``taught``.
+    ``fused_labels``: of one that was to give their log-probabilities alone."""
 
     inputs: dict[str, Any] | None = None
     outputs: Any = None
     taught: Any = None
+    fused_labels: Any = None
 
 
 class MicroBatches:
@@ -158,11 +161,16 @@ class MicroBatches:
                 return None
             engine_of(trainer).settle()
             seen.taught = trainer.distillation.teach(seen.inputs)
+            if kwargs.get(FUSED):  # without labels: the loss is the trainer's to compute
+                seen.fused_labels = called["labels"]
+                kwargs = {name: value for name, value in kwargs.items() if name not in (FUSED, "labels")}
             return args, kwargs | ({"output_hidden_states": True} if trainer.distillation.uses_layers else {})
 
-        def after(module: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
-            if seen.inputs is not None and seen.outputs is None:
-                seen.outputs = outputs
+        def after(module: nn.Module, args: tuple[Any, ...], outputs: Any) -> Any:
+            if seen.inputs is None or seen.outputs is not None:
+                return None
+            seen.outputs = outputs
+            return None if seen.fused_labels is None else with_log_probs(outputs, seen.fused_labels)
 
         student = trainer.model_wrapped
         handles = [
@@ -187,7 +195,8 @@ class MicroBatches:
             )
         chooses = trainer.heldout_dataset is not None and trainer.distillation.settings.distillation == "self"
         missing = [name for name in trainer.label_names if batch.get(name) is None]
-        if chooses and missing:
+        by_labels = trainer.trainer_class.prediction_step in (Trainer.prediction_step, Seq2SeqTrainer.prediction_step)
+        if chooses and missing and by_labels:
             raise UserError(
                 f"label_names={trainer.label_names} are not all in a batch, which has {', '.join(sorted(batch))}; "
                 "without them no loss of held-out rows is computed, by which the teacher is chosen. Set label_names "
