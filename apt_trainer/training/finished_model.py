@@ -43,7 +43,7 @@ class FinishedModel(BestWithinBudget):
         """Before training: raise :class:`UserError`, on all processes, where the finished model could not be saved."""
         with failing_together():
             if self.args.should_save:
-                rehearse(self.model, self._output, self.pruner, self._tokenizer())
+                rehearse(self.model, self._output, self.pruner, self._saved_tokenizer())
 
     def keeping_what_is_trained(self) -> Retold:
         """Context for the loop: where something else fails after the last step (a metric, a callback, a log), the
@@ -118,7 +118,7 @@ class FinishedModel(BestWithinBudget):
             raise UserError("save_model is for after train(); in a run checkpoints are written by save_strategy.")
         if self.args.should_save:
             path = Path(output_dir or self._output)
-            checkpoint.save_pruned(self.model, path, self.pruner.plan, self._tokenizer())
+            checkpoint.save_pruned(self.model, path, self.pruner.plan, self._saved_tokenizer())
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """As the Trainer's; raises :class:`UserError` on all processes where the hub cannot be written to."""
@@ -149,7 +149,7 @@ class FinishedModel(BestWithinBudget):
         card = model_card(self.model, **kwargs)
         return upload(
             self.hub_model_id,
-            lambda folder: checkpoint.write_model(self.model, folder, self.pruner.plan, self._tokenizer(), card),
+            lambda folder: checkpoint.write_model(self.model, folder, self.pruner.plan, self._saved_tokenizer(), card),
             self._output,
             blocking,
             commit_message=commit_message,
@@ -168,6 +168,6 @@ class FinishedModel(BestWithinBudget):
     def _output(self) -> Path:
         return Path(str(self.args.output_dir))
 
-    def _tokenizer(self) -> Any:
+    def _saved_tokenizer(self) -> Any:
         """What is saved beside the model, as the Trainer chooses it."""
         return self.processing_class or getattr(self.data_collator, "tokenizer", None)

@@ -6,7 +6,6 @@ With adapters TRL would take the trained model without them, which is not the de
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from apt_trainer.errors import UserError
@@ -35,8 +34,5 @@ def check_reference(model: Any, args: Any, trainer_class: type, given: Mapping[s
         raise UserError(f"ref_model is the model itself, which is going to be cut. {_WAYS}")
     if reference is not None or getattr(args, "precompute_ref_log_probs", False):
         return
-    path = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
-    raise UserError(
-        f"{name} compares with a reference model, and none was given. {_WAYS}"
-        + (f" The model came from {path!r}." if path and not Path(path).is_absolute() else "")
-    )
+    if not getattr(getattr(model, "config", None), "_name_or_path", ""):  # else it is loaded from there once more
+        raise UserError(f"{name} compares with a reference model, and none was given. {_WAYS}")

@@ -1,0 +1,215 @@
+"""The method on Trainers of other libraries and of the user's own."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from integration.factories import Rows, SaveAt, events_of, losses_of, weights_of
+from peft import LoraConfig
+from texts import llama_config, tiny_llama, word_tokenizer, words
+from tiny import tiny_model
+from torch import nn
+from torch.nn import functional as F
+from transformers import LlamaForSequenceClassification, Seq2SeqTrainer, Trainer, TrainingArguments, set_seed
+from trl import DPOTrainer, SFTConfig, SFTTrainer
+
+import apt_trainer
+from apt_trainer import APTConfig, APTTrainer, UserError, load_pruned, with_pruning
+
+SETTINGS: dict[str, Any] = {
+    "max_steps": 8,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 4,
+    "target_sparsity": 0.4,
+    "num_pruning_events": 2,
+    "pruning_start": 1,
+    "pruning_end": 5,
+    "distillation_end": 7,
+    "mask_window": 1,
+    "observe_every": 1,
+    "round_to": 4,
+    "min_hidden": 8,
+    "lora_r": 2,
+    "max_rank": 8,
+    "heldout_fraction": 0.1,
+    "learning_rate": 1e-3,
+    "save_strategy": "no",
+    "use_cpu": True,
+    "report_to": [],
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "seed": 7,
+}
+CHAT = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + ' ' + eos_token + ' ' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + ' ' }}{% endif %}{% endfor %}"
+)
+
+
+def tokenizer() -> Any:
+    made = word_tokenizer()
+    made.chat_template = CHAT
+    return made
+
+
+def turn(row: int, answers: bool = True) -> list[dict[str, str]]:
+    question = {"role": "user", "content": words(4 + row % 3, seed=row)}
+    return [question, {"role": "assistant", "content": words(5, seed=row + 100)}] if answers else [question]
+
+
+DATA = {
+    "text": [{"text": words(8 + row % 5, seed=row)} for row in range(48)],
+    "prompt": [{"prompt": words(4 + row % 3, seed=row), "completion": " " + words(5, seed=row + 99)} for row in range(48)],
+    "chat": [{"messages": turn(row)} for row in range(48)],
+}
+BEFORE: dict[str, Any] = {"pruning_time": "before", "pruning_start": None, "calibration_samples": 16}
+BEFORE |= {"distillation": "none", "distillation_end": None}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "text": ("text", {}),
+    "completion only": ("prompt", {}),
+    "conversations": ("chat", {}),
+    "assistant only": ("chat", {"assistant_only_loss": True}),
+    "packed": ("text", {"packing": True, "packing_strategy": "wrapped", "max_length": 16}),
+    "before": ("text", BEFORE),
+    "float32, no checkpointing": ("text", {"bf16": False, "gradient_checkpointing": False}),
+}
+
+
+def sft(folder: Path, kind: str = "text", steps: tuple[int, ...] = (), options: Any = None, **changes: Any) -> Any:
+    data, own = KINDS[kind]
+    trainer_class = apt_trainer.APTSFTTrainer
+    args = trainer_class.Config(str(folder), **{**SETTINGS, **own, **changes})
+    given = {"processing_class": tokenizer(), "callbacks": [SaveAt(steps)], **(options or {})}
+    return trainer_class(tiny_llama(), args=args, train_dataset=Dataset.from_list(DATA[data]), **given)
+
+
+def assert_reloads(trainer: Any, folder: Path) -> None:
+    """The saved model is smaller and gives the same outputs."""
+    trainer.save_model(str(folder))
+    loaded, ids = load_pruned(folder), torch.arange(4, 16)[None]
+    model = trainer.model.eval()
+    assert torch.equal(model(input_ids=ids).logits, loaded(input_ids=ids).logits)
+    assert trainer.pruner.sparsity() >= trainer.args.target_sparsity
+    dense = type(model).__mro__[1](copy.deepcopy(tiny_llama().config))
+    assert sum(p.numel() for p in loaded.parameters()) < 0.95 * sum(p.numel() for p in dense.parameters())
+
+
+# ---------------------------------------------------------------------------- the classes
+
+
+def test_with_pruning_joins_classes_and_settings() -> None:
+    assert with_pruning(Seq2SeqTrainer) is APTTrainer and APTTrainer.Config is APTConfig
+    made = with_pruning(SFTTrainer)
+    assert made is apt_trainer.APTSFTTrainer and issubclass(made, SFTTrainer) and issubclass(made.Config, SFTConfig)
+    args = made.Config("out", target_sparsity=0.3, pruning_time="before", max_length=64, use_cpu=True)
+    again = pickle.loads(pickle.dumps(args))
+    assert type(again) is made.Config and (again.max_length, again.target_sparsity) == (64, 0.3)
+    assert pickle.loads(pickle.dumps(made)) is made
+    with pytest.raises(UserError, match=r"target_sparsity=30 must lie between 0 and 1"):
+        made.Config("out", target_sparsity=30, use_cpu=True)
+    with pytest.raises(UserError, match="prunes already"):
+        with_pruning(APTTrainer)
+    with pytest.raises(UserError, match="takes a class"):
+        with_pruning(tiny_model)  # type: ignore[arg-type]
+
+
+def test_settings_of_another_class_are_an_error(tmp_path: Path) -> None:
+    data = Dataset.from_list(DATA["text"])
+    for args in (SFTConfig(str(tmp_path), use_cpu=True), APTConfig(str(tmp_path), use_cpu=True)):
+        with pytest.raises(UserError, match=r"Give an APTSFTTrainer.Config, which has all of SFTConfig too"):
+            apt_trainer.APTSFTTrainer(tiny_llama(), args=args, train_dataset=data)
+    with pytest.raises(UserError, match=r"model is a name, 'org/model'"):
+        apt_trainer.APTSFTTrainer("org/model", args=apt_trainer.APTSFTTrainer.Config(str(tmp_path), use_cpu=True))
+
+
+# ---------------------------------------------------------------------------- plain Trainer and subclasses
+
+
+class Own(Trainer):
+    """As users have it: a loss and a log of its own."""
+
+    calls = 0
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        Own.calls += 1
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = F.cross_entropy(outputs.logits, labels)
+        return (loss, outputs) if return_outputs else loss
+
+
+def classifier(folder: Path, trainer_class: type, steps: tuple[int, ...] = (), **changes: Any) -> Any:
+    made = with_pruning(trainer_class)
+    set_seed(3)
+    args = made.Config(str(folder), **{**SETTINGS, **changes})
+    return made(tiny_model("bert", dropout=0.1), args, train_dataset=Rows(64), callbacks=[SaveAt(steps)])
+
+
+@pytest.mark.parametrize("trainer_class", [Trainer, Own])
+def test_a_trainer_of_ones_own_trains_as_apt_trainer(trainer_class: type, tmp_path: Path) -> None:
+    Own.calls = 0
+    trainer = classifier(tmp_path / "own", trainer_class)
+    trainer.train()
+    set_seed(3)
+    args = APTConfig(str(tmp_path / "apt"), **SETTINGS, warmup_steps=0)
+    other = APTTrainer(tiny_model("bert", dropout=0.1), args, Rows(64))
+    other.train()
+    assert losses_of(trainer) == losses_of(other) and len(losses_of(trainer)[4]) == 3
+    assert trainer_class is Trainer or 8 < Own.calls < 24  # once per step; then held-out rows and probes
+    assert all(torch.equal(value, weights_of(other.model)[name]) for name, value in weights_of(trainer.model).items())
+    assert trainer.pruner.sparsity() >= 0.4
+
+
+def test_what_a_class_under_the_method_overrides_is_followed(tmp_path: Path) -> None:
+    prepared: list[int] = []
+
+    class Prepares(Trainer):
+        def create_optimizer(self, model: Any = None) -> Any:
+            if self.optimizer is None:
+                self.optimizer = torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], lr=0.5)
+            return self.optimizer
+
+        def _prepare_for_training(self, *args: Any) -> Any:
+            prepared.append(self.state.global_step)
+            return super()._prepare_for_training(*args)
+
+    trainer = classifier(tmp_path, Prepares)
+    trainer.train()
+    cuts = [event["step"] for event in events_of(tmp_path, "prune")]
+    assert len(cuts) == 2 and set(cuts) < set(prepared) and prepared[0] == 0
+    assert trainer.optimizer.param_groups[0]["lr"] != trainer.args.learning_rate
+
+
+# ---------------------------------------------------------------------------- TRL: SFT
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sft_gives_a_smaller_model_that_reloads(kind: str, tmp_path: Path) -> None:
+    trainer = sft(tmp_path / "run", kind)
+    trainer.train()
+    losses = losses_of(trainer)
+    assert all(math.isfinite(value) for values in losses.values() for value in values)
+    assert kind == "before" or (3 in {len(values) for values in losses.values()})  # some are against a teacher
+    assert max(trainer.pruner.state()[0]["ranks"].values(), default=0) == 0  # merged
+    assert_reloads(trainer, tmp_path / "model")
+    trainer.evaluate(Dataset.from_list(DATA[KINDS[kind][0]][:8]))
+
+
+def test_sft_resumed_is_sft_straight(tmp_path: Path) -> None:
+    straight = sft(tmp_path / "run", steps=(2, 4))
+    straight.train()
+    for step in (2, 4):
+        resumed = sft(tmp_path / f"from{step}")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
+        weights = weights_of(resumed.model)
+        assert all(torch.equal(value, weights[name]) for name, value in weights_of(straight.model).items())
