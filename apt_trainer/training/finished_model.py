@@ -158,8 +158,11 @@ class FinishedModel(BestWithinBudget):
         )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card of the finished model to ``output_dir``; arguments as the Trainer's."""
-        if self.is_world_process_zero():
+        """Write the card of the finished model to ``output_dir``; arguments as the Trainer's, or as TRL's. In a run,
+        where TRL asks for one at each checkpoint, there is none to describe."""
+        if self.is_world_process_zero() and not self.is_in_train:
+            if "dataset_name" in kwargs:
+                kwargs["dataset"] = kwargs.pop("dataset_name")
             model_card(self.model, *args, **kwargs).save(self._output / CARD_FILE)
 
     # ------------------------------------------------------------------ inside

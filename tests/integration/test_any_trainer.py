@@ -85,6 +85,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def sft(folder: Path, kind: str = "text", steps: tuple[int, ...] = (), options: Any = None, **changes: Any) -> Any:
     data, own = KINDS[kind]
+    set_seed(3)
     trainer_class = apt_trainer.APTSFTTrainer
     args = trainer_class.Config(str(folder), **{**SETTINGS, **own, **changes})
     given = {"processing_class": tokenizer(), "callbacks": [SaveAt(steps)], **(options or {})}
@@ -213,3 +214,145 @@ def test_sft_resumed_is_sft_straight(tmp_path: Path) -> None:
         resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
         weights = weights_of(resumed.model)
         assert all(torch.equal(value, weights[name]) for name, value in weights_of(straight.model).items())
+
+
+def test_sft_trains_as_apt_trainer_on_the_same_rows(tmp_path: Path) -> None:
+    """Against a teacher too: what TRL reads of its fused head is the same from logits."""
+    trainer = sft(tmp_path / "sft", "float32, no checkpointing", lr_scheduler_type="constant")
+    trainer.train()
+    set_seed(3)
+    args = APTConfig(str(tmp_path / "apt"), **SETTINGS, warmup_steps=0, lr_scheduler_type="constant")
+    again = sft(tmp_path / "again", "float32, no checkpointing")
+    set_seed(3)
+    given = {"heldout_dataset": again.heldout_dataset, "data_collator": again.data_collator}
+    other = APTTrainer(tiny_llama(), args, again.train_dataset, **given)
+    other.train()
+    losses = losses_of(other)
+    assert {len(values) for values in losses.values()} == {2, 3}
+    for step, values in losses_of(trainer).items():
+        assert values == pytest.approx(losses[step], rel=1e-4), step
+    assert trainer.pruner.plan == other.pruner.plan
+    logs = [entry for entry in trainer.state.log_history if "entropy" in entry]
+    assert len(logs) == 8 and [entry["num_tokens"] for entry in logs] == sorted(entry["num_tokens"] for entry in logs)
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(4)])
+    assert logs[0]["num_tokens"] < 3 * batch["attention_mask"].sum() and logs[0]["entropy"] > 0  # of one batch
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_sft_with_nothing_pruned_is_trls(accumulation: int, tmp_path: Path) -> None:
+    plain: dict[str, Any] = {"target_sparsity": None, "distillation": "none", "tune": "full", "tune_embeddings": True}
+    plain |= {"distillation_end": None, "pruning_start": None, "pruning_end": None, "adam_epsilon": 1e-4}
+    plain |= {"gradient_accumulation_steps": accumulation, "lr_scheduler_type": "constant"}
+    ours = sft(tmp_path / "ours", "completion only", bf16=False, max_grad_norm=0.0, **plain)
+    names = {"use_cpu", "report_to", "logging_steps", "disable_tqdm", "seed", "max_steps", "learning_rate"}
+    names |= {"per_device_train_batch_size"}
+    args = {name: SETTINGS[name] for name in names} | {name: plain[name] for name in plain if hasattr(SFTConfig, name)}
+    config = SFTConfig(
+        str(tmp_path / "trl"), bf16=False, max_grad_norm=0.0, weight_decay=0.0, save_strategy="no", **args
+    )
+    data = Dataset.from_list(DATA["prompt"])
+    theirs = SFTTrainer(tiny_llama(), args=config, train_dataset=data, processing_class=tokenizer())
+    for each in (ours, theirs):
+        each.train()
+    found, expected = ([e["loss"] for e in each.state.log_history if "loss" in e] for each in (ours, theirs))
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
+def test_sft_takes_adapters_of_a_peft_config(targets: Any, tmp_path: Path) -> None:
+    given = LoraConfig(r=3, lora_alpha=6, lora_dropout=0.1, target_modules=targets, use_rslora=targets == "all-linear")
+    trainer = sft(tmp_path / "run", lora_r=8, options={"peft_config": given})
+    layers = {name: module for name, module in trainer.model.named_modules() if hasattr(module, "lora_A")}
+    of_class = {name.rpartition(".")[2] for name in layers}
+    assert of_class == ({"q_proj", "v_proj"} if isinstance(targets, list) else
+                        {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
+    one = next(iter(layers.values()))
+    assert one.r["default"] == 3 and one.lora_dropout["default"].p == 0.1
+    assert one.scaling["default"] == pytest.approx(6 / math.sqrt(3) if given.use_rslora else 2.0)
+    trainer.train()
+    assert max(events_of(tmp_path / "run", "prune")[-1]["ranks"].values()) > 3
+    assert_reloads(trainer, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"use_dora": True}, "peft_config sets use_dora=True"),
+        ({"modules_to_save": ["lm_head"]}, r"peft_config sets modules_to_save=\['lm_head'\]"),
+        ({"target_modules": ".*q_proj"}, "is a pattern"),
+        ({"r": 4}, "lora_r=2, but peft_config says 4"),
+        ({"target_modules": ["nowhere"]}, "names 'nowhere', which is no linear in a layer"),
+    ],
+)
+def test_sft_refuses_adapters_that_cannot_grow(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    given = {"r": 2, "lora_alpha": 16, "target_modules": ["q_proj"], **given}
+    with pytest.raises(UserError, match=message):
+        sft(tmp_path, options={"peft_config": LoraConfig(**given)})
+
+
+# ---------------------------------------------------------------------------- TRL: preferences
+
+
+PAIRS = [
+    {"prompt": words(4, seed=row), "chosen": " " + words(4, seed=row + 50), "rejected": " " + words(5, seed=row + 90)}
+    for row in range(40)
+]
+
+
+def dpo(folder: Path, options: Any = None, model: Any = None, steps: tuple[int, ...] = (), **changes: Any) -> Any:
+    set_seed(3)
+    trainer_class = apt_trainer.APTDPOTrainer
+    args = trainer_class.Config(str(folder), **{**SETTINGS, **changes})
+    given = {"processing_class": tokenizer(), "callbacks": [SaveAt(steps)], **(options or {})}
+    return trainer_class(model or tiny_llama(), args=args, train_dataset=Dataset.from_list(PAIRS), **given)
+
+
+def test_dpo_compares_with_the_dense_model_all_along(tmp_path: Path) -> None:
+    """Log-probabilities that were computed before the cut, or those of a reference model: the same run."""
+    one = dpo(tmp_path / "one", precompute_ref_log_probs=True)
+    other = dpo(tmp_path / "other", options={"ref_model": tiny_llama()})
+    for each in (one, other):
+        each.train()
+    losses = losses_of(other)
+    assert {len(values) for values in losses.values()} == {2, 3}
+    for step, values in losses_of(one).items():
+        assert values == pytest.approx(losses[step], rel=1e-3), step
+    assert losses[1][1] == pytest.approx(math.log(2), rel=1e-3)  # the model is its reference at first
+    assert_reloads(other, tmp_path / "model")
+
+
+def test_dpo_resumed_is_dpo_straight(tmp_path: Path) -> None:
+    straight = dpo(tmp_path / "run", steps=(4,), precompute_ref_log_probs=True)
+    straight.train()
+    resumed = dpo(tmp_path / "resumed", precompute_ref_log_probs=True)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    weights = weights_of(resumed.model)
+    assert all(torch.equal(value, weights[name]) for name, value in weights_of(straight.model).items())
+
+
+def test_dpo_without_a_reference_is_an_error_at_the_start(tmp_path: Path) -> None:
+    model = tiny_llama()
+    with pytest.raises(UserError, match="none was given. Set precompute_ref_log_probs=True"):
+        dpo(tmp_path, options={"peft_config": LoraConfig(r=2, lora_alpha=16, target_modules=["q_proj"])})
+    with pytest.raises(UserError, match="ref_model is the model itself"):
+        dpo(tmp_path, model=model, options={"ref_model": model})
+    with pytest.raises(UserError, match="sync_ref_model copies"):
+        dpo(tmp_path, options={"ref_model": tiny_llama()}, sync_ref_model=True)
+
+
+def test_a_reward_model_is_pruned(tmp_path: Path) -> None:
+    set_seed(3)
+    trainer_class = apt_trainer.APTRewardTrainer
+    model = LlamaForSequenceClassification(llama_config(num_labels=1))
+    trainer = trainer_class(
+        model,
+        args=trainer_class.Config(str(tmp_path / "run"), **SETTINGS),
+        train_dataset=Dataset.from_list(PAIRS),
+        processing_class=tokenizer(),
+    )
+    trainer.train()
+    assert {len(values) for values in losses_of(trainer).values()} == {2, 3}
+    trainer.save_model(str(tmp_path / "model"))
+    loaded, ids = load_pruned(tmp_path / "model"), torch.arange(4, 16)[None]
+    assert torch.equal(trainer.model.eval()(input_ids=ids).logits, loaded(input_ids=ids).logits)
+    assert trainer.pruner.sparsity() >= 0.4
