@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from apt_trainer.store.painted_model import paint
     from apt_trainer.store.saved_model import load_pruned
     from apt_trainer.training.any_trainer import APTDPOTrainer, APTRewardTrainer, APTSFTTrainer, with_pruning
+    from apt_trainer.training.inside import load_pruned_into
     from apt_trainer.training.trainer import APTTrainer
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ _HOME = {
     "PruningPlan": "plan.pruning_plan",
     "UserError": "errors",
     "load_pruned": "store.saved_model",
+    "load_pruned_into": "training.inside",
     "paint": "store.painted_model",
     "with_pruning": "training.any_trainer",
 }
@@ -62,6 +64,7 @@ __all__ = [
     "PruningPlan",
     "UserError",
     "load_pruned",
+    "load_pruned_into",
     "paint",
     "with_pruning",
 ]

@@ -23,7 +23,7 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import has_length
 
 from apt_trainer.errors import UserError
-from apt_trainer.models.batch import real_tokens
+from apt_trainer.models.batch import Tokens, real_tokens
 from apt_trainer.training.engines import engine_of
 from apt_trainer.training.fused_head import FUSED, with_log_probs
 
@@ -83,7 +83,7 @@ class MicroBatches:
             return [], items  # the Trainer would not step on the last, incomplete micro-batches of a stream
         if fetched and not self._checked:
             self._check_names(fetched[0])
-        self.trainer.step_losses.begin(fetched, self.trainer.model)
+        self.trainer.step_losses.begin(fetched, self.trainer.transformer)
         return fetched, items
 
     def _step(self, own: Callable[..., Any], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -113,7 +113,7 @@ class MicroBatches:
         if not (model.training or torch.is_grad_enabled()):
             return own(model, inputs, return_outputs, num_items_in_batch)
         step, inputs = trainer.state.global_step, trainer._prepare_inputs(inputs)
-        given, shares = dict(inputs), losses.shares(inputs, trainer.model)
+        given, shares = dict(inputs), losses.shares(inputs, trainer.transformer)
         mu = trainer.schedule.mu(step) if trainer.distillation.ready else 0.0
         trainer.pruner.set_tokens(real_tokens(given, trainer.pruner.family))
         counts = self._normalised and num_items_in_batch is None  # else the Trainer has
@@ -148,7 +148,7 @@ class MicroBatches:
         """Within it, the first forward pass of the student that trains is seen. ``teaches``: the teacher runs before
         it; not during it, when a parameter that the two share can be on its way to the device (ZeRO-3)."""
         trainer, seen = self.trainer, Pass()
-        names = _names_of_arguments(type(trainer.model))  # type: ignore[arg-type]
+        names = _names_of_arguments(type(trainer.transformer))  # type: ignore[arg-type]
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if seen.inputs is not None or not (torch.is_grad_enabled() and trainer.model.training):
@@ -172,22 +172,45 @@ class MicroBatches:
             seen.outputs = outputs
             return None if seen.fused_labels is None else with_log_probs(outputs, seen.fused_labels)
 
-        student = trainer.model_wrapped
+        student = trainer.transformer if trainer.place else trainer.model_wrapped
         handles = [
             student.register_forward_pre_hook(before, prepend=True, with_kwargs=True),  # before an engine's own
             student.register_forward_hook(after),
         ]
         try:
-            yield seen
+            with self.telling_tokens(trainer.pruner.set_tokens):
+                yield seen
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def telling_tokens(self, tell: Callable[[Tokens], None]) -> Iterator[None]:
+        """Within it, a transformer that is inside of the model, and may be run several times for a batch, says for
+        each pass which tokens are real."""
+        trainer = self.trainer
+        if not trainer.place:
+            yield
+            return
+        names = _names_of_arguments(type(trainer.transformer))  # type: ignore[arg-type]
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            called = dict(zip(names, args, strict=False)) | kwargs
+            tell(real_tokens(called, trainer.pruner.family))
+
+        handle = trainer.transformer.register_forward_pre_hook(before, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     # ------------------------------------------------------------------ errors
 
     def _check_names(self, batch: Mapping[str, Any]) -> None:
         """Tokens must be there, and labels where snapshots are chosen by their loss on held-out rows."""
         trainer = self.trainer
+        if trainer.place:
+            return
         if not any(name in batch for name in _TOKENS[:2]):
             raise UserError(
                 f"A batch has no input_ids, but only {', '.join(sorted(batch)) or 'nothing'}. Look at data_collator "

@@ -60,6 +60,7 @@ from apt_trainer.training.engines.state import State
 from apt_trainer.training.finished_model import FinishedModel
 from apt_trainer.training.fused_head import let_copies_own
 from apt_trainer.training.given_adapters import adopt
+from apt_trainer.training.inside import check_inside, place_of_transformer, without_own_groups
 from apt_trainer.training.micro_batch import MicroBatches
 from apt_trainer.training.own_metrics import left_alone
 from apt_trainer.training.reference import check_reference
@@ -144,9 +145,12 @@ class PruningMixin(FinishedModel):
         check_upload(settings)
         check_reference(model, settings, self.trainer_class, given)
         if given.get("peft_config") is not None:
-            settings = self.args = adopt(given.pop("peft_config"), settings, model)
+            inner = model.get_submodule(place_of_transformer(model))
+            settings = self.args = adopt(given.pop("peft_config"), settings, inner)
         self._given = importance, teacher
         self._label_order = None if teacher is None else match_teacher(model, teacher)
+        self.place = place_of_transformer(model)
+        check_inside(model, self.place, settings)
         self.pruner = self._make_pruner(model)
         splits = given.get("train_dataset") is not None and heldout_dataset is None
         if splits:
@@ -163,7 +167,7 @@ class PruningMixin(FinishedModel):
         self.heldout_dataset = heldout_dataset
         runtime.check_options(self)
         check_overrides(self, PruningMixin)
-        check_optimizer(settings, optimizer, self.get_optimizer_cls_and_kwargs, model)
+        check_optimizer(settings, optimizer, self._optimizer, model)
         self.compiled = CompiledSteps(runtime.take_compiling(self))
         self._set_up()
         self._micro_batches, self._stop = MicroBatches(self), StopOnSignal()
@@ -222,11 +226,13 @@ class PruningMixin(FinishedModel):
             return super().create_optimizer()
         if self.optimizer is None:
             args, module, given = self.args, model or self.model, self.optimizer_cls_and_kwargs
-            cls, options = given or self.get_optimizer_cls_and_kwargs(args, module)
+            cls, options = given or self._optimizer(args, module)
             rate = options.get("lr", args.learning_rate)
             decay = {"weight_decay": args.weight_decay, **(given[1] if given else {})}["weight_decay"]
             rates = {True: args.full_learning_rate or rate, False: rate}
-            base, decayed = base_weight_names(module, self.pruner.family), set(self.get_decay_parameter_names(module))
+            inner = module.get_submodule(self.place)
+            base = {self._prefix + name for name in base_weight_names(inner, self.pruner.family)}
+            decayed = set(self.get_decay_parameter_names(module))
             groups = parameter_groups(module, base, self.optimizer_ages, rates, decay, decayed)
             self.optimizer = cls(groups, **options)
         return self.optimizer
@@ -313,11 +319,11 @@ class PruningMixin(FinishedModel):
         """``started``: when what led to the decision began."""
         self.check_finite()
         loss_before = self._probe_loss()
-        growth = mean_growth(lora.ranks(self.model), decision.ranks)
+        growth = mean_growth(lora.ranks(self.transformer), decision.ranks)
 
         def change() -> runtime.Edits:
             event = self.pruner.apply(decision, step, self.distillation.teacher.parameter_ids())
-            edits: dict[str, list[Keep | Grow]] = dict(event.edits)
+            edits: dict[str, list[Keep | Grow]] = {self._prefix + name: of for name, of in event.edits.items()}
             return edits | self.distillation.follow(self.model, event.survivors, growth)
 
         reshape = runtime.reshape if self.live_dataloader is not None else runtime.reshape_first
@@ -329,7 +335,18 @@ class PruningMixin(FinishedModel):
 
     # ------------------------------------------------------------------ inside
 
+    @property
+    def _prefix(self) -> str:
+        """Of the names that parameters of the transformer have in the whole model."""
+        return f"{self.place}." if self.place else ""
+
+    def _optimizer(self, args: Any, model: nn.Module) -> Any:
+        """Class and options of the optimizer, of which the groups are made here."""
+        cls, options = self.get_optimizer_cls_and_kwargs(args, model)
+        return (cls, without_own_groups(options, model)) if self.place else (cls, options)
+
     def _make_pruner(self, model: PreTrainedModel) -> AdaptivePruner:
+        model = model.get_submodule(self.place)
         check_loaded(model)
         importance = copy.deepcopy(self._given[0]) if self.model_init is not None else self._given[0]
         args = self.args
@@ -403,14 +420,17 @@ class PruningMixin(FinishedModel):
         args, data = self.args, self.train_dataset
         if not has_length(data):
             data = list(itertools.islice(data, args.calibration_samples))
-        collate = self._get_collator_with_removed_columns(self.data_collator, "Calibration")
+        collate = self.data_collator
+        if not overrides(self.trainer_class, "get_train_dataloader"):
+            collate = self._get_collator_with_removed_columns(collate, "Calibration")
         size = args.calibration_batch_size or args.train_batch_size
         for rows in shares(len(data), args.calibration_samples, size, args.seed, args.process_index, args.world_size):
             yield self._prepare_inputs(collate([data[row] for row in rows])) if rows else None
 
     def _calibration_loss(self, batch: Batch) -> torch.Tensor:
         """Task loss of the plain model. Gradients in float16 would need the scaler of accelerate."""
-        with nullcontext() if self.args.fp16 else self.accelerator.autocast():
+        autocast = nullcontext() if self.args.fp16 else self.accelerator.autocast()
+        with autocast, self._micro_batches.telling_tokens(self.pruner.importance.set_tokens):
             return self.compute_loss(self.model, dict(batch))  # type: ignore[no-any-return]
 
     def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from transformers import LlamaForSequenceClassification, Seq2SeqTrainer, Trainer
 from trl import DPOTrainer, SFTConfig, SFTTrainer
 
 import apt_trainer
-from apt_trainer import APTConfig, APTTrainer, UserError, load_pruned, with_pruning
+from apt_trainer import APTConfig, APTTrainer, UserError, load_pruned, load_pruned_into, with_pruning
 
 SETTINGS: dict[str, Any] = {
     "max_steps": 8,
@@ -189,6 +189,87 @@ def test_what_a_class_under_the_method_overrides_is_followed(tmp_path: Path) -> 
     cuts = [event["step"] for event in events_of(tmp_path, "prune")]
     assert len(cuts) == 2 and set(cuts) < set(prepared) and prepared[0] == 0
     assert trainer.optimizer.param_groups[0]["lr"] != trainer.args.learning_rate
+
+
+# ---------------------------------------------------------------------------- a transformer inside
+
+
+class Pooled(nn.Module):
+    """An encoder with a head of the user's own that reads its hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = tiny_model("bert", dropout=0.1).bert
+        generator = torch.Generator().manual_seed(5)
+        self.head = nn.Linear(7, 3)
+        self.read = nn.Parameter(torch.randn(7, 10, generator=generator))
+        with torch.no_grad():
+            self.head.weight.copy_(torch.randn(3, 7, generator=generator))
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, labels: Any = None) -> dict[str, Any]:
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        logits = self.head(hidden.mean(-1) @ self.read.T)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits} if labels is not None else {"logits": logits}
+
+
+INSIDE: dict[str, Any] = {"distillation": "none", "distillation_end": None, "max_grad_norm": 1.0}
+
+
+def pooled(folder: Path, steps: tuple[int, ...] = (), **changes: Any) -> Any:
+    set_seed(3)
+    made = with_pruning(Trainer)
+    args = made.Config(str(folder), **{**SETTINGS, **INSIDE, **changes})
+    return made(Pooled(), args, train_dataset=Rows(64), callbacks=[SaveAt(steps)])
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"tune_after_pruning": "full"}, {"pruning_time": "before", "pruning_start": None}]
+)
+def test_a_transformer_inside_of_a_users_module_is_cut(changes: dict[str, Any], tmp_path: Path) -> None:
+    trainer = pooled(tmp_path / "run", **changes)
+    before = weights_of(trainer.model.head)
+    trainer.train()
+    assert trainer.pruner.sparsity() >= 0.4 and not torch.equal(before["weight"], trainer.model.head.weight)
+    trainer.save_model(str(tmp_path / "model"))
+    loaded = load_pruned_into(Pooled(), tmp_path / "model").eval()
+    batch = {"input_ids": Rows(4).ids, "attention_mask": Rows(4).mask}
+    assert torch.equal(trainer.model.eval()(**batch)["logits"], loaded(**batch)["logits"])
+    assert sum(p.numel() for p in loaded.parameters()) < 0.8 * sum(p.numel() for p in Pooled().parameters())
+
+
+def test_state_of_an_optimizer_follows_a_cut_inside(tmp_path: Path) -> None:
+    straight = pooled(tmp_path / "run", steps=(2, 4), tune="full")
+    moments: dict[int, int] = {}
+    follow = straight._change_shape
+
+    def spy(decision: Any, step: int, started: float) -> None:
+        follow(decision, step, started)
+        state = straight.optimizer.state
+        moments[step] = sum(bool(state[p]["exp_avg"].abs().sum() > 0) for p in straight.model.parameters() if p in state)
+
+    straight._change_shape = spy
+    straight.train()
+    trained = len([name for name, _ in straight.model.named_parameters()])
+    assert len(moments) == 2 and min(moments.values()) > 0.5 * trained
+    for step in (2, 4):
+        resumed = pooled(tmp_path / f"from{step}", tune="full")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
+        weights = weights_of(resumed.model)
+        assert all(torch.equal(value, weights[name]) for name, value in weights_of(straight.model).items())
+
+
+def test_what_does_not_go_with_a_transformer_inside_is_an_error_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"inside of Pooled, at 'encoder', whose outputs are not compared"):
+        pooled(tmp_path, distillation="self", distillation_end=7)
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = tiny_model("bert").bert, tiny_model("bert").bert
+
+    made = with_pruning(Trainer)
+    with pytest.raises(UserError, match=r"Two holds 2 transformers \(left, right\)"):
+        made(Two(), made.Config(str(tmp_path), **{**SETTINGS, **INSIDE}), train_dataset=Rows(64))
 
 
 # ---------------------------------------------------------------------------- TRL: SFT
