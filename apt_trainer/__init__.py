@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     from apt_trainer.settings.config import APTConfig
     from apt_trainer.store.painted_model import paint
     from apt_trainer.store.saved_model import load_pruned
-    from apt_trainer.training.any_trainer import APTDPOTrainer, APTRewardTrainer, APTSFTTrainer, with_pruning
+    from apt_trainer.training.any_trainer import (
+        APTDPOTrainer,
+        APTRewardTrainer,
+        APTSentenceTransformerTrainer,
+        APTSFTTrainer,
+        with_pruning,
+    )
     from apt_trainer.training.inside import load_pruned_into
     from apt_trainer.training.trainer import APTTrainer
 
@@ -34,6 +40,7 @@ _HOME = {
     "APTDPOTrainer": "training.any_trainer",
     "APTRewardTrainer": "training.any_trainer",
     "APTSFTTrainer": "training.any_trainer",
+    "APTSentenceTransformerTrainer": "training.any_trainer",
     "APTTrainer": "training.trainer",
     "AdaptivePruner": "pruning.pruner",
     "FAMILIES": "models",
@@ -56,6 +63,7 @@ __all__ = [
     "APTDPOTrainer",
     "APTRewardTrainer",
     "APTSFTTrainer",
+    "APTSentenceTransformerTrainer",
     "APTTrainer",
     "AdaptivePruner",
     "Importance",

@@ -13,7 +13,7 @@ from transformers import Seq2SeqTrainer, Trainer
 
 from apt_trainer.errors import UserError
 from apt_trainer.settings.config import joined
-from apt_trainer.settings.packages import TRL, Package, require
+from apt_trainer.settings.packages import SENTENCE_TRANSFORMERS, TRL, Package, require
 from apt_trainer.training.trainer import APTTrainer, PruningMixin
 from apt_trainer.training.trainer_class import arguments_class
 
@@ -21,6 +21,7 @@ READY_MADE: dict[str, tuple[Package, str]] = {
     "APTSFTTrainer": (TRL, "SFTTrainer"),
     "APTDPOTrainer": (TRL, "DPOTrainer"),
     "APTRewardTrainer": (TRL, "RewardTrainer"),
+    "APTSentenceTransformerTrainer": (SENTENCE_TRANSFORMERS, "SentenceTransformerTrainer"),
 }
 """Name → package, and class in it."""
 
@@ -36,7 +37,9 @@ def with_pruning(trainer_class: type[Trainer]) -> type[Any]:
         UserError: ``trainer_class`` is no Trainer, has the method already, or generates while it trains.
     """
     if not (isinstance(trainer_class, type) and issubclass(trainer_class, Trainer)):
-        raise UserError(f"with_pruning takes a class, transformers.Trainer or a subclass of it, not {trainer_class!r}.")
+        raise UserError(
+            f"with_pruning takes a class, transformers.Trainer or a subclass of it, not {trainer_class!r}."
+        )
     name = trainer_class.__name__
     if issubclass(trainer_class, PruningMixin):
         raise UserError(f"{name} prunes already. Use it as it is.")

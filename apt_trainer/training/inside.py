@@ -60,8 +60,16 @@ def check_inside(model: nn.Module, place: str, args: Any) -> None:
             f"{where}, whose outputs are not compared with those of a teacher (distillation={args.distillation!r}). "
             "Set distillation: none."
         )
+    inner = model.get_submodule(place)
+    if args.prunes and "hidden" in args.prune_targets and inner.base_model is inner:  # type: ignore[union-attr]
+        raise UserError(
+            f"{where}, and what is round it reads its hidden states, so their number has to stay. Set prune_targets: "
+            "[heads, neurons]."
+        )
     if wants_deepspeed(args) or wants_fsdp(args):
-        raise UserError(f"{where}, which DeepSpeed and FSDP are not supported with. Train in one process or under DDP.")
+        raise UserError(
+            f"{where}, which DeepSpeed and FSDP are not supported with. Train in one process or under DDP."
+        )
 
 
 def save_around(model: Any, place: str, path: Path, plan: PruningPlan, tokenizer: Any) -> None:

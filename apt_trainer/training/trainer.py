@@ -11,7 +11,7 @@ import copy
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -298,7 +298,10 @@ class PruningMixin(FinishedModel):
         engine_of(self).bring(self.model)
         self.schedule = make_schedule(self.args, max_steps)
         self.pruner.start(self.schedule, 0, self._sum_over_processes, self.args.world_size)
-        with left_alone(self), torch.random.fork_rng(devices=[]):  # the run that follows does not depend on calibration_samples
+        with (
+            left_alone(self),
+            torch.random.fork_rng(devices=[]),
+        ):  # the run that follows does not depend on calibration_samples
             batches = self._calibration_batches()
             self.last_inputs = next(batches)
             self.pruner.calibrate(itertools.chain([self.last_inputs], batches), self._calibration_loss)

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from integration.factories import Rows, SaveAt, events_of, losses_of, weights_of
 from peft import LoraConfig
 from texts import llama_config, tiny_llama, word_tokenizer, words
-from tiny import tiny_model
+from tiny import WIDTH, randomise, tiny_model
 from torch import nn
 from torch.nn import functional as F
-from transformers import LlamaForSequenceClassification, Seq2SeqTrainer, Trainer, TrainingArguments, set_seed
-from trl import DPOTrainer, SFTConfig, SFTTrainer
+from transformers import LlamaForSequenceClassification, Seq2SeqTrainer, Trainer, set_seed
+from trl import SFTConfig, SFTTrainer
 
 import apt_trainer
 from apt_trainer import APTConfig, APTTrainer, UserError, load_pruned, load_pruned_into, with_pruning
+from integration.factories import Rows, SaveAt, events_of, losses_of, weights_of
 
 SETTINGS: dict[str, Any] = {
     "max_steps": 8,
@@ -67,7 +67,9 @@ def turn(row: int, answers: bool = True) -> list[dict[str, str]]:
 
 DATA = {
     "text": [{"text": words(8 + row % 5, seed=row)} for row in range(48)],
-    "prompt": [{"prompt": words(4 + row % 3, seed=row), "completion": " " + words(5, seed=row + 99)} for row in range(48)],
+    "prompt": [
+        {"prompt": words(4 + row % 3, seed=row), "completion": " " + words(5, seed=row + 99)} for row in range(48)
+    ],
     "chat": [{"messages": turn(row)} for row in range(48)],
 }
 BEFORE: dict[str, Any] = {"pruning_time": "before", "pruning_start": None, "calibration_samples": 16}
@@ -201,18 +203,18 @@ class Pooled(nn.Module):
         super().__init__()
         self.encoder = tiny_model("bert", dropout=0.1).bert
         generator = torch.Generator().manual_seed(5)
-        self.head = nn.Linear(7, 3)
-        self.read = nn.Parameter(torch.randn(7, 10, generator=generator))
-        with torch.no_grad():
-            self.head.weight.copy_(torch.randn(3, 7, generator=generator))
+        self.head = nn.Linear(WIDTH, 3)
+        randomise(self.head, seed=5)
 
     def forward(self, input_ids: Any, attention_mask: Any = None, labels: Any = None) -> dict[str, Any]:
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        logits = self.head(hidden.mean(-1) @ self.read.T)
-        return {"loss": F.cross_entropy(logits, labels), "logits": logits} if labels is not None else {"logits": logits}
+        logits = self.head(hidden.mean(1))
+        return (
+            {"loss": F.cross_entropy(logits, labels), "logits": logits} if labels is not None else {"logits": logits}
+        )
 
 
-INSIDE: dict[str, Any] = {"distillation": "none", "distillation_end": None, "max_grad_norm": 1.0}
+INSIDE: dict[str, Any] = {"distillation": "none", "distillation_end": None, "prune_targets": ["heads", "neurons"]}
 
 
 def pooled(folder: Path, steps: tuple[int, ...] = (), **changes: Any) -> Any:
@@ -245,7 +247,9 @@ def test_state_of_an_optimizer_follows_a_cut_inside(tmp_path: Path) -> None:
     def spy(decision: Any, step: int, started: float) -> None:
         follow(decision, step, started)
         state = straight.optimizer.state
-        moments[step] = sum(bool(state[p]["exp_avg"].abs().sum() > 0) for p in straight.model.parameters() if p in state)
+        moments[step] = sum(
+            bool(state[p]["exp_avg"].abs().sum() > 0) for p in straight.model.parameters() if p in state
+        )
 
     straight._change_shape = spy
     straight.train()
@@ -262,6 +266,9 @@ def test_what_does_not_go_with_a_transformer_inside_is_an_error_at_the_start(tmp
     with pytest.raises(UserError, match=r"inside of Pooled, at 'encoder', whose outputs are not compared"):
         pooled(tmp_path, distillation="self", distillation_end=7)
 
+    with pytest.raises(UserError, match=r"reads its hidden states, so their number has to stay"):
+        pooled(tmp_path, prune_targets=["hidden"])
+
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -270,6 +277,49 @@ def test_what_does_not_go_with_a_transformer_inside_is_an_error_at_the_start(tmp
     made = with_pruning(Trainer)
     with pytest.raises(UserError, match=r"Two holds 2 transformers \(left, right\)"):
         made(Two(), made.Config(str(tmp_path), **{**SETTINGS, **INSIDE}), train_dataset=Rows(64))
+
+
+def sentences(folder: Path, steps: tuple[int, ...] = (), loss: str = "CosineSimilarityLoss", **changes: Any) -> Any:
+    library = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.sentence_transformer import losses, modules
+
+    if not (folder.parent / "dense").exists():
+        tiny_model("bert", vocab_size=60).bert.save_pretrained(folder.parent / "dense")
+        word_tokenizer().save_pretrained(folder.parent / "dense")
+    word = modules.Transformer(str(folder.parent / "dense"), max_seq_length=16)
+    model = library.SentenceTransformer(modules=[word, modules.Pooling(WIDTH, "mean")], device="cpu")
+    rows = [{"a": words(4 + row % 4, row), "b": words(5, row + 70), "score": row % 10 / 10} for row in range(48)]
+    if loss == "MultipleNegativesRankingLoss":
+        rows = [{"a": row["a"], "b": row["b"]} for row in rows]
+    set_seed(3)
+    trainer_class = apt_trainer.APTSentenceTransformerTrainer
+    args = trainer_class.Config(str(folder), **{**SETTINGS, **INSIDE, **changes})
+    data, made = Dataset.from_list(rows), getattr(losses, loss)(model)
+    return trainer_class(model, args=args, train_dataset=data, loss=made, callbacks=[SaveAt(steps)])
+
+
+@pytest.mark.parametrize("loss", ["CosineSimilarityLoss", "MultipleNegativesRankingLoss", "CoSENTLoss"])
+def test_an_embedding_model_is_pruned_and_loads_with_equal_embeddings(loss: str, tmp_path: Path) -> None:
+    trainer = sentences(tmp_path / "run", (4,), loss)
+    trainer.train()
+    assert trainer.pruner.sparsity() >= 0.4
+    trainer.save_model(str(tmp_path / "model"))
+    texts = [words(6, row) for row in range(4)]
+    loaded = type(trainer.model)(str(tmp_path / "model"), device="cpu")
+    assert torch.equal(
+        trainer.model.encode(texts, convert_to_tensor=True), loaded.encode(texts, convert_to_tensor=True)
+    )
+    assert type(loaded[0].auto_model).__name__ == "AptBertModel"
+    resumed = sentences(tmp_path / "resumed", (), loss)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    weights = weights_of(resumed.model)
+    assert all(torch.equal(value, weights[name]) for name, value in weights_of(trainer.model).items())
+
+
+def test_an_embedding_model_is_pruned_before_training(tmp_path: Path) -> None:
+    trainer = sentences(tmp_path / "run", pruning_time="before", pruning_start=None, calibration_samples=16)
+    trainer.train()
+    assert trainer.pruner.sparsity() >= 0.4 and events_of(tmp_path / "run", "prune")[0]["loss_before"] is not None
 
 
 # ---------------------------------------------------------------------------- TRL: SFT
@@ -345,8 +395,11 @@ def test_sft_takes_adapters_of_a_peft_config(targets: Any, tmp_path: Path) -> No
     trainer = sft(tmp_path / "run", lora_r=8, options={"peft_config": given})
     layers = {name: module for name, module in trainer.model.named_modules() if hasattr(module, "lora_A")}
     of_class = {name.rpartition(".")[2] for name in layers}
-    assert of_class == ({"q_proj", "v_proj"} if isinstance(targets, list) else
-                        {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
+    assert of_class == (
+        {"q_proj", "v_proj"}
+        if isinstance(targets, list)
+        else {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    )
     one = next(iter(layers.values()))
     assert one.r["default"] == 3 and one.lora_dropout["default"].p == 0.1
     assert one.scaling["default"] == pytest.approx(6 / math.sqrt(3) if given.use_rslora else 2.0)
