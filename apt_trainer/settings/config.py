@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import Seq2SeqTrainingArguments
 
@@ -38,9 +38,14 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 }
 """Numbers of the training loop: the least allowed, the first that is too large, and both in words."""
 
+if TYPE_CHECKING:
+    from transformers import TrainingArguments as _JoinedLater
+else:
+    _JoinedLater = object
+
 
 @dataclass
-class PruningArguments(MethodSettings):
+class PruningArguments(MethodSettings, _JoinedLater):
     """Settings of the method, to be joined with a class of training arguments: see :func:`joined`.
 
     Defaults that differ from ``TrainingArguments``: ``learning_rate`` 2e-4 (5e-5), since adapters train,
@@ -66,7 +71,7 @@ class PruningArguments(MethodSettings):
         check_packages({"deepspeed": self.deepspeed})
         before_processes_join(self)
         join_processes(self)
-        super().__post_init__()  # type: ignore[misc]
+        super().__post_init__()
         check_deepspeed(self)
         check_fsdp(self)
         check_refused(self)
@@ -169,5 +174,5 @@ def joined(arguments: type[Any]) -> type[PruningArguments]:
 
 def _empty(arguments: type[Any]) -> PruningArguments:
     """What a pickled object of :func:`joined` is made of."""
-    kind = joined(arguments)
-    return kind.__new__(kind)
+    kind: Any = joined(arguments)  # type: ignore[arg-type]
+    return kind.__new__(kind)  # type: ignore[no-any-return]

@@ -30,8 +30,8 @@ READY_MADE: dict[str, tuple[Package, str]] = {
 def with_pruning(trainer_class: type[Trainer]) -> type[Any]:
     """A subclass of ``trainer_class`` that prunes, grows adapters and distils while it trains.
 
-    Its ``Config`` is the class of training arguments of ``trainer_class`` joined with the settings of the method; the
-    arguments of the new class are those of ``trainer_class`` and of :class:`~apt_trainer.training.trainer.PruningMixin`.
+    Its ``Config`` is the class of training arguments of ``trainer_class`` joined with the settings of the method. Its
+    own arguments are those of ``trainer_class`` and of :class:`~apt_trainer.training.trainer.PruningMixin`.
 
     Raises:
         UserError: ``trainer_class`` is no Trainer, has the method already, or generates while it trains.
@@ -47,14 +47,14 @@ def with_pruning(trainer_class: type[Trainer]) -> type[Any]:
         return APTTrainer
     if hasattr(trainer_class, "_generate_and_score_completions"):
         raise UserError(
-            f"{name} generates with the model while it trains, which adapters that grow and hooks that score do not go "
-            "with. Prune with another class first, for example SFTTrainer, and give it the finished model."
+            f"{name} generates with the model while it trains, which is not supported. Prune with another class "
+            "first, for example SFTTrainer, and give it the finished model."
         )
     ready = {made: to for to, (_, made) in READY_MADE.items()}
     is_ready = any(trainer_class.__module__.startswith(f"{package.modules[0]}.") for package, _ in READY_MADE.values())
     named = ready.get(name) if is_ready else None
     namespace = {
-        "Config": joined(arguments_class(trainer_class)),
+        "Config": joined(arguments_class(trainer_class)),  # type: ignore[arg-type]
         "trainer_class": trainer_class,
         "__doc__": f"``{name}`` with the method: see :func:`~apt_trainer.with_pruning`.",
         "__module__": __name__ if named else trainer_class.__module__,

@@ -52,7 +52,7 @@ def adopt(peft_config: Any, args: Any, model: nn.Module) -> Any:
     if changed:
         shown = ", ".join(f"{name}={getattr(peft_config, name)!r}" for name in changed)
         raise UserError(
-            f"peft_config sets {shown}, which does not go with ranks that grow and units that are cut. Leave that out; "
+            f"peft_config sets {shown}, which does not go with ranks that grow and units that are cut. Leave it out: "
             "r, lora_alpha, lora_dropout, target_modules and use_rslora are taken."
         )
     rank = peft_config.r

@@ -75,8 +75,8 @@ def check_inside(model: nn.Module, place: str, args: Any) -> None:
 def save_around(model: Any, place: str, path: Path, plan: PruningPlan, tokenizer: Any) -> None:
     """Write a finished ``model`` with a cut transformer at ``place`` to ``path``.
 
-    One that has ``save_pretrained`` writes itself; of others the transformer is written as any pruned model, and beside
-    it the weights of the rest, for :func:`load_pruned_into`.
+    One that has ``save_pretrained`` writes itself. Of others the transformer is written as any pruned model, and the
+    weights of the rest beside it, for :func:`load_pruned_into`.
     """
     inner = model.get_submodule(place)
     if not hasattr(model, "save_pretrained"):

@@ -109,6 +109,8 @@ class PruningMixin(FinishedModel):
     """The Trainer that the method was put before."""
 
     args: Any
+    train_dataset: Any
+    eval_dataset: Any
     model: Any
     model_wrapped: Any
     optimizer: Any

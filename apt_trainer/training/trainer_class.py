@@ -1,4 +1,4 @@
-"""What a class of Trainers takes: its arguments by name, its settings, the data sets that it makes of those it is given.
+"""What a class of Trainers takes: its arguments by name, its settings, and the data sets that it makes itself.
 
 Not for what is done with any of it (``trainer``).
 """
@@ -34,7 +34,7 @@ def takes(trainer_class: type[Trainer], name: str) -> bool:
 
 
 def arguments_class(trainer_class: type[Trainer]) -> type[TrainingArguments]:
-    """Class of training arguments that ``trainer_class`` names for its ``args``; that of its base, if it names none."""
+    """Class of training arguments that ``trainer_class`` names for its ``args``, or else that of its base."""
     for owner in trainer_class.__mro__:
         init = vars(owner).get("__init__")
         parameter = inspect.signature(init).parameters.get("args") if init is not None else None

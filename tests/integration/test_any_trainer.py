@@ -202,7 +202,6 @@ class Pooled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.encoder = tiny_model("bert", dropout=0.1).bert
-        generator = torch.Generator().manual_seed(5)
         self.head = nn.Linear(WIDTH, 3)
         randomise(self.head, seed=5)
 

@@ -7,7 +7,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from apt_trainer.surgery.refit import DAMPING, refit
 from peft.tuners.lora import LoraLayer
 from tiny import LANGUAGE_MODELS, adapted, gap, logits, parts, random_plan, tiny_batch, tiny_model
 from transformers import PreTrainedModel
@@ -16,6 +15,7 @@ from apt_trainer.models import HIDDEN, Space
 from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.surgery import refit as refit_module
 from apt_trainer.surgery.cutting import apply_plan
+from apt_trainer.surgery.refit import DAMPING, refit
 
 MODELS = [("bert", "ForSequenceClassification"), ("distilbert", "ForTokenClassification"), *LANGUAGE_MODELS.items()]
 
