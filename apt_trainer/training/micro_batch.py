@@ -31,6 +31,9 @@ _NO_DATA = ("output_hidden_states", "output_attentions", "return_dict", "use_cac
 """Arguments of a forward pass that say what is wanted of it."""
 _TOKENS = ("input_ids", "inputs_embeds", "attention_mask")
 
+_COMPARED = {"logits", "start_logits", "log_probs"}
+"""Outputs by which a student can be compared with its teacher; log_probs: where logits can be had (``fused_head``)."""
+
 
 class Pass:
     """A forward pass of the student: its ``inputs`` by name, its ``outputs``, and those of the teacher, ``taught``.
@@ -234,7 +237,14 @@ class MicroBatches:
                 f"compute_loss of {name} gave {found}, not one number with a gradient. Return a scalar loss, computed "
                 "with gradients on."
             )
-        if trainer.args.distillation == "none" or isinstance(seen.outputs, Mapping):
+        if trainer.args.distillation == "none":
+            return
+        if isinstance(seen.outputs, Mapping):
+            if not _COMPARED & seen.outputs.keys():
+                raise UserError(
+                    f"The model of {name} gives {', '.join(seen.outputs)}, but no logits, which are compared with a "
+                    "teacher's. Set distillation: none."
+                )
             return
         if seen.inputs is None:
             raise UserError(

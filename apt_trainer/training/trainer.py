@@ -395,6 +395,11 @@ class PruningMixin(FinishedModel):
         """For the errors it raises; the loop's own number of steps replaces it in :meth:`start`."""
         if self.train_dataset is None:
             raise UserError("train_dataset is missing.")
+        if isinstance(self.train_dataset, Mapping) and (self.args.prunes_before or self.pruner.impact is not None):
+            raise UserError(
+                "train_dataset holds several data sets, but units are scored on rows of one (pruning_time: before, or "
+                "importance: nri). Give one, for example datasets.concatenate_datasets, or prune early."
+            )
         return check_candidates(self.args, make_schedule(self.args, self._steps_to_come()))
 
     def _steps_to_come(self) -> int:

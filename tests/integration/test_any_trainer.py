@@ -72,8 +72,9 @@ DATA = {
     ],
     "chat": [{"messages": turn(row)} for row in range(48)],
 }
+PLAIN: dict[str, Any] = {"distillation": "none", "distillation_end": None}
 BEFORE: dict[str, Any] = {"pruning_time": "before", "pruning_start": None, "calibration_samples": 16}
-BEFORE |= {"distillation": "none", "distillation_end": None}
+BEFORE |= PLAIN
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "text": ("text", {}),
     "completion only": ("prompt", {}),
@@ -193,6 +194,27 @@ def test_what_a_class_under_the_method_overrides_is_followed(tmp_path: Path) -> 
     assert trainer.optimizer.param_groups[0]["lr"] != trainer.args.learning_rate
 
 
+def test_a_model_without_logits_is_not_trained_without_its_teacher(tmp_path: Path) -> None:
+    class Measures(Trainer):
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            outputs = model(input_ids=inputs["input_ids"])
+            loss = (outputs.last_hidden_state.mean((1, 2)) - inputs["labels"]).square().mean()
+            return (loss, outputs) if return_outputs else loss
+
+    made = with_pruning(Measures)
+    for distillation in ({}, PLAIN):
+        args = made.Config(str(tmp_path), **{**SETTINGS, "remove_unused_columns": False, **distillation})
+        trainer = made(tiny_model("bert").bert, args, train_dataset=Rows(64))
+        if distillation:
+            trainer.train()
+            assert trainer.pruner.sparsity() >= 0.4
+        else:
+            with pytest.raises(UserError, match="gives last_hidden_state, pooler_output, but no logits"):
+                trainer.train()
+
+
 # ---------------------------------------------------------------------------- a transformer inside
 
 
@@ -213,7 +235,7 @@ class Pooled(nn.Module):
         )
 
 
-INSIDE: dict[str, Any] = {"distillation": "none", "distillation_end": None, "prune_targets": ["heads", "neurons"]}
+INSIDE: dict[str, Any] = {**PLAIN, "prune_targets": ["heads", "neurons"]}
 
 
 def pooled(folder: Path, steps: tuple[int, ...] = (), **changes: Any) -> Any:
