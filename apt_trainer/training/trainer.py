@@ -153,6 +153,9 @@ class PruningMixin(FinishedModel):
         self._label_order = None if teacher is None else match_teacher(model, teacher)
         self.place = place_of_transformer(model)
         check_inside(model, self.place, settings)
+        if self.place:
+            settings = self.args = copy.copy(settings)
+            settings.ddp_find_unused_parameters = True  # what is round a transformer may leave its pooler out
         self.pruner = self._make_pruner(model)
         splits = given.get("train_dataset") is not None and heldout_dataset is None
         if splits:

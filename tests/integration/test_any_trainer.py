@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import pickle
 from pathlib import Path
@@ -22,6 +23,7 @@ from trl import SFTConfig, SFTTrainer
 import apt_trainer
 from apt_trainer import APTConfig, APTTrainer, UserError, load_pruned, load_pruned_into, with_pruning
 from integration.factories import Rows, SaveAt, events_of, losses_of, weights_of
+from integration.test_processes import two_processes
 
 SETTINGS: dict[str, Any] = {
     "max_steps": 8,
@@ -223,7 +225,7 @@ class Pooled(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = tiny_model("bert", dropout=0.1).bert
+        self.encoder = tiny_model("bert").bert
         self.head = nn.Linear(WIDTH, 3)
         randomise(self.head, seed=5)
 
@@ -511,3 +513,47 @@ def test_a_reward_model_is_pruned(tmp_path: Path) -> None:
     loaded, ids = load_pruned(tmp_path / "model"), torch.arange(4, 16)[None]
     assert torch.equal(trainer.model.eval()(input_ids=ids).logits, loaded(input_ids=ids).logits)
     assert trainer.pruner.sparsity() >= 0.4
+
+
+# ---------------------------------------------------------------------------- two processes
+
+WORKER = """
+import json, os, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from integration import test_any_trainer as here
+from integration.factories import losses_of
+
+folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+found = {{}}
+for name in ("of_sft", "of_pooled"):
+    trainer = getattr(here, name)(folder / name, 2, ddp_backend="gloo")
+    trainer.train()
+    found[name] = {{"losses": losses_of(trainer), "sparsity": trainer.pruner.sparsity()}}
+assert trainer.args.world_size == 2
+(folder / f"result.{{rank}}.json").write_text(json.dumps(found))
+os._exit(0)
+"""
+
+
+def of_sft(folder: Path, size: int, **changes: Any) -> Any:
+    return sft(folder, "float32, no checkpointing", per_device_train_batch_size=size, **changes)
+
+
+def of_pooled(folder: Path, size: int, **changes: Any) -> Any:
+    return pooled(folder, per_device_train_batch_size=size, max_grad_norm=0.0, **changes)
+
+
+@pytest.mark.distributed
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    two_processes(tmp_path, WORKER, "result.0.json", "result.1.json")
+    for name, of in (("of_sft", of_sft), ("of_pooled", of_pooled)):
+        alone = of(tmp_path / f"{name}-alone", 4)
+        alone.train()
+        for rank in (0, 1):
+            found = json.loads((tmp_path / f"result.{rank}.json").read_text())[name]
+            assert found["sparsity"] == alone.pruner.sparsity()
+            for step, values in losses_of(alone).items():
+                assert found["losses"][str(step)] == pytest.approx(values, rel=1e-3), (name, step)
