@@ -157,19 +157,8 @@ class PruningMixin(FinishedModel):
             settings = self.args = copy.copy(settings)
             settings.ddp_find_unused_parameters = True  # what is round a transformer may leave its pooler out
         self.pruner = self._make_pruner(model)
-        splits = given.get("train_dataset") is not None and heldout_dataset is None
-        if splits:
-            _check_splitting(given["train_dataset"], settings)
-        if heldout_dataset is not None and makes_datasets(self.trainer_class):
-            given["eval_dataset"] = with_heldout(given.get("eval_dataset"), heldout_dataset)
-        super().__init__(model=model, args=settings, **given)
-        let_copies_own(self.model)
+        self.heldout_dataset = self._make_trainer(model, settings, given, heldout_dataset)
         self.model_init, self.optimizer_cls_and_kwargs = model_init, optimizer
-        if splits:
-            self.train_dataset, heldout_dataset = _split_heldout(self.train_dataset, settings)
-        elif heldout_dataset is not None and makes_datasets(self.trainer_class):
-            self.eval_dataset, heldout_dataset = without_heldout(self.eval_dataset)
-        self.heldout_dataset = heldout_dataset
         runtime.check_options(self)
         check_overrides(self, PruningMixin)
         check_optimizer(settings, optimizer, self._optimizer, model)
@@ -179,6 +168,22 @@ class PruningMixin(FinishedModel):
         self._tracked: str | None = None
         self.add_callback(MethodCallback(self))
         self.add_callback(self._stop)
+
+    def _make_trainer(self, model: Any, args: Any, given: dict[str, Any], heldout: Any) -> Any:
+        """What ``__init__`` of the Trainer does; returns the data held out, as the Trainer makes and reads data."""
+        splits = given.get("train_dataset") is not None and heldout is None
+        adds = heldout is not None and makes_datasets(self.trainer_class)
+        if splits:
+            _check_splitting(given["train_dataset"], args)
+        if adds:
+            given["eval_dataset"] = with_heldout(given.get("eval_dataset"), heldout)
+        super().__init__(model=model, args=args, **given)
+        let_copies_own(self.model)
+        if splits:
+            self.train_dataset, heldout = _split_heldout(self.train_dataset, args)
+        elif adds:
+            self.eval_dataset, heldout = without_heldout(self.eval_dataset)
+        return heldout
 
     def _check_arguments(self, args: Any, model: Any) -> Any:
         """``args``; raises :class:`UserError` where they, or the libraries and processes they ask for, do not fit."""

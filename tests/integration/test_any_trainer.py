@@ -447,6 +447,16 @@ def test_sft_refuses_adapters_that_cannot_grow(given: dict[str, Any], message: s
         sft(tmp_path, options={"peft_config": LoraConfig(**given)})
 
 
+def test_sft_makes_its_rows_of_data_that_is_held_out(tmp_path: Path) -> None:
+    raw = Dataset.from_list(DATA["text"][:8])
+    trainer = sft(tmp_path, options={"heldout_dataset": raw, "eval_dataset": raw}, eval_strategy="steps", eval_steps=4)
+    assert len(trainer.train_dataset) == 48
+    assert trainer.heldout_dataset["input_ids"] == trainer.eval_dataset["input_ids"]
+    trainer.train()
+    assert len([entry for entry in trainer.state.log_history if "eval_loss" in entry]) == 2
+    assert events_of(tmp_path, "teacher")
+
+
 # ---------------------------------------------------------------------------- TRL: preferences
 
 

@@ -89,10 +89,8 @@ def check_overrides(trainer: Any, stock: type) -> None:
             "create_optimizer and create_scheduler."
         )
     splits = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-    groups = own.create_optimizer is stock.create_optimizer and not overrides(
-        trainer.trainer_class, "create_optimizer"
-    )  # type: ignore[attr-defined]
-    if splits and not groups:
+    is_overridden = own.create_optimizer is not stock.create_optimizer  # type: ignore[attr-defined]
+    if splits and (is_overridden or overrides(trainer.trainer_class, "create_optimizer")):
         raise UserError(
             f"{name} overrides create_optimizer, but under DeepSpeed and FSDP parameters are grouped by their age. "
             "Override get_optimizer_cls_and_kwargs or get_decay_parameter_names, or give optimizer_cls_and_kwargs."
