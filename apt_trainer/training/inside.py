@@ -82,7 +82,9 @@ def save_around(model: Any, place: str, path: Path, plan: PruningPlan, tokenizer
     if not hasattr(model, "save_pretrained"):
         save_pruned(inner, path, plan, tokenizer)
         outside = {n: v.detach().cpu().contiguous() for n, v in model.state_dict().items() if _is_outside(n, place)}
-        save_file(outside, path / OUTSIDE_FILE, metadata={"format": "pt"})
+        unfinished = path / f".{OUTSIDE_FILE}.tmp"
+        save_file(outside, unfinished, metadata={"format": "pt"})
+        unfinished.replace(path / OUTSIDE_FILE)
         return
     with rescuing(inner, path, plan):
         path.mkdir(parents=True, exist_ok=True)
