@@ -30,6 +30,7 @@ def _of(module: str, install: str | None = None) -> Package:
 
 TRL = _of("trl", "'apt-trainer[lm]'")
 ROUGE, BLEU = _of("rouge_score", "'apt-trainer[lm]'"), _of("sacrebleu", "'apt-trainer[lm]'")
+SENTENCE_TRANSFORMERS = _of("sentence_transformers", "sentence-transformers")
 GGUF = _of("gguf", "'apt-trainer[lm]'")
 HARNESS = _of("lm_eval", "'apt-trainer[lm_eval]'")
 DEEPSPEED = _of("deepspeed", "'apt-trainer[deepspeed]'")
