@@ -23,12 +23,24 @@ if TYPE_CHECKING:
     from apt_trainer.settings.execution_plan import Plan
     from apt_trainer.store.painted_model import paint
     from apt_trainer.store.saved_model import load_pruned
+    from apt_trainer.training.any_trainer import (
+        APTDPOTrainer,
+        APTRewardTrainer,
+        APTSentenceTransformerTrainer,
+        APTSFTTrainer,
+        with_pruning,
+    )
+    from apt_trainer.training.inside import load_pruned_into
     from apt_trainer.training.trainer import APTTrainer
 
 __version__ = "0.1.0"
 
 _HOME = {
     "APTConfig": "settings.config",
+    "APTDPOTrainer": "training.any_trainer",
+    "APTRewardTrainer": "training.any_trainer",
+    "APTSFTTrainer": "training.any_trainer",
+    "APTSentenceTransformerTrainer": "training.any_trainer",
     "APTTrainer": "training.trainer",
     "AdaptivePruner": "pruning.pruner",
     "FAMILIES": "models",
@@ -39,13 +51,19 @@ _HOME = {
     "PruningPlan": "plan.pruning_plan",
     "UserError": "errors",
     "load_pruned": "store.saved_model",
+    "load_pruned_into": "training.inside",
     "paint": "store.painted_model",
+    "with_pruning": "training.any_trainer",
 }
 
 __all__ = [
     "FAMILIES",
     "IMPORTANCES",
     "APTConfig",
+    "APTDPOTrainer",
+    "APTRewardTrainer",
+    "APTSFTTrainer",
+    "APTSentenceTransformerTrainer",
     "APTTrainer",
     "AdaptivePruner",
     "Importance",
@@ -54,7 +72,9 @@ __all__ = [
     "PruningPlan",
     "UserError",
     "load_pruned",
+    "load_pruned_into",
     "paint",
+    "with_pruning",
 ]
 
 

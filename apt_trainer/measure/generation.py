@@ -8,7 +8,7 @@ of what is generated.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -91,6 +91,14 @@ def compare_generation(
             for name, (prefill, decode) in take_turns(calls, min_runs, max_seconds).items():
                 results[name][batch_size] = Generation(prefill, decode, batch_size, length, sizes[name])
     return results
+
+
+def generation_call(
+    model: nn.Module, batch_size: int, length: int, new_tokens: int
+) -> Callable[[], tuple[float, float]]:
+    """A function that generates once and returns the seconds of the prompt and of each further token of every
+    sequence, for :func:`~apt_trainer.measure.latency.take_turns`."""
+    return partial(_seconds, model, _prompts(model, batch_size, length, new_tokens), new_tokens)
 
 
 def generate_once(model: nn.Module, batch_size: int, length: int, new_tokens: int) -> Tensor:

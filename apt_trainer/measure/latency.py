@@ -99,13 +99,15 @@ def compare_latency(
     results: dict[str, dict[int, Latency]] = {name: {} for name in models}
     with evaluating(*models.values()):
         for batch_size in batch_sizes:
-            calls = {
-                name: partial(_forward, model, example_inputs(model, batch_size, length))
-                for name, model in models.items()
-            }
+            calls = {name: forward_call(model, batch_size, length) for name, model in models.items()}
             for name, (latency,) in take_turns(calls, min_runs, max_seconds).items():
                 results[name][batch_size] = latency
     return results
+
+
+def forward_call(model: nn.Module, batch_size: int, length: int) -> Callable[[], tuple[float]]:
+    """A function that runs one forward pass and returns its seconds, for :func:`take_turns`."""
+    return partial(_forward, model, example_inputs(model, batch_size, length))
 
 
 def ratio_is_noise(a: Latency, b: Latency) -> bool:

@@ -77,6 +77,49 @@ def comparison_table(metrics: Mapping[str, Any], with_flops: bool = False) -> st
     return markdown_table(rows, [(header, header, None) for header in headers])
 
 
+def exports_table(metrics: Mapping[str, Any]) -> str:
+    """The formats that a run has written beside the dense and the pruned model in PyTorch: size, metric, speed.
+
+    Args:
+        metrics: Content of ``metrics.json``; ``exports`` = {name: what ``runs.exports`` tells of it}.
+
+    Returns:
+        Table with a row for each model; speeds are multiples of the dense model's in PyTorch on the CPU.
+    """
+    exports = metrics["exports"]
+    timed = [record["speed"] for record in exports.values() if "speed" in record]
+    metric = str(metrics.get("metric_name") or "task metric")
+    rows: list[dict[str, Any]] = [
+        {
+            "model": f"{name}, PyTorch",
+            "size": metrics.get(f"disk_bytes{end}"),
+            metric: metrics.get(f"task_metric{end}"),
+        }
+        for name, end in (("dense", "_dense"), ("pruned", ""))
+    ]
+    if timed:
+        rows[1] |= _speedups(timed[0]["speedup"]["pruned"])
+        rows[0] |= dict.fromkeys(_speedups(timed[0]["speedup"]["pruned"]), 1.0)
+    for name, record in exports.items():
+        row = {"model": name, "size": record["bytes"], metric: record.get("task_metric")}
+        rows.append(row | (_speedups(record["speed"]["speedup"]["export"]) if "speed" in record else {}))
+    columns: list[Column] = [("model", "model", None), ("size", "size on disk", format_bytes)]
+    if any(row[metric] is not None for row in rows[2:]):
+        columns.append((metric, metric, "{:.4f}".format))
+    speeds = dict.fromkeys(key for row in rows for key in row if key not in ("model", "size", metric))
+    columns += [(name, name, "{:.2f} ×".format) for name in speeds]
+    return markdown_table(rows, columns)
+
+
+def _speedups(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """{"speed, batch 1": …} of what ``store.export.speed`` tells, of generation {"prefill, batch 1": …}."""
+    return {
+        f"{'speed' if part == 'forward' else part}, batch {size}": factor
+        for size, parts in found.items()
+        for part, factor in parts.items()
+    }
+
+
 def held_out_table(metrics: Mapping[str, Any]) -> str:
     """Scores of a full model and of a smaller one with their 95 % intervals, and how much faster the smaller one is.
 

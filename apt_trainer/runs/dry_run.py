@@ -59,6 +59,7 @@ def plan(recipe: Recipe) -> str:
         f"memory       {format_bytes(memory)} estimated at the first step "
         f"({_counted(model, args)}){_of_model_at_first(pruner, args)}",
         *([f"timed        on {args.device}, with weights in {dtype_name(model.dtype)}"] if timed else []),
+        *([f"exports      {', '.join(args.export)}"] if args.export else []),
         "",
         _space_table(pruner),
         "",

@@ -22,11 +22,13 @@ from apt_trainer.libraries.private_names import check_names
 from apt_trainer.plan.schedule import make_schedule
 from apt_trainer.pruning.pruner import AdaptivePruner
 from apt_trainer.report.comparison import METRICS_FILE, RECIPE_FILE
+from apt_trainer.runs.exports import check_exports
 from apt_trainer.settings import DataSettings, MethodSettings, ModelSettings
 from apt_trainer.settings.config import APTConfig
 from apt_trainer.settings.engines import check_launch
 from apt_trainer.settings.packages import check_packages
 from apt_trainer.settings.recipe import Recipe
+from apt_trainer.store.export import parse_format
 from apt_trainer.store.hub import check_upload
 from apt_trainer.store.pretrained import build_model, check_teacher, max_positions, teacher_settings
 from apt_trainer.tasks import TaskData
@@ -88,6 +90,7 @@ def check_before_loading(recipe: Recipe, config: Any, data: TaskData, tokenizer:
     model = build_model(config, data, "meta", recipe.model.dtype)
     if args.teacher_name_or_path is not None:
         check_teacher(teacher_settings(recipe.model, args.teacher_name_or_path), data, model, tokenizer)
+    check_exports(args, model, tokenizer)
     rehearse(model, Path(str(args.output_dir)), AdaptivePruner(model, settings), tokenizer)
 
 
@@ -97,6 +100,8 @@ def check_installed(recipe: Recipe) -> None:
     for name in [trackers] if isinstance(trackers, str) else trackers:
         if name not in (*INTEGRATION_TO_CALLBACK, "none", "all"):
             raise unknown_choice("report_to", name, [*INTEGRATION_TO_CALLBACK, "none", "all"])
+    for name in recipe.training.export:
+        parse_format(name)
     check_packages({**vars(recipe.model), **vars(recipe.data), **vars(recipe.training)})
 
 

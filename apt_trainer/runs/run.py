@@ -28,6 +28,7 @@ from apt_trainer.evaluate.harness import run_tasks
 from apt_trainer.evaluate.task_intervals import score_intervals
 from apt_trainer.measure import PeakMemory, count_parameters, return_freed_memory, size_on_disk
 from apt_trainer.report.plots import plot_run
+from apt_trainer.runs.exports import export_all
 from apt_trainer.runs.preflight import check_before_loading, check_installed, checkpoint_to_resume, finished_run
 from apt_trainer.settings import ModelSettings
 from apt_trainer.settings.packages import check_packages
@@ -63,6 +64,7 @@ _DENSE: dict[str, Any] = {
     "full_learning_rate": None,
     "measure_latency": False,
     "lm_eval_tasks": [],
+    "export": [],
     "reference_metric": None,
     "dense_baseline": False,
     "report_to": "none",
@@ -167,11 +169,7 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
     if watch is not None:
         metrics["time_to_accuracy"] = watch.record()
     if trainer.is_world_process_zero():
-        with _saved_in(output):
-            try:
-                _measure_further(metrics, recipe, trainer, tokenizer)
-            finally:
-                _write_records(output, metrics, trainer, data)
+        _measure_and_export(metrics, recipe, trainer, tokenizer, data)
     return metrics
 
 
@@ -195,6 +193,23 @@ def _saved_in(output: Path) -> Retold:
         )
 
     return Retold(retell)
+
+
+def _measure_and_export(
+    metrics: dict[str, Any], recipe: Recipe, trainer: APTTrainer, tokenizer: Any, data: TaskData
+) -> None:
+    """What follows the save. Where it fails, all that had been measured is recorded all the same."""
+    args = recipe.training
+    output = Path(str(args.output_dir))
+    try:
+        with _saved_in(output):
+            _measure_further(metrics, recipe, trainer, tokenizer)
+        if args.export:
+            metrics["exports"] = {}
+            export_all(args, dense_copy(trainer.model, "cpu").float(), data, metrics["exports"])
+    finally:
+        with _saved_in(output):
+            _write_records(output, metrics, trainer, data)
 
 
 def _measure_further(metrics: dict[str, Any], recipe: Recipe, trainer: APTTrainer, tokenizer: Any) -> None:

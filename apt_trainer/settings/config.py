@@ -1,4 +1,4 @@
-"""``APTConfig``: the method's settings on top of Hugging Face ``TrainingArguments``.
+"""The method's settings on top of the training arguments of a Trainer: ``APTConfig``, and those of any other class.
 
 Validation of the method happens in ``settings``; this file only joins the two and changes a few defaults.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from transformers import Seq2SeqTrainingArguments
 
@@ -36,26 +38,24 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 }
 """Numbers of the training loop: the least allowed, the first that is too large, and both in words."""
 
+if TYPE_CHECKING:
+    from transformers import TrainingArguments as _JoinedLater
+else:
+    _JoinedLater = object
+
 
 @dataclass
-class APTConfig(MethodSettings, MeasureSettings, Seq2SeqTrainingArguments):
-    """Settings of one run: every field of ``settings.MethodSettings``, ``settings.MeasureSettings`` and
-    ``transformers.Seq2SeqTrainingArguments``.
+class PruningArguments(MethodSettings, _JoinedLater):
+    """Settings of the method, to be joined with a class of training arguments: see :func:`joined`.
 
-    Defaults that differ from ``TrainingArguments``: ``learning_rate`` 2e-4 (5e-5), ``warmup_steps`` 0.06 of all steps
-    (0), ``save_strategy`` "no" ("steps"), ``hub_strategy`` "end" ("every_save"), ``logging_nan_inf_filter`` False
-    (True), since a loss that is not a number must stop the run, ``logging_steps`` 50 (500), and
-    ``ddp_find_unused_parameters`` False (True for most models), since the distillation transform is used outside the
-    wrapped forward and would be taken for unused.
+    Defaults that differ from ``TrainingArguments``: ``learning_rate`` 2e-4 (5e-5), since adapters train,
+    ``hub_strategy`` "end" ("every_save"), ``logging_nan_inf_filter`` False (True), since a loss that is not a number
+    must stop the run, and ``ddp_find_unused_parameters`` False (True for most models), since the distillation
+    transform is used outside the wrapped forward and would be taken for unused.
     """
 
     learning_rate: float = field(
         default=2e-4, metadata={"help": "Peak learning rate of adapters and head. 2e-4 (APT)."}
-    )
-    warmup_steps: float = field(default=0.06, metadata={"help": "Steps, or a fraction of all steps. 0.06 (official)."})
-    logging_steps: float = field(default=50, metadata={"help": "Steps between log lines."})
-    save_strategy: str = field(
-        default="no", metadata={"help": "no, steps, epoch or best: when checkpoints are written."}
     )
     hub_strategy: str = field(
         default="end", metadata={"help": "end: with push_to_hub, the finished model is uploaded, once."}
@@ -63,12 +63,10 @@ class APTConfig(MethodSettings, MeasureSettings, Seq2SeqTrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide losses that are not finite from logs."}
     )
-
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "As TrainingArguments."})
 
     def __post_init__(self) -> None:
         self.check()
-        self.check_measuring()
         self._check_numbers()
         check_packages({"deepspeed": self.deepspeed})
         before_processes_join(self)
@@ -82,11 +80,6 @@ class APTConfig(MethodSettings, MeasureSettings, Seq2SeqTrainingArguments):
         if self.logging_nan_inf_filter:
             raise UserError(
                 "logging_nan_inf_filter hides losses that are not finite; they must stop the run. Remove it."
-            )
-        if self.reference_metric is not None and self.eval_strategy == "no":
-            raise UserError(
-                "reference_metric needs evaluations during training, but eval_strategy is no. Set eval_strategy: "
-                "epoch, or steps with eval_steps."
             )
 
     def _check_numbers(self) -> None:
@@ -104,7 +97,7 @@ class APTConfig(MethodSettings, MeasureSettings, Seq2SeqTrainingArguments):
             if value is not None and not value > 0:
                 raise UserError(f"{name}={value} must be a number of steps from 1, or a fraction of all steps.")
         for name in ("learning_rate", "full_learning_rate", "dense_learning_rate"):
-            value = getattr(self, name)
+            value = getattr(self, name, None)
             if value is not None and not value > 0:
                 raise UserError(f"{name}={value} must be above 0.")
         if self.max_steps != -1 and self.max_steps < 1:
@@ -140,3 +133,46 @@ class APTConfig(MethodSettings, MeasureSettings, Seq2SeqTrainingArguments):
         return (
             max(1, math.ceil(num_rows * self.heldout_fraction)) if self.distillation == "self" and self.prunes else 0
         )
+
+
+@dataclass
+class APTConfig(PruningArguments, MeasureSettings, Seq2SeqTrainingArguments):
+    """Settings of one run: every field of ``settings.MethodSettings``, ``settings.MeasureSettings`` and
+    ``transformers.Seq2SeqTrainingArguments``.
+
+    Defaults that differ from ``TrainingArguments``: those of :class:`PruningArguments`, ``warmup_steps`` 0.06 of all
+    steps (0), ``save_strategy`` "no" ("steps") and ``logging_steps`` 50 (500).
+    """
+
+    warmup_steps: float = field(default=0.06, metadata={"help": "Steps, or a fraction of all steps. 0.06 (official)."})
+    logging_steps: float = field(default=50, metadata={"help": "Steps between log lines."})
+    save_strategy: str = field(
+        default="no", metadata={"help": "no, steps, epoch or best: when checkpoints are written."}
+    )
+
+    def __post_init__(self) -> None:
+        self.check_measuring()
+        super().__post_init__()
+        if self.reference_metric is not None and self.eval_strategy == "no":
+            raise UserError(
+                "reference_metric needs evaluations during training, but eval_strategy is no. Set eval_strategy: "
+                "epoch, or steps with eval_steps."
+            )
+
+
+@cache
+def joined(arguments: type[Any]) -> type[PruningArguments]:
+    """Class of settings that has all of the method's and all of ``arguments``, a class of training arguments."""
+
+    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
+        return _empty, (arguments,), vars(self)
+
+    description = f"Every field of ``{arguments.__name__}`` and of ``settings.MethodSettings``."
+    namespace = {"__doc__": description, "__module__": __name__, "__reduce_ex__": __reduce_ex__}
+    return dataclass(type(f"Pruning{arguments.__name__}", (PruningArguments, arguments), namespace))
+
+
+def _empty(arguments: type[Any]) -> PruningArguments:
+    """What a pickled object of :func:`joined` is made of."""
+    kind: Any = joined(arguments)  # type: ignore[arg-type]
+    return kind.__new__(kind)  # type: ignore[no-any-return]

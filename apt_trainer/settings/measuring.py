@@ -22,6 +22,11 @@ class MeasureSettings:
     lm_eval_tasks: list[str] = setting(
         [], "Tasks of lm-evaluation-harness for the saved model at the end: names, or paths of YAML files."
     )
+    export: list[str] = setting(
+        [],
+        "Formats in which the finished model is also written, to export/NAME in output_dir, and measured: onnx, "
+        "onnx_int8, gguf, gguf_f16, gguf_q8_0, gguf_q5_0, gguf_q4_0, gguf_q4_k_m, gguf_q5_k_m, gguf_q6_k.",
+    )
     reference_metric: float | None = setting(
         None, "Metric of full fine-tuning on the validation data: the run records when its finished shape comes near."
     )
@@ -38,5 +43,7 @@ class MeasureSettings:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
         if not self.latency_batch_sizes or min(self.latency_batch_sizes) < 1:
             raise UserError(f"latency_batch_sizes={self.latency_batch_sizes} must be a list of numbers from 1.")
+        if len(set(self.export)) < len(self.export):
+            raise UserError(f"export={self.export} names a format twice. Remove one of them.")
         if not 0 < self.reference_share <= 1:
             raise UserError(f"reference_share={self.reference_share} must be above 0 and at most 1.")

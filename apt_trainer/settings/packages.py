@@ -6,7 +6,7 @@ Only looks for them; they are imported where they are used. A setting that names
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,12 +30,18 @@ def _of(module: str, install: str | None = None) -> Package:
 
 TRL = _of("trl", "'apt-trainer[lm]'")
 ROUGE, BLEU = _of("rouge_score", "'apt-trainer[lm]'"), _of("sacrebleu", "'apt-trainer[lm]'")
+SENTENCE_TRANSFORMERS = _of("sentence_transformers", "sentence-transformers")
 GGUF = _of("gguf", "'apt-trainer[lm]'")
 HARNESS = _of("lm_eval", "'apt-trainer[lm_eval]'")
 DEEPSPEED = _of("deepspeed", "'apt-trainer[deepspeed]'")
 TOKENIZERS = tuple(_of(name, "sentencepiece tiktoken protobuf") for name in ("sentencepiece", "tiktoken"))
 TORCHAO, BITSANDBYTES = _of("torchao", "'apt-trainer[quantize]'"), _of("bitsandbytes", "'apt-trainer[quantize]'")
 
+_EXPORT = "'apt-trainer[export]'"
+_EXPORTS = {
+    "onnx": (_of("onnx", _EXPORT), _of("onnxscript", _EXPORT), _of("onnxruntime", _EXPORT)),
+    "gguf": (_of("gguf", _EXPORT),),
+}
 _QUANTIZE = {"int8": TORCHAO, "int4": TORCHAO, "llm_int8": BITSANDBYTES, "nf4": BITSANDBYTES}
 _METRICS = {name: ROUGE for name in ("rouge1", "rouge2", "rougeL", "rougeLsum")} | {"bleu": BLEU, "chrf": BLEU}
 _DEFAULT_METRICS = {"summarization": "rougeL", "translation": "bleu"}
@@ -110,6 +116,7 @@ def _needed(settings: Mapping[str, Any]) -> Iterator[tuple[str, Package]]:
         yield f"lm_eval_tasks: {settings['lm_eval_tasks']}", HARNESS
     if settings.get("quantize") in _QUANTIZE:
         yield f"quantize: {settings['quantize']}", _QUANTIZE[settings["quantize"]]
+    yield from _of_exports(settings.get("export") or [])
     attention = str(settings.get("attn_implementation") or "").removeprefix("paged|")
     if attention in _ATTENTIONS or "/" in attention:
         yield f"attn_implementation: {attention}", _ATTENTIONS.get(attention, _KERNELS)
@@ -124,6 +131,11 @@ def _of_optimizer(name: str) -> list[Package]:
     if name in _OPTIMIZERS:
         return [_OPTIMIZERS[name]]
     return list(dict.fromkeys(package for part, package in _OPTIMIZER_PARTS.items() if part in name))
+
+
+def _of_exports(names: Iterable[str]) -> Iterator[tuple[str, Package]]:
+    for name in names:
+        yield from ((f"export: {name}", package) for package in _EXPORTS.get(name.partition("_")[0], ()))
 
 
 def _of_task(settings: Mapping[str, Any]) -> Iterator[tuple[str, Package]]:

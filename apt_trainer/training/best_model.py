@@ -68,9 +68,9 @@ def load_weights(path: Path, model: nn.Module, pruner: AdaptivePruner) -> bool:
     if PruningPlan.from_json(described["plan"]) != pruner.plan:
         return False
     if described["ranks"]:
-        lora.insert_of_ranks(model, described["ranks"], pruner.settings.lora_r, pruner.settings.lora_alpha)
+        lora.insert_of_ranks(pruner.model, described["ranks"], pruner.settings.lora_r, pruner.settings.lora_alpha)
     checkpoint.load_training_weights(path / checkpoint.WEIGHTS_FILE, model, leave_out=TRANSFORM)
-    lora.merge_adapters(model)
+    lora.merge_adapters(pruner.model)
     return True
 
 

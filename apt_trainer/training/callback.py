@@ -17,7 +17,7 @@ class MethodCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer.args.recompute_norms:
-            norms.recompute(self.trainer.model, self.trainer.pruner.norm_paths())
+            norms.recompute(self.trainer.transformer, self.trainer.pruner.norm_paths())
         self.trainer.start()
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -76,7 +76,7 @@ def _save(model: PreTrainedModel, path: Path, plan: PruningPlan, tokenizer: Any,
     try:
         write_model(model, staging, plan, tokenizer, start=start)
         difference = reload_difference(model, staging)
-        _move_in(staging, path)
+        move_in(staging, path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return difference
@@ -108,7 +108,7 @@ def _remove_leftovers(path: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-def _move_in(staging: Path, path: Path) -> None:
+def move_in(staging: Path, path: Path) -> None:
     """Put the files of ``staging`` in the place of those in ``path``; the old ones come back if that fails.
 
     The config goes first and comes last: in between nothing loads, rather than a mixture of two models.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, Seq2SeqTrainer, TrainingArguments
@@ -17,8 +17,14 @@ from apt_trainer.errors import UserError
 from apt_trainer.models.class_weights import ClassWeights, check_smoothing
 from apt_trainer.models.labels import SEQUENCE_HEAD, head_of, problem_type
 
+if TYPE_CHECKING:
+    from transformers import Trainer as Mixin
+else:
+    Mixin = object
+"""What the parts of the method derive from: each stands before a Trainer, of any class, in the order of bases."""
 
-class EachRowOnce(Seq2SeqTrainer):
+
+class EachRowOnce(Mixin):
     """Leaves out of metrics and loss the rows that fill up the last batch of several processes. ``Seq2SeqTrainer``
     counts them in both, ``Trainer`` in the loss, so that a run would choose another teacher with more processes.
 
@@ -128,4 +134,8 @@ def _first(rows: int, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 def plain_trainer(model: PreTrainedModel, args: TrainingArguments, **kwargs: Any) -> Seq2SeqTrainer:
     """A trainer without the method, for evaluating a finished model."""
-    return EachRowOnce(model, args, **kwargs)
+    return _PlainTrainer(model, args, **kwargs)
+
+
+class _PlainTrainer(EachRowOnce, Seq2SeqTrainer):
+    """Evaluates as a trainer with the method does."""

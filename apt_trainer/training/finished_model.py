@@ -20,6 +20,7 @@ from apt_trainer.training import checkpoint, norms
 from apt_trainer.training.best_model import BestWithinBudget
 from apt_trainer.training.engines import Engine, engine_of
 from apt_trainer.training.engines.agreement import failing_together, processes
+from apt_trainer.training.inside import save_around
 from apt_trainer.training.rehearsal import accept_generation_config, rehearse
 from apt_trainer.training.step_losses import StepLosses
 
@@ -36,6 +37,13 @@ class FinishedModel(BestWithinBudget):
     processing_class: Any
     hub_model_id: str | None
     _finished: bool
+    place: str
+    """Path of the transformer in ``model``; "" where that is ``model`` itself."""
+
+    @property
+    def transformer(self) -> Any:
+        """What is scored, cut and saved."""
+        return self.model.get_submodule(self.place)
 
     # ------------------------------------------------------------------ before and after training
 
@@ -43,7 +51,7 @@ class FinishedModel(BestWithinBudget):
         """Before training: raise :class:`UserError`, on all processes, where the finished model could not be saved."""
         with failing_together():
             if self.args.should_save:
-                rehearse(self.model, self._output, self.pruner, self._tokenizer())
+                rehearse(self.transformer, self._output, self.pruner, self._saved_tokenizer())
 
     def keeping_what_is_trained(self) -> Retold:
         """Context for the loop: where something else fails after the last step (a metric, a callback, a log), the
@@ -79,7 +87,7 @@ class FinishedModel(BestWithinBudget):
         self.save_model()
         return RunError(
             f"Training is done, but then something failed ({reason(error)}). The final model is saved in "
-            f"{self._output}: {how_to_load(self.model, self._output)} loads it."
+            f"{self._output}: {how_to_load(self.transformer, self._output)} loads it."
         )
 
     def finish(self, choose_best: bool = True) -> None:
@@ -97,10 +105,10 @@ class FinishedModel(BestWithinBudget):
         if choose_best:
             self.load_best()
         self.model.requires_grad_(True)
-        as_pruned(self.model, self.pruner.family, self.pruner.plan, self.args.remote_code)
-        accept_generation_config(self.model)
+        as_pruned(self.transformer, self.pruner.family, self.pruner.plan, self.args.remote_code)
+        accept_generation_config(self.transformer)
         self.model_wrapped = self.model
-        delattr(self.model, IN_USE)
+        delattr(self.transformer, IN_USE)
         self._finished = True
 
     def check_finite(self) -> None:
@@ -118,7 +126,11 @@ class FinishedModel(BestWithinBudget):
             raise UserError("save_model is for after train(); in a run checkpoints are written by save_strategy.")
         if self.args.should_save:
             path = Path(output_dir or self._output)
-            checkpoint.save_pruned(self.model, path, self.pruner.plan, self._tokenizer(), self.pruner.origin.plan)
+            start = self.pruner.origin.plan
+            if self.place:
+                save_around(self.model, self.place, path, self.pruner.plan, self._saved_tokenizer(), start)
+            else:
+                checkpoint.save_pruned(self.model, path, self.pruner.plan, self._saved_tokenizer(), start)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """As the Trainer's; raises :class:`UserError` on all processes where the hub cannot be written to."""
@@ -139,6 +151,8 @@ class FinishedModel(BestWithinBudget):
 
         Raises :class:`UserError` before that, and for a hub that cannot be written to.
         """
+        if self.place:
+            raise UserError(f"push_to_hub uploads a transformer, but {type(self.model).__name__} holds one. Save it.")
         if not self._finished:
             raise UserError("push_to_hub uploads the finished model; call it after train().")
         if not self.is_world_process_zero():
@@ -146,11 +160,11 @@ class FinishedModel(BestWithinBudget):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.hub_model_id = make_repository(self.args, token, private)
-        card = model_card(self.model, **kwargs)
+        card = model_card(self.transformer, **kwargs)
         return upload(
             self.hub_model_id,
             lambda folder: checkpoint.write_model(
-                self.model, folder, self.pruner.plan, self._tokenizer(), card, self.pruner.origin.plan
+                self.model, folder, self.pruner.plan, self._saved_tokenizer(), card, self.pruner.origin.plan
             ),
             self._output,
             blocking,
@@ -160,9 +174,12 @@ class FinishedModel(BestWithinBudget):
         )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card of the finished model to ``output_dir``; arguments as the Trainer's."""
-        if self.is_world_process_zero():
-            model_card(self.model, *args, **kwargs).save(self._output / CARD_FILE)
+        """Write the card of the finished model to ``output_dir``; arguments as the Trainer's, or as TRL's. In a run,
+        where TRL asks for one at each checkpoint, there is none to describe."""
+        if self.is_world_process_zero() and not self.is_in_train:
+            if "dataset_name" in kwargs:
+                kwargs["dataset"] = kwargs.pop("dataset_name")
+            model_card(self.transformer, *args, **kwargs).save(self._output / CARD_FILE)
 
     # ------------------------------------------------------------------ inside
 
@@ -170,6 +187,6 @@ class FinishedModel(BestWithinBudget):
     def _output(self) -> Path:
         return Path(str(self.args.output_dir))
 
-    def _tokenizer(self) -> Any:
+    def _saved_tokenizer(self) -> Any:
         """What is saved beside the model, as the Trainer chooses it."""
         return self.processing_class or getattr(self.data_collator, "tokenizer", None)

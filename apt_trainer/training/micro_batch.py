@@ -19,24 +19,30 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import has_length
 
 from apt_trainer.errors import UserError
-from apt_trainer.models.batch import real_tokens
+from apt_trainer.models.batch import Tokens, real_tokens
 from apt_trainer.training.engines import engine_of
+from apt_trainer.training.fused_head import FUSED, with_log_probs
 
-_NO_DATA = ("output_hidden_states", "output_attentions", "return_dict", "use_cache", "num_items_in_batch")
+_NO_DATA = ("output_hidden_states", "output_attentions", "return_dict", "use_cache", "num_items_in_batch", FUSED)
 """Arguments of a forward pass that say what is wanted of it."""
 _TOKENS = ("input_ids", "inputs_embeds", "attention_mask")
 
+_COMPARED = {"logits", "start_logits", "log_probs"}
+"""Outputs by which a student can be compared with its teacher; log_probs: where logits can be had (``fused_head``)."""
+
 
 class Pass:
-    """A forward pass of the student: its ``inputs`` by name, its ``outputs``, and those of the teacher, ``taught``."""
+    """A forward pass of the student: its ``inputs`` by name, its ``outputs``, and those of the teacher, ``taught``.
+    ``fused_labels``: of one that was to give their log-probabilities alone."""
 
     inputs: dict[str, Any] | None = None
     outputs: Any = None
     taught: Any = None
+    fused_labels: Any = None
 
 
 class MicroBatches:
@@ -80,7 +86,7 @@ class MicroBatches:
             return [], items  # the Trainer would not step on the last, incomplete micro-batches of a stream
         if fetched and not self._checked:
             self._check_names(fetched[0])
-        self.trainer.step_losses.begin(fetched, self.trainer.model)
+        self.trainer.step_losses.begin(fetched, self.trainer.transformer)
         return fetched, items
 
     def _step(self, own: Callable[..., Any], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -110,7 +116,7 @@ class MicroBatches:
         if not (model.training or torch.is_grad_enabled()):
             return own(model, inputs, return_outputs, num_items_in_batch)
         step, inputs = trainer.state.global_step, trainer._prepare_inputs(inputs)
-        given, shares = dict(inputs), losses.shares(inputs, trainer.model)
+        given, shares = dict(inputs), losses.shares(inputs, trainer.transformer)
         mu = trainer.schedule.mu(step) if trainer.distillation.ready else 0.0
         trainer.pruner.set_tokens(real_tokens(given, trainer.pruner.family))
         counts = self._normalised and num_items_in_batch is None  # else the Trainer has
@@ -145,7 +151,7 @@ class MicroBatches:
         """Within it, the first forward pass of the student that trains is seen. ``teaches``: the teacher runs before
         it; not during it, when a parameter that the two share can be on its way to the device (ZeRO-3)."""
         trainer, seen = self.trainer, Pass()
-        names = _names_of_arguments(type(trainer.model))  # type: ignore[arg-type]
+        names = _names_of_arguments(type(trainer.transformer))  # type: ignore[arg-type]
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if seen.inputs is not None or not (torch.is_grad_enabled() and trainer.model.training):
@@ -158,28 +164,56 @@ class MicroBatches:
                 return None
             engine_of(trainer).settle()
             seen.taught = trainer.distillation.teach(seen.inputs)
+            if kwargs.get(FUSED):  # without labels: the loss is the trainer's to compute
+                seen.fused_labels = called["labels"]
+                kwargs = {name: value for name, value in kwargs.items() if name not in (FUSED, "labels")}
             return args, kwargs | ({"output_hidden_states": True} if trainer.distillation.uses_layers else {})
 
-        def after(module: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
-            if seen.inputs is not None and seen.outputs is None:
-                seen.outputs = outputs
+        def after(module: nn.Module, args: tuple[Any, ...], outputs: Any) -> Any:
+            if seen.inputs is None or seen.outputs is not None:
+                return None
+            seen.outputs = outputs
+            return None if seen.fused_labels is None else with_log_probs(outputs, seen.fused_labels)
 
-        student = trainer.model_wrapped
+        student = trainer.transformer if trainer.place else trainer.model_wrapped
         handles = [
             student.register_forward_pre_hook(before, prepend=True, with_kwargs=True),  # before an engine's own
             student.register_forward_hook(after),
         ]
         try:
-            yield seen
+            with self.telling_tokens(trainer.pruner.set_tokens):
+                yield seen
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def telling_tokens(self, tell: Callable[[Tokens], None]) -> Iterator[None]:
+        """Within it, a transformer that is inside of the model, and may be run several times for a batch, says for
+        each pass which tokens are real."""
+        trainer = self.trainer
+        if not trainer.place:
+            yield
+            return
+        names = _names_of_arguments(type(trainer.transformer))  # type: ignore[arg-type]
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            called = dict(zip(names, args, strict=False)) | kwargs
+            tell(real_tokens(called, trainer.pruner.family))
+
+        handle = trainer.transformer.register_forward_pre_hook(before, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     # ------------------------------------------------------------------ errors
 
     def _check_names(self, batch: Mapping[str, Any]) -> None:
         """Tokens must be there, and labels where snapshots are chosen by their loss on held-out rows."""
         trainer = self.trainer
+        if trainer.place:
+            return
         if not any(name in batch for name in _TOKENS[:2]):
             raise UserError(
                 f"A batch has no input_ids, but only {', '.join(sorted(batch)) or 'nothing'}. Look at data_collator "
@@ -187,7 +221,8 @@ class MicroBatches:
             )
         chooses = trainer.heldout_dataset is not None and trainer.distillation.settings.distillation == "self"
         missing = [name for name in trainer.label_names if batch.get(name) is None]
-        if chooses and missing:
+        by_labels = trainer.trainer_class.prediction_step in (Trainer.prediction_step, Seq2SeqTrainer.prediction_step)
+        if chooses and missing and by_labels:
             raise UserError(
                 f"label_names={trainer.label_names} are not all in a batch, which has {', '.join(sorted(batch))}; "
                 "without them no loss of held-out rows is computed, by which the teacher is chosen. Set label_names "
@@ -202,7 +237,14 @@ class MicroBatches:
                 f"compute_loss of {name} gave {found}, not one number with a gradient. Return a scalar loss, computed "
                 "with gradients on."
             )
-        if trainer.args.distillation == "none" or isinstance(seen.outputs, Mapping):
+        if trainer.args.distillation == "none":
+            return
+        if isinstance(seen.outputs, Mapping):
+            if not _COMPARED & seen.outputs.keys():
+                raise UserError(
+                    f"The model of {name} gives {', '.join(seen.outputs)}, but no logits, which are compared with a "
+                    "teacher's. Set distillation: none."
+                )
             return
         if seen.inputs is None:
             raise UserError(

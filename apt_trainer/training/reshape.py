@@ -157,7 +157,7 @@ def _rebuild(trainer: Any, model: nn.Module, schedule: dict[str, Any]) -> None:
     trainer.optimizer = trainer.lr_scheduler = None
     trainer._mixed_mesh_grads = None
     engine_of(trainer).enclose(model)
-    Trainer._prepare_for_training(trainer, trainer.state.max_steps, trainer.live_dataloader, None)
+    trainer.prepare_again()
     engine_of(trainer).adopt()
     engine_of(trainer).check_optimizer()
     set_schedule(trainer, schedule)

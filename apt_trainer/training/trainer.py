@@ -11,7 +11,7 @@ import copy
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import IterableDataset
-from transformers import PreTrainedModel, Trainer, set_seed
+from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, set_seed
 from transformers.trainer_pt_utils import get_parameter_names
 from transformers.trainer_utils import has_length
 
@@ -36,7 +36,7 @@ from apt_trainer.pruning.given_model import IN_USE, check_loaded
 from apt_trainer.pruning.pruner import AdaptivePruner, Decision
 from apt_trainer.scoring import Importance
 from apt_trainer.scoring.calibration import Batch, shares
-from apt_trainer.settings.config import APTConfig
+from apt_trainer.settings.config import APTConfig, PruningArguments
 from apt_trainer.settings.engines import check_launch, wants_deepspeed
 from apt_trainer.settings.fsdp import wants_fsdp
 from apt_trainer.settings.packages import check_packages
@@ -60,23 +60,33 @@ from apt_trainer.training.engines.optimizer_file import read_optimizer, save_opt
 from apt_trainer.training.engines.silence import naming_the_silent
 from apt_trainer.training.engines.state import State
 from apt_trainer.training.finished_model import FinishedModel
+from apt_trainer.training.fused_head import let_copies_own
+from apt_trainer.training.given_adapters import adopt
+from apt_trainer.training.inside import check_inside, place_of_transformer, without_own_groups
 from apt_trainer.training.micro_batch import MicroBatches
+from apt_trainer.training.own_metrics import left_alone
+from apt_trainer.training.reference import check_reference
 from apt_trainer.training.resume import load_run
 from apt_trainer.training.step_losses import StepLosses
 from apt_trainer.training.termination import StopOnSignal
+from apt_trainer.training.trainer_class import (
+    arguments_class,
+    by_name,
+    makes_datasets,
+    overrides,
+    with_heldout,
+    without_heldout,
+)
 
 EVENTS_FILE = "events.jsonl"
 
 logger = logging.getLogger(__name__)
 
 
-class APTTrainer(FinishedModel):
-    """Fine-tunes, prunes, grows adapters and distils in one run.
+class PruningMixin(FinishedModel):
+    """The method as the part of a class that stands before a Trainer: see :func:`~apt_trainer.with_pruning`.
 
     Args:
-        model: a plain Hugging Face model of a supported family, or one that was pruned before; adapters are inserted
-            here. Or ``model_init``, which gives such a model to each call of :meth:`train`.
-        args: :class:`APTConfig`.
         importance: a scoring rule of the user's own, instead of ``args.importance``.
         teacher: a fine-tuned model of the same task, where ``args.distillation`` is "model".
         heldout_dataset: data on which snapshots of the student are chosen as teacher. By default
@@ -84,15 +94,25 @@ class APTTrainer(FinishedModel):
         class_weights: what each label counts in the loss (:class:`~apt_trainer.models.class_weights.ClassWeights`).
         optimizer_cls_and_kwargs: class and options of the optimizer, instead of ``args.optim``; a new one is made
             after each change of shape, to which the state is carried.
-        others: as ``transformers.Trainer``, but for ``optimizers``: made for the parameters of the dense model, they
-            are refused.
+        peft_config: a ``LoraConfig``, whose adapters are those that grow.
+        others: as those of the Trainer, but for ``optimizers``: made for the parameters of the dense model, they
+            are refused. ``model`` is a Hugging Face model of a supported family, pruned before or not; adapters are
+            inserted here. Or ``model_init``, which gives such a model to each call of :meth:`train`.
 
     A subclass may override ``compute_loss``, ``training_step`` and ``get_batch_samples``: see
     :mod:`~apt_trainer.training.micro_batch`. After :meth:`train`, ``model`` is the merged and cut model:
     ``model.save_pretrained(path)`` and ``load_pruned(path)``.
     """
 
-    args: APTConfig
+    Config: type[PruningArguments]
+    """Class of the settings: those of the Trainer joined with those of the method."""
+
+    trainer_class: type[Trainer]
+    """The Trainer that the method was put before."""
+
+    args: Any
+    train_dataset: Any
+    eval_dataset: Any
     model: Any
     model_wrapped: Any
     optimizer: Any
@@ -100,56 +120,83 @@ class APTTrainer(FinishedModel):
 
     def __init__(
         self,
-        model: PreTrainedModel | None = None,
-        args: APTConfig | None = None,
-        train_dataset: Any = None,
-        *,
+        *args: Any,
         importance: Importance | None = None,
         teacher: PreTrainedModel | None = None,
         heldout_dataset: Any = None,
-        model_init: Callable[..., PreTrainedModel] | None = None,
-        optimizers: Any = (None, None),
-        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(args, APTConfig):
-            raise UserError(
-                f"args is {type(args).__name__}. Give an APTConfig, which has all of TrainingArguments too."
-            )
-        check_packages(vars(args))
-        check_launch(args)
-        check_objects(optimizers)
+        given = by_name(self.trainer_class, args) | kwargs
+        model, model_init = given.pop("model", None), given.pop("model_init", None)
+        optimizer = given.pop("optimizer_cls_and_kwargs", None)
+        settings = self._check_arguments(given.pop("args", None), model)
+        check_objects(given.pop("optimizers", None))
         if (model is None) == (model_init is None):
             raise UserError("Give either a model or model_init, a function that makes one.")
-        self.args, self.model_init = args, model_init
+        self.args, self.model_init = settings, model_init
         if model is None:
-            set_seed(args.seed)
+            set_seed(settings.seed)
             model = self.call_model_init()
         if teacher is not None and teacher is model:
             raise UserError("teacher is the model itself, which trains. Load the teacher as a model of its own.")
-        if (teacher is not None) != (args.distillation == "model"):
+        if (teacher is not None) != (settings.distillation == "model"):
             raise UserError(
                 "A teacher model and distillation: model belong together; one was given without the other."
             )
         check_names("training")
-        check_upload(args)
+        check_upload(settings)
+        check_reference(model, settings, self.trainer_class, given)
+        if given.get("peft_config") is not None:
+            inner = model.get_submodule(place_of_transformer(model))
+            settings = self.args = adopt(given.pop("peft_config"), settings, inner)
         self._given = importance, teacher
         self._label_order = None if teacher is None else match_teacher(model, teacher)
+        self.place = place_of_transformer(model)
+        check_inside(model, self.place, settings)
+        if self.place:
+            settings = self.args = copy.copy(settings)
+            settings.ddp_find_unused_parameters = True  # what is round a transformer may leave its pooler out
         self.pruner = self._make_pruner(model)
-        if train_dataset is not None and heldout_dataset is None:
-            train_dataset, heldout_dataset = _split_heldout(train_dataset, args)
-        super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
-        self.model_init, self.optimizer_cls_and_kwargs = model_init, optimizer_cls_and_kwargs
-        self.heldout_dataset = heldout_dataset
+        self.heldout_dataset = self._make_trainer(model, settings, given, heldout_dataset)
+        self.model_init, self.optimizer_cls_and_kwargs = model_init, optimizer
         runtime.check_options(self)
-        check_overrides(self, APTTrainer)
-        check_optimizer(args, optimizer_cls_and_kwargs, self.get_optimizer_cls_and_kwargs, model)
+        check_overrides(self, PruningMixin)
+        check_optimizer(settings, optimizer, self._optimizer, model)
         self.compiled = CompiledSteps(runtime.take_compiling(self))
         self._set_up()
         self._micro_batches, self._stop = MicroBatches(self), StopOnSignal()
         self._tracked: str | None = None
         self.add_callback(MethodCallback(self))
         self.add_callback(self._stop)
+
+    def _make_trainer(self, model: Any, args: Any, given: dict[str, Any], heldout: Any) -> Any:
+        """What ``__init__`` of the Trainer does; returns the data held out, as the Trainer makes and reads data."""
+        splits = given.get("train_dataset") is not None and heldout is None
+        adds = heldout is not None and makes_datasets(self.trainer_class)
+        if splits:
+            _check_splitting(given["train_dataset"], args)
+        if adds:
+            given["eval_dataset"] = with_heldout(given.get("eval_dataset"), heldout)
+        super().__init__(model=model, args=args, **given)
+        let_copies_own(self.model)
+        if splits:
+            self.train_dataset, heldout = _split_heldout(self.train_dataset, args)
+        elif adds:
+            self.eval_dataset, heldout = without_heldout(self.eval_dataset)
+        return heldout
+
+    def _check_arguments(self, args: Any, model: Any) -> Any:
+        """``args``; raises :class:`UserError` where they, or the libraries and processes they ask for, do not fit."""
+        if not (isinstance(args, PruningArguments) and isinstance(args, arguments_class(self.trainer_class))):
+            name, theirs = self.Config.__name__, arguments_class(self.trainer_class).__name__
+            config = name if name == "APTConfig" else f"{type(self).__name__}.Config"
+            article = "an" if config.startswith("A") else "a"
+            raise UserError(f"args is {type(args).__name__}. Give {article} {config}, which has all of {theirs} too.")
+        if isinstance(model, str):
+            raise UserError(f"model is a name, {model!r}. Give the model itself: AutoModelFor….from_pretrained(name).")
+        check_packages(vars(args))
+        check_launch(args)
+        return args
 
     # ------------------------------------------------------------------ overrides of documented methods
 
@@ -186,19 +233,25 @@ class APTTrainer(FinishedModel):
 
         Groups are parted by ``optimizer_ages`` too, where an engine keeps one step count per group.
         """
+        if overrides(self.trainer_class, "create_optimizer"):
+            return super().create_optimizer()
         if self.optimizer is None:
             args, module, given = self.args, model or self.model, self.optimizer_cls_and_kwargs
-            cls, options = given or self.get_optimizer_cls_and_kwargs(args, module)
+            cls, options = given or self._optimizer(args, module)
             rate = options.get("lr", args.learning_rate)
             decay = {"weight_decay": args.weight_decay, **(given[1] if given else {})}["weight_decay"]
             rates = {True: args.full_learning_rate or rate, False: rate}
-            base, decayed = base_weight_names(module, self.pruner.family), set(self.get_decay_parameter_names(module))
+            inner = module.get_submodule(self.place)
+            base = {self._prefix + name for name in base_weight_names(inner, self.pruner.family)}
+            decayed = set(self.get_decay_parameter_names(module))
             groups = parameter_groups(module, base, self.optimizer_ages, rates, decay, decayed)
             self.optimizer = cls(groups, **options)
         return self.optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """All parameters but biases and those of norms."""
+        """All parameters but biases and those of norms, unless the Trainer's class says otherwise."""
+        if overrides(self.trainer_class, "get_decay_parameter_names"):
+            return super().get_decay_parameter_names(model)  # type: ignore[no-any-return]
         return get_parameter_names(model, [nn.LayerNorm], UNDECAYED)  # type: ignore[no-any-return]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -256,7 +309,10 @@ class APTTrainer(FinishedModel):
         engine_of(self).bring(self.model)
         self.schedule = make_schedule(self.args, max_steps)
         self.pruner.start(self.schedule, 0, self._sum_over_processes, self.args.world_size)
-        with torch.random.fork_rng(devices=[]):  # the run that follows does not depend on calibration_samples
+        with (
+            left_alone(self),
+            torch.random.fork_rng(devices=[]),
+        ):  # the run that follows does not depend on calibration_samples
             batches = self._calibration_batches()
             self.last_inputs = next(batches)
             self.pruner.calibrate(itertools.chain([self.last_inputs], batches), self._calibration_loss)
@@ -266,7 +322,8 @@ class APTTrainer(FinishedModel):
 
     def _decide(self, step: int) -> Decision | None:
         if self.pruner.measures_impact(step):
-            self.pruner.measure_impact(self._calibration_batches(), self._calibration_loss)
+            with left_alone(self):
+                self.pruner.measure_impact(self._calibration_batches(), self._calibration_loss)
         decision = self.pruner.decide(step)
         if decision is not None or self.schedule.event_at(step) is not None:
             agree("what to prune", step, None if decision is None else decision.digest())
@@ -276,13 +333,13 @@ class APTTrainer(FinishedModel):
         """``started``: when what led to the decision began."""
         self.check_finite()
         loss_before = self._probe_loss()
-        growth = mean_growth(lora.ranks(self.model), decision.ranks)
+        growth = mean_growth(lora.ranks(self.transformer), decision.ranks)
 
         def change() -> runtime.Edits:
             if self.args.prunes_before and self.args.refit and decision.kind == "prune":
                 self._refit(decision.plan)
             event = self.pruner.apply(decision, step, self.distillation.teacher.parameter_ids())
-            edits: dict[str, list[Keep | Grow]] = dict(event.edits)
+            edits: dict[str, list[Keep | Grow]] = {self._prefix + name: of for name, of in event.edits.items()}
             return edits | self.distillation.follow(self.model, event.survivors, growth)
 
         reshape = runtime.reshape if self.live_dataloader is not None else runtime.reshape_first
@@ -299,9 +356,20 @@ class APTTrainer(FinishedModel):
         p, sum_over_processes = self.pruner, self._sum_over_processes
         batches, loss_of = self._calibration_batches, self._calibration_loss
         with torch.random.fork_rng(devices=[]):
-            refit(self.model, p.family, p.spaces, p.plan, plan, batches, loss_of, sum_over_processes)
+            refit(self.transformer, p.family, p.spaces, p.plan, plan, batches, loss_of, sum_over_processes)
+
+    @property
+    def _prefix(self) -> str:
+        """Of the names that parameters of the transformer have in the whole model."""
+        return f"{self.place}." if self.place else ""
+
+    def _optimizer(self, args: Any, model: nn.Module) -> Any:
+        """Class and options of the optimizer, of which the groups are made here."""
+        cls, options = self.get_optimizer_cls_and_kwargs(args, model)
+        return (cls, without_own_groups(options, model)) if self.place else (cls, options)
 
     def _make_pruner(self, model: PreTrainedModel) -> AdaptivePruner:
+        model = model.get_submodule(self.place)
         check_loaded(model)
         importance = copy.deepcopy(self._given[0]) if self.model_init is not None else self._given[0]
         args = self.args
@@ -331,7 +399,7 @@ class APTTrainer(FinishedModel):
         together = args.average_tokens_across_devices
         self.step_losses = StepLosses(self.pruner.family, self.accelerator, together, self.class_weights)
         self.last_inputs = None
-        self._begun = self._finished = False
+        self._begun = self._finished = self._prepares_again = False
 
     def _hp_search_setup(self, trial: Any) -> None:
         """As the Trainer's, which has made a model with ``model_init`` by now and sets what the trial asks for."""
@@ -345,10 +413,15 @@ class APTTrainer(FinishedModel):
         """For the errors it raises; the loop's own number of steps replaces it in :meth:`start`."""
         if self.train_dataset is None:
             raise UserError("train_dataset is missing.")
+        if isinstance(self.train_dataset, Mapping) and (self.args.prunes_before or self.pruner.impact is not None):
+            raise UserError(
+                "train_dataset holds several data sets, but units are scored on rows of one (pruning_time: before, or "
+                "importance: nri). Give one, for example datasets.concatenate_datasets, or prune early."
+            )
         return check_candidates(self.args, make_schedule(self.args, self._steps_to_come()))
 
     def _steps_to_come(self) -> int:
-        own_loader = type(self).get_train_dataloader is not Trainer.get_train_dataloader
+        own_loader = overrides(type(self), "get_train_dataloader")
         streams = isinstance(self.train_dataset, IterableDataset)
         if not (own_loader or streams):
             return self.args.total_steps(len(self.train_dataset))
@@ -375,14 +448,17 @@ class APTTrainer(FinishedModel):
         args, data = self.args, self.train_dataset
         if not has_length(data):
             data = list(itertools.islice(data, args.calibration_samples))
-        collate = self._get_collator_with_removed_columns(self.data_collator, "Calibration")
+        collate = self.data_collator
+        if not overrides(self.trainer_class, "get_train_dataloader"):
+            collate = self._get_collator_with_removed_columns(collate, "Calibration")
         size = args.calibration_batch_size or args.train_batch_size
         for rows in shares(len(data), args.calibration_samples, size, args.seed, args.process_index, args.world_size):
             yield self._prepare_inputs(collate([data[row] for row in rows])) if rows else None
 
     def _calibration_loss(self, batch: Batch) -> torch.Tensor:
         """Task loss of the plain model. Gradients in float16 would need the scaler of accelerate."""
-        with nullcontext() if self.args.fp16 else self.accelerator.autocast():
+        autocast = nullcontext() if self.args.fp16 else self.accelerator.autocast()
+        with autocast, self._micro_batches.telling_tokens(self.pruner.importance.set_tokens):
             return self.compute_loss(self.model, dict(batch))  # type: ignore[no-any-return]
 
     def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -401,9 +477,10 @@ class APTTrainer(FinishedModel):
         """Mean task loss of the student on the held-out data, over all processes."""
         dataloader = self.get_eval_dataloader(self.heldout_dataset)
         was_training = self.model_wrapped.training
-        output = self.evaluation_loop(
-            dataloader, "Choosing a teacher", prediction_loss_only=True, metric_key_prefix="heldout"
-        )
+        with left_alone(self):
+            output = self.evaluation_loop(
+                dataloader, "Choosing a teacher", prediction_loss_only=True, metric_key_prefix="heldout"
+            )
         self.model_wrapped.train(was_training)
         runtime.release_memory()
         return float(output.metrics["heldout_loss"])  # type: ignore[index]
@@ -415,7 +492,7 @@ class APTTrainer(FinishedModel):
             return None
         model = self.accelerator.unwrap_model(self.model_wrapped)
         model.eval()
-        with self.compute_loss_context_manager():
+        with left_alone(self), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(dict(self.last_inputs)))
         model.train()
         return float(loss)
@@ -426,7 +503,17 @@ class APTTrainer(FinishedModel):
 
     # ------------------------------------------------------------------ engine and checkpoints
 
+    def prepare_again(self) -> None:
+        """Hugging Face's own preparation, and whatever a class of the user's adds to it, for a model of new shape."""
+        self._prepares_again = True
+        try:
+            self._prepare_for_training(self.state.max_steps, self.live_dataloader, None)
+        finally:
+            self._prepares_again = False
+
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if self._prepares_again:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._begun = True
         state: State = {}
         if resume_from_checkpoint is None:
@@ -465,17 +552,41 @@ class APTTrainer(FinishedModel):
         self._restored = description, tensors
 
 
-def _split_heldout(data: Any, args: APTConfig) -> tuple[Any, Any]:
-    """(training data, rows held out to choose the teacher on, or None)
-
-    Raises :class:`UserError` where the data have no length and that is in the way.
-    """
+def _check_splitting(data: Any, args: Any) -> None:
+    """Raise :class:`UserError` where ``data`` have no length and that is in the way."""
     if has_length(data):
-        return split_heldout(data, args.heldout_rows(len(data)), args.seed)
+        return
     args.total_steps(None)
     if args.heldout_rows(1) > 0:
         raise UserError(
             f"train_dataset is {type(data).__name__}, of which no rows can be split off to choose the teacher on. "
             "Give heldout_dataset, or set distillation: none."
         )
-    return data, None
+
+
+def _split_heldout(data: Any, args: Any) -> tuple[Any, Any]:
+    """(training data, rows held out to choose the teacher on, or None)"""
+    return split_heldout(data, args.heldout_rows(len(data)), args.seed) if has_length(data) else (data, None)
+
+
+class APTTrainer(PruningMixin, Seq2SeqTrainer):
+    """Fine-tunes, prunes, grows adapters and distils in one run.
+
+    Args:
+        model: a plain Hugging Face model of a supported family; adapters are inserted here. Or ``model_init``, which
+            gives such a model to each call of :meth:`train`.
+        args: :class:`APTConfig`.
+        others: as those of :class:`PruningMixin` and of ``transformers.Seq2SeqTrainer``.
+    """
+
+    Config = APTConfig
+    trainer_class = Seq2SeqTrainer
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: APTConfig | None = None,
+        train_dataset: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)

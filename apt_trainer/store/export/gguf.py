@@ -27,7 +27,8 @@ from apt_trainer.errors import UserError
 from apt_trainer.models import family_of
 from apt_trainer.models.modeling_apt import NoOp
 from apt_trainer.store.export.check import NEW_TOKENS, TOLERANCE, greedy, prompt_of, run_alone
-from apt_trainer.store.export.gguf_tokenizer import add_tokenizer
+from apt_trainer.store.export.gguf_session import GgufModel
+from apt_trainer.store.export.gguf_tokenizer import Nowhere, add_tokenizer
 
 QUANTIZATIONS = ("f16", "q8_0", "q4_0", "q5_0", "q4_k_m", "q5_k_m", "q6_k")
 _BY_TOOL = {"q4_k_m": "Q4_K_M", "q5_k_m": "Q5_K_M", "q6_k": "Q6_K"}
@@ -42,13 +43,17 @@ TEXTS = ["Hello  world, 1234!\n\n\tcafé 日本", " def f(x):\n    return x"]
 _Array = np.ndarray[Any, Any]
 
 
-def refuse(model: PreTrainedModel) -> None:
-    """Raise :class:`UserError` for a model that no architecture of llama.cpp computes."""
-    architecture_of(model)
+def refuse(model: PreTrainedModel, tokenizer: Any, quantize: str | None, cut: bool = False) -> None:
+    """Raise :class:`UserError` for a model that no architecture of llama.cpp computes, for a tokenizer without a form
+    in GGUF, and where nothing here makes the quantisation asked for."""
+    architecture_of(model, cut)
+    add_tokenizer(Nowhere(), tokenizer, model.config)
+    if quantize in _BY_TOOL:
+        _quantiser()
 
 
-def architecture_of(model: PreTrainedModel) -> str:
-    """Name of the architecture in which ``model`` is written."""
+def architecture_of(model: PreTrainedModel, cut: bool = False) -> str:
+    """Name of the architecture in which ``model`` is written; ``cut``: its layers are going to differ."""
     config, family = model.config, family_of(model.config)
     name = str(getattr(config, "apt_base_model_type", None) or config.model_type)
     known = family.gguf.get(name)
@@ -71,7 +76,7 @@ def architecture_of(model: PreTrainedModel) -> str:
         assert known is not None
         own, per_layer = known
         sizes = _sizes(model)
-        uniform = _is_uniform(sizes)
+        uniform = _is_uniform(sizes) and not cut
         if own in SQUARE and sizes[0].queries * head_size(config) != config.hidden_size:
             uniform = False
         if not uniform and per_layer == "openelm" and not _is_tied(model):
@@ -89,11 +94,7 @@ def file_of(folder: Path, quantize: str | None) -> Path:
 
 
 def write(model: PreTrainedModel, tokenizer: Any, folder: Path, quantize: str | None) -> None:
-    """Write ``model`` and its tokenizer as one file to ``folder``.
-
-    Raises:
-        UserError: the tokenizer has no form in GGUF, or nothing here makes the quantisation asked for.
-    """
+    """Write ``model`` and its tokenizer as one file to ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     target = file_of(folder, quantize)
     if quantize not in _BY_TOOL:
@@ -135,6 +136,11 @@ def compare(model: PreTrainedModel, tokenizer: Any, folder: Path, quantize: str 
     }
     equal = numbers["greedy_tokens_equal"] and largest <= TOLERANCE * max(1.0, float(expected.abs().max()))
     return numbers | {"equal": numbers["same_tokenization"] and (equal or quantize is not None)}
+
+
+def load(folder: Path, quantize: str | None, length: int, threads: int) -> GgufModel:
+    """Run what is in ``folder`` by llama.cpp (xllamacpp)."""
+    return GgufModel(file_of(folder, quantize), length, threads)
 
 
 @dataclass(frozen=True)

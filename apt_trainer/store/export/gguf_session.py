@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ class GgufModel:
     def __init__(self, file: str | Path, length: int = 256, threads: int = 1) -> None:
         import xllamacpp
 
+        self.has_cache, self.largest_batch = True, 1
         settings = xllamacpp.CommonParams()
         settings.model.path = str(file)
         settings.n_ctx, settings.n_gpu_layers, settings.n_parallel = length, 0, 1
@@ -41,6 +43,12 @@ class GgufModel:
         """``tokens``: ids of the most likely continuation of ``prompt``; ``timings``: tokens per second of both."""
         answer = self._complete(prompt, new_tokens, likely=0)
         return {"tokens": answer["tokens"], "timings": answer["timings"]}
+
+    def seconds(self, batch: Mapping[str, Any], new_tokens: int) -> tuple[float, ...]:
+        """Of reading ``input_ids`` [1, length], and of each of ``new_tokens`` after the first one."""
+        start = time.perf_counter()
+        reading = self.generate(batch["input_ids"][0].tolist(), new_tokens + 1)["timings"]["prompt_ms"] / 1000
+        return reading, (time.perf_counter() - start - reading) / new_tokens
 
     def most_likely(self, prompt: Sequence[int], number: int) -> list[tuple[int, float]]:
         """(id, log-probability) of the next token; none where it ends no character, which llama.cpp withholds."""

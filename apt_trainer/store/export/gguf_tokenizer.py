@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from apt_trainer.errors import UserError
@@ -12,6 +13,13 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _DIGIT_TRIPLES = r"\p{N}{1,3}"
 _LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+
+
+class Nowhere:
+    """A writer that writes nothing, to find out whether a tokenizer can be written."""
+
+    def __getattr__(self, name: str) -> Callable[[object], None]:
+        return lambda value: None
 
 
 def add_tokenizer(writer: Any, tokenizer: Any, config: Any) -> None:

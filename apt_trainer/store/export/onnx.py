@@ -28,7 +28,7 @@ from apt_trainer.models import family_of
 from apt_trainer.models.modeling_apt import NoOp
 from apt_trainer.models.slots import set_slot, slot_holders
 from apt_trainer.store.export.check import NEW_TOKENS, TOLERANCE, batches, greedy, prompt_of, run_alone
-from apt_trainer.store.export.onnx_session import PAST, PRESENT
+from apt_trainer.store.export.onnx_session import PAST, PRESENT, OnnxModel
 from apt_trainer.store.saved_model import dense_shape
 
 OPSET = 18
@@ -37,8 +37,8 @@ QUANTIZATIONS = ("int8",)
 RUNNER = Path(__file__).with_name("onnx_session.py")
 
 
-def refuse(model: PreTrainedModel) -> None:
-    """Raise :class:`UserError` for a model that would not compute the same."""
+def refuse(model: PreTrainedModel, tokenizer: Any, quantize: str | None, cut: bool = False) -> None:
+    """Raise :class:`UserError` for a model that would not compute the same; sizes may differ as they like."""
     if model.config.is_encoder_decoder:
         raise UserError(
             f"{type(model).__name__} has an encoder and a decoder, which are not exported to ONNX. Serve the saved "
@@ -95,6 +95,11 @@ def compare(model: PreTrainedModel, tokenizer: Any, folder: Path, quantize: str 
         numbers["greedy_tokens_equal"] = found["generated"].tolist() == greedy(model, prompt)
         equal = equal and numbers["greedy_tokens_equal"]
     return numbers | {"equal": equal or quantize is not None}
+
+
+def load(folder: Path, quantize: str | None, length: int, threads: int) -> OnnxModel:
+    """Run what is in ``folder`` by onnxruntime; any ``length`` will do."""
+    return OnnxModel(file_of(folder, quantize), threads)
 
 
 @torch.no_grad()

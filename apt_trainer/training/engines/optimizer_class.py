@@ -15,6 +15,7 @@ from transformers import Trainer
 
 from apt_trainer.errors import UserError
 from apt_trainer.settings.fsdp import wants_fsdp
+from apt_trainer.training.trainer_class import overrides
 
 ClassAndOptions = tuple[Any, Mapping[str, Any]]
 
@@ -88,7 +89,8 @@ def check_overrides(trainer: Any, stock: type) -> None:
             "create_optimizer and create_scheduler."
         )
     splits = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-    if splits and own.create_optimizer is not stock.create_optimizer:  # type: ignore[attr-defined]
+    is_overridden = own.create_optimizer is not stock.create_optimizer  # type: ignore[attr-defined]
+    if splits and (is_overridden or overrides(trainer.trainer_class, "create_optimizer")):
         raise UserError(
             f"{name} overrides create_optimizer, but under DeepSpeed and FSDP parameters are grouped by their age. "
             "Override get_optimizer_cls_and_kwargs or get_decay_parameter_names, or give optimizer_cls_and_kwargs."
