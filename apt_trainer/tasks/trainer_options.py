@@ -31,8 +31,10 @@ def set_task_arguments(args: APTConfig, data: TaskData, given: Mapping[str, Any]
 
 
 def data_options(data: TaskData, part: str) -> dict[str, Any]:
-    """What a Trainer is told of the data when it evaluates on ``part``, "validation" or "test"; ``class_weights``, which
-    is for those of this package, where there are some."""
+    """What a Trainer is told of the data when it evaluates on ``part``, "validation" or "test".
+
+    ``class_weights``, for the Trainers of this package, are there where the task has some.
+    """
     weights = {} if data.class_weights is None else {"class_weights": data.class_weights}
     return weights | {
         "data_collator": data.collator,
