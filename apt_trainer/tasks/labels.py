@@ -138,13 +138,15 @@ def number_labels(
                 shown(names),
             )
         else:
+            own = known.names
             if are_numbers(known.names) and not all(name.isdecimal() or name in known.names for name in labels):
                 logger.warning(
                     "The model has no names for its labels. Those of the data are taken in their order: %s.",
                     ", ".join(f"{i} is {name}" for name, i in ids.items()),
                 )
-            _check_known(texts, ids, known.names, column, "model")
-            return Labels(known.names, ids)
+                own = tuple(sorted(ids, key=ids.__getitem__))
+            _check_known(texts, ids, own, column, "model")
+            return Labels(own, ids)
     names = _own_names(values, feature, column)
     ids = {name: i for i, name in enumerate(names)}
     _check_known(texts, ids, names, column, "training data")

@@ -75,7 +75,7 @@ def check_inside(model: nn.Module, place: str, args: Any) -> None:
 def save_around(
     model: Any, place: str, path: Path, plan: PruningPlan, tokenizer: Any, start: PruningPlan | None = None
 ) -> None:
-    """Write a finished ``model`` with a cut transformer at ``place`` to ``path``; ``start``: the plan that it began with.
+    """Write a finished ``model`` with a cut transformer at ``place`` to ``path``; ``start``: the plan it began with.
 
     One that has ``save_pretrained`` writes itself. Of others the transformer is written as any pruned model, and the
     weights of the rest beside it, for :func:`load_pruned_into`.

@@ -634,7 +634,7 @@ def test_keep_saves_the_model_with_a_plan(saved: Path, tmp_path: Path, capsys) -
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out).eval(), batch), expected)
     assert read_plan(str(out / "execution_plan.json"), "llama", 4) == plan
     assert cli.main(["paint", "--model", str(out), *command(saved, tmp_path / "again")[3:]]) == 2
-    assert "Start from the dense model" in capsys.readouterr().err
+    assert "Start from the model without one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("changes", "message"), [
