@@ -31,7 +31,7 @@ def check_exports(args: APTConfig, model: PreTrainedModel, tokenizer: Any) -> No
     """Raise :class:`UserError` for a format that cannot hold what becomes of ``model`` (on any device)."""
     for name in args.export:
         form, quantize = parse_format(name)
-        target_of(form).refuse(model, tokenizer, quantize, cut=args.prunes)
+        target_of(form).refuse(model, tokenizer, quantize, cut=args.prunes and args.shape != "uniform")
 
 
 def export_all(args: APTConfig, dense: PreTrainedModel, data: TaskData, found: dict[str, Any]) -> None:

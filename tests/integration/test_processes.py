@@ -223,7 +223,7 @@ def test_two_processes_equal_one_and_go_on_from_each_other(single: tuple[Path, A
         assert weights.keys() == others.keys() == weights_of(expected.model).keys()
         assert all(torch.equal(weight, others[key]) for key, weight in weights.items())
         for step, values in losses_of(expected).items():
-            assert first["losses"][str(step)] == pytest.approx(list(values), rel=1e-4)
+            assert first["losses"][str(step)] == pytest.approx(list(values), rel=1e-4, abs=2e-7)  # float32 near 0
         for key, weight in weights.items():
             assert key.endswith("key.bias") or torch.allclose(weight, expected.model.get_parameter(key), atol=1e-4)
         assert first["files"] == ["config.json", "model.safetensors", "pruning_plan.json"]
