@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import transformers
 from integration.factories import SHORT, Rows, SaveAt, losses_of, make_trainer
+from integration.test_zero import deepspeed_config
 from safetensors.torch import load_file, save_file
 from tiny import FAMILY_NAMES, LANGUAGE_MODELS, logits, tiny_batch, tiny_model
 from transformers.trainer_callback import PrinterCallback
@@ -91,8 +92,12 @@ def draw(number: int) -> tuple[str, str, dict[str, Any], float]:
     return family, task, settings, choose.choice([0.0, 0.1])
 
 
-def trainer_of(number: int, folder: Path, saved: tuple[int, ...] = (), **changes: Any) -> APTTrainer:
+def trainer_of(
+    number: int, folder: Path, saved: tuple[int, ...] = (), drops: bool = True, **changes: Any
+) -> APTTrainer:
+    """Trainer of one draw; without its dropout where it is not to ``drops``."""
     family, task, settings, dropout = draw(number)
+    dropout = dropout if drops else 0.0
     rows = ROWS.get(task, "classification")
     data = Rows(96, rows, padded=False)
     options = {"heldout_dataset": Rows(16, rows, padded=False), "callbacks": [SaveAt(saved)]}
@@ -150,7 +155,8 @@ def loaded(folder: Path) -> Any:
 
 
 def check_processes(number: int, place: Path) -> list[str]:
-    """Two processes with half of each batch log the losses of one; without dropout, which they would draw apart."""
+    """Two processes with half of each batch, under DDP, ZeRO-2 or ZeRO-3, log the losses of one. Without what they do
+    apart: dropout, layers mapped per micro-batch, and optimizers whose state DeepSpeed lays out flat."""
     half = ["--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
     command = [sys.executable, "-m", "torch.distributed.run", *half, __file__, "--worker", str(place), "--only"]
     done = subprocess.run([*command, str(number)], capture_output=True, text=True)
@@ -174,11 +180,11 @@ def check_export(place: Path) -> list[str]:
 
 
 def worker(number: int, folder: Path, batch_size: int) -> None:
-    backend = {"ddp_backend": "gloo"} if "WORLD_SIZE" in os.environ else {}
-    trainer = trainer_of(number, folder, per_device_train_batch_size=batch_size, **backend)
-    for module in trainer.model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    changes: dict[str, Any] = {"optim": "adamw_torch", "distillation_layer_map": "static"}
+    if "WORLD_SIZE" in os.environ:
+        engine = random.Random(f"engine of {number}").choice(["ddp", "zero2", "zero3"])
+        changes |= {"ddp_backend": "gloo"} if engine == "ddp" else {"deepspeed": deepspeed_config(int(engine[-1]))}
+    trainer = trainer_of(number, folder, drops=False, per_device_train_batch_size=batch_size, **changes)
     trainer.train()
     if trainer.is_world_process_zero():
         losses = {step: losses[0] for step, losses in losses_of(trainer).items()}
