@@ -435,6 +435,7 @@ def test_a_compiler_that_is_not_there_is_told_before_training(
 TWO = """
 import os, sys
 from pathlib import Path
+from apt_trainer.errors import RunError, UserError
 from apt_trainer.training.engines.agreement import failing_together
 from edges.test_saving import few, unsaved_tokenizer
 from integration.factories import losses_of
@@ -447,7 +448,7 @@ assert all(abs(a - b) < 1e-5 for step in losses[0] for a, b in zip(losses[0][ste
 def told(call):
     try:
         call()
-    except Exception as error:
+    except (UserError, RunError) as error:
         name = f"{type(error).__name__}: {error}"
         (folder / f"{call.__name__}{os.environ['RANK']}").write_text(name)
 def rehearse():
