@@ -226,7 +226,8 @@ def test_two_processes_equal_one_and_go_on_from_each_other(single: tuple[Path, A
             assert first["losses"][str(step)] == pytest.approx(list(values), rel=1e-4, abs=2e-7)  # float32 near 0
         for key, weight in weights.items():
             assert key.endswith("key.bias") or torch.allclose(weight, expected.model.get_parameter(key), atol=1e-4)
-        assert first["files"] == ["config.json", "model.safetensors", "pruning_plan.json"]
+        saved = ["README.md", "config.json", "model.safetensors", "modeling_apt.py", "pruning_plan.json"]
+        assert first["files"] == saved
         start = 0 if source is None else int(source.rpartition("-")[2])
         assert _events(tmp_path / name) == [record for record in _events(single[0]) if record[0] > start]
 
