@@ -252,7 +252,8 @@ def test_launch_command_and_exit_code(monkeypatch):
     monkeypatch.setattr(launch.subprocess, "Popen", lambda command, **kw: started.append((command, kw)) or Process())
     assert launch.launch("ddp_cpu", None, ["train", "--seed", "1"]) == 143
     command, keywords = started[0]
-    assert command[command.index("--config_file") + 1] == str(REPOSITORY / "recipes/accelerate/ddp_cpu.yaml")
+    profile = Path(command[command.index("--config_file") + 1])
+    assert profile.samefile(REPOSITORY / "recipes/accelerate/ddp_cpu.yaml")
     assert command[command.index("--num_processes") + 1] == "2"
     assert command[-5:] == ["--module", "apt_trainer", "train", "--seed", "1"]
     assert keywords["env"]["APT_EXPECTED_PROCESSES"] == "2"
