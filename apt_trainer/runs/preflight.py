@@ -21,13 +21,13 @@ from apt_trainer.evaluate.harness import check_tasks, not_a_language_model
 from apt_trainer.libraries.private_names import check_names
 from apt_trainer.plan.schedule import make_schedule
 from apt_trainer.pruning.pruner import AdaptivePruner
-from apt_trainer.report.comparison import METRICS_FILE, RECIPE_FILE
 from apt_trainer.runs.exports import check_exports
 from apt_trainer.settings import DataSettings, MethodSettings, ModelSettings
 from apt_trainer.settings.config import APTConfig
 from apt_trainer.settings.engines import check_launch
 from apt_trainer.settings.packages import check_packages
 from apt_trainer.settings.recipe import Recipe
+from apt_trainer.store.events import METRICS_FILE, RECIPE_FILE
 from apt_trainer.store.export import parse_format
 from apt_trainer.store.hub import check_upload
 from apt_trainer.store.pretrained import build_model, check_teacher, max_positions, teacher_settings

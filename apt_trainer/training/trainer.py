@@ -40,7 +40,7 @@ from apt_trainer.settings.config import APTConfig, PruningArguments
 from apt_trainer.settings.engines import check_launch, wants_deepspeed
 from apt_trainer.settings.fsdp import wants_fsdp
 from apt_trainer.settings.packages import check_packages
-from apt_trainer.store.events import append_event, truncate_after
+from apt_trainer.store.events import EVENTS_FILE, append_event, truncate_after
 from apt_trainer.store.hub import check_upload
 from apt_trainer.surgery import adapters as lora
 from apt_trainer.surgery.refit import refit
@@ -77,8 +77,6 @@ from apt_trainer.training.trainer_class import (
     with_heldout,
     without_heldout,
 )
-
-EVENTS_FILE = "events.jsonl"
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from apt_trainer.runs.run import train
 from apt_trainer.settings import DataSettings, ModelSettings
 from apt_trainer.settings.recipe import Recipe
 from apt_trainer.store import lock as output_lock
-from apt_trainer.store.lock import OutputLock
+from apt_trainer.store.lock import FolderLock
 from integration.factories import DEFAULTS, SHORT, Rows, SaveAt, config, make_trainer
 
 
@@ -300,16 +300,16 @@ def test_a_folder_that_another_run_writes_to_is_refused(
     output = Path(str(ready.training.output_dir))
     monkeypatch.setattr(output_lock, "PATIENCE", 0.3)
     output.mkdir(parents=True)
-    with OutputLock(output), pytest.raises(UserError, match="Another run is writing to .* choose another output_dir"):
+    with FolderLock(output), pytest.raises(UserError, match="Another run is writing to .* choose another output_dir"):
         train(ready)
     assert not _written(output)
-    with OutputLock(output):  # the refused run has let go of it, and so has the first
+    with FolderLock(output):  # the refused run has let go of it, and so has the first
         pass
 
 
 def test_two_first_starts_do_not_share_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(output_lock, "PATIENCE", 0.3)
-    with OutputLock(tmp_path / "new") as first, OutputLock(tmp_path / "new") as second:
+    with FolderLock(tmp_path / "new") as first, FolderLock(tmp_path / "new") as second:
         (tmp_path / "new").mkdir()
         first.take()
         first.take()
