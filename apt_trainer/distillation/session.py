@@ -193,7 +193,7 @@ class SelfDistillation:
             self._attach_transform(student, state["transform_rank"], _to_index(state["transform_index"]))
 
     def _attach_transform(self, student: nn.Module, rank: int, index: torch.Tensor | None) -> None:
-        if self.settings.distillation_transform == "identity":
+        if self.settings.details.distillation_transform == "identity":
             rank = 0
         generator = torch.Generator().manual_seed(self.seed)
         transform = HiddenTransform(

@@ -119,7 +119,7 @@ class AdaptivePruner:
         self.adapter_parameters_at_start = lora.adapter_parameters(model)
         self.set_tune(self.tune)
         self.masks = MaskStore(model, self.spaces, self.sublayers)
-        self.rank_score = RankScore(settings.salience_decay, absolute=settings.rank_score == "absolute")
+        self.rank_score = RankScore(settings.salience_decay, absolute=settings.details.rank_score == "absolute")
         self.schedule: Schedule | None = None
         self._observing = False
         self._resting = False
@@ -419,7 +419,8 @@ class AdaptivePruner:
         sizes = [allocation.AdapterSize(path, ranks[path], widths[path]) for path in ranks if path in widths]
         growth = self.schedule.tuning_share(event) * (s.tuning_growth - 1)
         budget = self.adapter_parameters_at_start * (1 + growth)
-        return allocation.allocate(sizes, self.rank_score.scores(), budget, s.max_rank, s.rank_growth, s.rank_rule)
+        scores, rule = self.rank_score.scores(), s.details.rank_rule
+        return allocation.allocate(sizes, scores, budget, s.max_rank, s.rank_growth, rule)
 
     def _adapter_widths(self, plan: PruningPlan) -> dict[str, int]:
         """in + out features of every adapted linear once ``plan`` is applied; those that vanish are left out."""

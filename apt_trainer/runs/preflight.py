@@ -26,6 +26,7 @@ from apt_trainer.settings import DataSettings, MethodSettings, ModelSettings
 from apt_trainer.settings.config import APTConfig
 from apt_trainer.settings.engines import check_launch
 from apt_trainer.settings.packages import check_packages
+from apt_trainer.settings.presets import with_presets
 from apt_trainer.settings.recipe import Recipe
 from apt_trainer.store.events import METRICS_FILE, RECIPE_FILE
 from apt_trainer.store.export import parse_format
@@ -197,7 +198,7 @@ def _check_same_run(file: Path, recipe: Recipe) -> None:
         raise UserError(f"{file} is damaged ({error}). Remove it to resume without comparing settings.") from error
     groups = (ModelSettings, DataSettings, MethodSettings)
     names = [f.name for group in groups for f in fields(group) if f.name not in _FREE] + list(_OF_THE_LOOP)
-    absent = object()
+    before, absent = with_presets(str(file), before, warn=False), object()
     other = [name for name in names if before.get(name, absent) != recipe.given.get(name, absent)]
     if other:
         values = ", ".join(f"{name} was {before.get(name)!r}, is {recipe.given.get(name)!r}" for name in other)

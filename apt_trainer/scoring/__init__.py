@@ -14,13 +14,17 @@ from apt_trainer.scoring.taylor import Taylor
 from apt_trainer.settings import PruningSettings
 
 IMPORTANCES: dict[str, Callable[[PruningSettings, int], Importance]] = {
-    "salience": lambda s, seed: Salience(s.salience_decay, s.outlier_term, s.outlier_scaling, s.outlier_weight),
+    "salience": lambda s, seed: _salience(s),
     "magnitude": lambda s, seed: Magnitude(),
     "taylor": lambda s, seed: Taylor(s.salience_decay),
     "random": lambda s, seed: Random(seed),
     "cosine": lambda s, seed: Cosine(s.salience_decay),
     "nri": lambda s, seed: Nri(s.nri_cost),
 }
+
+
+def _salience(s: PruningSettings) -> Salience:
+    return Salience(s.salience_decay, s.outlier_term, s.details.outlier_scaling, s.details.outlier_weight)
 
 
 def make_importance(settings: PruningSettings, seed: int) -> Importance:

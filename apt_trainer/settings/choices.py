@@ -6,6 +6,7 @@ from dataclasses import field
 from typing import Any
 
 from apt_trainer.errors import unknown_choice
+from apt_trainer.settings.presets import PRESETS
 
 TASKS = (
     "classification",
@@ -28,6 +29,7 @@ TUNE_MODES = ("adapters", "adapters_and_norms", "full")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": TASKS,
+    "preset": tuple(PRESETS),
     "sparsity_metric": ("params", "flops", "latency", "memory"),
     "pruning_time": ("before", "early", "late", "after"),
     "post_norm_policy": POST_NORM_POLICIES,
@@ -35,16 +37,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "sparsity_schedule": ("cubic", "linear"),
     "importance": ("salience", "magnitude", "taylor", "random", "cosine", "nri"),
     "nri_cost": ("params", "latency", "memory", "none"),
-    "outlier_scaling": ("none", "mean"),
     "rank_growth": ("salience", "uniform", "none"),
-    "rank_rule": ("fill_budget", "paper"),
-    "rank_score": ("signed", "absolute"),
     "tune": TUNE_MODES,
     "tune_after_pruning": TUNE_MODES,
     "tune_after_distillation": TUNE_MODES,
     "distillation": ("self", "model", "none"),
     "distillation_layer_map": ("dynamic", "static", "none"),
-    "distillation_transform": ("lora", "identity"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
 }
 

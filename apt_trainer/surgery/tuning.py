@@ -10,20 +10,20 @@ from collections.abc import Sequence
 from torch import nn
 
 from apt_trainer.models import ModelFamily
-from apt_trainer.settings import AdapterSettings
+from apt_trainer.settings import MethodSettings
 
 TRANSFORM = "apt_transform"
 """Attribute of the student that holds the distillation transform while it trains."""
 
 
 def set_trainable(
-    model: nn.Module, family: ModelFamily, tune: str, settings: AdapterSettings, norms: Sequence[str]
+    model: nn.Module, family: ModelFamily, tune: str, settings: MethodSettings, norms: Sequence[str]
 ) -> None:
     """Mark the parameters that train under ``tune`` ("adapters", "adapters_and_norms" or "full").
 
     ``norms``: paths of the norms that "adapters_and_norms" trains.
     """
-    heads = _below(family.trained_head(model)) if settings.train_head else ()
+    heads = _below(family.trained_head(model)) if settings.details.train_head else ()
     # by identity, since a tied weight goes by the name of the head that shares it
     embeddings = {id(p) for path in family.embedding_modules(model) for p in model.get_submodule(path).parameters()}
     norm_prefixes = _below(norms) if tune == "adapters_and_norms" else ()

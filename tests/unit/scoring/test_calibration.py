@@ -136,7 +136,7 @@ def test_the_outlier_term_keeps_its_share_whatever_the_number_of_batches() -> No
     batch = batches_of(model, (4,))
     scores = []
     for number in (1, 5):
-        pruner = pruner_of(tiny_model("llama", "ForCausalLM"), outlier_scaling="none")
+        pruner = pruner_of(tiny_model("llama", "ForCausalLM"), preset="official")
         pruner.calibrate(batch * number, lambda batch, pruner=pruner: pruner.model(**batch).loss)
         scores.append(pruner.importance.scores(pruner.model))
     assert all(torch.allclose(values, scores[1][space], rtol=1e-4) for space, values in scores[0].items())

@@ -40,7 +40,7 @@ from apt_trainer.scoring import (
 )
 from apt_trainer.scoring.kurtosis import contributions, root_kurtosis
 from apt_trainer.scoring.salience import OUTLIER_EVERY
-from apt_trainer.settings import CHOICES, AdapterSettings, PruningSettings
+from apt_trainer.settings import CHOICES, MethodSettings, PruningSettings
 from apt_trainer.surgery.cutting import apply_plan
 from apt_trainer.surgery.tuning import set_trainable
 
@@ -100,7 +100,7 @@ def test_salience_is_the_moving_average_of_sums_of_magnitudes(name: str, trained
     family, spaces, dense = parts(model)
     if trained == "adapters":
         adapted(model)
-        set_trainable(model, family, "adapters", AdapterSettings(), ())
+        set_trainable(model, family, "adapters", MethodSettings(), ())
     batches = steps_of(model, 3)
     places = [place for space in spaces for place in places_of(space)]
     expected = {space.name: torch.zeros(space.size) for space in spaces}
@@ -587,7 +587,8 @@ def test_every_choice_makes_its_rule() -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_can_be_made_from_settings(name: str) -> None:
-    rule = make_importance(PruningSettings(importance=name, salience_decay=0.5, outlier_weight=0.7), seed=3)
+    settings = PruningSettings(importance=name, salience_decay=0.5, preset_overrides={"outlier_weight": 0.7})
+    rule = make_importance(settings, seed=3)
     assert isinstance(rule, RULES[name])
     assert rule.needs_data == (name not in ("magnitude", "random")) and (rule.decay == 0.5 or not rule.needs_data)
     assert getattr(rule, "outlier_weight", 0.7) == 0.7

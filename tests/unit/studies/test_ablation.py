@@ -254,7 +254,11 @@ def test_runs_share_the_cores(monkeypatch, tmp_path):
 def test_overrides_reach_the_run_as_the_study_gives_them(tmp_path):
     make_base(tmp_path)
     overrides = {"run_name": "5", "learning_rate": 1e-5, "prune_targets": ["heads"], "target_sparsity": None}
-    overrides |= {"eval_strategy": "no", "train_head": False, "lr_scheduler_kwargs": {"a": [1]}, "text_column": "null"}
+    overrides |= {
+        "eval_strategy": "no",
+        "lr_scheduler_kwargs": {"a": [1]},
+        "text_column": "null",
+    }
     study = read_study(write_study(tmp_path, seeds=[3, 1], variants={"a": None, "b": overrides}))
     assert [(run.seed, run.variant) for run in study.runs] == [(3, "a"), (3, "b"), (1, "a"), (1, "b")]
     run = study.runs[1]
