@@ -230,7 +230,7 @@ def _of_start(trainer: APTTrainer, parameters: int) -> dict[str, Any]:
     return {
         "block_params_start": int(pruner.block_cost.total(pruner.origin.plan.counts)),
         "total_params_start": parameters,
-        "sparsity_of_start": pruner.sparsity_of_start(),
+        "sparsity_of_start": pruner.budget.removed_of_start(pruner.plan),
     }
 
 

@@ -15,7 +15,7 @@ class Random(Importance):
     """Scores are uniform in [0, 1) and taken as densities, so that dear and cheap units are equally likely to stay."""
 
     densities = True
-    needs_data = False
+    scored = "weights"
 
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)

@@ -1,6 +1,6 @@
 """What trains: adapters and task head, norms too, or every remaining base weight.
 
-Only sets ``requires_grad``; not for optimizers or learning rates.
+Not for optimizers or learning rates.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from apt_trainer.models import ModelFamily
-from apt_trainer.settings import MethodSettings
+from apt_trainer.plan.schedule import Schedule
+from apt_trainer.settings import AdapterSettings, MethodSettings
 
 TRANSFORM = "apt_transform"
 """Attribute of the student that holds the distillation transform while it trains."""
@@ -33,6 +34,16 @@ def set_trainable(
         else:
             trains = ".lora_" in name or name.startswith(norm_prefixes)
         parameter.requires_grad_(trains or name.startswith(heads) or name.startswith(TRANSFORM))
+
+
+def tune_at(settings: AdapterSettings, schedule: Schedule, step: int, tune: str) -> str:
+    """What trains after ``step`` completed steps, where ``tune`` did before."""
+    if settings.tune_after_pruning and schedule.events and step >= schedule.end:
+        tune = settings.tune_after_pruning
+    ended = step >= max(schedule.distillation_end, schedule.end)
+    if settings.tune_after_distillation and ended and step > 0:
+        tune = settings.tune_after_distillation
+    return tune
 
 
 def base_weight_names(model: nn.Module, family: ModelFamily) -> set[str]:

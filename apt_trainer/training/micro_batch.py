@@ -131,7 +131,8 @@ class MicroBatches:
             loss = loss * losses.processes
         parts = {"task_loss": loss}
         if mu > 0.0:
-            alive, family = trainer.pruner.alive_layers(), trainer.pruner.family
+            pruner = trainer.pruner
+            alive, family = pruner.plan.alive_layers(pruner.sublayers), pruner.family
             distance = trainer.distillation.loss(
                 seen.inputs, seen.outputs, seen.taught, trainer.model, family, alive, step, shares
             )

@@ -50,7 +50,7 @@ def check_options(trainer: Any) -> None:
     """Raise :class:`UserError` for what a Trainer was started with, or libraries of its engine, under which shapes
     cannot change."""
     check_names(*engine_of(trainer).needs)
-    if trainer.pruner.impact is not None and not trainer.args.prunes_before and trainer.train_dataset is not None:
+    if trainer.pruner.scores_at_cuts and not trainer.args.prunes_before and trainer.train_dataset is not None:
         rows = trainer.args.calibration_samples
         if has_length(trainer.train_dataset):
             rows = min(rows, len(trainer.train_dataset))

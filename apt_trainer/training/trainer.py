@@ -35,7 +35,8 @@ from apt_trainer.plan.schedule import Schedule, fewer_events, make_schedule
 from apt_trainer.pruning.given_model import IN_USE, check_loaded
 from apt_trainer.pruning.pruner import AdaptivePruner, Decision
 from apt_trainer.scoring import Importance
-from apt_trainer.scoring.calibration import Batch, shares
+from apt_trainer.scoring.base import Batch
+from apt_trainer.scoring.calibration import shares
 from apt_trainer.settings.config import APTConfig, PruningArguments
 from apt_trainer.settings.engines import check_launch, wants_deepspeed
 from apt_trainer.settings.fsdp import wants_fsdp
@@ -392,8 +393,7 @@ class PruningMixin(FinishedModel):
         self.live_dataloader: Any = None
         self.optimizer_ages: dict[str, int] = {}
         self._restored: tuple[Mapping[str, Any], dict[str, torch.Tensor]] | None = None
-        if self.pruner.impact is not None:
-            self.pruner.impact.weights = self.class_weights
+        self.pruner.importance.class_weights = self.class_weights
         together = args.average_tokens_across_devices
         self.step_losses = StepLosses(self.pruner.family, self.accelerator, together, self.class_weights)
         self.last_inputs = None
@@ -411,7 +411,7 @@ class PruningMixin(FinishedModel):
         """For the errors it raises; the loop's own number of steps replaces it in :meth:`start`."""
         if self.train_dataset is None:
             raise UserError("train_dataset is missing.")
-        if isinstance(self.train_dataset, Mapping) and (self.args.prunes_before or self.pruner.impact is not None):
+        if isinstance(self.train_dataset, Mapping) and (self.args.prunes_before or self.pruner.scores_at_cuts):
             raise UserError(
                 "train_dataset holds several data sets, but units are scored on rows of one (pruning_time: before, or "
                 "importance: nri). Give one, for example datasets.concatenate_datasets, or prune early."

@@ -108,10 +108,10 @@ from functools import partial
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from apt_trainer.pruning import impact_pass
+from apt_trainer.scoring import nri
 from integration.test_nri_before import in_world
 
-impact_pass.Shape = partial(impact_pass.Shape, max_seconds=0.5)
+nri.Shape = partial(nri.Shape, max_seconds=0.5)
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 result = {{}}
 for cost in ("params", "latency"):

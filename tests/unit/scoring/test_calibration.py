@@ -209,8 +209,8 @@ def test_a_plain_loop_cuts_at_step_0_and_grows_ranks_after_it(name: str) -> None
         assert not pruner.masks.is_open and pruner.plan is plan
     assert kinds == {3: "grow", 6: "grow"}
     assert hooks(model) == 0 and HIDDEN in plan.counts
-    budget = 4 * pruner.adapter_parameters_at_start
+    budget = 4 * pruner.growth.parameters_at_start
     ranks = pruner.describe(8, "")["ranks"]
     assert max(ranks.values()) > 2
-    widths = pruner._adapter_widths(plan)
+    widths = pruner.growth.widths(plan)
     assert sum(rank * widths[path] for path, rank in ranks.items()) <= budget

@@ -582,7 +582,7 @@ RULES = {"salience": Salience, "magnitude": Magnitude, "taylor": Taylor, "random
 def test_every_choice_makes_its_rule() -> None:
     assert set(IMPORTANCES) == set(CHOICES["importance"]) == {*RULES, "nri"}
     rule = make_importance(PruningSettings(importance="nri", nri_cost="memory"), seed=3)
-    assert isinstance(rule, Nri) and rule.cost == "memory" and rule.needs_data and not rule.densities
+    assert isinstance(rule, Nri) and rule.cost == "memory" and rule.scored == "cut" and not rule.densities
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -590,7 +590,8 @@ def test_every_rule_can_be_made_from_settings(name: str) -> None:
     settings = PruningSettings(importance=name, salience_decay=0.5, preset_overrides={"outlier_weight": 0.7})
     rule = make_importance(settings, seed=3)
     assert isinstance(rule, RULES[name])
-    assert rule.needs_data == (name not in ("magnitude", "random")) and (rule.decay == 0.5 or not rule.needs_data)
+    assert rule.scored == ("weights" if name in ("magnitude", "random") else "steps")
+    assert rule.decay == 0.5 or rule.scored == "weights"
     assert getattr(rule, "outlier_weight", 0.7) == 0.7
     model = tiny_model("bert").train()
     _, spaces, dense = parts(model)
