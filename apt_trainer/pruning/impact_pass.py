@@ -75,7 +75,7 @@ class ImpactPass:
         candidates = [unit for unit in left if unit in self.candidates]
         if not candidates:
             return dict.fromkeys(map(self._space, left), math.inf)
-        with torch.random.fork_rng(devices=[]), _frozen(self.model):  # what follows does not depend on the batches
+        with torch.random.fork_rng(devices=[]), frozen(self.model):  # what follows does not depend on the batches
             shown = list(self._weighed(list(batches)))
 
             def total(off: Sequence[Unit]) -> torch.Tensor:
@@ -120,8 +120,8 @@ def _mean(sums: torch.Tensor) -> float:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Neither dropout nor gradients; the modules then train as they did before."""
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Within it, neither dropout nor gradients; the modules then train as they did before."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

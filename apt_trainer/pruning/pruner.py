@@ -9,6 +9,7 @@ Where pruning_time is "before": ``pruner.calibrate(batches, loss_of)`` and ``pru
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ from apt_trainer.pruning.agreed_seconds import Seconds, agree_on_seconds, use_se
 from apt_trainer.pruning.budget import check_budget, cost_of, saved_without
 from apt_trainer.pruning.given_model import check_given
 from apt_trainer.pruning.impact_pass import ImpactPass
+from apt_trainer.pruning.refit_pass import RefitPass, Rows
 from apt_trainer.pruning.uniform_shape import uniform_shape
 from apt_trainer.scoring import Importance, Nri, Reduce, make_importance
 from apt_trainer.scoring.calibration import Batch, calibrate
@@ -42,7 +44,7 @@ from apt_trainer.store.stock import DENSE_SIZES
 from apt_trainer.surgery import adapters as lora
 from apt_trainer.surgery.cutting import apply_plan
 from apt_trainer.surgery.masks import MaskStore
-from apt_trainer.surgery.slicing import EditLog, Grow, Keep
+from apt_trainer.surgery.slicing import Edit, EditLog
 from apt_trainer.surgery.tuning import set_trainable
 
 
@@ -69,7 +71,7 @@ class PruningEvent:
     step: int
     kind: str
     survivors: Mapping[str, torch.Tensor]
-    edits: Mapping[str, list[Keep | Grow]]
+    edits: Mapping[str, list[Edit]]
     record: dict[str, Any] = field(default_factory=dict)
 
 
@@ -113,6 +115,8 @@ class AdaptivePruner:
         self.importance = importance or make_importance(settings, seed)
         nri = self.importance if settings.prunes and isinstance(self.importance, Nri) else None
         self.impact = None if nri is None else ImpactPass(model, nri.cost, settings, timed_on)
+        shrinking = [space for space in self.spaces if space.kind in self.limits.targets]
+        self.refit = RefitPass(model, self.family, shrinking) if settings.refits else None
         self.seconds: Seconds | None = None
         self.tune = settings.tune
         self._insert_adapters()
@@ -147,8 +151,9 @@ class AdaptivePruner:
         if self.impact is not None:
             self.measure_impact(batches, loss_of)
         elif self.importance.needs_data:
-            model, family, spaces = self.model, self.family, self.spaces
-            calibrate(model, family, spaces, self.importance, batches, loss_of, self._reduce, self._processes)
+            model, family, spaces, refit = self.model, self.family, self.spaces, self.refit
+            with nullcontext(loss_of) if refit is None else refit.beside_scores(loss_of, self.plan.counts) as run:
+                calibrate(model, family, spaces, self.importance, batches, run, self._reduce, self._processes)
         self.importance.detach()
 
     def measures_impact(self, step: int) -> bool:
@@ -182,6 +187,12 @@ class AdaptivePruner:
         if self._observing and not self._resting and not self.settings.prunes_before:
             self.importance.set_tokens(mask)
 
+    def set_scored_tokens(self, mask: Tokens) -> None:
+        """As :meth:`set_tokens`, of a pass of :meth:`calibrate` or of a refit, where a batch takes several passes."""
+        self.importance.set_tokens(mask)
+        if self.refit is not None:
+            self.refit.set_tokens(mask)
+
     def observe(self) -> None:
         """After the last backward pass of a step, before gradients are cleared."""
         if self._observing and not self._resting:
@@ -191,10 +202,10 @@ class AdaptivePruner:
             self.rank_score.update(self._reduce, self._processes)
             self._fading = None  # scores have changed
 
-    def step(self, step: int) -> PruningEvent | None:
+    def step(self, step: int, rows: Rows | None = None) -> PruningEvent | None:
         """After ``step`` completed steps: decide and apply in one go (for loops without an engine)."""
         decision = self.decide(step)
-        return None if decision is None else self.apply(decision, step)
+        return None if decision is None else self.apply(decision, step, rows=rows)
 
     # ------------------------------------------------------------------ one event
 
@@ -217,11 +228,20 @@ class AdaptivePruner:
             return None
         return Decision(plan, ranks, tune, "prune" if cuts else "grow" if ranks else "phase")
 
-    def apply(self, decision: Decision, step: int, shared: Collection[int] = ()) -> PruningEvent:
-        """Carry ``decision`` out on the plain model. ``shared``: see ``EditLog``."""
+    def apply(
+        self, decision: Decision, step: int, shared: Collection[int] = (), rows: Rows | None = None
+    ) -> PruningEvent:
+        """Carry ``decision`` out on the plain model; collective.
+
+        ``shared``: see ``EditLog``. ``rows``: what weights are refitted on, where the settings ask for that; None:
+        they are not.
+        """
         self.detach()
-        self.masks.close()
         log = EditLog(shared)
+        self.masks.close()
+        if self.refit is not None and rows is not None and decision.kind == "prune":
+            log.expect_ties(self.model)
+            self.refit(self.plan, decision.plan, rows, self._reduce, log)
         survivors = apply_plan(self.model, self.family, self.spaces, self.plan, decision.plan, log)
         if not self.settings.prunes_before:  # else scores have served their purpose
             followed = {name: index for name, index in survivors.items() if name in self._scored_names()}
