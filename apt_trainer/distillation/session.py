@@ -23,11 +23,11 @@ from apt_trainer.models.labels import problem_type
 from apt_trainer.models.shares import Shares
 from apt_trainer.plan.schedule import Schedule
 from apt_trainer.settings import MethodSettings
-from apt_trainer.surgery.slicing import Grow, Keep
+from apt_trainer.surgery.slicing import Edit, Grow, Keep
 from apt_trainer.surgery.tuning import TRANSFORM
 from apt_trainer.tensors.partitioned import is_partitioned
 
-Edits = dict[str, list[Keep | Grow]]
+Edits = dict[str, list[Edit]]
 
 
 class SelfDistillation:
@@ -233,6 +233,6 @@ def _to_index(values: list[int] | None) -> torch.Tensor | None:
 def _edits(raw: list[tuple[str, int, Any]]) -> Edits:
     edits: Edits = {}
     for name, dim, what in raw:
-        edit = Keep(dim, what) if torch.is_tensor(what) else Grow(dim, what)
+        edit: Edit = Keep(dim, what) if torch.is_tensor(what) else Grow(dim, what)
         edits.setdefault(f"{TRANSFORM}.{name}", []).append(edit)
     return edits

@@ -9,6 +9,7 @@ Where pruning_time is "before": ``pruner.calibrate(batches, loss_of)`` and ``pru
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ from apt_trainer.pruning.budget import Budget
 from apt_trainer.pruning.given_model import check_given
 from apt_trainer.pruning.observers import Observers, part_of
 from apt_trainer.pruning.rank_growth import RankGrowth
+from apt_trainer.pruning.refit_pass import RefitPass, Rows
 from apt_trainer.scoring import Importance, Reduce, make_importance
 from apt_trainer.scoring.base import Batch
 from apt_trainer.scoring.calibration import calibrate
@@ -38,7 +40,7 @@ from apt_trainer.store.stock import DENSE_SIZES
 from apt_trainer.surgery import adapters as lora
 from apt_trainer.surgery.cutting import apply_plan
 from apt_trainer.surgery.masks import MaskStore
-from apt_trainer.surgery.slicing import EditLog, Grow, Keep
+from apt_trainer.surgery.slicing import Edit, EditLog
 from apt_trainer.surgery.tuning import set_trainable, tune_at
 
 
@@ -65,7 +67,7 @@ class PruningEvent:
     step: int
     kind: str
     survivors: Mapping[str, torch.Tensor]
-    edits: Mapping[str, list[Keep | Grow]]
+    edits: Mapping[str, list[Edit]]
     record: dict[str, Any] = field(default_factory=dict)
 
 
@@ -105,6 +107,8 @@ class AdaptivePruner:
         self.importance = importance or make_importance(settings, seed)
         if settings.prunes:
             self.importance.prepare(model, settings, timed_on)
+        shrinking = [space for space in self.spaces if space.kind in self.budget.limits.targets]
+        self.refit = RefitPass(model, self.family, shrinking) if settings.refits else None
         self.seconds: dict[str, list[float]] | None = None
         self.growth = RankGrowth(model, self.family, self.spaces, self.sublayers, settings)
         self.tune = settings.tune
@@ -140,8 +144,9 @@ class AdaptivePruner:
         if self.importance.scored == "cut":
             self.measure_impact(batches, loss_of)
         elif self.importance.scored == "steps":
-            model, family, spaces = self.model, self.family, self.spaces
-            calibrate(model, family, spaces, self.importance, batches, loss_of, self._reduce, self._processes)
+            model, family, spaces, refit = self.model, self.family, self.spaces, self.refit
+            with nullcontext(loss_of) if refit is None else refit.beside_scores(loss_of, self.plan.counts) as run:
+                calibrate(model, family, spaces, self.importance, batches, run, self._reduce, self._processes)
         self.importance.detach()
 
     @property
@@ -179,16 +184,22 @@ class AdaptivePruner:
         """Tell which tokens of the next forward pass are real: [batch, length], or one such per stack."""
         self.observers.set_tokens(mask)
 
+    def set_scored_tokens(self, mask: Tokens) -> None:
+        """As :meth:`set_tokens`, of a pass of :meth:`calibrate` or of a refit, where a batch takes several passes."""
+        self.importance.set_tokens(mask)
+        if self.refit is not None:
+            self.refit.set_tokens(mask)
+
     def observe(self) -> None:
         """After the last backward pass of a step, before gradients are cleared."""
         if self.observers.watching:
             self.observers.update(self._reduce, self._processes)
             self._fading = None  # scores have changed
 
-    def step(self, step: int) -> PruningEvent | None:
+    def step(self, step: int, rows: Rows | None = None) -> PruningEvent | None:
         """After ``step`` completed steps: decide and apply in one go (for loops without an engine)."""
         decision = self.decide(step)
-        return None if decision is None else self.apply(decision, step)
+        return None if decision is None else self.apply(decision, step, rows=rows)
 
     # ------------------------------------------------------------------ one event
 
@@ -208,11 +219,20 @@ class AdaptivePruner:
             return None
         return Decision(plan, ranks, tune, "prune" if cuts else "grow" if ranks else "phase")
 
-    def apply(self, decision: Decision, step: int, shared: Collection[int] = ()) -> PruningEvent:
-        """Carry ``decision`` out on the plain model. ``shared``: see ``EditLog``."""
+    def apply(
+        self, decision: Decision, step: int, shared: Collection[int] = (), rows: Rows | None = None
+    ) -> PruningEvent:
+        """Carry ``decision`` out on the plain model; collective.
+
+        ``shared``: see ``EditLog``. ``rows``: what weights are refitted on, where the settings ask for that; None:
+        they are not.
+        """
         self.observers.detach()
-        self.masks.close()
         log = EditLog(shared)
+        self.masks.close()
+        if self.refit is not None and rows is not None and decision.kind == "prune":
+            log.expect_ties(self.model)
+            self.refit(self.plan, decision.plan, rows, self._reduce, log)
         survivors = apply_plan(self.model, self.family, self.spaces, self.plan, decision.plan, log)
         self.observers.follow(survivors)
         warn_of_depth(self.sublayers, self.plan, decision.plan)

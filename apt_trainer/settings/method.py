@@ -52,10 +52,10 @@ class PruningSettings:
         "before: once, before the first step (APT, for LLaMA); early: in the first part of training; late: in its "
         "second half; after: once, when training has ended.",
     )
-    refit: bool = setting(
-        True,
-        "At a cut before training: the weights that read what is left are solved for anew by least squares, on the "
-        "rows that scored the model.",
+    refit: bool | None = setting(
+        None,
+        "At a cut, solve the weights that read what is left for anew by least squares, on calibration_samples rows. "
+        "Default: at a cut before training alone.",
     )
     calibration_samples: int = setting(
         256, "Rows of the training data that score the units where pruning_time is before, or by nri. 256 (APT)."
@@ -204,6 +204,11 @@ class MethodSettings(PruningSettings, AdapterSettings, DistillationSettings):
     def prunes_before(self) -> bool:
         """The dense model is cut before the first step; while it trains only ranks change."""
         return self.prunes and self.pruning_time == "before"
+
+    @property
+    def refits(self) -> bool:
+        """Weights that read what a cut leaves are solved for anew."""
+        return self.prunes and (self.prunes_before if self.refit is None else self.refit)
 
     @property
     def uses_adapters(self) -> bool:

@@ -73,7 +73,7 @@ def test_resumed_is_bit_equal_and_measures_nothing_again(name: str, tmp_path: Pa
     whole.train()
     for step in steps:
         resumed = before(tmp_path / str(step), name, dropout=0.1)
-        resumed._calibration_loss = None  # type: ignore[assignment, method-assign]
+        resumed.calibration.loss_of = None  # type: ignore[assignment, method-assign]
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         assert losses_of(resumed) == losses_of(whole) and resumed.pruner.plan == whole.pruner.plan
         expected, got = weights_of(whole.model), weights_of(resumed.model)
