@@ -33,12 +33,12 @@ from apt_trainer.store.export import parse_format
 from apt_trainer.store.hub import check_upload
 from apt_trainer.store.pretrained import build_model, check_teacher, max_positions, teacher_settings
 from apt_trainer.tasks import TaskData
-from apt_trainer.training.best_model import check_candidates
-from apt_trainer.training.checkpoint import check_complete
+from apt_trainer.training.checkpoints.best import check_candidates
+from apt_trainer.training.checkpoints.state import check_complete
+from apt_trainer.training.checkpoints.whole import GOES_ON, checkpoints_in, find_whole, last_whole
 from apt_trainer.training.compiled import compile_options
 from apt_trainer.training.engines.optimizer_class import check_optimizer
 from apt_trainer.training.rehearsal import check_output, rehearse
-from apt_trainer.training.whole_checkpoints import GOES_ON, checkpoints_in, find_whole, last_whole
 
 _LANGUAGE_MODELS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 _OF_THE_LOOP = ("max_steps", "num_train_epochs", "seed", "learning_rate", "lr_scheduler_type", "warmup_steps")

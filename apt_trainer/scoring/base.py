@@ -1,7 +1,7 @@
 """What a scoring rule is: it scores units, higher = keep. Knows spaces and tensors, not model names or budgets.
 
-A new rule is one file that subclasses :class:`Importance` and one line in ``scoring/__init__.py``; an object can also
-be passed to the trainer directly.
+A new rule is one file that subclasses :class:`Importance`, as class NAME in ``scoring/name.py``, and one line in
+``RULES`` of ``settings.choices``; an object can also be passed to the trainer directly.
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ class Importance(ABC):
     densities: bool = False
     decay: float = 0.0
     class_weights: ClassWeights | None = None
+
+    @classmethod
+    def from_settings(cls, settings: PruningSettings, seed: int) -> Importance:
+        """The rule as ``settings`` ask for it; ``seed``: for what it draws."""
+        return cls()
 
     def prepare(self, model: nn.Module, settings: PruningSettings, timed_on: torch.device | None = None) -> None:
         """Look at the plain ``model`` once, before it gets adapters. What scores need timed runs on ``timed_on``,

@@ -20,6 +20,7 @@ from apt_trainer.scoring.base import Reduce
 from apt_trainer.scoring.observing import Observing
 from apt_trainer.scoring.stream import ResidualStream, cosines
 from apt_trainer.scoring.taps import average_in
+from apt_trainer.settings import PruningSettings
 
 
 class Cosine(Observing):
@@ -32,6 +33,10 @@ class Cosine(Observing):
         self._counts: dict[str, int] = {}
         self._awaited: set[str] = set()
         self._told = False
+
+    @classmethod
+    def from_settings(cls, settings: PruningSettings, seed: int) -> Cosine:
+        return cls(settings.salience_decay)
 
     def set_tokens(self, mask: Tokens) -> None:
         super().set_tokens(mask)

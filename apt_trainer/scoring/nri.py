@@ -49,6 +49,10 @@ class Nri(Importance):
         self._impacts: dict[str, float] | None = None
         self._saved: dict[str, float] = {}
 
+    @classmethod
+    def from_settings(cls, settings: PruningSettings, seed: int) -> Nri:
+        return cls(settings.nri_cost)
+
     def prepare(self, model: nn.Module, settings: PruningSettings, timed_on: torch.device | None = None) -> None:
         """Count or time what sublayers cost; on the meta device, where nothing will be scored, nothing is timed."""
         self.units = find_units(model)

@@ -9,6 +9,7 @@ from torch import nn
 
 from apt_trainer.models import Space
 from apt_trainer.scoring.base import Importance
+from apt_trainer.settings import PruningSettings
 
 
 class Random(Importance):
@@ -20,6 +21,10 @@ class Random(Importance):
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
         self._scores: dict[str, torch.Tensor] = {}
+
+    @classmethod
+    def from_settings(cls, settings: PruningSettings, seed: int) -> Random:
+        return cls(seed)
 
     def attach(self, model: nn.Module, spaces: Sequence[Space], counts: Mapping[str, int]) -> None:
         for space in spaces:

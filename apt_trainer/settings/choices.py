@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any
 
 from apt_trainer.errors import unknown_choice
@@ -27,6 +27,31 @@ SHAPES = ("free", "uniform")
 QUANTIZE = ("int8", "int4", "llm_int8", "nf4")
 TUNE_MODES = ("adapters", "adapters_and_norms", "full")
 
+
+@dataclass(frozen=True)
+class Rule:
+    """A scoring rule: what it is, for the help, and whether it scores whole ``sublayers`` alone."""
+
+    help: str = ""
+    sublayers: bool = False
+
+    def describe(self, name: str) -> str:
+        return f"{name} ({self.help})" if self.help else name
+
+
+RULES = {
+    "salience": Rule("APT"),
+    "magnitude": Rule(),
+    "taylor": Rule(),
+    "random": Rule(),
+    "cosine": Rule("LLM-Drop", sublayers=True),
+    "nri": Rule(
+        "loss without each of them, relative to its cost; measured on calibration_samples rows at every cut, no masks",
+        sublayers=True,
+    ),
+}
+"""The first is the default. ``importance: NAME`` is the class of that name in ``scoring/NAME.py``."""
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": TASKS,
     "preset": tuple(PRESETS),
@@ -35,7 +60,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "post_norm_policy": POST_NORM_POLICIES,
     "shape": SHAPES,
     "sparsity_schedule": ("cubic", "linear"),
-    "importance": ("salience", "magnitude", "taylor", "random", "cosine", "nri"),
+    "importance": tuple(RULES),
     "nri_cost": ("params", "latency", "memory", "none"),
     "rank_growth": ("salience", "uniform", "none"),
     "tune": TUNE_MODES,
@@ -45,6 +70,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "distillation_layer_map": ("dynamic", "static", "none"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
 }
+
+
+def rules_help() -> str:
+    """The rules in words."""
+    of_units, of_sublayers = (
+        ", ".join(rule.describe(name) for name, rule in RULES.items() if rule.sublayers == only)
+        for only in (False, True)
+    )
+    return f"Scoring rule: {of_units}; for sublayers only: {of_sublayers}."
 
 
 def setting(default: Any, help: str) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from apt_trainer.errors import UserError, unknown_choice
-from apt_trainer.settings.choices import PRUNE_TARGETS, TUNE_MODES, check_choices, setting
+from apt_trainer.settings.choices import PRUNE_TARGETS, RULES, TUNE_MODES, check_choices, rules_help, setting
 from apt_trainer.settings.presets import Preset, resolve
 
 
@@ -86,11 +86,7 @@ class PruningSettings:
     mask_step: float = setting(
         0.01, "Least change of a mask per step; raised so that a mask can fade within half a window. 0.01 (official)."
     )
-    importance: str = setting(
-        "salience",
-        "Scoring rule: salience (APT), magnitude, taylor, random; for sublayers only: cosine (LLM-Drop) and nri (loss "
-        "without each of them, relative to its cost; measured on calibration_samples rows at every cut, no masks).",
-    )
+    importance: str = setting("salience", rules_help())
     nri_cost: str = setting("params", "What nri divides the loss by: params, latency (measured), memory, none.")
     salience_decay: float = setting(
         0.85, "Decay of the moving average of scores, per observation. 0.85 (APT, Sec. 4.2)."
@@ -240,7 +236,7 @@ def _check_pruning(s: PruningSettings) -> None:
     for target in s.prune_targets:
         if target not in PRUNE_TARGETS:
             raise unknown_choice("prune_targets", target, PRUNE_TARGETS)
-    if s.target_sparsity is not None and s.importance in ("cosine", "nri"):
+    if s.target_sparsity is not None and RULES[s.importance].sublayers:
         _check_sublayer_scores(s)
     counts = ("num_pruning_events", "observe_every", "round_to", "min_hidden", "calibration_samples")
     for name in (*counts, "calibration_batch_size", "reference_batch_size", "reference_length"):

@@ -1,7 +1,7 @@
 """One run or study at a time in an output folder.
 
 A launcher that was killed can leave its workers training; started again, two runs would write to one folder. Not for
-checkpoints that were cut off: those are recognised when they are read (``training.checkpoint``).
+checkpoints that were cut off: those are recognised when they are read (``training.checkpoints``).
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from apt_trainer.scoring.sublayers.units import Unit, Units
 from apt_trainer.settings import ModelSettings
 from apt_trainer.settings.choices import SHAPES
 from apt_trainer.store.events import METRICS_FILE, write_json
+from apt_trainer.store.saving import save_pruned
 from apt_trainer.store.starting_point import starting_point
 from apt_trainer.studies import lists
 from apt_trainer.studies.choices import BASELINES, COSTS, FRACTIONS, METHODS, NO_COSINE
@@ -59,7 +60,6 @@ from apt_trainer.studies.select import (
     choose,
     choose_consecutive,
 )
-from apt_trainer.training.checkpoint import save_pruned
 
 REPORT_FILE, LIST_FILE = "drop_report.json", "drop_list.json"
 NOTHING = HeldOutRequest()

@@ -1,7 +1,7 @@
 """``APTTrainer``: a Hugging Face Trainer whose model changes its shape while it trains.
 
 Data, logging, saving and processes stay Hugging Face's; scoring and cutting are the pruner's; rebuilding the engine
-is ``training.reshape``'s, the best checkpoint ``training.best_model``'s. Overrides documented methods of the Trainer
+is ``training.reshape``'s, checkpoints are ``training.checkpoints``'. Overrides documented methods of the Trainer
 and some private ones: those that prepare a run, run an epoch, read and write checkpoints and choose the best.
 """
 
@@ -42,11 +42,13 @@ from apt_trainer.store.hub import check_upload
 from apt_trainer.surgery import adapters as lora
 from apt_trainer.surgery.slicing import Edit
 from apt_trainer.surgery.tuning import base_weight_names
-from apt_trainer.training import checkpoint, trackers
 from apt_trainer.training import reshape as runtime
-from apt_trainer.training.best_model import check_candidates
+from apt_trainer.training import trackers
 from apt_trainer.training.calibration import CalibrationRows
 from apt_trainer.training.callback import MethodCallback
+from apt_trainer.training.checkpoints.best import check_candidates
+from apt_trainer.training.checkpoints.resume import load_run
+from apt_trainer.training.checkpoints.state import TrainingState, save_training_state
 from apt_trainer.training.compiled import CompiledSteps
 from apt_trainer.training.engines import engine_of
 from apt_trainer.training.engines.agreement import agree
@@ -63,7 +65,6 @@ from apt_trainer.training.inside import check_inside, place_of_transformer, with
 from apt_trainer.training.micro_batch import MicroBatches
 from apt_trainer.training.own_metrics import left_alone
 from apt_trainer.training.reference import check_reference
-from apt_trainer.training.resume import load_run
 from apt_trainer.training.step_losses import StepLosses
 from apt_trainer.training.termination import StopOnSignal
 from apt_trainer.training.trainer_class import (
@@ -267,17 +268,17 @@ class PruningMixin(FinishedModel):
         self.check_finite()
         weights, state = engine_of(self).weights_to_save(), self.training_state()
         if self.args.should_save:
-            checkpoint.save_training_state(Path(output_dir or str(self.args.output_dir)), weights, state)
+            save_training_state(Path(output_dir or str(self.args.output_dir)), weights, state)
 
     # ------------------------------------------------------------------ the method's own steps
 
-    def training_state(self) -> checkpoint.TrainingState:
+    def training_state(self) -> TrainingState:
         """Everything beyond the student's weights, optimizer and random state that a resumed run needs; collective."""
         description, tensors = self.pruner.state()
         teacher = None if self.distillation.teacher.is_external else self.distillation.teacher.model
         weights = None if teacher is None else engine_of(self).weights_to_save(teacher)
         shape = None if teacher is None else self._teacher_shape
-        return checkpoint.TrainingState(description, tensors, self.distillation.state(self.model), weights, shape)
+        return TrainingState(description, tensors, self.distillation.state(self.model), weights, shape)
 
     def before_step(self) -> None:
         """Before the first forward pass of an optimizer step."""

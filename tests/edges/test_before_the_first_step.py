@@ -453,15 +453,15 @@ def test_ctrl_c_in_the_save_loses_no_model(
     classifier: Path, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     from apt_trainer import load_pruned
-    from apt_trainer.training import checkpoint
+    from apt_trainer.store import saving
 
-    check = checkpoint.reload_difference
+    check = saving.reload_difference
 
     def told_while_it_checks(model: Any, path: Path) -> float:
         os.kill(os.getpid(), number)
         return check(model, path)
 
-    monkeypatch.setattr(checkpoint, "reload_difference", told_while_it_checks)
+    monkeypatch.setattr(saving, "reload_difference", told_while_it_checks)
     before = signal.getsignal(number)
     code = cli.main(["train", "--config", recipe_file(classifier, tmp_path)])
     assert code == (130 if number == signal.SIGINT else 143)

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from apt_trainer import APTTrainer, load_pruned
 from apt_trainer.models import HIDDEN
-from apt_trainer.scoring import Nri
 from apt_trainer.scoring.calibration import shares as rows_of
+from apt_trainer.scoring.nri import Nri
 from apt_trainer.scoring.sublayers.costs import Shape, shares, unit_costs
 from apt_trainer.scoring.sublayers.impact import Losses
 from apt_trainer.scoring.sublayers.units import find_units

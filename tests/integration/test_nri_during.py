@@ -12,7 +12,7 @@ from tiny import logits, tiny_batch, tiny_model
 
 from apt_trainer import APTTrainer, UserError, load_pruned
 from apt_trainer.plan.schedule import make_schedule
-from apt_trainer.scoring import Nri
+from apt_trainer.scoring.nri import Nri
 from apt_trainer.scoring.sublayers.gates import switched_off
 from integration.factories import (
     SHORT,

@@ -13,8 +13,8 @@ from tiny import randomise, tiny_config, tiny_model
 from transformers import AutoModelForSequenceClassification
 
 from apt_trainer import APTTrainer, UserError
-from apt_trainer.training.checkpoint import WEIGHTS_FILE, check_complete
-from apt_trainer.training.whole_checkpoints import STAGED
+from apt_trainer.training.checkpoints.state import WEIGHTS_FILE, check_complete
+from apt_trainer.training.checkpoints.whole import STAGED
 from integration.factories import (
     EVENTS,
     SHORT,

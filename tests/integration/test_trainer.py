@@ -19,7 +19,7 @@ from apt_trainer.measure import Latency
 from apt_trainer.models import HIDDEN
 from apt_trainer.pruning import latency_cost
 from apt_trainer.pruning.pruner import PruningEvent
-from apt_trainer.scoring import Salience
+from apt_trainer.scoring.salience import Salience
 from apt_trainer.surgery.slicing import Grow, Keep
 from apt_trainer.training import reshape as runtime
 from integration.factories import (

@@ -1,6 +1,6 @@
 """Units leave a model: their weights, norms and cached keys go, no-ops of the right signature stay.
 
-Not for choosing units (``select``), nor for writing the model (``training.checkpoint``).
+Not for choosing units (``select``), nor for writing the model (``store.saving``).
 """
 
 from __future__ import annotations

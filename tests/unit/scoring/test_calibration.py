@@ -15,8 +15,9 @@ from apt_trainer.models import HIDDEN
 from apt_trainer.models.batch import of_stack, real_tokens
 from apt_trainer.plan.schedule import make_schedule
 from apt_trainer.pruning.pruner import AdaptivePruner
-from apt_trainer.scoring import Salience, Taylor
 from apt_trainer.scoring.calibration import shares
+from apt_trainer.scoring.salience import Salience
+from apt_trainer.scoring.taylor import Taylor
 from apt_trainer.settings import MethodSettings
 
 FAMILIES = {"bert": "ForSequenceClassification", "distilbert": "ForSequenceClassification", **LANGUAGE_MODELS}

@@ -27,19 +27,14 @@ from transformers import PreTrainedModel
 
 from apt_trainer.models import HIDDEN, Space
 from apt_trainer.plan.pruning_plan import PruningPlan
-from apt_trainer.scoring import (
-    IMPORTANCES,
-    Cosine,
-    Importance,
-    Magnitude,
-    Nri,
-    Random,
-    Salience,
-    Taylor,
-    make_importance,
-)
+from apt_trainer.scoring import IMPORTANCES, Importance, make_importance
+from apt_trainer.scoring.cosine import Cosine
 from apt_trainer.scoring.kurtosis import contributions, root_kurtosis
-from apt_trainer.scoring.salience import OUTLIER_EVERY
+from apt_trainer.scoring.magnitude import Magnitude
+from apt_trainer.scoring.nri import Nri
+from apt_trainer.scoring.random import Random
+from apt_trainer.scoring.salience import OUTLIER_EVERY, Salience
+from apt_trainer.scoring.taylor import Taylor
 from apt_trainer.settings import CHOICES, MethodSettings, PruningSettings
 from apt_trainer.surgery.cutting import apply_plan
 from apt_trainer.surgery.tuning import set_trainable

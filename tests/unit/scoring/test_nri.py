@@ -21,7 +21,8 @@ from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.plan.schedule import make_schedule
 from apt_trainer.plan.selection import select
 from apt_trainer.pruning.pruner import AdaptivePruner
-from apt_trainer.scoring import Nri, nri
+from apt_trainer.scoring import nri
+from apt_trainer.scoring.nri import Nri
 from apt_trainer.scoring.sublayers.costs import Shape, shares, unit_costs
 from apt_trainer.scoring.sublayers.impact import Impact, Losses, impacts
 from apt_trainer.scoring.sublayers.units import Units, find_units
