@@ -23,11 +23,11 @@ from apt_trainer.models.labels import problem_type
 from apt_trainer.models.shares import Shares
 from apt_trainer.plan.schedule import Schedule
 from apt_trainer.settings import MethodSettings
-from apt_trainer.surgery.slicing import Grow, Keep
+from apt_trainer.surgery.slicing import Edit, Grow, Keep
 from apt_trainer.surgery.tuning import TRANSFORM
 from apt_trainer.tensors.partitioned import is_partitioned
 
-Edits = dict[str, list[Keep | Grow]]
+Edits = dict[str, list[Edit]]
 
 
 class SelfDistillation:
@@ -196,7 +196,7 @@ class SelfDistillation:
             self._attach_transform(student, state["transform_rank"], _to_index(state["transform_index"]))
 
     def _attach_transform(self, student: nn.Module, rank: int, index: torch.Tensor | None) -> None:
-        if self.settings.distillation_transform == "identity":
+        if self.settings.details.distillation_transform == "identity":
             rank = 0
         generator = torch.Generator().manual_seed(self.seed)
         transform = HiddenTransform(
@@ -236,6 +236,6 @@ def _to_index(values: list[int] | None) -> torch.Tensor | None:
 def _edits(raw: list[tuple[str, int, Any]]) -> Edits:
     edits: Edits = {}
     for name, dim, what in raw:
-        edit = Keep(dim, what) if torch.is_tensor(what) else Grow(dim, what)
+        edit: Edit = Keep(dim, what) if torch.is_tensor(what) else Grow(dim, what)
         edits.setdefault(f"{TRANSFORM}.{name}", []).append(edit)
     return edits

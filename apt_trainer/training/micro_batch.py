@@ -135,8 +135,8 @@ class MicroBatches:
             loss = loss * losses.processes
         parts = {"task_loss": loss}
         if mu > 0.0:
-            alive, family = trainer.pruner.alive_layers(), trainer.pruner.family
-            known = None if positions is None else positions.distance
+            pruner, known = trainer.pruner, None if positions is None else positions.distance
+            alive, family = pruner.plan.alive_layers(pruner.sublayers), pruner.family
             distance = trainer.distillation.loss(
                 seen.inputs, seen.outputs, seen.taught, trainer.model, family, alive, step, shares, known
             )
