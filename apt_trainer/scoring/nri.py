@@ -22,6 +22,7 @@ from torch import nn
 
 from apt_trainer.errors import UserError
 from apt_trainer.measure import evaluating, placed
+from apt_trainer.measure.likelihood import bounded_exp
 from apt_trainer.models import Space
 from apt_trainer.models.shares import count
 from apt_trainer.scoring.base import Batch, Importance, Reduce
@@ -29,7 +30,6 @@ from apt_trainer.scoring.calibration import NOT_FINITE
 from apt_trainer.scoring.sublayers.costs import Shape, shares, unit_costs
 from apt_trainer.scoring.sublayers.gates import switched_off
 from apt_trainer.scoring.sublayers.impact import Impact, relative_impact
-from apt_trainer.scoring.sublayers.loss import bounded_exp
 from apt_trainer.scoring.sublayers.units import Unit, find_units
 from apt_trainer.settings import PruningSettings
 

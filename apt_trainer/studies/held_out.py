@@ -19,7 +19,8 @@ from apt_trainer.errors import UserError
 from apt_trainer.evaluate.bootstrap import mean_interval
 from apt_trainer.evaluate.harness import check_tasks, not_a_language_model, run_tasks
 from apt_trainer.evaluate.quantization import quantize
-from apt_trainer.scoring.sublayers.loss import bounded_exp, loss_name, loss_sums
+from apt_trainer.measure.likelihood import bounded_exp
+from apt_trainer.scoring.sublayers.loss import loss_name, loss_sums
 from apt_trainer.scoring.sublayers.windows import Calibration
 from apt_trainer.settings.packages import check_packages
 from apt_trainer.studies.inputs import DataRequest, Loaded
