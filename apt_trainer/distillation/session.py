@@ -85,18 +85,21 @@ class SelfDistillation:
         alive: Mapping[Stack, list[bool]],
         step: int,
         shares: Shares | None = None,
+        difference: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Weighted sum of prediction and layer loss for one micro-batch; scalar float32.
 
-        ``outputs`` are the student's, ``teacher`` is what :meth:`teach` gave. The layer loss is the mean over the
+        ``outputs`` are the student's, ``teacher`` is what :meth:`teach` gave; ``difference``: of their predictions,
+        where it is known and the two have no logits. The layer loss is the mean over the
         stacks of ``alive``, each with pairs of its own. All means are weighed by their ``shares``; without, the batch
         stands alone.
         """
         s, tokens, shares = self.settings, real_tokens(inputs, family), shares or Shares.whole(family)
-        predicted = predicted_tokens(inputs, family, student)
-        per_row = "logits" in outputs and outputs["logits"].dim() == 2
-        problem = problem_type(student.config, inputs.get("labels")) if per_row else None
-        difference = prediction_loss(outputs, teacher, s.distillation_temperature, predicted, problem)
+        if difference is None:
+            predicted = predicted_tokens(inputs, family, student)
+            per_row = "logits" in outputs and outputs["logits"].dim() == 2
+            problem = problem_type(student.config, inputs.get("labels")) if per_row else None
+            difference = prediction_loss(outputs, teacher, s.distillation_temperature, predicted, problem)
         loss = s.prediction_weight * shares.predictions * difference
         if not self.uses_layers:
             return loss
