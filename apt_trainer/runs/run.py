@@ -39,13 +39,14 @@ from apt_trainer.store.pretrained import load_inputs, load_model, load_saved, lo
 from apt_trainer.store.saved_model import dense_copy
 from apt_trainer.tasks import TaskData, keeps_sequences_apart
 from apt_trainer.tasks.trainer_options import data_options, set_task_arguments
+from apt_trainer.training.between_steps import EVENTS_FILE
 from apt_trainer.training.engines import engine_name
 from apt_trainer.training.engines.agreement import failing_together
 from apt_trainer.training.evaluation_loop import plain_trainer
 from apt_trainer.training.termination import finishing
 from apt_trainer.training.time_to_accuracy import TimeToAccuracy
 from apt_trainer.training.trackers import one_run
-from apt_trainer.training.trainer import EVENTS_FILE, APTTrainer
+from apt_trainer.training.trainer import APTTrainer
 
 logger = logging.getLogger(__name__)
 
