@@ -23,11 +23,9 @@ from apt_trainer.models.labels import problem_type
 from apt_trainer.models.shares import Shares
 from apt_trainer.plan.schedule import Schedule
 from apt_trainer.settings import MethodSettings
-from apt_trainer.surgery.slicing import Edit, Grow, Keep
+from apt_trainer.surgery.slicing import Edit, Edits, Grow, Keep
 from apt_trainer.surgery.tuning import TRANSFORM
 from apt_trainer.tensors.partitioned import is_partitioned
-
-Edits = dict[str, list[Edit]]
 
 
 class SelfDistillation:

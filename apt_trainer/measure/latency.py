@@ -21,6 +21,10 @@ from torch import Tensor, nn
 from apt_trainer.errors import UserError
 
 WARM_UP_CALLS = 2
+MIN_RUNS = 10
+"""Timed calls, at least."""
+MAX_SECONDS = 20.0
+"""Time after which no further round of calls starts."""
 STEADY = 0.05  # interquartile range over median below which more runs would tell nothing new
 
 
@@ -78,8 +82,8 @@ def compare_latency(
     batch_sizes: Sequence[int],
     length: int,
     *,
-    min_runs: int = 10,
-    max_seconds: float = 20.0,
+    min_runs: int = MIN_RUNS,
+    max_seconds: float = MAX_SECONDS,
 ) -> dict[str, dict[int, Latency]]:
     """Time one forward pass of every model, in turns, on the device where each model is.
 

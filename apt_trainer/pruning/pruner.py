@@ -40,7 +40,7 @@ from apt_trainer.store.stock import DENSE_SIZES
 from apt_trainer.surgery import adapters as lora
 from apt_trainer.surgery.cutting import apply_plan
 from apt_trainer.surgery.masks import MaskStore
-from apt_trainer.surgery.slicing import Edit, EditLog
+from apt_trainer.surgery.slicing import EditLog, Edits
 from apt_trainer.surgery.tuning import set_trainable, tune_at
 
 
@@ -67,7 +67,7 @@ class PruningEvent:
     step: int
     kind: str
     survivors: Mapping[str, torch.Tensor]
-    edits: Mapping[str, list[Edit]]
+    edits: Edits
     record: dict[str, Any] = field(default_factory=dict)
 
 

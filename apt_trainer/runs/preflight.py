@@ -31,7 +31,7 @@ from apt_trainer.settings.recipe import Recipe
 from apt_trainer.store.events import METRICS_FILE, RECIPE_FILE
 from apt_trainer.store.export import parse_format
 from apt_trainer.store.hub import check_upload
-from apt_trainer.store.pretrained import build_model, check_teacher, max_positions, teacher_settings
+from apt_trainer.store.pretrained import build_model, check_teacher, max_positions
 from apt_trainer.tasks import TaskData
 from apt_trainer.training.checkpoints.best import check_candidates
 from apt_trainer.training.checkpoints.state import check_complete
@@ -90,7 +90,7 @@ def check_before_loading(recipe: Recipe, config: Any, data: TaskData, tokenizer:
         settings.sparsity_metric = "params"
     model = build_model(config, data, "meta", recipe.model.dtype)
     if args.teacher_name_or_path is not None:
-        check_teacher(teacher_settings(recipe.model, args.teacher_name_or_path), data, model, tokenizer)
+        check_teacher(recipe.model.of(args.teacher_name_or_path), data, model, tokenizer)
     check_exports(args, model, tokenizer)
     rehearse(model, Path(str(args.output_dir)), AdaptivePruner(model, settings), tokenizer)
 

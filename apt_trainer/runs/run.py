@@ -36,7 +36,7 @@ from apt_trainer.settings.packages import check_packages
 from apt_trainer.settings.recipe import Recipe, load_recipe
 from apt_trainer.store.events import EVENTS_FILE, METRICS_FILE, RECIPE_FILE, read_events, write_json
 from apt_trainer.store.lock import FolderLock
-from apt_trainer.store.pretrained import load_inputs, load_model, load_saved, load_teacher, teacher_settings
+from apt_trainer.store.pretrained import load_inputs, load_model, load_saved, load_teacher
 from apt_trainer.store.saved_model import dense_copy
 from apt_trainer.tasks import TaskData, keeps_sequences_apart
 from apt_trainer.tasks.trainer_options import data_options, set_task_arguments
@@ -112,7 +112,7 @@ def _train_prepared(
     check_before_loading(recipe, config, data, tokenizer)
     dense = _train_dense(recipe, output) if args.dense_baseline and args.should_save else {}
     path = args.teacher_name_or_path
-    teacher = load_teacher(teacher_settings(recipe.model, path), data) if path else None
+    teacher = load_teacher(recipe.model.of(path), data) if path else None
     model = load_model(recipe.model, data)
     if data.packed and not keeps_sequences_apart(model):
         raise UserError(

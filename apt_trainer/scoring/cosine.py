@@ -29,7 +29,6 @@ class Cosine(Observing):
     def __init__(self, decay: float = 0.85) -> None:
         super().__init__()
         self.decay = decay
-        self._stream: ResidualStream | None = None
         self._counts: dict[str, int] = {}
         self._awaited: set[str] = set()
         self._told = False
@@ -55,7 +54,7 @@ class Cosine(Observing):
         follows = family.keeps_norms(config)  # of a sublayer that is gone its norm is still on the way
         sublayers = [one for one in family.sublayers(model) if follows or one.space in self._counts]
         blocks = dict.fromkeys((sublayer.block, sublayer.stack) for sublayer in sublayers)
-        self._stream = ResidualStream(model, family, blocks, sublayers, self._take, self._observes)
+        self._taps.append(ResidualStream(model, family, blocks, sublayers, self._take, self._observes))
 
     @torch.no_grad()
     def update(self, reduce: Reduce, processes: int) -> None:
@@ -78,18 +77,6 @@ class Cosine(Observing):
         for name, index in survivors.items():
             if len(index) == 0:
                 self._average.pop(name, None)
-
-    def detach(self) -> None:
-        if self._stream is not None:
-            self._stream.remove()
-            self._stream = None
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return dict(self._average)
-
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        for name, value in state.items():
-            self._average[name].copy_(value)
 
     def _await(self) -> None:
         """A loop that tells no tokens has the first pass of each step observed."""

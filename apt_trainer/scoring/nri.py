@@ -22,6 +22,7 @@ from torch import nn
 
 from apt_trainer.errors import UserError
 from apt_trainer.measure import evaluating, placed
+from apt_trainer.measure.likelihood import bounded_exp
 from apt_trainer.models import Space
 from apt_trainer.models.shares import count
 from apt_trainer.scoring.base import Batch, Importance, Reduce
@@ -29,7 +30,6 @@ from apt_trainer.scoring.calibration import NOT_FINITE
 from apt_trainer.scoring.sublayers.costs import Shape, shares, unit_costs
 from apt_trainer.scoring.sublayers.gates import switched_off
 from apt_trainer.scoring.sublayers.impact import Impact, relative_impact
-from apt_trainer.scoring.sublayers.loss import bounded_exp
 from apt_trainer.scoring.sublayers.units import Unit, find_units
 from apt_trainer.settings import PruningSettings
 
@@ -87,7 +87,35 @@ class Nri(Importance):
             UserError: in all processes, when the loss of the whole model is not finite. Nothing is measured where no
                 sublayer is left that could go.
         """
-        self.take(self._impacts_of(model, batches, loss_of, reduce, counts), saved)
+        device = next(model.parameters()).device
+        left = [unit for unit in self.units.sublayers if counts[self.units.space(unit).name] > 0]
+        candidates = [unit for unit in left if unit in self.candidates]
+        found = {self.units.space(unit).name: math.inf for unit in left}
+        if not candidates:
+            self.take(found, saved)
+            return
+        with torch.random.fork_rng(devices=[]), evaluating(model, inference=False):  # the run does not depend on it
+            shown = list(self._weighed(model, list(batches)))
+
+            def total(off: Sequence[Unit]) -> torch.Tensor:
+                """[Σ loss, what it was summed over] of this process."""
+                sums = torch.zeros(2, dtype=torch.float64, device=device)
+                with switched_off(model, self.units, off):
+                    for batch, weight in shown:
+                        loss = loss_of(batch).double()
+                        sums += torch.stack([torch.where(weight > 0, loss * weight, 0.0), weight])
+                return sums
+
+            full = _mean(reduce(total(())))
+            if not math.isfinite(full):
+                raise UserError(NOT_FINITE)
+            without = reduce(torch.stack([total([unit]) for unit in candidates]))
+        share = shares(self.costs, self.units)
+        for unit, sums in zip(candidates, without, strict=True):
+            loss = _mean(sums)
+            impact = Impact(unit, bounded_exp(loss), relative_impact(loss, full), share[unit])
+            found[self.units.space(unit).name] = impact.normalised
+        self.take(found, saved)
 
     def take(self, impacts: Mapping[str, float], saved: Mapping[str, float]) -> None:
         """What was measured.
@@ -137,44 +165,6 @@ class Nri(Importance):
         least = min((saved for saved in self._saved.values() if saved > 0), default=1.0)
         staying = 1.0 + max([together / least, *raised.values()])
         return {name: raised.get(name, staying) for name in impacts}
-
-    def _impacts_of(
-        self,
-        model: nn.Module,
-        batches: Iterable[Batch | None],
-        loss_of: Callable[[Batch], torch.Tensor],
-        reduce: Reduce,
-        counts: Mapping[str, int],
-    ) -> dict[str, float]:
-        """Space → NRI of its sublayer, of those that have units left by ``counts``."""
-        device = next(model.parameters()).device
-        left = [unit for unit in self.units.sublayers if counts[self.units.space(unit).name] > 0]
-        candidates = [unit for unit in left if unit in self.candidates]
-        found = {self.units.space(unit).name: math.inf for unit in left}
-        if not candidates:
-            return found
-        with torch.random.fork_rng(devices=[]), evaluating(model, inference=False):  # the run does not depend on it
-            shown = list(self._weighed(model, list(batches)))
-
-            def total(off: Sequence[Unit]) -> torch.Tensor:
-                """[Σ loss, what it was summed over] of this process."""
-                sums = torch.zeros(2, dtype=torch.float64, device=device)
-                with switched_off(model, self.units, off):
-                    for batch, weight in shown:
-                        loss = loss_of(batch).double()
-                        sums += torch.stack([torch.where(weight > 0, loss * weight, 0.0), weight])
-                return sums
-
-            full = _mean(reduce(total(())))
-            if not math.isfinite(full):
-                raise UserError(NOT_FINITE)
-            without = reduce(torch.stack([total([unit]) for unit in candidates]))
-        share = shares(self.costs, self.units)
-        for unit, sums in zip(candidates, without, strict=True):
-            loss = _mean(sums)
-            impact = Impact(unit, bounded_exp(loss), relative_impact(loss, full), share[unit])
-            found[self.units.space(unit).name] = impact.normalised
-        return found
 
     def _weighed(self, model: nn.Module, batches: Sequence[Batch | None]) -> Iterator[tuple[Batch, torch.Tensor]]:
         """Each batch, and what its loss is a mean of: predicted tokens, rows, or the weights of labels; 0 for the

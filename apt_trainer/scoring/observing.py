@@ -5,6 +5,9 @@ Not for what is watched: that is each rule's own.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Protocol
+
 import torch
 
 from apt_trainer.errors import UserError
@@ -13,15 +16,22 @@ from apt_trainer.scoring.base import Importance
 from apt_trainer.scoring.taps import TapContext
 
 
+class Removable(Protocol):
+    """Hooks that can be taken out."""
+
+    def remove(self) -> None: ...
+
+
 class Observing(Importance):
     """Hooks of a subclass ask ``self._context`` for the weights of tokens and whether they rest.
 
-    ``_average``: space → moving average of what its scores are made of.
+    ``_average``: space → moving average of what its scores are made of. ``_taps``: what is hooked into the model.
     """
 
     def __init__(self) -> None:
         self._context = TapContext()
         self._average: dict[str, torch.Tensor] = {}
+        self._taps: list[Removable] = []
 
     def set_tokens(self, mask: Tokens) -> None:
         self._context.set_tokens(mask)
@@ -43,6 +53,18 @@ class Observing(Importance):
                 "Nothing finite was observed that units could be scored by: all gradients were zero or not finite. "
                 "With fp16, train a few steps before pruning_start, until the loss scale has settled, or use bf16."
             )
+
+    def detach(self) -> None:
+        for tap in self._taps:
+            tap.remove()
+        self._taps.clear()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return dict(self._average)
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        for name, value in state.items():
+            self._average[name].copy_(value)
 
     def rest(self, resting: bool) -> None:
         self._context.resting = resting

@@ -40,7 +40,6 @@ class Salience(Observing):
         super().__init__()
         self.decay, self.outlier_term = decay, outlier_term
         self.outlier_scaling, self.outlier_weight = outlier_scaling, outlier_weight
-        self._taps: list[Tap] = []
         self._inputs: dict[str, torch.Tensor] = {}
         self._outlier: dict[str, torch.Tensor] = {}
         self._outlier_age = 0
@@ -136,11 +135,6 @@ class Salience(Observing):
             self._average[name] = average.index_select(0, where)
             if name in self._inputs:
                 self._inputs[name] = self._inputs[name].view(-1, channels).index_select(0, where).reshape(-1)
-
-    def detach(self) -> None:
-        for tap in self._taps:
-            tap.remove()
-        self._taps.clear()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         state = {f"average.{name}": value for name, value in self._average.items()}

@@ -24,7 +24,6 @@ class Taylor(Observing):
     def __init__(self, decay: float = 0.85) -> None:
         super().__init__()
         self.decay = decay
-        self._taps: list[Tap] = []
 
     @classmethod
     def from_settings(cls, settings: PruningSettings, seed: int) -> Taylor:
@@ -65,15 +64,3 @@ class Taylor(Observing):
             average = self._average.pop(name)
             if len(index) > 0:
                 self._average[name] = average.index_select(0, index.to(average.device))
-
-    def detach(self) -> None:
-        for tap in self._taps:
-            tap.remove()
-        self._taps.clear()
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return dict(self._average)
-
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        for name, value in state.items():
-            self._average[name].copy_(value)

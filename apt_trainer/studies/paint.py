@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from apt_trainer.errors import UserError, unknown_choice
-from apt_trainer.evaluate.harness import run_tasks
+from apt_trainer.evaluate.harness import TaskOptions
 from apt_trainer.models.execution import check_plan, painted
 from apt_trainer.models.labels import MULTI_LABEL, SINGLE_LABEL, problem_type
 from apt_trainer.models.slots import layer_list_path
@@ -33,12 +33,11 @@ PLAN_FILE = "execution_plan.json"
 
 
 @dataclass(frozen=True)
-class PaintRequest:
+class PaintRequest(TaskOptions):
     """Which plans to measure, and on which tasks besides the text.
 
     ``methods`` to ``loops`` are those of :func:`~apt_trainer.studies.named_plans.sweep_points` (``seeds``: how many
-    random orders); ``plans``: files of further plans; ``tasks`` to ``num_fewshot`` those of
-    :func:`~apt_trainer.evaluate.harness.run_tasks`.
+    random orders); ``plans``: files of further plans.
     """
 
     methods: Sequence[str] = METHODS
@@ -46,11 +45,6 @@ class PaintRequest:
     seeds: int = 3
     loops: Sequence[int] = (3,)
     plans: Sequence[str] = ()
-    tasks: Sequence[str] = ()
-    task_path: str | None = None
-    limit: int | None = None
-    num_fewshot: int | None = None
-    batch_size: int = 1
 
     def points(self, layers: int, model_type: str) -> list[Point]:
         """The plans for a model; raises :class:`UserError` for what it cannot run."""
@@ -199,15 +193,7 @@ class _Results:
             if at.calibration is not None:
                 text = loss_with_interval(loss_sums(at.model, at.units, at.calibration.batches))
             if request.tasks:
-                tasks = run_tasks(
-                    at.model,
-                    at.tokenizer,
-                    request.tasks,
-                    request.task_path,
-                    request.limit,
-                    request.num_fewshot,
-                    request.batch_size,
-                )
+                tasks = request.run_tasks(at.model, at.tokenizer)
         value = text.pop("value")
         return measured(None if value is None else math.log(value), tasks) | {"interval": text}
 

@@ -46,6 +46,8 @@ class NewValues:
 
 
 Edit: TypeAlias = Keep | Grow | NewValues
+Edits: TypeAlias = dict[str, list[Edit]]
+"""What happened to each parameter, by name, in order."""
 
 
 @dataclass
@@ -57,7 +59,7 @@ class EditLog:
     """
 
     shared: Collection[int] = ()
-    edits: dict[str, list[Edit]] = field(default_factory=lambda: defaultdict(list))
+    edits: Edits = field(default_factory=lambda: defaultdict(list))
     _tied: set[int] = field(default_factory=set)
     _done: dict[tuple[int, int], tuple[nn.Parameter, nn.Parameter]] = field(default_factory=dict)
 

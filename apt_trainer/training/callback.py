@@ -1,4 +1,4 @@
-"""Calls an :class:`APTTrainer`'s own steps at the right moments of Hugging Face's loop; holds no logic."""
+"""Calls what an :class:`APTTrainer` does between steps at the right moments of Hugging Face's loop; holds no logic."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from apt_trainer.training import norms
 
 
 class MethodCallback(TrainerCallback):
-    """``trainer``: has ``start``, ``before_step``, ``after_step`` and a ``pruner``."""
+    """``trainer``: has ``between_steps``, which one run after the other makes anew, and a ``pruner``."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -19,16 +19,16 @@ class MethodCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer.args.recompute_norms:
             norms.recompute(self.trainer.transformer, norm_paths(self.trainer.pruner.spaces))
-        self.trainer.start()
+        self.trainer.between_steps.start()
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         norms.plain(self.trainer.model)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.trainer.before_step()
+        self.trainer.between_steps.before_step()
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.pruner.observe()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.trainer.after_step()
+        self.trainer.between_steps.after_step()

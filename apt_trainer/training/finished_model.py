@@ -17,7 +17,7 @@ from apt_trainer.store.model_card import CARD_FILE, model_card
 from apt_trainer.store.rescue import how_to_load
 from apt_trainer.store.saved_model import as_pruned
 from apt_trainer.store.saving import save_pruned, write_model
-from apt_trainer.training import norms
+from apt_trainer.training import norms, reshape
 from apt_trainer.training.checkpoints.best import BestWithinBudget
 from apt_trainer.training.engines import Engine, engine_of
 from apt_trainer.training.engines.agreement import failing_together, processes
@@ -100,7 +100,7 @@ class FinishedModel(BestWithinBudget):
         self.pruner.detach()
         self.pruner.masks.close()
         self.distillation.end(self.model)
-        self.model = engine_of(self).leave()
+        self.model = reshape.finalize(self)
         norms.plain(self.model)
         self.pruner.set_tune("full")
         if choose_best:

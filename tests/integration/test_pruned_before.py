@@ -402,7 +402,7 @@ def test_records_of_an_older_run_in_the_folder_are_dropped(tmp_path: Path) -> No
 
 def test_a_cut_that_ruins_the_model_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer, losses = before(tmp_path), iter([1.0, 2.2, 1.0, 1.0, 1.0, 1.0])
-    trainer._probe_loss = lambda: next(losses)  # type: ignore[method-assign]
+    trainer.between_steps._probe_loss = lambda: next(losses)  # type: ignore[method-assign]
     trainer.train()
     (told,) = [record.message for record in caplog.records if record.name == "apt_trainer.plan.limits"]
     assert "step 0: the cut raised the loss of a batch from 1.000 to 2.200" in told and "pruning_time: early" in told

@@ -126,7 +126,7 @@ class States(TrainerCallback):
         if state.global_step in EVENTS:
             engine = engine_of(self.trainer)
             engine.settle()
-            self.at[state.global_step] = copy.deepcopy(dict(engine.states()))
+            self.at[state.global_step] = copy.deepcopy(dict(engine.whole_states()))
             self.weights[state.global_step] = {name: value.clone() for name, value in engine.weights()}
 
 

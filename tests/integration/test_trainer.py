@@ -62,7 +62,7 @@ def _watched_run(folder: Path, **changes: Any) -> Run:
     events = watch(trainer, before, after)
     counted: dict[tuple[int, str], tuple[int, int, int]] = {}
     snapshots: dict[int, float] = {}
-    write, offer = trainer._write_record, trainer.distillation.offer
+    write, offer = trainer.between_steps._write_record, trainer.distillation.offer
     batch = tiny_batch(trainer.model)
 
     def record_spy(record: dict[str, Any]) -> None:
@@ -81,7 +81,7 @@ def _watched_run(folder: Path, **changes: Any) -> Run:
             student.train()
         return taken
 
-    trainer._write_record = record_spy  # type: ignore[method-assign]
+    trainer.between_steps._write_record = record_spy  # type: ignore[method-assign]
     trainer.distillation.offer = offer_spy  # type: ignore[method-assign]
     trainer.train()
     return Run(trainer, folder, before.at, after.at, {event.step: event for event in events}, counted, snapshots)
@@ -191,7 +191,7 @@ def test_a_snapshot_gives_the_logits_of_the_student(run: Run, wide_run: Run) -> 
 @pytest.mark.parametrize("tune", ["adapters_and_norms", "full"])
 def test_a_teacher_stays_as_it_was_while_the_student_is_cut_and_trained(tmp_path: Path, tune: str) -> None:
     trainer = make_trainer(tmp_path, tune_after_pruning=tune)
-    trainer._heldout_loss = lambda: float(trainer.state.global_step)  # type: ignore[method-assign]
+    trainer.between_steps._heldout_loss = lambda: float(trainer.state.global_step)  # type: ignore[method-assign]
     batch, seen = tiny_batch(trainer.model), {}
     before, after = Recorder([]), Recorder([7, 15, 31, 39])
     events = watch(trainer, before, after)
@@ -540,7 +540,7 @@ def test_a_regression_with_one_label(tmp_path: Path) -> None:
 def test_mixed_precision(tmp_path: Path) -> None:
     """The forward of model and teacher is accelerate's while training and the model's own afterwards."""
     trainer = make_trainer(tmp_path, bf16=True, **SHORT)
-    trainer._heldout_loss = lambda: 1 / trainer.state.global_step  # type: ignore[method-assign]
+    trainer.between_steps._heldout_loss = lambda: 1 / trainer.state.global_step  # type: ignore[method-assign]
     trainer.train()
     losses = losses_of(trainer)
     assert {step for step, values in losses.items() if len(values) == 3} == set(range(3, 11))

@@ -204,8 +204,8 @@ def test_who_disagrees(digests: list[str], expected: list[int]) -> None:
 def test_a_model_is_brought_to_the_device_where_it_is_scored_before_training() -> None:
     """Under DeepSpeed the Trainer leaves it on the CPU, whatever the device."""
     model = torch.nn.Linear(2, 2)
-    trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device("meta")), model_wrapped=None)
-    ZeroEngine(trainer).bring(model)
+    parts = SimpleNamespace(device=torch.device("meta"), wrapped=None)
+    ZeroEngine(parts).place_student(model)  # type: ignore[arg-type]
     assert model.weight.device.type == "meta"
 
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from apt_trainer.measure.likelihood import bounded_exp
 from apt_trainer.scoring.sublayers.cosine import Batch, Watch, unwatched
 from apt_trainer.scoring.sublayers.gates import switched_off
-from apt_trainer.scoring.sublayers.loss import bounded_exp, exp_loss
+from apt_trainer.scoring.sublayers.loss import exp_loss
 from apt_trainer.scoring.sublayers.units import Unit, Units
 
 Key = tuple[str, ...]

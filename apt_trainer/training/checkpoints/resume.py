@@ -40,6 +40,6 @@ def load_run(trainer: Any, path: Path) -> tuple[Mapping[str, Any], dict[str, tor
 def _load_teacher(trainer: Any, path: Path, shape: dict[str, Any]) -> nn.Module:
     teacher, pruner = copy.deepcopy(trainer.model), trainer.pruner
     give_shapes(teacher, pruner.family, pruner.spaces, pruner.plan, shape)
-    teacher = engine_of(trainer).place(freeze(teacher))
+    teacher = engine_of(trainer).place_teacher(freeze(teacher))
     state.load_training_weights(path / state.TEACHER_FILE, teacher)
     return teacher
