@@ -22,7 +22,7 @@ SEQUENCE_HEAD, TOKEN_HEAD = "ForSequenceClassification", "ForTokenClassification
 HEADS = (SEQUENCE_HEAD, TOKEN_HEAD, "ForQuestionAnswering")
 """Endings of the classes that do not predict words."""
 
-_TRUTH = ("False", "True")
+TRUTH = ("False", "True")
 
 
 def head_of(model: Any) -> str | None:
@@ -83,6 +83,25 @@ def hot(ids: Iterable[int], number: int) -> list[float]:
     return [float(i in present) for i in range(number)]
 
 
+def hot_width(rows: Iterable[Sequence[Any]]) -> int | None:
+    """How many labels there are where each of ``rows`` says 0 or 1 for every label in turn; None: they hold labels.
+
+    The latter too for rows of different lengths, or of one value.
+    """
+    lengths = set()
+    for row in rows:
+        if not all(isinstance(value, bool) or as_text(value) in ("0", "1") for value in row):
+            return None
+        lengths.add(len(row))
+    width = lengths.pop() if len(lengths) == 1 else 0
+    return width if width > 1 else None
+
+
+def of_hot(row: Iterable[Any]) -> list[int]:
+    """The inverse of :func:`hot`, of values as :func:`hot_width` takes them."""
+    return [i for i, value in enumerate(row) if value is True or as_text(value) == "1"]
+
+
 def are_numbers(names: Sequence[str]) -> bool:
     """Whether ``names`` say nothing but the ids: LABEL_0, LABEL_1, … as transformers makes them, or 0, 1, …"""
     return all(name in (f"LABEL_{i}", str(i)) for i, name in enumerate(names))
@@ -130,8 +149,8 @@ def _by_name(labels: Sequence[str], names: Sequence[str]) -> dict[str, int] | No
 def _numbers(labels: Sequence[str], count: int) -> dict[str, int] | None:
     """Labels that are ids below ``count``, or false and true where there are two."""
     known = {str(number): number for number in range(count)}
-    if count == len(_TRUTH):
-        known |= {name: number for number, name in enumerate(_TRUTH)}
+    if count == len(TRUTH):
+        known |= {name: number for number, name in enumerate(TRUTH)}
     return {label: known[label] for label in labels} if all(label in known for label in labels) else None
 
 

@@ -225,7 +225,8 @@ class PruningMixin(FinishedModel):
         if self.is_world_process_zero():
             self._tracked = trackers.mlflow_run(self.callback_handler.callbacks)
         self.finish()
-        self.upload_if_asked()
+        if self.uploads_after_training:
+            self.upload_if_asked()
         return result
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
