@@ -197,8 +197,14 @@ def shown(names: Sequence[str]) -> str:
     return ", ".join(names[:20]) + (f", … ({len(names)} in all)" if len(names) > 20 else "")
 
 
-def match_teacher(student: Any, teacher: Any) -> list[int] | None:
+PADDING_ROWS = 1024
+"""Most rows that a vocabulary has more than its tokenizer has tokens; they are added for speed, and no input."""
+
+
+def match_teacher(student: Any, teacher: Any, tokenizer: Any = None) -> list[int] | None:
     """Where in the logits of ``teacher`` each label of ``student`` is; None: at the same place, or no labels.
+
+    ``tokenizer``: of both. With it, vocabularies may differ in the rows that only pad them.
 
     Raises:
         UserError: the two have other tasks, labels or vocabularies.
@@ -210,9 +216,19 @@ def match_teacher(student: Any, teacher: Any) -> list[int] | None:
             "the same task."
         )
     sizes = [getattr(model.config.get_text_config(), "vocab_size", None) for model in (student, teacher)]
-    if None not in sizes and sizes[0] != sizes[1]:
+    if None not in sizes and sizes[0] != sizes[1] and not _only_padded(sizes, tokenizer):
         raise UserError(
             f"The teacher has {sizes[1]:,} tokens and the model {sizes[0]:,}, so that one text is not the same input. "
-            "Give a teacher with the same tokenizer (resize_token_embeddings, if only padding differs)."
+            "Give a teacher with the same tokenizer. Where only padding differs, give the tokenizer too "
+            f"(processing_class), or save the teacher anew: teacher.resize_token_embeddings({sizes[0]}); "
+            "teacher.save_pretrained(DIR)."
         )
     return label_order(student.config, teacher.config) if head in (SEQUENCE_HEAD, TOKEN_HEAD) else None
+
+
+def _only_padded(sizes: Sequence[int], tokenizer: Any) -> bool:
+    """Whether vocabularies of ``sizes`` differ by nothing but rows that no token of ``tokenizer`` has."""
+    if not hasattr(tokenizer, "get_vocab"):
+        return False
+    tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
+    return tokens <= min(sizes) and max(sizes) - tokens <= PADDING_ROWS

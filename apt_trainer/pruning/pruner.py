@@ -20,6 +20,7 @@ from apt_trainer.libraries.private_names import check_names
 from apt_trainer.measure import trainable_parameters
 from apt_trainer.models import ModelFamily, Space, Stack, family_of
 from apt_trainer.models.batch import Tokens
+from apt_trainer.models.class_weights import ClassWeights
 from apt_trainer.plan import ranks as allocation
 from apt_trainer.plan.cost import parameter_cost
 from apt_trainer.plan.limits import limits_of, warn_of_depth
@@ -139,16 +140,22 @@ class AdaptivePruner:
             self._check_budget()
         self._follow_schedule(step)
 
-    def calibrate(self, batches: Iterable[Batch | None], loss_of: Callable[[Batch], torch.Tensor]) -> None:
+    def calibrate(
+        self,
+        batches: Iterable[Batch | None],
+        loss_of: Callable[[Batch], torch.Tensor],
+        weights: ClassWeights | None = None,
+    ) -> None:
         """Score the dense model on ``batches``, for the cut at step 0; see ``scoring.calibration``, and for NRI
-        ``impact_pass``."""
+        ``impact_pass``. ``weights``: of the labels in the loss, if any."""
         self.detach()
         self.importance.attach(self.model, self._scored(), self.plan.counts)
         if self.impact is not None:
             self.measure_impact(batches, loss_of)
         elif self.importance.needs_data:
             model, family, spaces = self.model, self.family, self.spaces
-            calibrate(model, family, spaces, self.importance, batches, loss_of, self._reduce, self._processes)
+            reduce, processes = self._reduce, self._processes
+            calibrate(model, family, spaces, self.importance, batches, loss_of, reduce, processes, weights)
         self.importance.detach()
 
     def measures_impact(self, step: int) -> bool:

@@ -25,11 +25,14 @@ class Importance(ABC):
     ``densities``: scores are already per cost (used by random choice). ``needs_data``: scores come from batches, which
     a model that is pruned before it trains has to be shown first. ``decay``: share of the old value that an average
     over updates keeps; set to 1 − 1/n at update n it becomes a plain mean. Rules without an average ignore it.
+    ``of_mean_loss``: an update is as large for few labels as for many, since gradients are those of a mean loss, so
+    that a mean over updates has to weigh them by their labels; False: it grows with the rows.
     """
 
     densities: bool = False
     needs_data: bool = True
     decay: float = 0.0
+    of_mean_loss: bool = False
 
     @abstractmethod
     def attach(self, model: nn.Module, spaces: Sequence[Space], counts: Mapping[str, int]) -> None:

@@ -224,13 +224,19 @@ def build_regression(
         labels = number_labels(
             {"train": (set(range(width)), ClassLabel(names=data.label_columns))}, columns.label, known
         )
+        if len(labels.names) != width:
+            raise UserError(
+                f"label_columns={data.label_columns} are some of the numbers that the model predicts. Give a column "
+                f"for each: {shown(labels.names)}."
+            )
         names, kwargs = labels.names, kwargs | labels.model_kwargs
         order = np.argsort([labels.ids[name] for name in data.label_columns])
         numbers = {part: of_part[:, order] for part, of_part in numbers.items()}
     values = {part: of_part[:, 0] if width == 1 else of_part for part, of_part in numbers.items()}
     task = _build(splits, values, columns, data, tokenizer, metric, kwargs)
-    scores = partial(_regression_metrics, names=() if are_numbers(names) else tuple(names))
-    return replace(task, metrics={"validation": scores, "test": scores}, label_names=tuple(names))
+    names = () if are_numbers(names) else tuple(names)
+    scores = partial(_regression_metrics, names=names)
+    return replace(task, metrics={"validation": scores, "test": scores}, label_names=names)
 
 
 def _build(

@@ -150,7 +150,8 @@ class PruningMixin(FinishedModel):
             inner = model.get_submodule(place_of_transformer(model))
             settings = self.args = adopt(given.pop("peft_config"), settings, inner)
         self._given = importance, teacher
-        self._label_order = None if teacher is None else match_teacher(model, teacher)
+        tokenizer = given.get("processing_class")
+        self._label_order = None if teacher is None else match_teacher(model, teacher, tokenizer)
         self.place = place_of_transformer(model)
         check_inside(model, self.place, settings)
         if self.place:
@@ -316,7 +317,8 @@ class PruningMixin(FinishedModel):
         ):  # the run that follows does not depend on calibration_samples
             batches = self._calibration_batches()
             self.last_inputs = next(batches)
-            self.pruner.calibrate(itertools.chain([self.last_inputs], batches), self._calibration_loss)
+            shown = itertools.chain([self.last_inputs], batches)
+            self.pruner.calibrate(shown, self._calibration_loss, self.class_weights)
         decision = self._decide(0)
         assert decision is not None
         self._change_shape(decision, 0, started)

@@ -31,9 +31,11 @@ from transformers import (
     PreTrainedModel,
     set_seed,
 )
+from transformers.utils import ModelOutput
 
 from apt_trainer import APTTrainer, UserError, load_pruned
 from apt_trainer.cli import main
+from apt_trainer.distillation.losses import prediction_loss
 from apt_trainer.evaluate.bootstrap import RESAMPLES
 from apt_trainer.evaluate.task_intervals import score_intervals
 from apt_trainer.runs import dry_run, run
@@ -594,6 +596,42 @@ def test_the_plan_refuses_a_teacher_that_does_not_fit(teacher: Any, message: str
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("rows", [(4, 0), (0, 4)], ids=["of the teacher", "of the student"])
+def test_a_vocabulary_may_be_padded(rows: tuple[int, int], tmp_path: Path) -> None:
+    """In Python with the tokenizer at hand, and from the command line."""
+    teacher, student = teacher_with(), BertModel(bert())
+    teacher.resize_token_embeddings(len(TOKENS) + rows[0])
+    student.resize_token_embeddings(len(TOKENS) + rows[1])
+    asked = plan_with_teacher(tmp_path, saved(teacher, tmp_path / "teacher"), "--max_steps", "4")
+    saved(student, tmp_path / "model")
+    dry_run.plan(asked)
+    assert run.train(asked)["train_steps"] == 4
+    small = teacher_with()
+    small.resize_token_embeddings(len(TOKENS) + rows[1])
+    args = config(tmp_path, distillation="model", teacher_name_or_path="given")
+    options: dict[str, Any] = {"teacher": teacher, "processing_class": word_tokenizer()}
+    APTTrainer(small, args, [{"input_ids": [4], "labels": 0}] * 20, **options)
+
+
+def test_words_that_only_one_vocabulary_has_are_not_taught() -> None:
+    generator = torch.Generator().manual_seed(0)
+    wide, narrow = torch.randn(2, 3, 9, generator=generator), torch.randn(2, 3, 7, generator=generator)
+    for student, teacher in ((wide, narrow), (narrow, wide)):
+        found = prediction_loss(ModelOutput(logits=student), ModelOutput(logits=teacher), 1.0)
+        own, taught = (F.log_softmax(logits[..., :7], -1) for logits in (student, teacher))
+        assert found.item() == pytest.approx((taught.exp() * (taught - own)).sum(-1).mean().item(), rel=1e-5)
+
+
+def test_more_tokens_than_the_teacher_knows_are_refused(tmp_path: Path) -> None:
+    tokenizer, teacher = word_tokenizer(), teacher_with()
+    teacher.resize_token_embeddings(len(TOKENS) - 4)
+    args = config(tmp_path, distillation="model", teacher_name_or_path="given")
+    with pytest.raises(UserError, match=r"teacher has 56 tokens and the model 60.*teacher.resize_token_embeddings"):
+        APTTrainer(
+            teacher_with(), args, [{"input_ids": [4], "labels": 0}] * 20, teacher=teacher, processing_class=tokenizer
+        )
+
+
 def test_a_teacher_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
     path = saved(fitted(), tmp_path / "teacher")
     file = tmp_path / "teacher" / "tokenizer.json"
@@ -884,8 +922,14 @@ def test_numbers_are_matched_to_the_outputs_of_the_model_by_name(tmp_path: Path)
     words = ["--task", "regression", "--validation_file", data, "--label_columns"]
     found = run.evaluate(path, recipe(tmp_path, path, data, *words, "odd", "size", "price"))
     assert found["validation_mse"] < 0.1 and found["validation_pearson_price"] > 0.9
-    with pytest.raises(UserError, match="the task needs 2|labels that the model does not have"):
-        run.evaluate(path, recipe(tmp_path, path, data, *words, "odd", "text"))
+    with pytest.raises(
+        UserError, match="are some of the numbers that the model predicts. Give .* each: size, price, odd"
+    ):
+        run.evaluate(path, recipe(tmp_path, path, data, *words, "odd", "size"))
+    other = jsonl(tmp_path / "other.jsonl", [row | {"weight": 1.0} for row in rows])
+    words = ["--task", "regression", "--validation_file", other, "--label_columns"]
+    with pytest.raises(UserError, match="labels that the model does not have: weight"):
+        run.evaluate(path, recipe(tmp_path, path, other, *words, "odd", "size", "weight"))
 
 
 @pytest.mark.parametrize(
