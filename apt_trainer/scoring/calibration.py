@@ -70,12 +70,12 @@ def calibrate(
                 loss = loss_of(batch)
                 own += count(batch, family, model, weights)[0]
             labels = reduce(own.clone())  # of all processes
-            if batch is not None:
-                (loss * (own * processes / labels)).backward()
-                total += loss.detach().float()
+            if batch is not None:  # without labels its loss is no number
+                torch.where(own == 0, 0.0, loss * (own * processes / labels.clamp_min(1e-9))).backward()
+                total += torch.where(own == 0, 0.0, loss.detach().float())
             counted = float(labels) if importance.of_mean_loss else 1.0
             seen += counted
-            importance.decay = 1 - counted / seen
+            importance.decay = 1 - counted / max(seen, 1e-9)
             importance.update(reduce, processes)
     importance.decay = decay
     if not bool(torch.isfinite(reduce(total))):
