@@ -47,7 +47,8 @@ class TaskKind:
 
     The first of ``metrics`` is the default. ``architectures``: the kinds of model that can learn it. ``settings``: the
     keys of DataSettings that no task without them in its list may set. ``head``: the ending of the classes of models
-    whose labels are those of the data. ``lacks``: which rows ``drop_unlabeled`` leaves out.
+    whose labels are those of the data. ``lacks``: which rows ``drop_unlabeled`` leaves out. ``further``: scores beside
+    ``metrics`` that an evaluation tells.
     """
 
     metrics: tuple[str, ...]
@@ -58,6 +59,7 @@ class TaskKind:
     settings: tuple[str, ...] = ()
     head: str | None = None
     lacks: Callable[[Any, bool], bool] | None = None
+    further: tuple[str, ...] = ()
 
 
 _OF_LABELS = ("class_weights", "drop_unlabeled", "label_separator", "label_columns")
@@ -100,6 +102,7 @@ TASK_KINDS = {
         settings=("drop_unlabeled", "label_columns"),
         head=SEQUENCE_HEAD,
         lacks=lacks_label,
+        further=("mse",),
     ),
     "token_classification": TaskKind(
         ("f1", "accuracy"),
@@ -108,6 +111,7 @@ TASK_KINDS = {
         settings=("class_weights", "drop_unlabeled"),
         head=TOKEN_HEAD,
         lacks=lacks_tags,
+        further=("f1_macro", "f1_micro", "precision", "recall"),
     ),
     "question_answering": TaskKind(("f1", "exact_match"), question_answering.find_columns, question_answering.build),
     "language_modeling": TaskKind(
@@ -126,6 +130,7 @@ TASK_KINDS = {
         sequence_to_sequence.build_summarization,
         architectures=(ENCODER_DECODER,),
         settings=_OF_TARGETS,
+        further=("token_accuracy",),
     ),
     "translation": TaskKind(
         ("bleu", "chrf", "perplexity"),
@@ -133,6 +138,7 @@ TASK_KINDS = {
         sequence_to_sequence.build_translation,
         architectures=(ENCODER_DECODER,),
         settings=_OF_TARGETS,
+        further=("token_accuracy",),
     ),
 }
 
@@ -179,7 +185,7 @@ def load_task(
     )
     labelled = {} if kind.head is None else {"known": KnownLabels.of(config, kind.head, final=not trained)}
     task = kind.build(splits, columns, data, tokenizer, metric, **labelled)
-    return _finished(task, tokenizer, architecture)
+    return _finished(task, kind, tokenizer, architecture)
 
 
 def _named_columns(data: DataSettings) -> list[str]:
@@ -192,8 +198,9 @@ def _named_columns(data: DataSettings) -> list[str]:
     return [name for name in named if name is not None]
 
 
-def _finished(task: TaskData, tokenizer: PreTrainedTokenizerBase, architecture: str) -> TaskData:
+def _finished(task: TaskData, kind: TaskKind, tokenizer: PreTrainedTokenizerBase, architecture: str) -> TaskData:
     changes: dict[str, Any] = {"metrics": _for_parts(task, task.metrics), "sums": _for_parts(task, task.sums)}
+    changes["score_names"] = (*kind.metrics, *kind.further)
     if architecture == DECODER and task.model_class == "AutoModelForSequenceClassification":
         # the model reads the last token that is no padding
         changes["model_kwargs"] = task.model_kwargs | {"pad_token_id": tokenizer.pad_token_id}
