@@ -245,7 +245,7 @@ def test_a_number_that_cannot_be_meant_is_one_sentence_of_plan(
             r"label_names=\['label'\], but a batch of this task holds .*labels.*label_column",
         ),
         ({"metric_for_best_model": "f2"}, "metric_for_best_model='f2' is not known.*loss, accuracy, f1"),
-        ({"metric_for_best_model": "eval_acuracy", "load_best_model_at_end": True}, "Did you mean 'accuracy'"),
+        ({"metric_for_best_model": "eval_acuracy"}, "Did you mean 'accuracy'"),
     ],
 )
 def test_a_name_that_no_batch_or_evaluation_has_is_one_sentence_of_plan(
