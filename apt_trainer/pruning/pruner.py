@@ -146,7 +146,8 @@ class AdaptivePruner:
         elif self.importance.scored == "steps":
             model, family, spaces, refit = self.model, self.family, self.spaces, self.refit
             with nullcontext(loss_of) if refit is None else refit.beside_scores(loss_of, self.plan.counts) as run:
-                calibrate(model, family, spaces, self.importance, batches, run, self._reduce, self._processes)
+                weights, reduce = self.importance.class_weights, self._reduce
+                calibrate(model, family, spaces, self.importance, batches, run, reduce, self._processes, weights)
         self.importance.detach()
 
     @property

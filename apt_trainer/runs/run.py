@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from transformers import EvalPrediction, set_seed
 
-from apt_trainer.errors import Retold, RunError, UserError, reason
+from apt_trainer.errors import Noted, Retold, RunError, UserError, reason
 from apt_trainer.evaluate.compare import measure_memory, measure_speed
 from apt_trainer.evaluate.harness import run_tasks
 from apt_trainer.evaluate.task_intervals import score_intervals
 from apt_trainer.measure import PeakMemory, count_parameters, return_freed_memory, size_on_disk
 from apt_trainer.report.plots import plot_run
+from apt_trainer.runs.exports import FOLDER as EXPORTS
 from apt_trainer.runs.exports import export_all
 from apt_trainer.runs.preflight import check_before_loading, check_installed, checkpoint_to_resume, finished_run
 from apt_trainer.runs.vocabulary import vocabulary_cut
@@ -128,6 +129,7 @@ def _train_prepared(
         processing_class=tokenizer,
         **data_options(data, "validation"),
     )
+    trainer.uploads_after_training = False  # but below, with what is made of the model
     watch, engine = _watch_accuracy(trainer, data), engine_name(trainer)
     if lock is not None:
         _take_folder(output, recipe, lock, anew=resume_from is None)
@@ -136,9 +138,8 @@ def _train_prepared(
         result = trainer.train(resume_from_checkpoint=resume_from)
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
         peak = memory.above_start()
-        if not args.push_to_hub:  # else it was saved before it was uploaded
-            with finishing("saving the model"), failing_together():
-                trainer.save_model(str(output))
+        with finishing("saving the model"), failing_together():
+            trainer.save_model(str(output))
         dtype = trainer.model.dtype
         with _saved_in(output):
             trainer.compute_metrics = data.metrics["test"]
@@ -180,8 +181,7 @@ def _train_prepared(
         metrics["best_checkpoint"] = Path(trainer.state.best_model_checkpoint).name
     if watch is not None:
         metrics["time_to_accuracy"] = watch.record()
-    if trainer.is_world_process_zero():
-        _measure_and_export(metrics, recipe, trainer, tokenizer, data)
+    _measure_export_and_upload(metrics, recipe, trainer, tokenizer, data)
     return metrics
 
 
@@ -207,10 +207,24 @@ def _saved_in(output: Path) -> Retold:
     return Retold(retell)
 
 
+def _measure_export_and_upload(
+    metrics: dict[str, Any], recipe: Recipe, trainer: APTTrainer, tokenizer: Any, data: TaskData
+) -> None:
+    """What follows the save. The model is uploaded whatever else failed; all that did is raised at the end."""
+    failed: list[Exception] = []
+    with Noted(failed.append):
+        if trainer.is_world_process_zero():
+            _measure_and_export(metrics, recipe, trainer, tokenizer, data)
+    with Noted(failed.append):
+        trainer.upload_if_asked(saved=True, beside=Path(str(recipe.training.output_dir)) / EXPORTS)
+    if failed:
+        raise failed[0] if len(failed) == 1 else RunError(" ".join(map(str, failed))) from failed[0]
+
+
 def _measure_and_export(
     metrics: dict[str, Any], recipe: Recipe, trainer: APTTrainer, tokenizer: Any, data: TaskData
 ) -> None:
-    """What follows the save. Where it fails, all that had been measured is recorded all the same."""
+    """Where it fails, all that had been measured is recorded all the same."""
     args = recipe.training
     output = Path(str(args.output_dir))
     try:
@@ -325,7 +339,7 @@ def evaluate(model: str | ModelSettings, recipe: Recipe | None = None) -> dict[s
     scores = trainer.evaluate(metric_key_prefix=data.test_name)
     scores = {name: value for name, value in scores.items() if isinstance(value, float)}
     task, compute, sums = recipe.data.task, data.metrics["test"], data.sums.get("test")
-    intervals = score_intervals(task, data.metric_name, predictions[0], compute, sums)
+    intervals = score_intervals(task, data.metric_name, predictions[0], compute, sums, data.label_names)
     for name, (low, high) in intervals.items():
         scores |= {f"{data.test_name}_{name}_low": low, f"{data.test_name}_{name}_high": high}
     return scores

@@ -226,7 +226,7 @@ def check_teacher(settings: ModelSettings, data: TaskData, model: PreTrainedMode
         )
     with torch.device("meta"):
         teacher = getattr(transformers, data.model_class).from_config(config)
-    match_teacher(model, teacher)
+    match_teacher(model, teacher, tokenizer)
     try:
         theirs = AutoTokenizer.from_pretrained(source.path, **_place(settings)).get_vocab()
     except (OSError, ValueError):

@@ -33,6 +33,7 @@ from apt_trainer.models.modeling_apt import (
     PREFIX,
     REMOTE_CODE,
     STUB_KINDS,
+    WEIGHTS,
     ConfigView,
     config_class,
     get_size,
@@ -215,7 +216,7 @@ def dense_shape(config: PreTrainedConfig) -> tuple[type[PreTrainedModel] | None,
         return None, copy.deepcopy(config)
     cls = getattr(transformers, architecture)
     values = config.to_dict()
-    for name in ("model_type", "auto_map"):
+    for name in ("model_type", "auto_map", WEIGHTS):
         values.pop(name, None)
     values["architectures"] = [architecture]
     stock = cls.config_class(**{name: value for name, value in values.items() if not name.startswith("apt_")})

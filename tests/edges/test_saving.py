@@ -108,6 +108,17 @@ class LocalBertForSequenceClassification(BertForSequenceClassification):
     """A class that no other program has."""
 
 
+def test_a_tokenizer_that_moves_positions_stops_before_the_first_step(tmp_path: Path) -> None:
+    """RoBERTa counts positions from the padding token; a run writes that of the tokenizer into the config."""
+    model, tokenizer = tiny_model("roberta"), word_tokenizer()
+    trainer = few(tmp_path, model, processing_class=tokenizer)
+    with pytest.raises(UserError, match=r"counts positions from its padding token, 1, and .* pads with '<pad>', 0"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    tokenizer.pad_token = "<s>"
+    few(tmp_path / "again", tiny_model("roberta"), processing_class=tokenizer).train()
+
+
 def test_a_class_that_no_program_could_load_stops_before_the_first_step(tmp_path: Path) -> None:
     model = tiny_model("bert", layers=2)
     model.__class__ = LocalBertForSequenceClassification
