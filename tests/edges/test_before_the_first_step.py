@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 import yaml
 from integration.factories import DEFAULTS, Rows, events_of
 from texts import save_dense, words
@@ -438,7 +439,7 @@ def test_a_run_that_was_ended_before_its_first_checkpoint_is_begun_anew(
         distillation_end=20,
         save_strategy="no",
     )
-    command = [sys.executable, "-m", "apt_trainer", "train", "--config", long]
+    command = [warm.python(), "-m", "apt_trainer", "train", "--config", long]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True)
     until((tmp_path / "out/events.jsonl").exists, process)

@@ -7,13 +7,13 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm
 from integration.factories import (
     SHORT,
     Rows,
@@ -298,7 +298,7 @@ def test_what_was_pruned_twice_loads_in_a_new_process(starts: Callable[[str], Pa
     batch = {name: value for name, value in tiny_batch(trainer.model).items() if name != "labels"}
     save_file(batch, tmp_path / "batch.safetensors")
     paths = [str(tmp_path / name) for name in ("small", "batch.safetensors", "logits.safetensors")]
-    subprocess.run([sys.executable, "-c", READER, *paths], check=True)
+    subprocess.run([warm.python(), "-c", READER, *paths], check=True)
     expected = logits(trainer.model.eval(), batch)
     assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], expected)
 
