@@ -115,6 +115,7 @@ class AdaptivePruner:
         self.impact = None if nri is None else ImpactPass(model, nri.cost, settings, timed_on)
         self.seconds: Seconds | None = None
         self.tune = settings.tune
+        self.kept_adapters: dict[str, torch.Tensor] | None = None
         self._insert_adapters()
         self.adapter_parameters_at_start = lora.adapter_parameters(model)
         self.set_tune(self.tune)
@@ -239,9 +240,15 @@ class AdaptivePruner:
     def set_tune(self, tune: str) -> None:
         """Change what trains; "full" merges the adapters into the base weights first."""
         if tune == "full" and self.tune != "full":
-            lora.merge_adapters(self.model)
+            self.merge_adapters()
         self.tune = tune
         set_trainable(self.model, self.family, tune, self.settings, self.norm_paths())
+
+    def merge_adapters(self) -> None:
+        """Add the adapters to the base weights; with ``keep_adapters`` they are in ``kept_adapters`` from then on."""
+        if self.settings.keep_adapters:
+            self.kept_adapters = lora.adapter_state(self.model)
+        lora.merge_adapters(self.model)
 
     def detach(self) -> None:
         """Take every observing hook out of the model (masks excepted)."""
@@ -447,6 +454,7 @@ def give_shapes(
     if description.get("start", start.digest()) != start.digest():
         raise UserError("The checkpoint does not fit the model: its run began with one of other units. Give that one.")
     plan = PruningPlan.from_json(description["plan"])
+    plan.check_within(start)
     apply_plan(model, family, spaces, start, plan)
     lora.grow_to(model, description["ranks"])
     if description["tune"] == "full":

@@ -5,6 +5,7 @@ The hub gets what a save writes, and nothing of the run. Not for the model card 
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from apt_trainer.errors import Retold, UserError, reason
+from apt_trainer.errors import Retold, RunError, UserError, reason
+
+logger = logging.getLogger(__name__)
 
 STRATEGY = "end"
 """What can be uploaded: the finished model. A checkpoint of a run is none."""
@@ -94,3 +97,14 @@ def upload(repository: str, write: Callable[[Path], None], beside: Path, blockin
     if waits:
         done.add_done_callback(lambda _: shutil.rmtree(folder, ignore_errors=True))
     return done
+
+
+def upload_card(repository: str, card: Path, token: str | None = None, revision: str | None = None) -> None:
+    """Replace the model card of ``repository``; where that fails, which costs no one a model, there is a warning."""
+    said = "Add what was measured to the model card"
+    options = {"repo_id": repository, "token": token, "revision": revision, "commit_message": said}
+    try:
+        with Retold(lambda error: RunError(reason(error))):
+            HfApi().upload_file(path_or_fileobj=card, path_in_repo=card.name, **options)
+    except RunError as error:
+        logger.warning("The card in %s was not updated (%s); upload %s by hand.", repository, error, card)

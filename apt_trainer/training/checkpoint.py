@@ -5,7 +5,6 @@ Only safetensors and JSON are written and read here. The format of a finished mo
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -26,10 +25,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from apt_trainer.errors import UserError
 from apt_trainer.measure.latency import example_inputs
 from apt_trainer.plan.pruning_plan import PLAN_FILE, PruningPlan
-from apt_trainer.store.events import write_json
+from apt_trainer.store.adapter_folder import ADAPTERS_FILE, save_adapters
+from apt_trainer.store.events import parse_json, read_json_object, write_json
 from apt_trainer.store.model_card import CARD_FILE, model_card
 from apt_trainer.store.rescue import rescuing
 from apt_trainer.store.saved_model import load_pruned
+from apt_trainer.training.checkpoint_form import check_state
 from apt_trainer.training.engines import optimizer_file
 from apt_trainer.training.engines.agreement import processes
 
@@ -55,11 +56,17 @@ class TrainingState:
 
 
 def save_pruned(
-    model: PreTrainedModel, path: Path, plan: PruningPlan, tokenizer: Any = None, start: PruningPlan | None = None
+    model: PreTrainedModel,
+    path: Path,
+    plan: PruningPlan,
+    tokenizer: Any = None,
+    start: PruningPlan | None = None,
+    adapters: Mapping[str, torch.Tensor] | None = None,
 ) -> float:
     """Write the finished model, plan and tokenizer to ``path`` and check that it reloads.
 
-    ``start``: what there was before this run, where that matters (``PruningPlan.to_json``).
+    ``start``: what there was before this run, where that matters (``PruningPlan.to_json``). ``adapters``: what was
+    merged into ``model``, to be kept beside it.
     Written to a temporary folder beside it first and checked there, then moved; if anything fails, an older model in
     ``path`` stays whole and ``model`` is kept elsewhere (``rescue``). What a save that was killed left there is
     removed. Returns the largest difference of logits between ``model`` and the reloaded one on a random batch; raises
@@ -68,15 +75,26 @@ def save_pruned(
     with rescuing(model, path, plan):
         path.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
-        return _save(model, path, plan, tokenizer, start)
+        return _save(model, path, plan, tokenizer, start, adapters)
 
 
-def _save(model: PreTrainedModel, path: Path, plan: PruningPlan, tokenizer: Any, start: PruningPlan | None) -> float:
+def _save(
+    model: PreTrainedModel,
+    path: Path,
+    plan: PruningPlan,
+    tokenizer: Any,
+    start: PruningPlan | None,
+    adapters: Mapping[str, torch.Tensor] | None,
+) -> float:
     staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=path))
     try:
         write_model(model, staging, plan, tokenizer, start=start)
+        if adapters is not None:
+            save_adapters(adapters, model, staging)
         difference = reload_difference(model, staging)
         move_in(staging, path)
+        if adapters is None:
+            (path / ADAPTERS_FILE).unlink(missing_ok=True)  # those of another model
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return difference
@@ -96,7 +114,7 @@ def write_model(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     write_json(folder / PLAN_FILE, plan.to_json(start))
-    (card or model_card(model)).save(folder / CARD_FILE)
+    (card or model_card(model, plan=plan)).save(folder / CARD_FILE)
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -205,8 +223,7 @@ def read_training_state(path: Path) -> tuple[Mapping[str, Any], dict[str, torch.
 def read_description(path: Path) -> Mapping[str, Any]:
     """JSON part of a checkpoint of which only the weights are wanted; raises :class:`UserError` when it is none."""
     _require(path, *OF_WEIGHTS)
-    described: Mapping[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-    return described
+    return _described(path)
 
 
 def check_complete(path: Path) -> Mapping[str, Any]:
@@ -217,7 +234,7 @@ def check_complete(path: Path) -> Mapping[str, Any]:
         found = damage(file)
         if found is not None:
             raise UserError(f"{file} is damaged ({found}), so {path.name} cannot be used. Resume from an older one.")
-    described: Mapping[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    described = _described(path)
     if described["teacher_shape"] is not None:
         _require(path, TEACHER_FILE)
     # The first process can have ended its part while another has not written its random state yet.
@@ -232,15 +249,21 @@ def damage(file: Path) -> str | None:
         return "missing"
     try:
         if file.suffix == ".json":
-            json.loads(file.read_text(encoding="utf-8"))
+            parse_json(file.read_bytes())
         elif file.suffix == ".safetensors":
             with safe_open(file, framework="pt"):
                 pass
         elif file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file):
             return "cut off"
-    except (ValueError, SafetensorError) as error:
+    except (ValueError, RecursionError, SafetensorError) as error:
         return str(error).splitlines()[0]
     return None
+
+
+def _described(path: Path) -> Mapping[str, Any]:
+    described = read_json_object(path / STATE_FILE)
+    check_state(described, path / STATE_FILE, path / WEIGHTS_FILE)
+    return {"teacher_shape": None} | described
 
 
 def load_training_weights(file: Path, model: nn.Module, leave_out: str | None = None) -> None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from apt_trainer.measure.generation import generation_call
 from apt_trainer.measure.latency import Latency, evaluating, example_inputs, forward_call, take_turns
 from apt_trainer.store.export import RECORD, Running, target_of
-from apt_trainer.store.export.onnx import has_cache
+from apt_trainer.store.export.check import has_cache
 
 MIN_RUNS = 10
 MAX_SECONDS = 20.0  # per batch size, after which no further round starts
