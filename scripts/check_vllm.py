@@ -46,6 +46,7 @@ print("TOKENS", json.dumps(list(answer[0].outputs[0].token_ids)))
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venv", type=Path, required=True, metavar="DIR", help="environment of vLLM")
+    parser.add_argument("--styles", nargs="+", choices=[*STYLES], default=[*STYLES])
     args = parser.parse_args()
     python = args.venv / "bin" / "python"
     if not python.exists():
@@ -58,11 +59,11 @@ def main() -> int:
     environment = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
-    for style, options in STYLES.items():
+    for style in args.styles:
         with tempfile.TemporaryDirectory() as place:
             record = export(model, style, Path(place) / "out")
             environment["HF_MODULES_CACHE"] = str(Path(place) / "code")
-            asked = json.dumps({"options": options, "new_tokens": NEW_TOKENS, "prompt": prompt[0].tolist()})
+            asked = json.dumps({"options": STYLES[style], "new_tokens": NEW_TOKENS, "prompt": prompt[0].tolist()})
             command = [str(python), "-c", RUN, str(Path(place) / "out"), asked]
             done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True)
         told = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]

@@ -558,6 +558,7 @@ def model_class(architecture: str) -> type[Any]:
             setattr(self.config, REMOTE_CODE, remote_code)
         return base.save_pretrained(self, *args, **kwargs)
 
+    __init__.__annotations__ = {}  # vLLM looks whether arguments are of their types, which are strings here
     namespace = {"config_class": own_config, "__init__": __init__, "from_pretrained": from_pretrained}
     namespace |= {"save_pretrained": save_pretrained, "register_for_auto_class": _already_registered}
     return type(architecture, (base,), namespace | {"__module__": __name__})

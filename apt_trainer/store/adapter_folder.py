@@ -26,9 +26,10 @@ from apt_trainer.models import family_of
 from apt_trainer.models.family import POST_NORM_POLICY
 from apt_trainer.models.modeling_apt import REMOTE_CODE
 from apt_trainer.plan.pruning_plan import PLAN_FILE, PruningPlan
+from apt_trainer.store.claims import PACKED, check_counts, check_needed, numbers_of
 from apt_trainer.store.events import read_json, read_json_object, write_json
 from apt_trainer.store.saved_model import DIFFERENCE, as_pruned, dense_shape
-from apt_trainer.store.stock import with_dense_sizes
+from apt_trainer.store.stock import DENSE_SIZES, with_dense_sizes
 from apt_trainer.surgery.adapters import merge_state
 from apt_trainer.surgery.cutting import apply_plan
 
@@ -62,7 +63,8 @@ def write_difference(model: PreTrainedModel, source: Path, folder: Path) -> dict
     plan = PruningPlan.from_json(read_json(source / PLAN_FILE))
     dtype = _dtype(model.config if model.config.dtype is None else read_json_object(source / CONFIG_NAME))
     base, revision = metadata.get("base", ""), metadata.get("revision") or None
-    built, digest = _built(base, revision, model.config, dtype, source)
+    own = _config_of_base(base, revision, source)
+    built, digest = _built(base, revision, own, model.config, dtype, source)
     _change(built, plan, adapters, source)
     same = dict(built.named_parameters())
     changed = {
@@ -103,14 +105,19 @@ def load_difference(folder: Path, base: str | Path | None = None, dtype: Any = "
         raise UserError(f"{folder / DIFFERENCE} is damaged, or was written by another version of apt_trainer.")
     described = read_json_object(folder / CONFIG_NAME)
     tensors, _ = _read(folder / WEIGHTS_FILE)
+    revision = record.get("revision") if base is None else None
+    name = str(base or named["base"])
+    own = _config_of_base(name, revision, folder)
+    for sizes in (described, described.get(DENSE_SIZES)):
+        layers = max(value for key, value in own.to_dict().items() if key.endswith(("layers", "layer")) and value)
+        check_counts(folder, sizes if isinstance(sizes, dict) else {}, layers)
 
     def retell(error: Exception) -> Exception:
         return UserError(f"The config in {folder} is damaged ({reason(error)}).")
 
     with Retold(retell):
-        config = transformers.AutoConfig.from_pretrained(folder)
-    revision = record.get("revision") if base is None else None
-    model, digest = _built(str(base or named["base"]), revision, config, _dtype(described), folder, **options)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    model, digest = _built(name, revision, own, config, _dtype(described), folder, **options)
     if digest != named["sha256"]:
         raise UserError(
             f"{base or named['base']} is not the model that {folder} was made from: its weights differ. Give that "
@@ -126,30 +133,34 @@ def load_difference(folder: Path, base: str | Path | None = None, dtype: Any = "
     return model if dtype in (None, "auto") else model.to(getattr(torch, str(dtype).removeprefix("torch.")))
 
 
-def _built(
-    base: str, revision: str | None, config: Any, dtype: torch.dtype, folder: Path, **options: Any
-) -> tuple[PreTrainedModel, str]:
-    """(the dense base with the head of ``config``, hash of the weights that it has of its own)"""
-    cls, stock = dense_shape(with_dense_sizes(config))
-    cls = cls or getattr(transformers, (config.architectures or [""])[0], None)
-    if cls is None:
-        raise UserError(f"{folder} is damaged: its config names no class of transformers.")
-    if hasattr(config, POST_NORM_POLICY):
-        setattr(stock, POST_NORM_POLICY, getattr(config, POST_NORM_POLICY))
-
-    def retell(error: Exception) -> Exception:
-        return UserError(
-            f"{folder} needs its base {base}{f' ({revision})' if revision else ''}, which could not be loaded "
-            f"({reason(error)}). Give it: load_pruned(folder, base=PATH)."
-        )
-
-    options |= {"dtype": dtype, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    if revision is not None:
-        options["revision"] = revision
-    with Retold(retell):
-        own = transformers.AutoConfig.from_pretrained(base, **({"revision": revision} if revision else {}))
+def _config_of_base(base: str, revision: str | None, folder: Path) -> Any:
+    """Raises :class:`UserError` where ``base`` is not at hand, or was pruned before."""
+    with Retold(lambda error: _no_base(folder, base, revision, error)):
+        own = transformers.AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
         if hasattr(own, "apt_structure"):
             raise ValueError("it was pruned before, and differences are kept from a dense model only")
+    return own
+
+
+def _no_base(folder: Path, base: str, revision: str | None, error: Exception) -> UserError:
+    return UserError(
+        f"{folder} needs its base {base}{f' ({revision})' if revision else ''}, which could not be loaded "
+        f"({reason(error)}). Give it: load_pruned(folder, base=PATH)."
+    )
+
+
+def _built(
+    base: str, revision: str | None, own: Any, config: Any, dtype: torch.dtype, folder: Path, **options: Any
+) -> tuple[PreTrainedModel, str]:
+    """(the dense base, whose config is ``own``, with the head of ``config``; hash of the weights that it has)"""
+    with Retold(lambda error: UserError(f"{folder} is damaged: its config is that of no model ({reason(error)}).")):
+        cls, stock = dense_shape(with_dense_sizes(config))
+        cls = cls or getattr(transformers, (config.architectures or [""])[0])
+        check_needed(folder, numbers_of(folder, cls, stock), PACKED * numbers_of(Path(base), cls, own))
+    if hasattr(config, POST_NORM_POLICY):
+        setattr(stock, POST_NORM_POLICY, getattr(config, POST_NORM_POLICY))
+    options |= {"dtype": dtype, "ignore_mismatched_sizes": True, "output_loading_info": True, "revision": revision}
+    with Retold(lambda error: _no_base(folder, base, revision, error)):
         model, info = cls.from_pretrained(base, config=stock, **options)
     new = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
     return model.eval(), _hash(model, new)

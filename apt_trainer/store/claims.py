@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from apt_trainer.errors import Retold, UserError, reason
 from apt_trainer.models.modeling_apt import CODE_FILE, CODE_HASH, own_code, sha256
 from apt_trainer.store.events import read_json_object
+from apt_trainer.store.stock import DENSE_SIZES
 
 MAX_LABELS = 2**20
 PACKED = 8
@@ -63,30 +64,46 @@ def _check_numbers(folder: Path, config: dict[str, Any]) -> None:
     structure = config.get("apt_structure")
     gone = structure.get("replaced") if isinstance(structure, dict) else None
     layers = sum(1 for _ in _shapes(folder)) + len(gone or ())  # each has a weight, or a no-op in its place
+    check_counts(folder, config, layers)
+    dense = config.get(DENSE_SIZES)
+    check_counts(folder, dense if isinstance(dense, dict) else {}, OF_DENSE)
+
+
+def check_counts(folder: Path, config: Mapping[str, Any], layers: int) -> None:
+    """Raise :class:`UserError` for a ``config`` of more layers than there can be, or of very many labels."""
     for name, value in config.items():
         most = MAX_LABELS if name == "num_labels" else layers
         counts = name.endswith(("layers", "layer", "num_labels")) and not name.startswith("max")
         if counts and type(value) is int and value > most:
-            raise UserError(f"{folder} is damaged: its config says {name}={value}, and its weights are of fewer.")
+            raise UserError(f"{folder} is damaged: its config says {name}={value}, which its weights do not bear out.")
 
 
 def check_sizes(folder: Path, cls: Any, config: Any, most: int = PACKED) -> None:
     """Raise :class:`UserError` where ``cls`` cannot be built from ``config``, which was read from ``folder``, or would
     need far more than ``most`` times the numbers that the files there hold. Of a name on the hub nothing is known."""
-    if not folder.is_dir():
-        return
+    if folder.is_dir():
+        held = sum(math.prod(shape) for shape in _shapes(folder))
+        check_needed(folder, numbers_of(folder, cls, config), most * held)
+
+
+def check_needed(folder: Path, needed: int, held: int) -> None:
+    """Raise :class:`UserError` for a model of far more numbers than there are."""
+    if needed > held + SMALL:
+        raise UserError(
+            f"{folder} is damaged: its config describes a model of {needed:,} numbers, which its files do not hold."
+        )
+
+
+def numbers_of(folder: Path, cls: Any, config: Any) -> int:
+    """How many numbers ``cls`` holds by ``config``, which ``folder`` says; raises :class:`UserError` where none is
+    made of it. Takes no memory."""
 
     def retell(error: Exception) -> Exception:
         return UserError(f"{folder} is damaged: no {cls.__name__} is made from its config ({reason(error)}).")
 
     with Retold(retell), torch.device("meta"):
         model = cls(copy.deepcopy(config))
-    needed = sum(value.numel() for value in (*model.parameters(), *model.buffers()))
-    held = sum(math.prod(shape) for shape in _shapes(folder))
-    if needed > most * held + SMALL:
-        raise UserError(
-            f"{folder} is damaged: its config describes a model of {needed:,} numbers, and its files hold {held:,}."
-        )
+    return sum(value.numel() for value in (*model.parameters(), *model.buffers()))
 
 
 def _shapes(folder: Path) -> Iterator[list[int]]:

@@ -99,10 +99,10 @@ def upload(repository: str, write: Callable[[Path], None], beside: Path, blockin
     return done
 
 
-def upload_card(repository: str, card: Path, token: str | None = None, revision: str | None = None) -> None:
+def upload_card(repository: str | None, card: Path, token: str | None = None, revision: str | None = None) -> None:
     """Replace the model card of ``repository``; where that fails, which costs no one a model, there is a warning."""
     said = "Add what was measured to the model card"
-    options = {"repo_id": repository, "token": token, "revision": revision, "commit_message": said}
+    options: dict[str, Any] = {"repo_id": repository, "token": token, "revision": revision, "commit_message": said}
     try:
         with Retold(lambda error: RunError(reason(error))):
             HfApi().upload_file(path_or_fileobj=card, path_in_repo=card.name, **options)

@@ -362,7 +362,14 @@ def _place(settings: ModelSettings) -> dict[str, Any]:
 
 
 # no such files, an argument that the model does not take, content that is damaged in some way …
-_UNREADABLE = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, SafetensorError)
+_UNREADABLE: tuple[type[Exception], ...] = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    SafetensorError,
+)
 _UNREADABLE += (StrictDataclassError, TypeError, ValueError, struct.error)
 _HAS_A_SETTING = {
     "revision": "model_revision",

@@ -22,7 +22,7 @@ from integration.factories import SHORT, make_trainer
 from safetensors.torch import load_file, save_file
 from texts import byte_tokenizer, word_tokenizer
 from tiny import parts, random_plan, tiny_model
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging
 
 from apt_trainer import UserError, load_pruned
@@ -145,11 +145,14 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with a teacher."""
+    """A run from a model in ``base`` that kept its adapters, with a checkpoint that has a teacher."""
     output = tmp_path_factory.mktemp("run")
-    trainer = make_trainer(output, **SHORT, save_strategy="steps", save_steps=6)
+    tiny_model("bert").save_pretrained(output / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(output / "base")
+    trainer = make_trainer(output, model, **SHORT, save_strategy="steps", save_steps=6, keep_adapters=True)
     trainer.train()
-    return output / "checkpoint-6"
+    trainer.save_model()
+    return output
 
 
 # ---------------------------------------------------------------------------- saved models
@@ -182,6 +185,7 @@ def test_names_that_are_given_twice(folder: Path) -> None:
         ({"hidden_size": 10**7}, "its config describes a model of"),
         ({"vocab_size": 10**10}, "its config describes a model of"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000"),
+        ({"apt_dense_sizes": {"num_hidden_layers": 10**9}}, "num_hidden_layers=1000000000"),
         ({"num_labels": 10**10}, "num_labels=10000000000"),
         ({"hidden_size": -4}, "The config of .* is damaged"),
         ({"intermediate_size": -4}, "no LlamaForCausalLM is made from its config"),
@@ -251,11 +255,23 @@ def test_events_of_any_content(data: st.DataObject, tmp_path: Path) -> None:
 @cheap
 @given(data=st.data())
 def test_a_checkpoint_of_any_content(data: st.DataObject, run: Path, tmp_path: Path) -> None:
-    copied = Path(shutil.copytree(run, tmp_path / "checkpoint", dirs_exist_ok=True))
+    copied = Path(shutil.copytree(run / "checkpoint-6", tmp_path / "checkpoint", dirs_exist_ok=True))
     spoilt(data, copied / STATE_FILE, lambda: check_complete(copied))
     spoilt(data, copied / NUMBERS_FILE, lambda: read_optimizer(copied))
     name = data.draw(st.sampled_from([STATE_FILE, WEIGHTS_FILE, NUMBERS_FILE, TENSORS_FILE]))
     shortened_or_flipped(data, copied / name, lambda: (check_complete(copied), read_optimizer(copied)))
+
+
+@cheap
+@given(data=st.data())
+def test_an_adapter_of_any_content(data: st.DataObject, run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    if not folder.exists():
+        export(str(run), "adapter", folder)
+    name = data.draw(st.sampled_from(["config.json", "apt_base.json", "pruning_plan.json"]))
+    spoilt(data, folder / name, lambda: load_pruned(folder))
+    name = data.draw(st.sampled_from([name, "apt_difference.safetensors"]))
+    shortened_or_flipped(data, folder / name, lambda: load_pruned(folder))
 
 
 @pytest.mark.parametrize(
@@ -272,7 +288,7 @@ def test_a_checkpoint_of_any_content(data: st.DataObject, run: Path, tmp_path: P
 def test_what_a_checkpoint_cannot_say(
     place: tuple[Any, ...], value: Any, said: str, run: Path, tmp_path: Path
 ) -> None:
-    copied = Path(shutil.copytree(run, tmp_path / "checkpoint"))
+    copied = Path(shutil.copytree(run / "checkpoint-6", tmp_path / "checkpoint"))
     known = json.loads((copied / STATE_FILE).read_text())
     if place[-1] is ...:
         place = (*place[:-1], next(iter(known["pruner"]["ranks"])))

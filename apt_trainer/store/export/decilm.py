@@ -52,7 +52,8 @@ def refuse(model: PreTrainedModel, tokenizer: Any, quantize: str | None, cut: bo
 def write(model: PreTrainedModel, tokenizer: Any, folder: Path, quantize: str | None) -> None:
     """Write ``model`` under the names of LLaMA, with ``block_configs``."""
     base: Any = getattr(model, model.base_model_prefix)
-    weights, blocks, width = {}, [], base.embed_tokens.weight.shape[1]
+    weights: dict[str, Tensor] = {}
+    blocks, width = [], base.embed_tokens.weight.shape[1]
     for i, layer in enumerate(base.layers):
         tensors, block = _layer(layer, i, model.config, width)
         weights |= {f"model.layers.{i}.{name}": value for name, value in tensors.items()}

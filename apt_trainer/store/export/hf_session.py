@@ -44,7 +44,7 @@ def main(folder: str, request: str, answer: str) -> None:
         number, dot, rest = name.partition(".")
         if dot:
             batches.setdefault(number, {})[rest] = value
-    found = {}
+    found: dict[str, Any] = {}
     generates = model.can_generate() and not model.config.is_encoder_decoder
     with torch.no_grad():
         for number, batch in batches.items():
