@@ -9,6 +9,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
+
 from apt_trainer.distillation.session import SelfDistillation
 from apt_trainer.errors import Retold, RunError, UserError, reason
 from apt_trainer.pruning.given_model import IN_USE
@@ -43,6 +45,7 @@ class FinishedModel(BestWithinBudget):
     uploads_after_training = True
     """Whether :meth:`train` ends with :meth:`upload_if_asked`; else the caller does that when all is made."""
     _beside: Path | None = None
+    _card: ModelCard | None = None
 
     @property
     def transformer(self) -> Any:
@@ -53,6 +56,10 @@ class FinishedModel(BestWithinBudget):
 
     def rehearse(self) -> None:
         """Before training: raise :class:`UserError`, on all processes, where the finished model could not be saved."""
+        if self.place and self.args.keep_adapters:
+            raise UserError(
+                f"keep_adapters: true is for a transformer, but {type(self.model).__name__} holds one. Leave it out."
+            )
         with failing_together():
             if self.args.should_save:
                 rehearse(self.transformer, self._output, self.pruner, self._saved_tokenizer())
@@ -137,7 +144,8 @@ class FinishedModel(BestWithinBudget):
             if self.place:
                 save_around(self.model, self.place, path, self.pruner.plan, self._saved_tokenizer(), start)
             else:
-                save_pruned(self.model, path, self.pruner.plan, self._saved_tokenizer(), start)
+                kept = self.pruner.kept_adapters
+                save_pruned(self.model, path, self.pruner.plan, self._saved_tokenizer(), start, kept)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """As the Trainer's; raises :class:`UserError` on all processes where the hub cannot be written to."""
@@ -167,7 +175,9 @@ class FinishedModel(BestWithinBudget):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.hub_model_id = make_repository(self.args, token, private)
-        card = model_card(self.transformer, **kwargs)
+        card = self._card
+        if card is None or kwargs:
+            card = model_card(self.transformer, plan=self.pruner.plan, **kwargs)
 
         def write(folder: Path) -> None:
             start = self.pruner.origin.plan
@@ -186,12 +196,14 @@ class FinishedModel(BestWithinBudget):
         )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card of the finished model to ``output_dir``; arguments as the Trainer's, or as TRL's. In a run,
-        where TRL asks for one at each checkpoint, there is none to describe."""
+        """Write the card of the finished model to ``output_dir``; arguments as the Trainer's, or as TRL's, and
+        ``results`` and ``recipe`` of :func:`~apt_trainer.store.model_card.model_card`. In a run, where TRL asks for
+        one at each checkpoint, there is none to describe."""
         if self.is_world_process_zero() and not self.is_in_train:
             if "dataset_name" in kwargs:
                 kwargs["dataset"] = kwargs.pop("dataset_name")
-            model_card(self.transformer, *args, **kwargs).save(self._output / CARD_FILE)
+            self._card = model_card(self.transformer, *args, plan=self.pruner.plan, **kwargs)
+            self._card.save(self._output / CARD_FILE)
 
     # ------------------------------------------------------------------ inside
 
