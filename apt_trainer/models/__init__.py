@@ -6,28 +6,83 @@ from typing import Any
 
 from apt_trainer.errors import UserError
 from apt_trainer.models.base import HIDDEN, Kind, SizeAttribute, Slice, Space, Stack, Stub, Sublayer
-from apt_trainer.models.families.bert import BERT, ROBERTA
+from apt_trainer.models.families.bart import BART, BLENDERBOT_SMALL, MBART
+from apt_trainer.models.families.bert import BERT, ELECTRA, REMBERT, ROBERTA, ROFORMER
+from apt_trainer.models.families.bert_prenorm import ESM, MEGATRON_BERT, ROBERTA_PRELAYERNORM, XLM_ROBERTA_XL
 from apt_trainer.models.families.distilbert import DISTILBERT
-from apt_trainer.models.families.gpt import GPT2, GPT_NEOX, OPT
-from apt_trainer.models.families.llama import GEMMA, LLAMA, OLMO2, PHI3, SMOLLM3
-from apt_trainer.models.families.modernbert import MODERNBERT
-from apt_trainer.models.families.t5 import T5
+from apt_trainer.models.families.gpt import BIOGPT, GPT2, GPT_NEOX, OPT
+from apt_trainer.models.families.gte import GTE, JINA, NOMIC_BERT
+from apt_trainer.models.families.llama import (
+    APERTUS,
+    ARCEE,
+    EUROBERT,
+    EXAONE4,
+    GEMMA,
+    GLM,
+    GLM4,
+    GRANITE,
+    HYPERCLOVAX,
+    LLAMA,
+    OLMO,
+    OLMO2,
+    PHI3,
+    SMOLLM3,
+    STABLELM,
+    STARCODER2,
+    VAULTGEMMA,
+)
+from apt_trainer.models.families.modernbert import DECODER, MODERNBERT
+from apt_trainer.models.families.mpnet import MPNET
+from apt_trainer.models.families.parallel import COHERE, GPTJ, PHI
+from apt_trainer.models.families.t5 import T5, UMT5
 from apt_trainer.models.family import Head, ModelFamily, StackTable, SublayerTable
 
 _TABLES = (
     BERT,
     ROBERTA,
+    ELECTRA,
+    ROFORMER,
+    REMBERT,
     DISTILBERT,
+    MPNET,
+    XLM_ROBERTA_XL,
+    ROBERTA_PRELAYERNORM,
+    MEGATRON_BERT,
+    ESM,
+    GTE,
+    NOMIC_BERT,
+    JINA,
     MODERNBERT,
+    DECODER,
     LLAMA,
     SMOLLM3,
+    GRANITE,
+    OLMO,
+    STABLELM,
+    ARCEE,
+    APERTUS,
+    STARCODER2,
+    EUROBERT,
+    VAULTGEMMA,
     GEMMA,
     OLMO2,
+    EXAONE4,
     PHI3,
+    GLM,
+    GLM4,
+    HYPERCLOVAX,
+    COHERE,
+    PHI,
+    GPTJ,
     GPT2,
     GPT_NEOX,
     OPT,
+    BIOGPT,
     T5,
+    UMT5,
+    BART,
+    BLENDERBOT_SMALL,
+    MBART,
 )
 
 FAMILIES: dict[str, ModelFamily] = {name: family for family in _TABLES for name in family.model_types}

@@ -36,6 +36,7 @@ class Cosine(Observing):
         self._stream: dict[Stack, torch.Tensor] = {}
         self._awaited: set[str] = set()
         self._told = False
+        self._multiplier = 1.0
 
     def set_tokens(self, mask: Tokens) -> None:
         super().set_tokens(mask)
@@ -46,6 +47,7 @@ class Cosine(Observing):
         config: Any = model.config
         self._family = family_of(config)
         self._parallel = self._family.parallel(config)
+        self._multiplier = self._family.residual_multiplier(config)
         self._counts = {space.name: counts[space.name] for space in spaces if counts[space.name] > 0}
         device = next(model.parameters()).device
         self._await()
@@ -114,7 +116,7 @@ class Cosine(Observing):
         assert self._family is not None
         before = self._stream[sublayer.stack]
         output = output.detach().reshape(before.shape)  # OPT runs its feed-forward on [tokens, hidden]
-        after = output if self._family.post_norm else before + output
+        after = output if self._family.post_norm else before + self._multiplier * output
         if not self._parallel:
             self._stream[sublayer.stack] = after
         if sublayer.space not in self._awaited:

@@ -102,8 +102,10 @@ class _Observer:
         self._states: list[torch.Tensor] = []
         self._handles: list[RemovableHandle] = []
         self._start = self._stream = torch.empty(0)
+        self._multiplier = 1.0
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: Any) -> None:
+        self._multiplier = self._units.family.residual_multiplier(model.config)
         for path in self._units.blocks.values():
             block = model.get_submodule(path)
             self._handles.append(block.register_forward_pre_hook(self._enter, with_kwargs=True))
@@ -133,7 +135,7 @@ class _Observer:
     def _pass(self, unit: Unit | None, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         before = self._start if self._units.parallel else self._stream
         output = output.reshape(before.shape)  # OPT runs its feed-forward on [tokens, hidden]
-        after = output if self._units.family.post_norm else before + output
+        after = output if self._units.family.post_norm else before + self._multiplier * output
         if unit is not None and unit not in self._off:
             self._add(unit, before, after)
         self._stream = after

@@ -48,8 +48,7 @@ OTHER_HEADS = [
 ]
 
 
-def test_every_family_has_a_tiny_model() -> None:
-    assert set(LANGUAGE_MODELS) | {"bert", "roberta", "xlm-roberta", "distilbert"} == set(FAMILIES)
+def test_every_head_of_a_language_model_is_built() -> None:
     assert len(OTHER_HEADS) == 38
     heads = {(name, ending) for name, family in FAMILIES.items() if name in LANGUAGE_MODELS for ending in family.heads}
     built = {(name, type(tiny_model(name, task)).__name__) for name, task in (*LANGUAGE_MODELS.items(), *OTHER_HEADS)}
