@@ -76,6 +76,16 @@ _COMMON: dict[str, object] = {
     "sliding_window": 5,
 }
 _OWN: dict[str, dict[str, object]] = {
+    "albert": {"embedding_size": 12},
+    "deberta-v2": {
+        "relative_attention": True,
+        "position_buckets": 4,
+        "pos_att_type": ["p2c", "c2p"],
+        "share_att_key": True,
+        "norm_rel_ebd": "layer_norm",
+        "position_biased_input": False,
+        "type_vocab_size": 0,
+    },
     "electra": {"embedding_size": 12},
     "gptj": {"rotary_dim": 4},
     "granite": {"residual_multiplier": 0.5, "embedding_multiplier": 2.0, "logits_scaling": 3.0},

@@ -108,12 +108,25 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Positions:
+    """Relative positions that each attention reads beside its tokens: ``number`` of them, each compared with every
+    token ``products`` times. Modules of a layer that project them: ``shared`` with the tokens, or their ``own``.
+    """
+
+    number: int
+    products: int
+    shared: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ModelFamily:
     """Table of names for models that share a layout.
 
     ``post_norm``: the residual stream is normalised after each sublayer; otherwise it has no fixed scale.
     ``parallel``: whether, by the config, all sublayers of a layer read the input of that layer.
     ``residual_multiplier``: what, by the config, the output of a sublayer is multiplied by before it is added.
+    ``repeats``: how often, by the config, the layers run one after the other. ``positions``: see there.
     ``projection``: linear between embeddings and hidden space; where a model has it, embeddings and their norms are of
     another width. ``base_norms``: norms on the hidden space that are in no layer and not on the way through them.
     ``adapter_targets``: endings of the linears that get adapters by default, where a model has them.
@@ -135,6 +148,8 @@ class ModelFamily:
     adapter_targets: tuple[str, ...] = ()
     parallel: Callable[[Any], bool] = lambda config: False
     residual_multiplier: Callable[[Any], float] = lambda config: 1.0
+    repeats: Callable[[Any], int] = lambda config: 1
+    positions: Callable[[Any], Positions | None] = lambda config: None
     unsupported: Callable[[Any], str | None] = lambda config: None
     config_sizes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     per_layer: tuple[str, ...] = ("layer_types",)

@@ -268,12 +268,13 @@ class AdaptivePruner:
         return [path for space in self.spaces for path in space.norms]
 
     def alive_layers(self) -> dict[Stack, list[bool]]:
-        """Per stack, which layers still have every sublayer."""
+        """Per stack, which layers still have every sublayer; a layer that runs several times is in it each time."""
         alive: dict[Stack, dict[int, bool]] = {}
         for sublayer in self.sublayers:
             layers = alive.setdefault(sublayer.stack, {})
             layers[sublayer.layer] = layers.get(sublayer.layer, True) and self.plan.counts[sublayer.space] > 0
-        return {stack: [layers[layer] for layer in sorted(layers)] for stack, layers in alive.items()}
+        repeats = self.family.repeats(self.model.config)
+        return {stack: [layers[layer] for layer in sorted(layers)] * repeats for stack, layers in alive.items()}
 
     def describe(self, step: int, kind: str) -> dict[str, Any]:
         """One record of ``events.jsonl``, without times and losses."""

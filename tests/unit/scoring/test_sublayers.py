@@ -1003,7 +1003,7 @@ def test_a_family_without_a_table_is_told_before_weights_load(
     more = {"drop": ["--count", "1"], "curve": ["--test", str(saved / "text.txt")]}.get(verb, [])
     assert cli.main([verb, *place, "--output", str(out), *more]) == 2
     error = capsys.readouterr().err
-    assert "model_type 'gpt_bigcode' has no ModelFamily. Supported: " in error and not out.exists()
+    assert "model_type 'gpt_bigcode' has no ModelFamily. Nearest is " in error and not out.exists()
 
 
 def test_a_model_that_breaks_down_is_not_written(saved: Path, tmp_path: Path, monkeypatch, capsys) -> None:
