@@ -40,13 +40,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from apt_trainer import load_pruned
+from apt_trainer import UserError, load_pruned
 from apt_trainer.measure import count_flops, count_parameters
 from apt_trainer.models import HIDDEN, Space, family_of
 from apt_trainer.models.base import linear_shape
 from apt_trainer.models.modeling_apt import STUB_KINDS
 from apt_trainer.plan.cost import flops_cost, parameter_cost
 from apt_trainer.plan.pruning_plan import PruningPlan
+from apt_trainer.pruning.uniform_shape import check_stock
 from apt_trainer.store.saved_model import as_pruned
 from apt_trainer.surgery.adapters import adapters, grow_rank, merge_adapters
 from apt_trainer.surgery.cutting import apply_plan
@@ -290,6 +291,32 @@ def saves_and_loads(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return again
 
 
+def equal_layers_are_stock_or_refused(model: PreTrainedModel, folder: Path) -> None:
+    """Fewer units of a kind in every layer, or fewer layers: a stock checkpoint that computes the same, or one
+    sentence before anything is trained."""
+    family, spaces, dense = parts(model)
+    batch = tiny_batch(model)
+    last = [f"{stack.spaces}.{len(family._layers(model, stack)) - 2}." for stack in family.stacks]
+    fewer = {
+        kind: {s.name: dense.kept[s.name][: s.size * 3 // 4] for s in spaces if s.kind == kind}
+        for kind in ("heads", "neurons", HIDDEN)
+    }
+    fewer["layers"] = {s.name: () for s in spaces if s.name.startswith(tuple(last)) and not s.minimum}
+    for kind, kept in fewer.items():
+        plan = PruningPlan({**dense.kept, **kept})
+        try:
+            check_stock(model, family, plan)
+        except UserError as error:
+            assert "no stock config" in str(error)
+            continue
+        small, target = pruned_copy(model, plan), folder / kind
+        assert type(small) is type(model) and not hasattr(small.config, "apt_structure")
+        expected = logits(cut(model, plan), batch)
+        small.save_pretrained(target)
+        again = type(model).from_pretrained(target).eval()
+        assert close(logits(again, batch), expected), f"fewer {kind}: another model"
+
+
 def heads_are_described(model_type: str, folder: Path) -> None:
     """Of every task: their sides of the hidden space, what trains in them, and how they load."""
     for model in models_with_heads(model_type):
@@ -337,3 +364,4 @@ def check(model_type: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         generates_with_a_cache(saves_and_loads(model, Path(folder)))
         heads_are_described(model_type, Path(folder))
+        equal_layers_are_stock_or_refused(model, Path(folder))

@@ -122,10 +122,11 @@ def tiny_model(
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int) -> None:
-    """Draw every parameter anew: norms' weights around 1, others around 0, smaller where scores are not scaled."""
+    """Draw every parameter that is not fixed anew: norms' weights around 1, others around 0, smaller where scores are
+    not scaled."""
     generator = torch.Generator().manual_seed(seed)
     norms = {id(m.weight) for m in model.modules() if type(m).__name__.endswith("Norm") and hasattr(m, "weight")}
-    for parameter in model.parameters():
+    for parameter in (p for p in model.parameters() if p.requires_grad):
         drawn = torch.randn(parameter.shape, generator=generator) * 0.3
         parameter.copy_(1 + drawn if id(parameter) in norms else drawn)
     for name, parameter in model.named_parameters():

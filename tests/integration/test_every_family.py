@@ -12,7 +12,7 @@ import invariants
 import pytest
 import torch
 from tiny import logits, tiny_batch
-from unit.models.test_every_family import OTHERS
+from unit.models.test_every_family import ONE_A_TABLE, OTHERS
 
 from apt_trainer import APTTrainer, load_pruned
 from integration.factories import (
@@ -43,18 +43,19 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("model_type", OTHERS)
 def test_a_run_prunes_distils_and_resumes_bit_equal(model_type: str, saved: Path, tmp_path: Path) -> None:
-    """Resumed from between two events, while adapters have grown and a teacher is there."""
-    whole = _trainer(tmp_path, model_type, (4,))
+    """Resumed, once a table, from between two events, while adapters have grown and a teacher is there."""
+    whole = _trainer(tmp_path, model_type, (4,) if model_type in ONE_A_TABLE else ())
     whole.train()
     assert whole.pruner.sparsity() >= 0.5 and len(losses_of(whole)) == RUN["max_steps"]
     assert counted_block_parameters(whole) == events_of(tmp_path, "prune")[-1]["block_params"]
     assert events_of(tmp_path, "teacher")
-    resumed = _trainer(tmp_path / "again", model_type)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    expected, got = weights_of(whole.model), weights_of(resumed.model)
-    assert expected.keys() == got.keys()
-    assert [key for key in expected if not torch.equal(expected[key], got[key])] == []
-    assert resumed.pruner.plan == whole.pruner.plan and losses_of(resumed) == losses_of(whole)
+    if model_type in ONE_A_TABLE:
+        resumed = _trainer(tmp_path / "again", model_type)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        expected, got = weights_of(whole.model), weights_of(resumed.model)
+        assert expected.keys() == got.keys()
+        assert [key for key in expected if not torch.equal(expected[key], got[key])] == []
+        assert resumed.pruner.plan == whole.pruner.plan and losses_of(resumed) == losses_of(whole)
     whole.save_model(str(saved / model_type))
     batch = {name: value for name, value in tiny_batch(whole.model).items() if name != "labels"}
     if whole.model.config.is_encoder_decoder:
