@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from apt_trainer.errors import UserError
-from apt_trainer.models.base import HIDDEN, Kind, SizeAttribute, Slice, Space, Stack, Stub, Sublayer
+from apt_trainer.models.base import HIDDEN, Kind, SizeAttribute, Slice, Space, Stack, Stub, Sublayer, norm_paths
 from apt_trainer.models.families.albert import ALBERT
 from apt_trainer.models.families.bart import BART, BLENDERBOT_SMALL, MBART
 from apt_trainer.models.families.bert import BERT, ELECTRA, REMBERT, ROBERTA, ROFORMER
@@ -124,4 +124,5 @@ __all__ = [
     "Sublayer",
     "SublayerTable",
     "family_of",
+    "norm_paths",
 ]

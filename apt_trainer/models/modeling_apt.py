@@ -34,6 +34,9 @@ DENSE = "apt_per_layer"
 """In memory only: what the config of a model with an execution plan says about its layers."""
 REMOTE_CODE = "apt_remote_code"
 """Attribute of a config: whether a save writes this file too; it does where that is absent."""
+WEIGHTS, NOT_STOCK = "transformers_weights", "load_with_apt_trainer.load_pruned.safetensors"
+"""Entry of a saved config by which a stock class, called by its name, looks for the weights, and a file that is not
+there: it stops, instead of filling what the dense model has more at random."""
 _OWN = ("apt_base_architecture", "apt_format_version", "apt_structure", "apt_plan")
 
 HOOKS: dict[str, Callable[..., None]] = {}
@@ -446,6 +449,7 @@ def config_class(model_type: str) -> type[Any]:
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         own = {name: kwargs.pop(name, None) for name in _OWN}
+        kwargs.pop(WEIGHTS, None)
         base.__init__(self, *args, **kwargs)
         version = own["apt_format_version"]
         if version is not None and not (type(version) is int and version <= FORMAT_VERSION):
@@ -494,6 +498,7 @@ def _saved_form(config: Any, base: Any) -> dict[str, Any]:
         values["apt_base_architecture"] = names[0]
         values["architectures"] = [CLASS_PREFIX + name for name in names]
     values.pop("auto_map", None)
+    values[WEIGHTS] = NOT_STOCK
     if carries_code(config):
         values["auto_map"] = auto_map(base)
     _teach_peft(base.model_type)

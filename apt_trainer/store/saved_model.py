@@ -6,7 +6,7 @@ missing weights at random. ``apt_kept`` tells which units of the dense model are
 who prunes further. With ``apt_plan`` the layers run by an execution plan (``models.execution``); the rest of the
 config is then still that of the layers, one after the other. ``apt_post_norm_policy``, where it is not the default,
 says which no-ops those of gone sublayers are to be (``models.family``). Not for checkpoints inside a run
-(``training.checkpoint``).
+(``training.checkpoints``).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from apt_trainer.models.modeling_apt import (
     PREFIX,
     REMOTE_CODE,
     STUB_KINDS,
+    WEIGHTS,
     ConfigView,
     config_class,
     get_size,
@@ -216,7 +217,7 @@ def dense_shape(config: PreTrainedConfig) -> tuple[type[PreTrainedModel] | None,
         return None, copy.deepcopy(config)
     cls = getattr(transformers, architecture)
     values = config.to_dict()
-    for name in ("model_type", "auto_map"):
+    for name in ("model_type", "auto_map", WEIGHTS):
         values.pop(name, None)
     values["architectures"] = [architecture]
     stock = cls.config_class(**{name: value for name, value in values.items() if not name.startswith("apt_")})

@@ -1,6 +1,6 @@
 """What becomes of the model after the last step: tried before the first, saved, uploaded, and kept whatever fails.
 
-A base of ``APTTrainer``. See ``training.checkpoint`` for how it is written, ``trainer`` for what happens in between.
+A base of ``APTTrainer``. See ``store.saving`` for how it is written, ``trainer`` for what happens in between.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from typing import Any
 from apt_trainer.distillation.session import SelfDistillation
 from apt_trainer.errors import Retold, RunError, UserError, reason
 from apt_trainer.pruning.given_model import IN_USE
-from apt_trainer.store.hub import make_repository, upload
+from apt_trainer.store.hub import make_repository, put_beside, upload
 from apt_trainer.store.model_card import CARD_FILE, model_card
 from apt_trainer.store.rescue import how_to_load
 from apt_trainer.store.saved_model import as_pruned
-from apt_trainer.training import checkpoint, norms
-from apt_trainer.training.best_model import BestWithinBudget
+from apt_trainer.store.saving import save_pruned, write_model
+from apt_trainer.training import norms, reshape
+from apt_trainer.training.checkpoints.best import BestWithinBudget
 from apt_trainer.training.engines import Engine, engine_of
 from apt_trainer.training.engines.agreement import failing_together, processes
 from apt_trainer.training.inside import save_around
@@ -39,6 +40,9 @@ class FinishedModel(BestWithinBudget):
     _finished: bool
     place: str
     """Path of the transformer in ``model``; "" where that is ``model`` itself."""
+    uploads_after_training = True
+    """Whether :meth:`train` ends with :meth:`upload_if_asked`; else the caller does that when all is made."""
+    _beside: Path | None = None
 
     @property
     def transformer(self) -> Any:
@@ -58,8 +62,9 @@ class FinishedModel(BestWithinBudget):
         model is finished and saved, and the :class:`RunError` says where."""
         return Retold(self._keep)
 
-    def upload_if_asked(self) -> None:
-        """After training: with ``push_to_hub``, save and upload the model, once; collective."""
+    def upload_if_asked(self, saved: bool = False, beside: Path | None = None) -> None:
+        """After training: with ``push_to_hub``, save the model, unless it is ``saved`` in ``output_dir``, and upload
+        it, once, with the folder ``beside`` where there is one; collective."""
         if not self.args.push_to_hub:
             return
 
@@ -70,8 +75,10 @@ class FinishedModel(BestWithinBudget):
                 f"{self.hub_model_id} {self._output} --exclude 'checkpoint-*' '*.jsonl' 'runs/*'"
             )
 
+        self._beside = beside
         with failing_together():
-            self.save_model()
+            if not saved:
+                self.save_model()
             with Retold(retell):
                 self.push_to_hub()
 
@@ -99,7 +106,7 @@ class FinishedModel(BestWithinBudget):
         self.pruner.detach()
         self.pruner.masks.close()
         self.distillation.end(self.model)
-        self.model = engine_of(self).leave()
+        self.model = reshape.finalize(self)
         norms.plain(self.model)
         self.pruner.set_tune("full")
         if choose_best:
@@ -130,7 +137,7 @@ class FinishedModel(BestWithinBudget):
             if self.place:
                 save_around(self.model, self.place, path, self.pruner.plan, self._saved_tokenizer(), start)
             else:
-                checkpoint.save_pruned(self.model, path, self.pruner.plan, self._saved_tokenizer(), start)
+                save_pruned(self.model, path, self.pruner.plan, self._saved_tokenizer(), start)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """As the Trainer's; raises :class:`UserError` on all processes where the hub cannot be written to."""
@@ -161,11 +168,16 @@ class FinishedModel(BestWithinBudget):
         if self.hub_model_id is None:
             self.hub_model_id = make_repository(self.args, token, private)
         card = model_card(self.transformer, **kwargs)
+
+        def write(folder: Path) -> None:
+            start = self.pruner.origin.plan
+            write_model(self.model, folder, self.pruner.plan, self._saved_tokenizer(), card, start)
+            if self._beside is not None and self._beside.is_dir():
+                put_beside(self._beside, folder)
+
         return upload(
             self.hub_model_id,
-            lambda folder: checkpoint.write_model(
-                self.model, folder, self.pruner.plan, self._saved_tokenizer(), card, self.pruner.origin.plan
-            ),
+            write,
             self._output,
             blocking,
             commit_message=commit_message,

@@ -26,7 +26,7 @@ def save_optimizer(trainer: Any, folder: Path) -> None:
     """Write the optimizer of ``trainer``; all processes must call it, one writes."""
     tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, dict[str, float]] = {}
-    for name, state in engine_of(trainer).states():
+    for name, state in engine_of(trainer).whole_states():
         if not trainer.args.should_save:
             continue
         for key, value in state.items():
