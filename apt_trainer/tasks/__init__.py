@@ -19,6 +19,7 @@ from apt_trainer.models.labels import SEQUENCE_HEAD, TOKEN_HEAD
 from apt_trainer.settings import DataSettings, check_choices
 from apt_trainer.tasks import (
     classification,
+    embedding,
     instruction_tuning,
     language_modeling,
     question_answering,
@@ -95,6 +96,13 @@ TASK_KINDS = {
         classification.find_columns,
         classification.build_regression,
         settings=("drop_unlabeled",),
+    ),
+    "embedding": TaskKind(
+        (*embedding.SCORED, *embedding.UNSCORED),
+        embedding.find_columns,
+        embedding.build,
+        architectures=(ENCODER,),
+        settings=("negative_column",),
     ),
     "token_classification": TaskKind(
         ("f1", "accuracy"), tokens.find_columns, tokens.build, settings=("class_weights",), head=TOKEN_HEAD
@@ -213,7 +221,7 @@ def _check_architecture(task: str, kind: TaskKind, architecture: str) -> None:
 
 def _check_settings(data: DataSettings, kind: TaskKind) -> None:
     defaults = DataSettings()
-    for name in (*_OF_PROMPTS, *_OF_TARGETS, *_OF_LABELS, "label_separator"):
+    for name in (*_OF_PROMPTS, *_OF_TARGETS, *_OF_LABELS, "label_separator", "negative_column"):
         if name not in kind.settings and getattr(data, name) != getattr(defaults, name):
             raise UserError(f"{name}={getattr(data, name)!r} has no meaning for task: {data.task}. Remove it.")
 

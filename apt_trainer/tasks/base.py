@@ -48,6 +48,8 @@ class TaskData:
     predictions in the order of the rows. ``packed``: a training row holds several sequences, which must not see each
     other. ``sums``: what ``metrics`` sums over rows, for their intervals; empty where a row alone has its score.
     ``label_counts``: how often each label occurs in ``train``; ``class_weights``: what each counts in the loss.
+    ``embedding_loss``: where a row is several texts that the model embeds, from embeddings [B, d] of each of them and
+    labels [B] to a scalar.
     """
 
     train: Dataset
@@ -69,6 +71,7 @@ class TaskData:
     sums: Mapping[str, Callable[[EvalPrediction], SummedScores]] = field(default_factory=dict)
     label_counts: Mapping[str, int] = field(default_factory=dict)
     class_weights: tuple[float, ...] | None = None
+    embedding_loss: Callable[[list[torch.Tensor], torch.Tensor], torch.Tensor] | None = None
 
 
 class HasNames(Protocol):

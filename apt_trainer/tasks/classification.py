@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 def find_columns(parts: dict[str, Dataset], data: DataSettings) -> Columns:
     """Check the columns of every part; the text column may be left open where only one fits."""
-    return _columns(parts, data, _is_label, "one label or number per row, all of one type")
+    return _columns(parts, data, is_label, "one label or number per row, all of one type")
 
 
 def find_list_columns(parts: dict[str, Dataset], data: DataSettings) -> Columns:
@@ -139,7 +139,7 @@ def build_regression(
     """One number per row, as it stands: it is neither scaled nor shifted."""
     if data.class_weights is not None:
         raise UserError("class_weights has no meaning for task: regression. Remove it.")
-    numbers = {part: _numbers(rows, columns.label, part) for part, rows in splits.parts.items()}
+    numbers = {part: numbers_of(rows, columns.label, part, "regression") for part, rows in splits.parts.items()}
     if "test" in numbers and set(numbers["test"]) == {-1.0} and -1.0 not in numbers["train"]:
         raise UserError(
             f"label_column={columns.label!r} of the test data holds only -1, which marks hidden labels. "
@@ -222,16 +222,17 @@ def _warn_of_blank(texts: Sequence[str], columns: Columns, part: str) -> None:
         )
 
 
-def _is_label(feature: Any) -> bool:
+def is_label(feature: Any) -> bool:
     return isinstance(feature, ClassLabel | Value)
 
 
 def _is_list_of_labels(feature: Any) -> bool:
-    return _is_label(getattr(feature, "feature", None))
+    return is_label(getattr(feature, "feature", None))
 
 
-def _numbers(rows: Dataset, column: str, part: str) -> list[float]:
-    numbers = []
+def numbers_of(rows: Dataset, column: str, part: str, task: str) -> list[float]:
+    """The cells of ``column``; :class:`UserError` for one that is no finite number."""
+    numbers, advice = [], ", or use task: classification" if task == "regression" else ""
     for row, value in enumerate(rows[column][:]):
         try:
             number = float(value)
@@ -240,7 +241,7 @@ def _numbers(rows: Dataset, column: str, part: str) -> list[float]:
         if not math.isfinite(number):
             raise UserError(
                 f"label_column={column!r} of the {PART_NAMES[part]} data holds {value!r} (row {row} of those used), "
-                "but task: regression needs finite numbers. Correct the data, or use task: classification."
+                f"but task: {task} needs finite numbers. Correct the data{advice}."
             )
         numbers.append(number)
     return numbers

@@ -98,7 +98,7 @@ class FinishedModel(BestWithinBudget):
         self.check_finite()
         self.pruner.detach()
         self.pruner.masks.close()
-        self.distillation.end(self.model)
+        self.distillation.end(self.transformer)
         self.model = engine_of(self).leave()
         norms.plain(self.model)
         self.pruner.set_tune("full")

@@ -62,7 +62,13 @@ from apt_trainer.training.engines.state import State
 from apt_trainer.training.finished_model import FinishedModel
 from apt_trainer.training.fused_head import let_copies_own
 from apt_trainer.training.given_adapters import adopt
-from apt_trainer.training.inside import check_inside, place_of_transformer, without_own_groups
+from apt_trainer.training.inside import (
+    check_embeddings,
+    check_inside,
+    place_of_transformer,
+    pooling_of,
+    without_own_groups,
+)
 from apt_trainer.training.micro_batch import MicroBatches
 from apt_trainer.training.own_metrics import left_alone
 from apt_trainer.training.reference import check_reference
@@ -88,7 +94,8 @@ class PruningMixin(FinishedModel):
 
     Args:
         importance: a scoring rule of the user's own, instead of ``args.importance``.
-        teacher: a fine-tuned model of the same task, where ``args.distillation`` is "model".
+        teacher: a fine-tuned model of the same task, where ``args.distillation`` is "model". Without logits, as of an
+            embedding model, embeddings are compared with the teacher's.
         heldout_dataset: data on which snapshots of the student are chosen as teacher. By default
             ``args.heldout_fraction`` of the training data is split off for it when needed.
         class_weights: what each label counts in the loss (:class:`~apt_trainer.models.class_weights.ClassWeights`).
@@ -149,10 +156,14 @@ class PruningMixin(FinishedModel):
         if given.get("peft_config") is not None:
             inner = model.get_submodule(place_of_transformer(model))
             settings = self.args = adopt(given.pop("peft_config"), settings, inner)
-        self._given = importance, teacher
-        self._label_order = None if teacher is None else match_teacher(model, teacher)
         self.place = place_of_transformer(model)
         check_inside(model, self.place, settings)
+        self._label_order = None
+        if teacher is not None:
+            teacher = teacher.get_submodule(place_of_transformer(teacher))  # type: ignore[assignment]
+            self._label_order = match_teacher(model.get_submodule(self.place), teacher)
+            check_embeddings(model.get_submodule(self.place), teacher, settings)
+        self._given = importance, teacher
         if self.place:
             settings = self.args = copy.copy(settings)
             settings.ddp_find_unused_parameters = True  # what is round a transformer may leave its pooler out
@@ -281,7 +292,8 @@ class PruningMixin(FinishedModel):
         teacher = None if self.distillation.teacher.is_external else self.distillation.teacher.model
         weights = None if teacher is None else engine_of(self).weights_to_save(teacher)
         shape = None if teacher is None else self._teacher_shape
-        return checkpoint.TrainingState(description, tensors, self.distillation.state(self.model), weights, shape)
+        told = self.distillation.state(self.transformer)
+        return checkpoint.TrainingState(description, tensors, told, weights, shape)
 
     def before_step(self) -> None:
         """Before the first forward pass of an optimizer step."""
@@ -298,8 +310,8 @@ class PruningMixin(FinishedModel):
             self._change_shape(decision, step, started)
         if self.distillation.snapshot_due(self.schedule, step):
             self._offer_snapshot(step)
-        if self.distillation.transform_due(self.model, self.schedule, step):
-            runtime.reshape(self, lambda: self.distillation.keep_transform(self.model, self.schedule, step))
+        if self.distillation.transform_due(self.transformer, self.schedule, step):
+            runtime.reshape(self, lambda: self.distillation.keep_transform(self.transformer, self.schedule, step))
 
     def prune_before_training(self, max_steps: int) -> None:
         """Score the dense model on rows of the training data and cut it, before an engine or optimizer sees it."""
@@ -340,7 +352,7 @@ class PruningMixin(FinishedModel):
                 self._refit(decision.plan)
             event = self.pruner.apply(decision, step, self.distillation.teacher.parameter_ids())
             edits: dict[str, list[Keep | Grow]] = {self._prefix + name: of for name, of in event.edits.items()}
-            return edits | self.distillation.follow(self.model, event.survivors, growth)
+            return edits | self.distillation.follow(self.transformer, event.survivors, growth)
 
         reshape = runtime.reshape if self.live_dataloader is not None else runtime.reshape_first
         reshape(self, change)
@@ -388,6 +400,8 @@ class PruningMixin(FinishedModel):
             None if teacher is None else engine_of(self).place(teacher),
             self.accelerator.autocast,
             self._label_order,
+            getattr(self, "pooling", None) or pooling_of(self.model, self.place),
+            layers=not self.place,
         )
         self._teacher_shape: dict[str, Any] | None = None
         self.schedule = self._make_schedule()
@@ -458,7 +472,7 @@ class PruningMixin(FinishedModel):
     def _calibration_loss(self, batch: Batch) -> torch.Tensor:
         """Task loss of the plain model. Gradients in float16 would need the scaler of accelerate."""
         autocast = nullcontext() if self.args.fp16 else self.accelerator.autocast()
-        with autocast, self._micro_batches.telling_tokens(self.pruner.importance.set_tokens):
+        with autocast, self._micro_batches.telling_tokens(self.pruner.importance.set_tokens, batch):
             return self.compute_loss(self.model, dict(batch))  # type: ignore[no-any-return]
 
     def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -468,7 +482,7 @@ class PruningMixin(FinishedModel):
         loss = self._heldout_loss()
         agree("the loss on held-out data", step, loss)
         engine_of(self).settle()
-        if self.distillation.offer(self.model, loss):
+        if self.distillation.offer(self.transformer, loss):
             restore_forward(self.distillation.teacher.model)
             self._teacher_shape = self.pruner.state()[0]
             self._write_record(self.pruner.describe(step, "teacher") | {"heldout_loss": loss})
@@ -519,7 +533,7 @@ class PruningMixin(FinishedModel):
         if resume_from_checkpoint is None:
             if self.pruner.settings.prunes_before:
                 self.prune_before_training(max_steps)
-            self.distillation.keep_transform(self.model, self.schedule, 0)
+            self.distillation.keep_transform(self.transformer, self.schedule, 0)
         else:
             if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # else the loop has done so
                 self._load_from_checkpoint(resume_from_checkpoint)
@@ -529,7 +543,7 @@ class PruningMixin(FinishedModel):
         _, self.live_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
         engine_of(self).check()
         engine_of(self).check_optimizer()
-        self.distillation.teacher.join(self.model, engine_of(self).one_dtype)
+        self.distillation.teacher.join(self.transformer, engine_of(self).one_dtype)
         if resume_from_checkpoint is not None:
             engine_of(self).give_whole(state)
             runtime.set_schedule(self, schedule)
@@ -553,7 +567,12 @@ class PruningMixin(FinishedModel):
 
 
 def _check_splitting(data: Any, args: Any) -> None:
-    """Raise :class:`UserError` where ``data`` have no length and that is in the way."""
+    """Raise :class:`UserError` where rows are to be held out of ``data`` that are several, or have no length."""
+    if isinstance(data, Mapping) and args.heldout_rows(1) > 0:
+        raise UserError(
+            "train_dataset holds several data sets, of which no rows are split off to choose the teacher on. Give "
+            "heldout_dataset, or set distillation: none."
+        )
     if has_length(data):
         return
     args.total_steps(None)
