@@ -92,13 +92,13 @@ def of_equal_weights(one: Any, other: Any) -> bool:
 ALONE = """
 import json, sys
 from sentence_transformers import CrossEncoder, SentenceTransformer
-kind, path, texts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-model = {"CrossEncoder": CrossEncoder, "SentenceTransformer": SentenceTransformer}[kind](
-    path, device="cpu", trust_remote_code=True
-)
-found = model.predict(texts) if kind == "CrossEncoder" else model.encode(texts)
+texts, found = json.loads(sys.argv[1]), []
+for kind, path in ((SentenceTransformer, sys.argv[2]), (CrossEncoder, sys.argv[3])):
+    model = kind(path, device="cpu", trust_remote_code=True)
+    given = [(text, texts[0]) for text in texts]
+    found.append((model.predict(given) if kind is CrossEncoder else model.encode(texts)).tolist())
 assert "apt_trainer" not in sys.modules
-print(json.dumps(found.tolist()))
+print(json.dumps(found))
 """
 
 
@@ -233,18 +233,17 @@ def test_a_cross_encoder_is_pruned_and_loads_with_equal_scores(
         assert of_equal_weights(trainer, resumed)
 
 
-@pytest.mark.parametrize("made", [embeddings, pairs])
-def test_both_load_where_this_package_is_not_imported(made: Any, tmp_path: Path) -> None:
-    trainer = made(tmp_path)
-    trainer.train()
-    trainer.save_model(str(tmp_path / "model"))
-    kind = type(trainer.model).__name__
-    texts = [(text, TEXTS[0]) for text in TEXTS] if kind == "CrossEncoder" else TEXTS
-    command = [sys.executable, "-c", ALONE, kind, str(tmp_path / "model"), json.dumps(texts)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+def test_both_load_where_this_package_is_not_imported(tmp_path: Path) -> None:
+    trainers = [made(tmp_path / made.__name__) for made in (embeddings, pairs)]
+    paths = [str(tmp_path / f"model{number}") for number in range(2)]
+    for trainer, path in zip(trainers, paths, strict=True):
+        trainer.train()
+        trainer.save_model(path)
+    command = [sys.executable, "-c", ALONE, json.dumps(TEXTS), *paths]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
-    found = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
-    assert torch.allclose(found, outputs(trainer.model), atol=1e-6)
+    for trainer, found in zip(trainers, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        assert torch.allclose(torch.tensor(found), outputs(trainer.model), atol=1e-6)
 
 
 # ---------------------------------------------------------------------------- two processes
