@@ -36,6 +36,7 @@ from apt_trainer.training.best_model import check_candidates
 from apt_trainer.training.checkpoint import check_complete
 from apt_trainer.training.compiled import compile_options
 from apt_trainer.training.engines.optimizer_class import check_optimizer
+from apt_trainer.training.inside import check_embeddings
 from apt_trainer.training.rehearsal import check_output, rehearse
 from apt_trainer.training.whole_checkpoints import GOES_ON, checkpoints_in, find_whole, last_whole
 
@@ -89,7 +90,8 @@ def check_before_loading(recipe: Recipe, config: Any, data: TaskData, tokenizer:
         settings.sparsity_metric = "params"
     model = build_model(config, data, "meta", recipe.model.dtype)
     if args.teacher_name_or_path is not None:
-        check_teacher(teacher_settings(recipe.model, args.teacher_name_or_path), data, model, tokenizer)
+        teacher = check_teacher(teacher_settings(recipe.model, args.teacher_name_or_path), data, model, tokenizer)
+        check_embeddings(model, teacher, args)
     check_exports(args, model, tokenizer)
     rehearse(model, Path(str(args.output_dir)), AdaptivePruner(model, settings), tokenizer)
 

@@ -59,11 +59,9 @@ class APTEmbeddingTrainer(PruningMixin, EmbeddingTrainer):
     Config = APTConfig
     trainer_class = EmbeddingTrainer
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As that of :class:`PruningMixin`; the finished model with what sentence-transformers reads beside it."""
-        super().save_model(output_dir, _internal_call)
-        if not _internal_call and self.args.should_save:
-            write_layout(self.model, Path(output_dir or str(self.args.output_dir)), self._saved_tokenizer())
+    def write_beside(self, folder: Path) -> None:
+        """What sentence-transformers reads."""
+        write_layout(self.model, folder, self._saved_tokenizer())
 
 
 class PlainEmbeddingTrainer(EachRowOnce, EmbeddingTrainer):

@@ -131,6 +131,10 @@ class FinishedModel(BestWithinBudget):
                 save_around(self.model, self.place, path, self.pruner.plan, self._saved_tokenizer(), start)
             else:
                 checkpoint.save_pruned(self.model, path, self.pruner.plan, self._saved_tokenizer(), start)
+                self.write_beside(path)
+
+    def write_beside(self, folder: Path) -> None:
+        """Write what belongs to the finished model beyond itself to ``folder``, which holds it; by default nothing."""
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """As the Trainer's; raises :class:`UserError` on all processes where the hub cannot be written to."""
@@ -161,11 +165,15 @@ class FinishedModel(BestWithinBudget):
         if self.hub_model_id is None:
             self.hub_model_id = make_repository(self.args, token, private)
         card = model_card(self.transformer, **kwargs)
+
+        def write(folder: Path) -> None:
+            plan, start = self.pruner.plan, self.pruner.origin.plan
+            checkpoint.write_model(self.model, folder, plan, self._saved_tokenizer(), card, start)
+            self.write_beside(folder)
+
         return upload(
             self.hub_model_id,
-            lambda folder: checkpoint.write_model(
-                self.model, folder, self.pruner.plan, self._saved_tokenizer(), card, self.pruner.origin.plan
-            ),
+            write,
             self._output,
             blocking,
             commit_message=commit_message,

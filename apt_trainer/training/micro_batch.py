@@ -193,10 +193,7 @@ class MicroBatches:
             return None if seen.fused_labels is None else with_log_probs(outputs, seen.fused_labels)
 
         if trainer.place:
-            with (
-                self.telling_tokens(trainer.pruner.set_tokens, given),
-                watched_forward(trainer.transformer, before, after),
-            ):
+            with watched_forward(trainer.transformer, before, after):
                 yield passes
         else:
             student = trainer.model_wrapped
@@ -212,8 +209,9 @@ class MicroBatches:
 
     @contextmanager
     def telling_tokens(self, tell: Callable[[Tokens], None], given: Mapping[str, Any]) -> Iterator[None]:
-        """Within it, each pass of the transformer says which tokens are real, where these are not those of the batch
-        ``given``: several texts a row are one batch to it, or, inside of a model, one pass each."""
+        """Within it, for scoring a model that does not train, each pass of the transformer says which tokens are real,
+        where these are not those of the batch ``given``: several texts a row are one batch to it, or, inside of a
+        model, one pass each."""
         trainer, ids = self.trainer, given.get("input_ids")
         if not trainer.place and (ids is None or ids.dim() < 3):
             yield
