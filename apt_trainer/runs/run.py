@@ -33,8 +33,8 @@ from apt_trainer.runs.preflight import check_before_loading, check_installed, ch
 from apt_trainer.settings import ModelSettings
 from apt_trainer.settings.packages import check_packages
 from apt_trainer.settings.recipe import Recipe, load_recipe
-from apt_trainer.store.events import read_events, write_json
-from apt_trainer.store.lock import OutputLock
+from apt_trainer.store.events import EVENTS_FILE, METRICS_FILE, RECIPE_FILE, read_events, write_json
+from apt_trainer.store.lock import FolderLock
 from apt_trainer.store.pretrained import load_inputs, load_model, load_saved, load_teacher, teacher_settings
 from apt_trainer.store.saved_model import dense_copy
 from apt_trainer.tasks import TaskData, keeps_sequences_apart
@@ -46,12 +46,10 @@ from apt_trainer.training.evaluation_loop import plain_trainer
 from apt_trainer.training.termination import finishing
 from apt_trainer.training.time_to_accuracy import TimeToAccuracy
 from apt_trainer.training.trackers import one_run
-from apt_trainer.training.trainer import EVENTS_FILE, APTTrainer
+from apt_trainer.training.trainer import APTTrainer
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.json"
-RECIPE_FILE = "recipe.json"
 PLOT_FILE = "run.png"
 _SECRET = ("hub_token",)
 _COMPARED = ("task_metric", "train_seconds", "peak_memory_bytes")
@@ -85,11 +83,11 @@ def train(recipe: Recipe) -> dict[str, Any]:
     """
     if recipe.training.process_index > 0:
         return _train(recipe, None)
-    with OutputLock(Path(str(recipe.training.output_dir))) as lock:
+    with FolderLock(Path(str(recipe.training.output_dir))) as lock:
         return _train(recipe, lock)
 
 
-def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
+def _train(recipe: Recipe, lock: FolderLock | None) -> dict[str, Any]:
     args = recipe.training
     output = Path(str(args.output_dir))
     finished = finished_run(recipe)
@@ -174,7 +172,7 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
     return metrics
 
 
-def _take_folder(output: Path, recipe: Recipe, lock: OutputLock, anew: bool) -> None:
+def _take_folder(output: Path, recipe: Recipe, lock: FolderLock, anew: bool) -> None:
     """Make ``output`` the folder of this run; what an earlier one left that ended before its first checkpoint goes."""
     output.mkdir(parents=True, exist_ok=True)
     lock.take()
@@ -233,7 +231,7 @@ def _of_start(trainer: APTTrainer, parameters: int) -> dict[str, Any]:
     return {
         "block_params_start": int(pruner.block_cost.total(pruner.origin.plan.counts)),
         "total_params_start": parameters,
-        "sparsity_of_start": pruner.sparsity_of_start(),
+        "sparsity_of_start": pruner.budget.removed_of_start(pruner.plan),
     }
 
 

@@ -16,7 +16,7 @@ from apt_trainer.tensors.partitioned import whole_modules
 class Magnitude(Importance):
     """Score of a unit = ‖all weights that belong to it‖₂."""
 
-    needs_data = False
+    scored = "weights"
 
     def attach(self, model: nn.Module, spaces: Sequence[Space], counts: Mapping[str, int]) -> None:
         self._spaces, self._counts = [space for space in spaces if counts[space.name] > 0], dict(counts)

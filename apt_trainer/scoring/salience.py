@@ -20,6 +20,7 @@ from apt_trainer.scoring.base import Reduce
 from apt_trainer.scoring.kurtosis import contributions, root_kurtosis
 from apt_trainer.scoring.observing import Observing
 from apt_trainer.scoring.taps import Tap, average_in
+from apt_trainer.settings import PruningSettings
 from apt_trainer.tensors.partitioned import whole_modules
 
 OUTLIER_EVERY = 25
@@ -43,6 +44,11 @@ class Salience(Observing):
         self._inputs: dict[str, torch.Tensor] = {}
         self._outlier: dict[str, torch.Tensor] = {}
         self._outlier_age = 0
+
+    @classmethod
+    def from_settings(cls, settings: PruningSettings, seed: int) -> Salience:
+        details = settings.details
+        return cls(settings.salience_decay, settings.outlier_term, details.outlier_scaling, details.outlier_weight)
 
     def attach(self, model: nn.Module, spaces: Sequence[Space], counts: Mapping[str, int]) -> None:
         self.detach()

@@ -15,6 +15,7 @@ from apt_trainer.models import Space
 from apt_trainer.scoring.base import Reduce
 from apt_trainer.scoring.observing import Observing
 from apt_trainer.scoring.taps import Tap, average_in
+from apt_trainer.settings import PruningSettings
 
 
 class Taylor(Observing):
@@ -24,6 +25,10 @@ class Taylor(Observing):
         super().__init__()
         self.decay = decay
         self._taps: list[Tap] = []
+
+    @classmethod
+    def from_settings(cls, settings: PruningSettings, seed: int) -> Taylor:
+        return cls(settings.salience_decay)
 
     def attach(self, model: nn.Module, spaces: Sequence[Space], counts: Mapping[str, int]) -> None:
         self.detach()

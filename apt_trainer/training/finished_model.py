@@ -1,6 +1,6 @@
 """What becomes of the model after the last step: tried before the first, saved, uploaded, and kept whatever fails.
 
-A base of ``APTTrainer``. See ``training.checkpoint`` for how it is written, ``trainer`` for what happens in between.
+A base of ``APTTrainer``. See ``store.saving`` for how it is written, ``trainer`` for what happens in between.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from apt_trainer.store.hub import make_repository, upload
 from apt_trainer.store.model_card import CARD_FILE, model_card
 from apt_trainer.store.rescue import how_to_load
 from apt_trainer.store.saved_model import as_pruned
-from apt_trainer.training import checkpoint, norms
-from apt_trainer.training.best_model import BestWithinBudget
+from apt_trainer.store.saving import save_pruned, write_model
+from apt_trainer.training import norms
+from apt_trainer.training.checkpoints.best import BestWithinBudget
 from apt_trainer.training.engines import Engine, engine_of
 from apt_trainer.training.engines.agreement import failing_together, processes
 from apt_trainer.training.inside import save_around
@@ -130,7 +131,7 @@ class FinishedModel(BestWithinBudget):
             if self.place:
                 save_around(self.model, self.place, path, self.pruner.plan, self._saved_tokenizer(), start)
             else:
-                checkpoint.save_pruned(self.model, path, self.pruner.plan, self._saved_tokenizer(), start)
+                save_pruned(self.model, path, self.pruner.plan, self._saved_tokenizer(), start)
                 self.write_beside(path)
 
     def write_beside(self, folder: Path) -> None:
@@ -168,7 +169,7 @@ class FinishedModel(BestWithinBudget):
 
         def write(folder: Path) -> None:
             plan, start = self.pruner.plan, self.pruner.origin.plan
-            checkpoint.write_model(self.model, folder, plan, self._saved_tokenizer(), card, start)
+            write_model(self.model, folder, plan, self._saved_tokenizer(), card, start)
             self.write_beside(folder)
 
         return upload(

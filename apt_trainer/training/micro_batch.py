@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from apt_trainer.models.batch import Tokens, real_tokens
 from apt_trainer.training.engines import engine_of
 from apt_trainer.training.fused_head import FUSED, with_log_probs
 from apt_trainer.training.inside import replaced, watched_forward
+from apt_trainer.training.label_logits import LabelLogits, LabelPositions
 
 _NO_DATA = ("output_hidden_states", "output_attentions", "return_dict", "use_cache", "num_items_in_batch", FUSED)
 """Arguments of a forward pass that say what is wanted of it."""
@@ -57,6 +58,7 @@ class MicroBatches:
 
     def __init__(self, trainer: Any) -> None:
         self.trainer, self._checked, self._computed = trainer, False, 0
+        self._label_logits = LabelLogits(trainer)
         self._normalised = trainer.loss_is_scaled_for_ga is True or trainer.compute_loss_func is not None
         trainer.loss_is_scaled_for_ga = True  # by the shares of StepLosses
         try:
@@ -124,7 +126,9 @@ class MicroBatches:
         trainer.pruner.set_tokens(real_tokens(given, trainer.pruner.family))
         counts = self._normalised and num_items_in_batch is None  # else the Trainer has
         num_items_in_batch = losses.labels() if counts else num_items_in_batch
-        with self._watched(given, mu > 0.0) as passes:
+        positions = self._label_logits.positions(given, mu > 0.0)
+        losing = nullcontext() if positions is None else positions.of_student(trainer.transformer)
+        with self._watched(given, mu > 0.0, positions) as passes, losing:
             result = own(model, inputs, return_outputs, num_items_in_batch)
         seen = passes[0] if passes else Pass()
         loss, outputs = result if isinstance(result, tuple) else (result, seen.outputs)
@@ -135,15 +139,15 @@ class MicroBatches:
             loss = loss * losses.processes
         parts = {"task_loss": loss}
         if mu > 0.0:
-            alive, family = trainer.pruner.alive_layers(), trainer.pruner.family
-            distance = torch.stack(
-                [
-                    trainer.distillation.loss(
-                        one.inputs, one.outputs, one.taught, trainer.transformer, family, alive, step, shares
-                    )
-                    for one in passes
-                ]
-            ).mean()
+            pruner, known = trainer.pruner, None if positions is None else positions.distance
+            alive, family = pruner.plan.alive_layers(pruner.sublayers), pruner.family
+            apart = [
+                trainer.distillation.loss(
+                    one.inputs, one.outputs, one.taught, trainer.transformer, family, alive, step, shares, known
+                )
+                for one in passes
+            ]
+            distance = torch.stack(apart).mean()
             parts["distillation_loss"] = distance
             loss = mu * distance + (1 - mu) * loss
         if trainer.args.distillation != "none" and self._computed == 0:
@@ -156,10 +160,13 @@ class MicroBatches:
     # ------------------------------------------------------------------ what the student is given and gives
 
     @contextmanager
-    def _watched(self, given: Mapping[str, Any], teaches: bool) -> Iterator[list[Pass]]:
+    def _watched(
+        self, given: Mapping[str, Any], teaches: bool, positions: LabelPositions | None = None
+    ) -> Iterator[list[Pass]]:
         """Within it, the first forward pass of the student that trains is seen, and of a transformer inside of the
         model all: one for each text of a row. ``teaches``: the teacher runs before each; not during it, when a
-        parameter that the two share can be on its way to the device (ZeRO-3)."""
+        parameter that the two share can be on its way to the device (ZeRO-3). ``positions``: where alone the two make
+        logits."""
         trainer = self.trainer
         passes: list[Pass] = []
         names = _names_of_arguments(type(trainer.transformer))  # type: ignore[arg-type]
@@ -178,7 +185,8 @@ class MicroBatches:
             if not teaches:
                 return None
             engine_of(trainer).settle()
-            at_hand.taught = trainer.distillation.teach(inputs)
+            with nullcontext() if positions is None else positions.of_teacher():
+                at_hand.taught = trainer.distillation.teach(inputs)
             if kwargs.get(FUSED):  # without labels: the loss is the trainer's to compute
                 at_hand.fused_labels = called["labels"]
                 kwargs = {name: value for name, value in kwargs.items() if name not in (FUSED, "labels")}

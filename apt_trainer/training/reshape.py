@@ -50,14 +50,16 @@ def check_options(trainer: Any) -> None:
     """Raise :class:`UserError` for what a Trainer was started with, or libraries of its engine, under which shapes
     cannot change."""
     check_names(*engine_of(trainer).needs)
-    if trainer.pruner.impact is not None and not trainer.args.prunes_before and trainer.train_dataset is not None:
+    passes = trainer.pruner.scores_at_cuts or trainer.args.refits
+    if passes and not trainer.args.prunes_before and trainer.train_dataset is not None:
         rows = trainer.args.calibration_samples
         if has_length(trainer.train_dataset):
             rows = min(rows, len(trainer.train_dataset))
         if rows < trainer.args.world_size:
+            asks = "nri" if trainer.pruner.scores_at_cuts else "refit"
             raise UserError(
                 f"calibration_samples and the training data give no row to some of the {trainer.args.world_size} "
-                f"processes ({rows} rows), but each takes part in what nri measures. Raise calibration_samples."
+                f"processes ({rows} rows), but each takes part in what {asks} measures. Raise calibration_samples."
             )
     if wants_deepspeed(trainer.args) and not trainer.is_deepspeed_enabled:
         raise UserError(

@@ -22,8 +22,8 @@ from apt_trainer.plan.schedule import make_schedule
 from apt_trainer.pruning.pruner import AdaptivePruner, Decision
 from apt_trainer.settings import MethodSettings
 from apt_trainer.store.saved_model import as_pruned
+from apt_trainer.store.saving import save_pruned
 from apt_trainer.surgery import adapters as lora
-from apt_trainer.training.checkpoint import save_pruned
 from apt_trainer.training.engines.state import Edits, carry, collect, restore
 
 Batch = Mapping[str, Any]
@@ -44,7 +44,8 @@ class PruningSession:
         make_optimizer: From the parameters that train to an optimizer of torch.
         heldout: Batches on which snapshots are chosen as teacher, where ``settings.distillation`` is "self".
         teacher: The teacher, where it is "model".
-        calibration: Batches that score the model, where ``settings.pruning_time`` is "before"; it is cut here.
+        calibration: Batches that the model is scored on, where ``settings.pruning_time`` is "before": it is then cut
+            here; and on which weights are refitted at cuts, which they are not without.
         seed: Of what is drawn.
 
     Attributes:
@@ -70,15 +71,16 @@ class PruningSession:
     ) -> None:
         self._check(settings, heldout, teacher, calibration)
         self.model, self.done, self._heldout = model, 0, list(heldout)
+        self._rows = _Rows(model, list(calibration))
         self.pruner = AdaptivePruner(model, settings, seed=seed)
-        if self.pruner.impact is not None:
+        if self.pruner.scores_at_cuts:
             raise UserError("importance: nri scores whole data sets, which a session has none of. Take a Trainer.")
         self.schedule = make_schedule(settings, steps)
         self.distillation = SelfDistillation(settings, self.pruner.plan.counts[HIDDEN], seed, teacher)
         self.pruner.start(self.schedule)
         self._optimizer: torch.optim.Optimizer | None = None
         if settings.prunes_before:
-            self.pruner.calibrate((dict(batch) for batch in calibration), lambda batch: model(**batch).loss)
+            self.pruner.calibrate(self._rows.batches(), self._rows.loss_of)
             decision = self.pruner.decide(0)
             if decision is not None:
                 self._apply(decision)
@@ -115,7 +117,7 @@ class PruningSession:
         outputs = self.model(**batch, output_hidden_states=mu > 0 and self.distillation.uses_layers, return_dict=True)
         if taught is None:
             return outputs.loss  # type: ignore[no-any-return]
-        alive = self.pruner.alive_layers()
+        alive = self.pruner.plan.alive_layers(self.pruner.sublayers)
         distance = self.distillation.loss(batch, outputs, taught, self.model, family, alive, self.done)
         return mu * distance + (1 - mu) * outputs.loss  # type: ignore[no-any-return]
 
@@ -166,7 +168,8 @@ class PruningSession:
 
     def _apply(self, decision: Decision) -> Edits:
         growth = mean_growth(lora.ranks(self.model), decision.ranks)
-        event = self.pruner.apply(decision, self.done, self.distillation.teacher.parameter_ids())
+        rows = self._rows if self._rows.given else None
+        event = self.pruner.apply(decision, self.done, self.distillation.teacher.parameter_ids(), rows)
         return dict(event.edits) | self.distillation.follow(self.model, event.survivors, growth)
 
     def _change(self, change: Callable[[], Edits]) -> None:
@@ -192,3 +195,16 @@ class PruningSession:
         losses = torch.stack([self.model(**batch).loss.float() for batch in self._heldout])
         self.model.train()
         return float(losses.mean())
+
+
+class _Rows:
+    """Batches that score or refit ``model``, as the pruner asks for them."""
+
+    def __init__(self, model: PreTrainedModel, given: list[Batch]) -> None:
+        self.model, self.given = model, given
+
+    def batches(self) -> list[dict[str, Any]]:
+        return [dict(batch) for batch in self.given]
+
+    def loss_of(self, batch: Batch) -> torch.Tensor:
+        return self.model(**batch).loss  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
 """``APTTrainer``: a Hugging Face Trainer whose model changes its shape while it trains.
 
 Data, logging, saving and processes stay Hugging Face's; scoring and cutting are the pruner's; rebuilding the engine
-is ``training.reshape``'s, the best checkpoint ``training.best_model``'s. Overrides documented methods of the Trainer
+is ``training.reshape``'s, checkpoints are ``training.checkpoints``'. Overrides documented methods of the Trainer
 and some private ones: those that prepare a run, run an epoch, read and write checkpoints and choose the best.
 """
 
@@ -11,8 +11,7 @@ import copy
 import itertools
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +28,27 @@ from apt_trainer.libraries.private_names import check_names
 from apt_trainer.models import HIDDEN
 from apt_trainer.models.labels import match_teacher
 from apt_trainer.plan.limits import warn_of_collapse
-from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.plan.ranks import mean_growth
 from apt_trainer.plan.schedule import Schedule, fewer_events, make_schedule
 from apt_trainer.pruning.given_model import IN_USE, check_loaded
 from apt_trainer.pruning.pruner import AdaptivePruner, Decision
 from apt_trainer.scoring import Importance
-from apt_trainer.scoring.calibration import Batch, shares
 from apt_trainer.settings.config import APTConfig, PruningArguments
 from apt_trainer.settings.engines import check_launch, wants_deepspeed
 from apt_trainer.settings.fsdp import wants_fsdp
 from apt_trainer.settings.packages import check_packages
-from apt_trainer.store.events import append_event, truncate_after
+from apt_trainer.store.events import EVENTS_FILE, append_event, truncate_after
 from apt_trainer.store.hub import check_upload
 from apt_trainer.surgery import adapters as lora
-from apt_trainer.surgery.refit import refit
-from apt_trainer.surgery.slicing import Grow, Keep
+from apt_trainer.surgery.slicing import Edit
 from apt_trainer.surgery.tuning import base_weight_names
-from apt_trainer.training import checkpoint, trackers
 from apt_trainer.training import reshape as runtime
-from apt_trainer.training.best_model import check_candidates
+from apt_trainer.training import trackers
+from apt_trainer.training.calibration import CalibrationRows
 from apt_trainer.training.callback import MethodCallback
+from apt_trainer.training.checkpoints.best import check_candidates
+from apt_trainer.training.checkpoints.resume import load_run
+from apt_trainer.training.checkpoints.state import TrainingState, save_training_state
 from apt_trainer.training.compiled import CompiledSteps
 from apt_trainer.training.engines import engine_of
 from apt_trainer.training.engines.agreement import agree
@@ -72,7 +71,6 @@ from apt_trainer.training.inside import (
 from apt_trainer.training.micro_batch import MicroBatches
 from apt_trainer.training.own_metrics import left_alone
 from apt_trainer.training.reference import check_reference
-from apt_trainer.training.resume import load_run
 from apt_trainer.training.step_losses import StepLosses
 from apt_trainer.training.termination import StopOnSignal
 from apt_trainer.training.trainer_class import (
@@ -83,8 +81,6 @@ from apt_trainer.training.trainer_class import (
     with_heldout,
     without_heldout,
 )
-
-EVENTS_FILE = "events.jsonl"
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +171,8 @@ class PruningMixin(FinishedModel):
         check_optimizer(settings, optimizer, self._optimizer, model)
         self.compiled = CompiledSteps(runtime.take_compiling(self))
         self._set_up()
-        self._micro_batches, self._stop = MicroBatches(self), StopOnSignal()
+        self.micro_batches, self._stop = MicroBatches(self), StopOnSignal()
+        self.calibration = CalibrationRows(self)
         self._tracked: str | None = None
         self.add_callback(MethodCallback(self))
         self.add_callback(self._stop)
@@ -282,18 +279,18 @@ class PruningMixin(FinishedModel):
         self.check_finite()
         weights, state = engine_of(self).weights_to_save(), self.training_state()
         if self.args.should_save:
-            checkpoint.save_training_state(Path(output_dir or str(self.args.output_dir)), weights, state)
+            save_training_state(Path(output_dir or str(self.args.output_dir)), weights, state)
 
     # ------------------------------------------------------------------ the method's own steps
 
-    def training_state(self) -> checkpoint.TrainingState:
+    def training_state(self) -> TrainingState:
         """Everything beyond the student's weights, optimizer and random state that a resumed run needs; collective."""
         description, tensors = self.pruner.state()
         teacher = None if self.distillation.teacher.is_external else self.distillation.teacher.model
         weights = None if teacher is None else engine_of(self).weights_to_save(teacher)
         shape = None if teacher is None else self._teacher_shape
         told = self.distillation.state(self.transformer)
-        return checkpoint.TrainingState(description, tensors, told, weights, shape)
+        return TrainingState(description, tensors, told, weights, shape)
 
     def before_step(self) -> None:
         """Before the first forward pass of an optimizer step."""
@@ -321,21 +318,18 @@ class PruningMixin(FinishedModel):
         engine_of(self).bring(self.model)
         self.schedule = make_schedule(self.args, max_steps)
         self.pruner.start(self.schedule, 0, self._sum_over_processes, self.args.world_size)
-        with (
-            left_alone(self),
-            torch.random.fork_rng(devices=[]),
-        ):  # the run that follows does not depend on calibration_samples
-            batches = self._calibration_batches()
+        with self.calibration.apart():
+            batches = self.calibration.batches()
             self.last_inputs = next(batches)
-            self.pruner.calibrate(itertools.chain([self.last_inputs], batches), self._calibration_loss)
+            self.pruner.calibrate(itertools.chain([self.last_inputs], batches), self.calibration.loss_of)
         decision = self._decide(0)
         assert decision is not None
         self._change_shape(decision, 0, started)
 
     def _decide(self, step: int) -> Decision | None:
         if self.pruner.measures_impact(step):
-            with left_alone(self):
-                self.pruner.measure_impact(self._calibration_batches(), self._calibration_loss)
+            with self.calibration.apart():
+                self.pruner.measure_impact(self.calibration.batches(), self.calibration.loss_of)
         decision = self.pruner.decide(step)
         if decision is not None or self.schedule.event_at(step) is not None:
             agree("what to prune", step, None if decision is None else decision.digest())
@@ -348,10 +342,9 @@ class PruningMixin(FinishedModel):
         growth = mean_growth(lora.ranks(self.transformer), decision.ranks)
 
         def change() -> runtime.Edits:
-            if self.args.prunes_before and self.args.refit and decision.kind == "prune":
-                self._refit(decision.plan)
-            event = self.pruner.apply(decision, step, self.distillation.teacher.parameter_ids())
-            edits: dict[str, list[Keep | Grow]] = {self._prefix + name: of for name, of in event.edits.items()}
+            with self.calibration.apart():
+                event = self.pruner.apply(decision, step, self.distillation.teacher.parameter_ids(), self.calibration)
+            edits: dict[str, list[Edit]] = {self._prefix + name: of for name, of in event.edits.items()}
             return edits | self.distillation.follow(self.transformer, event.survivors, growth)
 
         reshape = runtime.reshape if self.live_dataloader is not None else runtime.reshape_first
@@ -362,13 +355,6 @@ class PruningMixin(FinishedModel):
         self._write_record(self.pruner.describe(step, decision.kind) | {"seconds": seconds, **losses})
 
     # ------------------------------------------------------------------ inside
-
-    def _refit(self, plan: PruningPlan) -> None:
-        """Solve the weights that will read what ``plan`` leaves anew, on the rows that scored the model."""
-        p, sum_over_processes = self.pruner, self._sum_over_processes
-        batches, loss_of = self._calibration_batches, self._calibration_loss
-        with torch.random.fork_rng(devices=[]):
-            refit(self.transformer, p.family, p.spaces, p.plan, plan, batches, loss_of, sum_over_processes)
 
     @property
     def _prefix(self) -> str:
@@ -408,8 +394,7 @@ class PruningMixin(FinishedModel):
         self.live_dataloader: Any = None
         self.optimizer_ages: dict[str, int] = {}
         self._restored: tuple[Mapping[str, Any], dict[str, torch.Tensor]] | None = None
-        if self.pruner.impact is not None:
-            self.pruner.impact.weights = self.class_weights
+        self.pruner.importance.class_weights = self.class_weights
         together = args.average_tokens_across_devices
         self.step_losses = StepLosses(self.pruner.family, self.accelerator, together, self.class_weights)
         self.last_inputs = None
@@ -427,10 +412,11 @@ class PruningMixin(FinishedModel):
         """For the errors it raises; the loop's own number of steps replaces it in :meth:`start`."""
         if self.train_dataset is None:
             raise UserError("train_dataset is missing.")
-        if isinstance(self.train_dataset, Mapping) and (self.args.prunes_before or self.pruner.impact is not None):
+        takes_rows = self.args.prunes_before or self.pruner.scores_at_cuts or self.args.refits
+        if isinstance(self.train_dataset, Mapping) and takes_rows:
             raise UserError(
-                "train_dataset holds several data sets, but units are scored on rows of one (pruning_time: before, or "
-                "importance: nri). Give one, for example datasets.concatenate_datasets, or prune early."
+                "train_dataset holds several data sets, but units are scored on rows of one (pruning_time: before, "
+                "importance: nri, or refit). Give one, for example datasets.concatenate_datasets, or prune early."
             )
         return check_candidates(self.args, make_schedule(self.args, self._steps_to_come()))
 
@@ -456,24 +442,6 @@ class PruningMixin(FinishedModel):
             if fewer is not None:
                 logger.warning(fewer)
             truncate_after(Path(str(self.args.output_dir)) / EVENTS_FILE, step)
-
-    def _calibration_batches(self) -> Iterator[Batch | None]:
-        """This process' share of the rows that score the model; None where its rows have run out."""
-        args, data = self.args, self.train_dataset
-        if not has_length(data):
-            data = list(itertools.islice(data, args.calibration_samples))
-        collate = self.data_collator
-        if not overrides(self.trainer_class, "get_train_dataloader"):
-            collate = self._get_collator_with_removed_columns(collate, "Calibration")
-        size = args.calibration_batch_size or args.train_batch_size
-        for rows in shares(len(data), args.calibration_samples, size, args.seed, args.process_index, args.world_size):
-            yield self._prepare_inputs(collate([data[row] for row in rows])) if rows else None
-
-    def _calibration_loss(self, batch: Batch) -> torch.Tensor:
-        """Task loss of the plain model. Gradients in float16 would need the scaler of accelerate."""
-        autocast = nullcontext() if self.args.fp16 else self.accelerator.autocast()
-        with autocast, self._micro_batches.telling_tokens(self.pruner.importance.set_tokens, batch):
-            return self.compute_loss(self.model, dict(batch))  # type: ignore[no-any-return]
 
     def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")  # type: ignore[no-any-return]
@@ -552,7 +520,7 @@ class PruningMixin(FinishedModel):
 
     def _run_epoch(self, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:
-            with self._micro_batches.wrapped():
+            with self.micro_batches.wrapped():
                 super()._run_epoch(**kwargs)
         else:  # resumed at its end, where the loop of transformers would take one more step
             self.control.should_training_stop = True

@@ -151,7 +151,7 @@ def test_what_is_compared_with_the_teacher_are_sentence_embeddings(pooling: str,
     trainer = embeddings(tmp_path, options=options, **taught)
     batch = trainer.data_collator([trainer.train_dataset[row] for row in range(4)])
     features, _ = trainer.collect_features(batch)
-    with trainer._micro_batches._watched(batch, True) as passes:
+    with trainer.micro_batches._watched(batch, True) as passes:
         trainer.compute_loss(trainer.model.train(), dict(batch))
     family, alive = trainer.pruner.family, trainer.pruner.alive_layers()
     found = [

@@ -31,6 +31,7 @@ METHOD: dict[str, Any] = {
     "max_rank": 8,
     "min_hidden": 8,
     "distillation_weight": 1.0,
+    "refit": False,
 }
 STEPS = 12
 

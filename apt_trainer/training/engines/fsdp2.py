@@ -30,7 +30,7 @@ from accelerate.utils import convert_outputs_to_fp32
 from accelerate.utils.modeling import get_mixed_precision_context_manager
 from torch import nn
 
-from apt_trainer.surgery.slicing import Keep
+from apt_trainer.surgery.slicing import Keep, NewValues
 from apt_trainer.surgery.tuning import base_weight_names
 from apt_trainer.tensors import fully_sharded
 from apt_trainer.tensors.partitioned import make_whole, split_as, whole_value
@@ -150,6 +150,8 @@ def _followed(value: Any, key: str, edits: list[Any]) -> Any:
     if not torch.is_tensor(value):
         return value
     for edit in edits:
+        if isinstance(edit, NewValues):
+            continue
         if fully_sharded.is_dtensor(value) and isinstance(edit, Keep) and edit.dim > 0:
             value = fully_sharded.cut_part(value, edit.dim, edit.index)
         else:

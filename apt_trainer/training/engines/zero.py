@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from apt_trainer.errors import UserError
 from apt_trainer.libraries.private_names import Use
-from apt_trainer.surgery.slicing import Grow
+from apt_trainer.surgery.slicing import Grow, NewValues
 from apt_trainer.tensors.partitioned import whole
 from apt_trainer.training.engines.base import Engine, fresh_leaves
 from apt_trainer.training.engines.state import MASTER, STEP, Edits, State, follow, follow_master, step_tensor
@@ -118,7 +118,7 @@ class ZeroEngine(Engine):
         if key == STEP:
             return self._steps(group)
         value = self._read(old, key)
-        if key == MASTER and any(isinstance(edit, Grow) for edit in edits):
+        if key == MASTER and any(isinstance(edit, Grow | NewValues) for edit in edits):
             with whole(new) as (current,):
                 return Shard.of(follow_master(value, edits, current))
         return Shard.of(follow(value, key, edits, in_place=True))

@@ -28,6 +28,7 @@ from apt_trainer.scoring.sublayers.impact import Impact, Losses, impacts
 from apt_trainer.scoring.sublayers.loss import exp_loss
 from apt_trainer.scoring.sublayers.units import Unit, Units, find_units
 from apt_trainer.scoring.sublayers.windows import from_rows, from_text
+from apt_trainer.store.saving import save_pruned
 from apt_trainer.studies import lists
 from apt_trainer.studies.classes import layer_classes
 from apt_trainer.studies.metrics import kv_bytes, sdr, sdr_relative
@@ -41,7 +42,6 @@ from apt_trainer.studies.select import (
     choose,
     choose_consecutive,
 )
-from apt_trainer.training.checkpoint import save_pruned
 
 MODELS = LANGUAGE_MODELS | {
     "bert": "ForMaskedLM",
