@@ -23,6 +23,7 @@ from apt_trainer.store.export import RECORD, export, is_timed, load_for_export, 
 from apt_trainer.store.export.check import has_cache
 from apt_trainer.store.export.speed import compare_speed
 from apt_trainer.tasks import TaskData
+from apt_trainer.tasks.embedding import as_texts, embeddings_of
 
 logger = logging.getLogger(__name__)
 
@@ -117,9 +118,12 @@ def task_metric(run: Callable[[Mapping[str, Any]], Mapping[str, Any]], data: Tas
     predictions = EvalLoopContainer(do_nested_concat=True, padding_index=-100)
     labels = EvalLoopContainer(do_nested_concat=True, padding_index=-100)
     for batch in DataLoader(data.test, batch_size, collate_fn=data.collator):  # type: ignore[arg-type]
-        outputs = tuple(torch.from_numpy(values) for values in run(batch).values())
+        embeds = data.embedding_loss is not None
+        found = run(as_texts(batch) if embeds else batch).values()
         given = _one_or_all(tuple(batch[name] for name in _labels_in(batch)))
-        predicted = _one_or_all(outputs)
+        predicted = _one_or_all(tuple(torch.from_numpy(values) for values in found))
+        if embeds:
+            predicted = embeddings_of(predicted, batch)
         if data.preprocess_logits is not None:
             predicted = data.preprocess_logits(predicted, given)
         predictions.add(predicted)

@@ -43,6 +43,7 @@ from apt_trainer.store.saved_model import dense_copy
 from apt_trainer.tasks import TaskData, keeps_sequences_apart
 from apt_trainer.tasks.base import ComputeMetrics
 from apt_trainer.tasks.trainer_options import data_options, set_task_arguments
+from apt_trainer.training.embedding_trainer import APTEmbeddingTrainer, PlainEmbeddingTrainer
 from apt_trainer.training.engines import engine_name
 from apt_trainer.training.engines.agreement import failing_together
 from apt_trainer.training.evaluation_loop import plain_trainer
@@ -122,10 +123,10 @@ def _train_prepared(
             f"packing: true, but in {type(model).__name__} packed sequences would see each other. Set packing: false."
         )
     start_parameters = count_parameters(model)
-    trainer = APTTrainer(
-        model,
-        args,
-        data.train,
+    trainer: Any = (APTTrainer if data.embedding_loss is None else APTEmbeddingTrainer)(
+        model=model,
+        args=args,
+        train_dataset=data.train,
         teacher=teacher,
         eval_dataset=data.validation,
         processing_class=tokenizer,
@@ -332,7 +333,7 @@ def evaluate(model: str | ModelSettings, recipe: Recipe | None = None) -> dict[s
     set_task_arguments(args, data, recipe.given)
     predictions: list[EvalPrediction] = []
     metrics = _keeping(data.metrics["test"], predictions)
-    trainer = plain_trainer(
+    trainer: Any = (plain_trainer if data.embedding_loss is None else PlainEmbeddingTrainer)(
         load_saved(settings, data),
         args,
         eval_dataset=data.test,

@@ -112,7 +112,7 @@ class FinishedModel(BestWithinBudget):
         self.check_finite()
         self.pruner.detach()
         self.pruner.masks.close()
-        self.distillation.end(self.model)
+        self.distillation.end(self.transformer)
         self.model = reshape.finalize(self)
         norms.plain(self.model)
         self.pruner.set_tune("full")
@@ -146,6 +146,10 @@ class FinishedModel(BestWithinBudget):
             else:
                 kept = self.pruner.kept_adapters
                 save_pruned(self.model, path, self.pruner.plan, self._saved_tokenizer(), start, kept)
+                self.write_beside(path)
+
+    def write_beside(self, folder: Path) -> None:
+        """Write what belongs to the finished model beyond itself to ``folder``, which holds it; by default nothing."""
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """As the Trainer's; raises :class:`UserError` on all processes where the hub cannot be written to."""
@@ -182,6 +186,7 @@ class FinishedModel(BestWithinBudget):
         def write(folder: Path) -> None:
             start = self.pruner.origin.plan
             write_model(self.model, folder, self.pruner.plan, self._saved_tokenizer(), card, start)
+            self.write_beside(folder)
             if self._beside is not None and self._beside.is_dir():
                 put_beside(self._beside, folder)
 
