@@ -7,6 +7,8 @@ exception: it is measured, so the model is built with random weights. Not for ru
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from apt_trainer.plan.schedule import Schedule, fewer_events, make_schedule
 from apt_trainer.pruning.pruner import AdaptivePruner
 from apt_trainer.report.tables import format_bytes, format_count, markdown_table
 from apt_trainer.runs.preflight import check_before_loading, check_installed, checkpoint_to_resume
+from apt_trainer.runs.vocabulary import vocabulary_cut
 from apt_trainer.settings.config import APTConfig
 from apt_trainer.settings.recipe import Recipe
 from apt_trainer.store.pretrained import build_model, dtype_name, load_inputs
@@ -35,9 +38,14 @@ _FLOAT32_PER_LOGIT = 3  # log-probability, its gradient and that of the logit
 
 def plan(recipe: Recipe) -> str:
     """Text of the dry run; raises :class:`UserError` for anything that would stop the run before training."""
-    args = recipe.training
     checkpoint_to_resume(recipe)
     check_installed(recipe)
+    with TemporaryDirectory() as folder, vocabulary_cut(recipe, Path(folder) / "vocabulary", weights=False) as cut:
+        return _plan(*cut)
+
+
+def _plan(recipe: Recipe, vocabulary: Mapping[str, Any]) -> str:
+    args = recipe.training
     tokenizer, config, data = load_inputs(recipe.model, recipe)
     set_task_arguments(args, data, recipe.given)
     check_before_loading(recipe, config, data, tokenizer)
@@ -53,6 +61,7 @@ def plan(recipe: Recipe) -> str:
         f"data         {len(data.train):,} training rows, {len(data.validation):,} validation, "
         f"{len(data.test):,} reported on ({data.test_name})",
         *_label_lines(data),
+        *_vocabulary_lines(vocabulary),
         f"trains       {' → '.join(tune_phases(args))}; {format_count(_trained(model))} parameters at first",
         f"steps        {schedule.total:,} of {args.train_batch_size * args.gradient_accumulation_steps} rows",
         f"memory       {format_bytes(memory)} estimated at the first step "
@@ -80,6 +89,18 @@ def _label_lines(data: TaskData) -> list[str]:
         for name in names
     ]
     return [f"labels       {len(data.label_counts)} in the training rows: {', '.join(told)}"]
+
+
+def _vocabulary_lines(vocabulary: Mapping[str, Any]) -> list[str]:
+    """How many tokens stay, and what that costs text that they were not chosen by."""
+    if not vocabulary:
+        return []
+    more = vocabulary["validation_tokens"] / vocabulary["validation_tokens_before"] - 1
+    changed = vocabulary["training_rows_changed"]
+    return [
+        f"vocabulary   {vocabulary['tokens']:,} of {vocabulary['tokens_before']:,} tokens stay; validation rows take "
+        f"{more:.1%} more tokens, {changed:,} training rows are split otherwise"
+    ]
 
 
 def _weight(weight: float | None) -> str:

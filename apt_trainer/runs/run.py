@@ -30,6 +30,7 @@ from apt_trainer.measure import PeakMemory, count_parameters, return_freed_memor
 from apt_trainer.report.plots import plot_run
 from apt_trainer.runs.exports import export_all
 from apt_trainer.runs.preflight import check_before_loading, check_installed, checkpoint_to_resume, finished_run
+from apt_trainer.runs.vocabulary import vocabulary_cut
 from apt_trainer.settings import ModelSettings
 from apt_trainer.settings.packages import check_packages
 from apt_trainer.settings.recipe import Recipe, load_recipe
@@ -63,6 +64,7 @@ _DENSE: dict[str, Any] = {
     "measure_latency": False,
     "lm_eval_tasks": [],
     "export": [],
+    "vocabulary": None,
     "reference_metric": None,
     "dense_baseline": False,
     "report_to": "none",
@@ -95,6 +97,14 @@ def _train(recipe: Recipe, lock: FolderLock | None) -> dict[str, Any]:
     return_freed_memory()
     resume_from = checkpoint_to_resume(recipe)
     check_installed(recipe)
+    with vocabulary_cut(recipe, output / "vocabulary") as (recipe, vocabulary):
+        return _train_prepared(recipe, output, lock, resume_from, vocabulary)
+
+
+def _train_prepared(
+    recipe: Recipe, output: Path, lock: FolderLock | None, resume_from: str | None, vocabulary: dict[str, Any]
+) -> dict[str, Any]:
+    args = recipe.training
     memory = PeakMemory(args.device.type)
     set_seed(args.seed)
     tokenizer, config, data = load_inputs(recipe.model, recipe)
@@ -162,6 +172,10 @@ def _train(recipe: Recipe, lock: FolderLock | None) -> dict[str, Any]:
         "versions": versions(),
     } | _of_start(trainer, start_parameters)
     metrics |= {f"{name}_dense": dense[name] for name in _COMPARED if name in dense}
+    if vocabulary:
+        metrics["vocabulary"] = vocabulary
+        metrics["total_params_dense"] += vocabulary["parameters_before"] - vocabulary["parameters"]
+        metrics["disk_bytes_dense"] += vocabulary["bytes_before"] - vocabulary["bytes"]
     if args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
         metrics["best_checkpoint"] = Path(trainer.state.best_model_checkpoint).name
     if watch is not None:
