@@ -38,7 +38,8 @@ def prediction_loss(
     * ``logits`` [B, C] of several labels: τ²·KL between the Bernoulli distributions of each label, σ(logit/τ), sum
       over labels, mean over examples;
     * ``logits`` [B, C] of a regression: mean squared error over examples and numbers, without temperature;
-    * ``logits`` [B, S, V]: τ²·KL per token, mean over real tokens;
+    * ``logits`` [B, S, V]: τ²·KL per token, mean over real tokens; where one of the two has more words, which only
+      pad its vocabulary, over those of both;
     * ``start_logits`` and ``end_logits`` [B, S]: τ²·KL over real positions, mean over examples and the two.
     """
     if "start_logits" in student_output:
@@ -52,6 +53,9 @@ def prediction_loss(
         problem = REGRESSION
     if problem == REGRESSION:
         return F.mse_loss(student, teacher)
+    if student.dim() == 3:
+        words = min(student.shape[-1], teacher.shape[-1])
+        student, teacher = student[..., :words], teacher[..., :words]
     divergence = (_bernoulli_kl if problem == MULTI_LABEL else token_divergence)(student, teacher, temperature)
     if divergence.dim() == 1 or mask is None:
         return divergence.mean()

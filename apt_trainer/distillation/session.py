@@ -107,6 +107,7 @@ class SelfDistillation:
         distance = 0.0 * transform(nothing).sum()
         for stack, left in alive.items():
             ours, theirs = layer_outputs(outputs, stack), layer_outputs(teacher, stack)
+            left = left * family.repeats(student.config)  # a layer that runs several times has as many outputs
             mask = of_stack(tokens, stack)
             layers = sample_teacher_layers(
                 len(theirs), s.distillation_layers, self.seed, step, s.distillation_layer_map

@@ -59,7 +59,9 @@ def count(
     """
     stacks = [table.stack for table in family.stacks]
     labels, tokens, rows = inputs.get("labels"), real_tokens(inputs, family), _positions(inputs, stacks[0])[:, 0]
-    counted = None if labels is None else (labels[:, 1:] if family.head(model).next_token else labels) != IGNORED
+    counted = None
+    if labels is not None and not labels.is_floating_point():  # else numbers, of which none is ignored
+        counted = (labels[:, 1:] if family.head(model).next_token else labels) != IGNORED
     numbers = [_number(counted, rows), _number(None, rows)]
     if has_label_per_token(inputs):
         numbers[1] = _number(predicted_tokens(inputs, family, model), inputs["labels"])

@@ -112,6 +112,7 @@ class AdaptivePruner:
         self.seconds: dict[str, list[float]] | None = None
         self.growth = RankGrowth(model, self.family, self.spaces, self.sublayers, settings)
         self.tune = settings.tune
+        self.kept_adapters: dict[str, torch.Tensor] | None = None
         self.set_tune(self.tune)
         self.masks = MaskStore(model, self.spaces, self.sublayers)
         of_units = not settings.prunes_before
@@ -146,7 +147,8 @@ class AdaptivePruner:
         elif self.importance.scored == "steps":
             model, family, spaces, refit = self.model, self.family, self.spaces, self.refit
             with nullcontext(loss_of) if refit is None else refit.beside_scores(loss_of, self.plan.counts) as run:
-                calibrate(model, family, spaces, self.importance, batches, run, self._reduce, self._processes)
+                weights, reduce = self.importance.class_weights, self._reduce
+                calibrate(model, family, spaces, self.importance, batches, run, reduce, self._processes, weights)
         self.importance.detach()
 
     @property
@@ -245,9 +247,15 @@ class AdaptivePruner:
     def set_tune(self, tune: str) -> None:
         """Change what trains; "full" merges the adapters into the base weights first."""
         if tune == "full" and self.tune != "full":
-            lora.merge_adapters(self.model)
+            self.merge_adapters()
         self.tune = tune
         set_trainable(self.model, self.family, tune, self.settings, norm_paths(self.spaces))
+
+    def merge_adapters(self) -> None:
+        """Add the adapters to the base weights; with ``keep_adapters`` they are in ``kept_adapters`` from then on."""
+        if self.settings.keep_adapters:
+            self.kept_adapters = lora.adapter_state(self.model)
+        lora.merge_adapters(self.model)
 
     def detach(self) -> None:
         """Take every observing hook out of the model (masks excepted)."""
@@ -354,6 +362,7 @@ def give_shapes(
     if description.get("start", start.digest()) != start.digest():
         raise UserError("The checkpoint does not fit the model: its run began with one of other units. Give that one.")
     plan = PruningPlan.from_json(description["plan"])
+    plan.check_within(start)
     apply_plan(model, family, spaces, start, plan)
     lora.grow_to(model, description["ranks"])
     if description["tune"] == "full":

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,14 @@ from typing import Any
 import torch
 from transformers import EvalPrediction, set_seed
 
-from apt_trainer.errors import Retold, RunError, UserError, reason
+from apt_trainer.errors import Noted, Retold, RunError, UserError, reason
 from apt_trainer.evaluate.compare import measure_memory, measure_speed
 from apt_trainer.evaluate.harness import run_tasks
-from apt_trainer.evaluate.task_intervals import score_intervals
+from apt_trainer.evaluate.task_intervals import Intervals, score_intervals
 from apt_trainer.measure import PeakMemory, count_parameters, return_freed_memory, size_on_disk
 from apt_trainer.report.plots import plot_run
+from apt_trainer.report.tables import comparison_table, exports_table
+from apt_trainer.runs.exports import FOLDER as EXPORTS
 from apt_trainer.runs.exports import export_all
 from apt_trainer.runs.preflight import check_before_loading, check_installed, checkpoint_to_resume, finished_run
 from apt_trainer.runs.vocabulary import vocabulary_cut
@@ -39,6 +41,7 @@ from apt_trainer.store.lock import FolderLock
 from apt_trainer.store.pretrained import load_inputs, load_model, load_saved, load_teacher
 from apt_trainer.store.saved_model import dense_copy
 from apt_trainer.tasks import TaskData, keeps_sequences_apart
+from apt_trainer.tasks.base import ComputeMetrics
 from apt_trainer.tasks.trainer_options import data_options, set_task_arguments
 from apt_trainer.training.engines import engine_name
 from apt_trainer.training.engines.agreement import failing_together
@@ -52,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 PLOT_FILE = "run.png"
 _SECRET = ("hub_token",)
-_COMPARED = ("task_metric", "train_seconds", "peak_memory_bytes")
+_COMPARED = ("task_metric", "task_metric_low", "task_metric_high", "train_seconds", "peak_memory_bytes")
 _DENSE: dict[str, Any] = {
     "target_sparsity": None,
     "distillation": "none",
@@ -128,6 +131,7 @@ def _train_prepared(
         processing_class=tokenizer,
         **data_options(data, "validation"),
     )
+    trainer.uploads_after_training = False  # but below, with what is made of the model
     watch, engine = _watch_accuracy(trainer, data), engine_name(trainer)
     if lock is not None:
         _take_folder(output, recipe, lock, anew=resume_from is None)
@@ -136,13 +140,14 @@ def _train_prepared(
         result = trainer.train(resume_from_checkpoint=resume_from)
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
         peak = memory.above_start()
-        if not args.push_to_hub:  # else it was saved before it was uploaded
-            with finishing("saving the model"), failing_together():
-                trainer.save_model(str(output))
+        with finishing("saving the model"), failing_together():
+            trainer.save_model(str(output))
         dtype = trainer.model.dtype
         with _saved_in(output):
-            trainer.compute_metrics = data.metrics["test"]
+            predictions: list[EvalPrediction] = []
+            trainer.compute_metrics = _keeping(data.metrics["test"], predictions)
             scores = trainer.evaluate(data.test, metric_key_prefix=data.test_name)
+            intervals = _intervals(recipe, data, predictions) if trainer.is_world_process_zero() else {}
     if args.bf16_full_eval or args.fp16_full_eval:  # they leave it in theirs; what follows is for what was saved
         trainer.model.to(dtype)
     metrics = {
@@ -171,6 +176,8 @@ def _train_prepared(
         "engine": engine,
         "versions": versions(),
     } | _of_start(trainer, start_parameters)
+    if data.metric_name in intervals:
+        metrics["task_metric_low"], metrics["task_metric_high"] = intervals[data.metric_name]
     metrics |= {f"{name}_dense": dense[name] for name in _COMPARED if name in dense}
     if vocabulary:
         metrics["vocabulary"] = vocabulary
@@ -180,8 +187,7 @@ def _train_prepared(
         metrics["best_checkpoint"] = Path(trainer.state.best_model_checkpoint).name
     if watch is not None:
         metrics["time_to_accuracy"] = watch.record()
-    if trainer.is_world_process_zero():
-        _measure_and_export(metrics, recipe, trainer, tokenizer, data)
+    _measure_export_and_upload(metrics, recipe, trainer, tokenizer, data)
     return metrics
 
 
@@ -207,10 +213,24 @@ def _saved_in(output: Path) -> Retold:
     return Retold(retell)
 
 
+def _measure_export_and_upload(
+    metrics: dict[str, Any], recipe: Recipe, trainer: APTTrainer, tokenizer: Any, data: TaskData
+) -> None:
+    """What follows the save. The model is uploaded whatever else failed; all that did is raised at the end."""
+    failed: list[Exception] = []
+    with Noted(failed.append):
+        if trainer.is_world_process_zero():
+            _measure_and_export(metrics, recipe, trainer, tokenizer, data)
+    with Noted(failed.append):
+        trainer.upload_if_asked(saved=True, beside=Path(str(recipe.training.output_dir)) / EXPORTS)
+    if failed:
+        raise failed[0] if len(failed) == 1 else RunError(" ".join(map(str, failed))) from failed[0]
+
+
 def _measure_and_export(
     metrics: dict[str, Any], recipe: Recipe, trainer: APTTrainer, tokenizer: Any, data: TaskData
 ) -> None:
-    """What follows the save. Where it fails, all that had been measured is recorded all the same."""
+    """Where it fails, all that had been measured is recorded all the same."""
     args = recipe.training
     output = Path(str(args.output_dir))
     try:
@@ -221,6 +241,7 @@ def _measure_and_export(
             export_all(args, dense_copy(trainer.model, "cpu").float(), data, metrics["exports"])
     finally:
         with _saved_in(output):
+            _write_card(metrics, recipe, trainer)
             _write_records(output, metrics, trainer, data)
 
 
@@ -310,11 +331,7 @@ def evaluate(model: str | ModelSettings, recipe: Recipe | None = None) -> dict[s
     args.report_to, args.push_to_hub = [], False
     set_task_arguments(args, data, recipe.given)
     predictions: list[EvalPrediction] = []
-
-    def metrics(prediction: EvalPrediction) -> dict[str, float]:
-        predictions.append(prediction)
-        return data.metrics["test"](prediction)
-
+    metrics = _keeping(data.metrics["test"], predictions)
     trainer = plain_trainer(
         load_saved(settings, data),
         args,
@@ -324,11 +341,27 @@ def evaluate(model: str | ModelSettings, recipe: Recipe | None = None) -> dict[s
     )
     scores = trainer.evaluate(metric_key_prefix=data.test_name)
     scores = {name: value for name, value in scores.items() if isinstance(value, float)}
-    task, compute, sums = recipe.data.task, data.metrics["test"], data.sums.get("test")
-    intervals = score_intervals(task, data.metric_name, predictions[0], compute, sums)
-    for name, (low, high) in intervals.items():
+    for name, (low, high) in _intervals(recipe, data, predictions).items():
         scores |= {f"{data.test_name}_{name}_low": low, f"{data.test_name}_{name}_high": high}
     return scores
+
+
+def _keeping(metrics: ComputeMetrics, predictions: list[EvalPrediction]) -> ComputeMetrics:
+    """``metrics``, which put what they are given into ``predictions`` too."""
+
+    def kept(prediction: EvalPrediction) -> dict[str, float]:
+        predictions.append(prediction)
+        return metrics(prediction)
+
+    return kept
+
+
+def _intervals(recipe: Recipe, data: TaskData, predictions: Sequence[EvalPrediction]) -> Intervals:
+    """95 % confidence intervals of the scores on the test rows, as far as one is known."""
+    compute, sums = data.metrics["test"], data.sums.get("test")
+    if not predictions:
+        return {}
+    return score_intervals(recipe.data.task, data.metric_name, predictions[0], compute, sums, data.label_names)
 
 
 def recipe_of(path: Path) -> Recipe:
@@ -346,6 +379,18 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _write_card(metrics: Mapping[str, Any], recipe: Recipe, trainer: APTTrainer) -> None:
+    """Put what was measured, the data and the recipe on the model card."""
+    results = f"On {metrics['evaluated_on']}:\n\n{comparison_table(metrics)}"
+    if metrics.get("exports"):
+        results += f"\n\n{exports_table(metrics)}"
+    given = {key: value for key, value in recipe.given.items() if key not in _SECRET}
+    name, file = recipe.data.dataset_name, recipe.data.train_file
+    public = name if name and not Path(name).exists() else None
+    dataset = name or (Path(file).name if file else None)
+    trainer.create_model_card(results=results, recipe=given, dataset_tags=public, dataset=dataset)
 
 
 def _write_records(output: Path, metrics: Mapping[str, Any], trainer: APTTrainer, data: TaskData) -> None:

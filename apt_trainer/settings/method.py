@@ -146,6 +146,9 @@ class AdapterSettings:
         "In half precision, keep the input of each RMS norm for the backward pass instead of its float32 copy, and "
         "normalise again there: the same numbers in less memory.",
     )
+    keep_adapters: bool = setting(
+        False, "Save the adapters beside the model too, as they were before they were merged: for export: [adapter]."
+    )
 
 
 @dataclass
@@ -279,6 +282,11 @@ def _check_adapters(s: AdapterSettings) -> None:
         all(order[a] <= order[b] for a, b in zip(modes, modes[1:], strict=False)),
         "tune, tune_after_pruning and tune_after_distillation can only widen (adapters, adapters_and_norms, full), "
         f"but were given as {' → '.join(modes)}.",
+    )
+    _require(
+        not s.keep_adapters or "full" not in modes,
+        "keep_adapters: true keeps what is added to frozen weights, but tune: full trains all weights. Use tune: "
+        "adapters or adapters_and_norms, or leave keep_adapters out.",
     )
 
 

@@ -42,6 +42,8 @@ _EXPORTS = {
     "onnx": (_of("onnx", _EXPORT), _of("onnxscript", _EXPORT), _of("onnxruntime", _EXPORT)),
     "gguf": (_of("gguf", _EXPORT),),
 }
+_EXPORTS["openvino"] = (*_EXPORTS["onnx"][:2], _of("openvino", _EXPORT))
+_EXPORTS["openvino_int8"] = (*_EXPORTS["openvino"], _of("nncf", _EXPORT))
 _QUANTIZE = {"int8": TORCHAO, "int4": TORCHAO, "llm_int8": BITSANDBYTES, "nf4": BITSANDBYTES}
 _METRICS = {name: ROUGE for name in ("rouge1", "rouge2", "rougeL", "rougeLsum")} | {"bleu": BLEU, "chrf": BLEU}
 _DEFAULT_METRICS = {"summarization": "rougeL", "translation": "bleu"}
@@ -135,7 +137,9 @@ def _of_optimizer(name: str) -> list[Package]:
 
 def _of_exports(names: Iterable[str]) -> Iterator[tuple[str, Package]]:
     for name in names:
-        yield from ((f"export: {name}", package) for package in _EXPORTS.get(name.partition("_")[0], ()))
+        yield from (
+            (f"export: {name}", package) for package in _EXPORTS.get(name) or _EXPORTS.get(name.partition("_")[0], ())
+        )
 
 
 def _of_task(settings: Mapping[str, Any]) -> Iterator[tuple[str, Package]]:

@@ -139,7 +139,8 @@ class PruningMixin(FinishedModel):
             inner = model.get_submodule(place_of_transformer(model))
             settings = self.args = adopt(given.pop("peft_config"), settings, inner)
         self._given = importance, teacher
-        self._label_order = None if teacher is None else match_teacher(model, teacher)
+        tokenizer = given.get("processing_class")
+        self._label_order = None if teacher is None else match_teacher(model, teacher, tokenizer)
         self.place = place_of_transformer(model)
         check_inside(model, self.place, settings)
         if self.place:
@@ -215,7 +216,8 @@ class PruningMixin(FinishedModel):
         if self.is_world_process_zero():
             self._tracked = trackers.mlflow_run(self.callback_handler.callbacks)
         self.finish()
-        self.upload_if_asked()
+        if self.uploads_after_training:
+            self.upload_if_asked()
         return result
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
