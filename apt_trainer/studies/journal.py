@@ -21,9 +21,7 @@ class Journal:
     def __init__(self, file: Path, made_with: Line) -> None:
         events = read_events(file)
         if events and events[0] != made_with:
-            raise UserError(
-                f"{file} is of another model, or of other data or tasks. Remove it, or give what it was started with."
-            )
+            raise UserError(f"{file} is of another model, data or tasks. Remove it, or give what it was started with.")
         self.earlier = events[1:]
         self._file = file
         self._held: list[Line] | None = [] if events else [made_with]
