@@ -174,7 +174,7 @@ class AdaptivePruner:
         self._follow_schedule(step)
         self._rest(not self.schedule.observes(step))
         event = self.schedule.in_window(step)
-        if event is not None and self.impact is None:  # NRI is there at the event alone
+        if event is not None and self.impact is None and self.refit is None:  # else units go at the event alone
             if not self.masks.is_open:
                 self.masks.open(self.plan.counts, self.limits.kinds)
             if step > self.schedule.start:
