@@ -13,12 +13,12 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from apt_trainer.measure import evaluating
 from apt_trainer.models import ModelFamily, Space
 from apt_trainer.models.batch import Tokens, real_tokens
 from apt_trainer.plan.pruning_plan import PruningPlan
-from apt_trainer.pruning.impact_pass import frozen
 from apt_trainer.scoring import Reduce
-from apt_trainer.scoring.calibration import Batch
+from apt_trainer.scoring.base import Batch
 from apt_trainer.scoring.taps import TapContext
 from apt_trainer.surgery.refit import Moments, refit
 from apt_trainer.surgery.slicing import EditLog
@@ -115,7 +115,8 @@ class RefitPass:
     def _observe(self, spaces: Sequence[Space], counts: Mapping[str, int], rows: Rows) -> None:
         """A pass over ``rows``; all processes run as many batches, since a forward pass may be collective."""
         spare: Batch | None = None
-        with self._watching(spaces, counts), frozen(self._model), gathering_as_it_runs(self._model):
+        model = self._model
+        with self._watching(spaces, counts), evaluating(model, inference=False), gathering_as_it_runs(model):
             for batch in rows.batches():
                 if batch is not None:
                     self._look(rows.loss_of, batch)

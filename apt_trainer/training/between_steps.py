@@ -19,16 +19,14 @@ from apt_trainer.plan.limits import warn_of_collapse
 from apt_trainer.plan.ranks import mean_growth
 from apt_trainer.plan.schedule import fewer_events, make_schedule
 from apt_trainer.pruning.pruner import Decision
-from apt_trainer.store.events import append_event, truncate_after
+from apt_trainer.store.events import EVENTS_FILE, append_event, truncate_after
 from apt_trainer.surgery import adapters as lora
-from apt_trainer.surgery.slicing import Edit
+from apt_trainer.surgery.slicing import Edits
 from apt_trainer.training import reshape as runtime
 from apt_trainer.training.engines import engine_of
 from apt_trainer.training.engines.agreement import agree
 from apt_trainer.training.engines.base import restore_forward
 from apt_trainer.training.own_metrics import left_alone
-
-EVENTS_FILE = "events.jsonl"
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +93,8 @@ class BetweenSteps:
             self._change_shape(decision, step, started)
         if distillation.snapshot_due(trainer.schedule, step):
             self._offer_snapshot(step)
-        if distillation.transform_due(trainer.model, trainer.schedule, step):
-            runtime.reshape(trainer, lambda: distillation.keep_transform(trainer.model, trainer.schedule, step))
+        if distillation.transform_due(trainer.transformer, trainer.schedule, step):
+            runtime.reshape(trainer, lambda: distillation.keep_transform(trainer.transformer, trainer.schedule, step))
 
     # ------------------------------------------------------------------ changes of shape
 
@@ -118,11 +116,11 @@ class BetweenSteps:
         growth = mean_growth(lora.ranks(trainer.transformer), decision.ranks)
         prefix = f"{trainer.place}." if trainer.place else ""
 
-        def change() -> runtime.Edits:
+        def change() -> Edits:
             with trainer.calibration.apart():
                 event = trainer.pruner.apply(decision, step, distillation.teacher.parameter_ids(), trainer.calibration)
-            edits: dict[str, list[Edit]] = {prefix + name: of for name, of in event.edits.items()}
-            return edits | distillation.follow(trainer.model, event.survivors, growth)
+            edits: Edits = {prefix + name: of for name, of in event.edits.items()}
+            return edits | distillation.follow(trainer.transformer, event.survivors, growth)
 
         reshape = runtime.reshape if trainer.live_dataloader is not None else runtime.reshape_first
         reshape(trainer, change)
@@ -151,7 +149,7 @@ class BetweenSteps:
         loss = self._heldout_loss()
         agree("the loss on held-out data", step, loss)
         engine_of(trainer).settle()
-        if distillation.offer(trainer.model, loss):
+        if distillation.offer(trainer.transformer, loss):
             restore_forward(distillation.teacher.model)
             self.teacher_shape = trainer.pruner.state()[0]
             self._write_record(trainer.pruner.describe(step, "teacher") | {"heldout_loss": loss})

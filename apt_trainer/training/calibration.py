@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers.trainer_utils import has_length
 
-from apt_trainer.scoring.calibration import Batch, shares
+from apt_trainer.scoring.base import Batch
+from apt_trainer.scoring.calibration import shares
 from apt_trainer.training.own_metrics import left_alone
 from apt_trainer.training.trainer_class import overrides
 
@@ -46,5 +47,5 @@ class CalibrationRows:
         """Task loss of the plain model. Gradients in float16 would need the scaler of accelerate."""
         trainer = self._trainer
         autocast = nullcontext() if trainer.args.fp16 else trainer.accelerator.autocast()
-        with autocast, trainer.micro_batches.telling_tokens(trainer.pruner.set_scored_tokens):
+        with autocast, trainer.micro_batches.telling_tokens(trainer.pruner.set_scored_tokens, batch):
             return trainer.compute_loss(trainer.model, dict(batch))  # type: ignore[no-any-return]

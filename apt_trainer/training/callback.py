@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from apt_trainer.models import norm_paths
 from apt_trainer.training import norms
 
 
@@ -17,7 +18,7 @@ class MethodCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer.args.recompute_norms:
-            norms.recompute(self.trainer.transformer, self.trainer.pruner.norm_paths())
+            norms.recompute(self.trainer.transformer, norm_paths(self.trainer.pruner.spaces))
         self.trainer.between_steps.start()
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

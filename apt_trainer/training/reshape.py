@@ -25,12 +25,13 @@ from apt_trainer.errors import UserError
 from apt_trainer.libraries.private_names import check_names
 from apt_trainer.settings.engines import wants_deepspeed
 from apt_trainer.settings.fsdp import wants_fsdp
+from apt_trainer.surgery.slicing import Edits
 from apt_trainer.tensors.partitioned import shape_of
 from apt_trainer.training.compiled import compile_options
 from apt_trainer.training.engines import engine_of
 from apt_trainer.training.engines.agreement import agree
 from apt_trainer.training.engines.base import plain_optimizer
-from apt_trainer.training.engines.state import Edits, State, add_masters, ages
+from apt_trainer.training.engines.state import State, add_masters, ages
 
 
 class LiveModel:
@@ -51,16 +52,16 @@ def check_options(trainer: Any) -> None:
     """Raise :class:`UserError` for what a Trainer was started with, or libraries of its engine, under which shapes
     cannot change."""
     check_names(*engine_of(trainer).needs)
-    passes = trainer.pruner.impact is not None or trainer.args.refits
+    passes = trainer.pruner.scores_at_cuts or trainer.args.refits
     if passes and not trainer.args.prunes_before and trainer.train_dataset is not None:
         rows = trainer.args.calibration_samples
         if has_length(trainer.train_dataset):
             rows = min(rows, len(trainer.train_dataset))
         if rows < trainer.args.world_size:
+            asks = "nri" if trainer.pruner.scores_at_cuts else "refit"
             raise UserError(
                 f"calibration_samples and the training data give no row to some of the {trainer.args.world_size} "
-                f"processes ({rows} rows), but each takes part in what {'nri' if trainer.pruner.impact else 'refit'} "
-                "measures. Raise calibration_samples."
+                f"processes ({rows} rows), but each takes part in what {asks} measures. Raise calibration_samples."
             )
     if wants_deepspeed(trainer.args) and not trainer.is_deepspeed_enabled:
         raise UserError(

@@ -2,7 +2,7 @@
 
 The seam to Hugging Face's Trainer, whose data, logging, saving and processes stay its own. What the method does is
 elsewhere: in a micro-batch ``micro_batch``, between two steps ``between_steps``, to the engine ``reshape``; the
-optimizer is made in ``own_optimizer``, rows are scored in ``calibration``, the best checkpoint is ``best_model``'s.
+optimizer is made in ``own_optimizer``, rows are scored in ``calibration``, checkpoints are those of ``checkpoints``.
 Overrides documented methods of the Trainer and some private ones: those that prepare a run, run an epoch, read and
 write checkpoints and choose the best.
 """
@@ -36,12 +36,14 @@ from apt_trainer.settings.engines import check_launch, wants_deepspeed
 from apt_trainer.settings.fsdp import wants_fsdp
 from apt_trainer.settings.packages import check_packages
 from apt_trainer.store.hub import check_upload
-from apt_trainer.training import checkpoint, trackers
 from apt_trainer.training import reshape as runtime
-from apt_trainer.training.best_model import check_candidates
+from apt_trainer.training import trackers
 from apt_trainer.training.between_steps import BetweenSteps
 from apt_trainer.training.calibration import CalibrationRows
 from apt_trainer.training.callback import MethodCallback
+from apt_trainer.training.checkpoints.best import check_candidates
+from apt_trainer.training.checkpoints.resume import load_run
+from apt_trainer.training.checkpoints.state import TrainingState, save_training_state
 from apt_trainer.training.compiled import CompiledSteps
 from apt_trainer.training.engines import engine_of
 from apt_trainer.training.engines.groups import UNDECAYED
@@ -52,11 +54,10 @@ from apt_trainer.training.engines.state import State
 from apt_trainer.training.finished_model import FinishedModel
 from apt_trainer.training.fused_head import let_copies_own
 from apt_trainer.training.given_adapters import adopt
-from apt_trainer.training.inside import check_inside, place_of_transformer
+from apt_trainer.training.inside import check_embeddings, check_inside, place_of_transformer, pooling_of
 from apt_trainer.training.micro_batch import MicroBatches
 from apt_trainer.training.own_optimizer import OwnOptimizer
 from apt_trainer.training.reference import check_reference
-from apt_trainer.training.resume import load_run
 from apt_trainer.training.step_losses import StepLosses
 from apt_trainer.training.termination import StopOnSignal
 from apt_trainer.training.trainer_class import (
@@ -76,7 +77,8 @@ class PruningMixin(FinishedModel):
 
     Args:
         importance: a scoring rule of the user's own, instead of ``args.importance``.
-        teacher: a fine-tuned model of the same task, where ``args.distillation`` is "model".
+        teacher: a fine-tuned model of the same task, where ``args.distillation`` is "model". Without logits, as of an
+            embedding model, embeddings are compared with the teacher's.
         heldout_dataset: data on which snapshots of the student are chosen as teacher. By default
             ``args.heldout_fraction`` of the training data is split off for it when needed.
         class_weights: what each label counts in the loss (:class:`~apt_trainer.models.class_weights.ClassWeights`).
@@ -137,10 +139,15 @@ class PruningMixin(FinishedModel):
         if given.get("peft_config") is not None:
             inner = model.get_submodule(place_of_transformer(model))
             settings = self.args = adopt(given.pop("peft_config"), settings, inner)
-        self._given = importance, teacher
-        self._label_order = None if teacher is None else match_teacher(model, teacher)
+        tokenizer = given.get("processing_class")
         self.place = place_of_transformer(model)
         check_inside(model, self.place, settings)
+        self._label_order = None
+        if teacher is not None:
+            teacher = teacher.get_submodule(place_of_transformer(teacher))  # type: ignore[assignment]
+            self._label_order = match_teacher(model.get_submodule(self.place), teacher, tokenizer)
+            check_embeddings(model.get_submodule(self.place), teacher, settings)
+        self._given = importance, teacher
         if self.place:
             settings = self.args = copy.copy(settings)
             settings.ddp_find_unused_parameters = True  # what is round a transformer may leave its pooler out
@@ -214,7 +221,8 @@ class PruningMixin(FinishedModel):
         if self.is_world_process_zero():
             self._tracked = trackers.mlflow_run(self.callback_handler.callbacks)
         self.finish()
-        self.upload_if_asked()
+        if self.uploads_after_training:
+            self.upload_if_asked()
         return result
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -248,17 +256,17 @@ class PruningMixin(FinishedModel):
         self.check_finite()
         weights, state = engine_of(self).weights_to_save(), self.training_state()
         if self.args.should_save:
-            checkpoint.save_training_state(Path(output_dir or str(self.args.output_dir)), weights, state)
+            save_training_state(Path(output_dir or str(self.args.output_dir)), weights, state)
 
     # ------------------------------------------------------------------ the method's own steps
 
-    def training_state(self) -> checkpoint.TrainingState:
+    def training_state(self) -> TrainingState:
         """Everything beyond the student's weights, optimizer and random state that a resumed run needs; collective."""
         description, tensors = self.pruner.state()
         teacher = None if self.distillation.teacher.is_external else self.distillation.teacher.model
         weights = None if teacher is None else engine_of(self).weights_to_save(teacher)
         shape = None if teacher is None else self.between_steps.teacher_shape
-        return checkpoint.TrainingState(description, tensors, self.distillation.state(self.model), weights, shape)
+        return TrainingState(description, tensors, self.distillation.state(self.transformer), weights, shape)
 
     # ------------------------------------------------------------------ inside
 
@@ -282,13 +290,14 @@ class PruningMixin(FinishedModel):
             None if teacher is None else engine_of(self).place_teacher(teacher),
             self.accelerator.autocast,
             self._label_order,
+            getattr(self, "pooling", None) or pooling_of(self.model, self.place),
+            layers=not self.place,
         )
         self.between_steps = BetweenSteps(self)
         self.schedule = self._make_schedule()
         self.live_dataloader: Any = None
         self.own_optimizer.ages = {}
-        if self.pruner.impact is not None:
-            self.pruner.impact.weights = self.class_weights
+        self.pruner.importance.class_weights = self.class_weights
         together = args.average_tokens_across_devices
         self.step_losses = StepLosses(self.pruner.family, self.accelerator, together, self.class_weights)
         self.last_inputs = None
@@ -306,7 +315,7 @@ class PruningMixin(FinishedModel):
         """For the errors it raises; the loop's own number of steps replaces it when it begins."""
         if self.train_dataset is None:
             raise UserError("train_dataset is missing.")
-        takes_rows = self.args.prunes_before or self.pruner.impact is not None or self.args.refits
+        takes_rows = self.args.prunes_before or self.pruner.scores_at_cuts or self.args.refits
         if isinstance(self.train_dataset, Mapping) and takes_rows:
             raise UserError(
                 "train_dataset holds several data sets, but units are scored on rows of one (pruning_time: before, "
@@ -341,7 +350,7 @@ class PruningMixin(FinishedModel):
         if resume_from_checkpoint is None:
             if self.pruner.settings.prunes_before:
                 self.between_steps.prune_before_training(max_steps)
-            self.distillation.keep_transform(self.model, self.schedule, 0)
+            self.distillation.keep_transform(self.transformer, self.schedule, 0)
         else:
             if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # else the loop has done so
                 self._load_from_checkpoint(resume_from_checkpoint)
@@ -350,7 +359,7 @@ class PruningMixin(FinishedModel):
         engine_of(self).wrap(self.model)
         _, self.live_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
         runtime.begin(self)
-        self.distillation.teacher.join(self.model, engine_of(self).one_dtype)
+        self.distillation.teacher.join(self.transformer, engine_of(self).one_dtype)
         if resume_from_checkpoint is not None:
             engine_of(self).import_whole(state)
             runtime.set_schedule(self, schedule)
@@ -374,7 +383,12 @@ class PruningMixin(FinishedModel):
 
 
 def _check_splitting(data: Any, args: Any) -> None:
-    """Raise :class:`UserError` where ``data`` have no length and that is in the way."""
+    """Raise :class:`UserError` where rows are to be held out of ``data`` that are several, or have no length."""
+    if isinstance(data, Mapping) and args.heldout_rows(1) > 0:
+        raise UserError(
+            "train_dataset holds several data sets, of which no rows are split off to choose the teacher on. Give "
+            "heldout_dataset, or set distillation: none."
+        )
     if has_length(data):
         return
     args.total_steps(None)

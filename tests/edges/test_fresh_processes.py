@@ -39,7 +39,8 @@ def run_python(code: str, folder: Path) -> str:
 
 FORK = """
 import os, sys, traceback
-import torch  # which knows neither of the two; the rest is imported by each child anew
+import accelerate, datasets, scipy.optimize, sklearn.metrics, torch._dynamo, torch.distributed.tensor
+assert not {{"apt_trainer", "peft", "transformers"}} & set(sys.modules)  # these are imported by each child anew
 for number, code in enumerate({cases!r}):
     child = os.fork()
     if child == 0:
@@ -117,6 +118,36 @@ def test_a_result_loads_in_any_order_of_imports(small: Path) -> None:
     run_each(cases, small)
 
 
+def test_a_stock_class_by_its_name_stops_instead_of_filling_weights_at_random(small: Path) -> None:
+    """With and without apt_trainer; what is gone as a whole would be made anew, with no more than a warning. A save by
+    the carried code says the same."""
+    stops = """
+    try:
+        BertForSequenceClassification.from_pretrained({0!r})
+    except OSError as error:
+        assert "load_with_apt_trainer" in str(error)
+    else:
+        raise AssertionError("it loaded")
+    """
+    code = """
+    from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
+    import sys
+    sys.modules["apt_trainer"] = None
+    model = AutoModelForSequenceClassification.from_pretrained("out/small", trust_remote_code=True)
+    model.save_pretrained("out/again")
+    """
+    before, after = (textwrap.dedent(part) for part in (code, stops))
+    first = "from transformers import BertForSequenceClassification\n"
+    run_each(
+        [
+            first + after.format("out/small"),
+            f"import apt_trainer\n{first}{after.format('out/small')}",
+            before + after.format("out/again"),
+        ],
+        small,
+    )
+
+
 def test_pickles_of_a_result_are_read(small: Path) -> None:
     import pickle
 
@@ -133,12 +164,11 @@ def test_the_python_of_the_readme_runs_each_in_its_own_process(tmp_path: Path) -
     assert re.findall(r"```python", RECIPES) == []
     save_dense(tmp_path / "model", "ForMaskedLM")
     texts, labels = [words(3, seed=i) for i in range(64)], [i % 2 for i in range(64)]
-    run_python(f"MODEL, TEXTS, LABELS = 'model', {texts!r}, {labels!r}\n{training}", tmp_path)
     in_a_sentence = re.search(r"`(AutoModel\w+\.from_pretrained\(\"out/small\"\))`", README)
     assert in_a_sentence is not None
     auto = in_a_sentence[1].partition(".")[0]
     sentence = f"import apt_trainer\nfrom transformers import {auto}\n{in_a_sentence[1]}"
-    run_each([loading, sentence], tmp_path)
+    run_each([f"MODEL, TEXTS, LABELS = 'model', {texts!r}, {labels!r}\n{training}", loading, sentence], tmp_path)
 
 
 def commands(text: str) -> list[list[str]]:

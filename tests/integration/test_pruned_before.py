@@ -128,7 +128,7 @@ def test_the_target_is_met_before_the_first_step(run: Run) -> None:
     pruner, records = run.trainer.pruner, events_of(run.folder)
     assert [(record["step"], record["kind"]) for record in records] == EVENTS
     dense = pruner.block_cost.total(pruner.dense_plan.counts)
-    largest = pruner.block_cost.marginal(HIDDEN, pruner.dense_plan.counts) * pruner.limits.round_to[HIDDEN]
+    largest = pruner.block_cost.marginal(HIDDEN, pruner.dense_plan.counts) * pruner.budget.limits.round_to[HIDDEN]
     kept = counted_block_parameters(run.trainer)
     assert kept <= 0.5 * dense < kept + largest
     assert {record["sparsity"] for record in records} == {1 - kept / dense}
@@ -151,7 +151,7 @@ def test_ranks_grow_at_the_events_within_the_budget_of_the_dense_model(run: Run)
     dense = before(run.folder / "dense", run.name).pruner
     widths = dense._adapter_widths(pruner.plan)
     sizes = [sum(rank * widths[path] for path, rank in record["ranks"].items()) for record in records]
-    assert pruner.adapter_parameters_at_start == dense.adapter_parameters_at_start
+    assert pruner.growth.parameters_at_start == dense.adapter_parameters_at_start
     assert set(records[0]["ranks"].values()) == {2}
     assert sizes[0] < sizes[1] < sizes[2] <= 4 * dense.adapter_parameters_at_start
     assert sizes[1] <= 2.5 * dense.adapter_parameters_at_start

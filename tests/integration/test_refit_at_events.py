@@ -14,9 +14,11 @@ from transformers import TrainerCallback
 
 from apt_trainer import APTTrainer
 from apt_trainer.errors import UserError
+from apt_trainer.settings import MethodSettings
 from apt_trainer.surgery.slicing import Grow, Keep, NewValues
 from apt_trainer.training.engines import engine_of
 from apt_trainer.training.engines.state import MASTER, State, follow
+from apt_trainer.training.session import PruningSession
 from integration.factories import (
     GLOBAL_BATCH,
     SHORT,
@@ -225,3 +227,9 @@ def test_every_engine_applies_new_values_as_one_process(
 def test_rows_of_several_data_sets_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="train_dataset holds several data sets"):
         make_trainer(tmp_path, tiny_model("bert"), {"one": Rows(20)}, {"heldout_dataset": Rows(8)}, **REFIT)
+
+
+def test_a_refit_without_rows_is_refused(tmp_path: Path) -> None:
+    settings = MethodSettings(target_sparsity=0.3, refit=True, distillation="none", prune_targets=["neurons"])
+    with pytest.raises(UserError, match="refit: true solves for weights on batches"):
+        PruningSession(tiny_model("bert"), settings, 10, torch.optim.AdamW)

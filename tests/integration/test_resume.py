@@ -13,8 +13,8 @@ from tiny import randomise, tiny_config, tiny_model
 from transformers import AutoModelForSequenceClassification
 
 from apt_trainer import APTTrainer, UserError
-from apt_trainer.training.checkpoint import WEIGHTS_FILE, check_complete
-from apt_trainer.training.whole_checkpoints import STAGED
+from apt_trainer.training.checkpoints.state import WEIGHTS_FILE, check_complete
+from apt_trainer.training.checkpoints.whole import STAGED
 from integration.factories import (
     EVENTS,
     SHORT,
@@ -106,9 +106,9 @@ def test_the_straight_runs_cover_what_resuming_has_to(tmp_path: Path) -> None:
 def test_every_importance_resumes(tmp_path: Path, importance: str) -> None:
     whole, resumed = (
         make_trainer(
-            tmp_path / name, options={"callbacks": [SaveAt([4])]}, importance=importance, rank_score=score, **SHORT
+            tmp_path / name, options={"callbacks": [SaveAt([4])]}, importance=importance, preset="paper", **SHORT
         )
-        for name, score in (("whole", "absolute"), ("resumed", "absolute"))
+        for name in ("whole", "resumed")
     )
     whole.train()
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))

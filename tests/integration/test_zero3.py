@@ -23,6 +23,7 @@ from integration.test_nri_during import DURING
 from integration.test_processes import two_processes
 from integration.test_pruned_before import BEFORE
 
+IDENTITY = {"distillation_transform": "identity"}
 CASES: dict[str, dict[str, Any]] = {
     "llama": {},
     "gpt2": {},
@@ -38,7 +39,12 @@ CASES: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": True,
         "distillation": "none",
     },
-    "full": {"tune": "full", "tune_embeddings": True, "rank_growth": "none", "distillation_transform": "identity"},
+    "full": {
+        "tune": "full",
+        "tune_embeddings": True,
+        "rank_growth": "none",
+        "preset_overrides": IDENTITY,
+    },
 }
 """What differs from ``SHORT``; the first three name models."""
 HALVES = {"models": list(CASES)[:3], "settings": list(CASES)[3:]}

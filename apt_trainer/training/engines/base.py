@@ -20,8 +20,9 @@ from transformers.utils.logging import get_logger
 
 from apt_trainer.libraries.private_names import Use
 from apt_trainer.models import ModelFamily
+from apt_trainer.surgery.slicing import Edits
 from apt_trainer.tensors.partitioned import copy_of, split_as, whole_value
-from apt_trainer.training.engines.state import MASTER, Edits, State, carry, collect, restore
+from apt_trainer.training.engines.state import MASTER, State, carry, collect, restore
 
 _log = get_logger(__name__)
 _STARTS_AFRESH = (

@@ -30,11 +30,11 @@ from accelerate.utils import convert_outputs_to_fp32
 from accelerate.utils.modeling import get_mixed_precision_context_manager
 from torch import nn
 
-from apt_trainer.surgery.slicing import Keep, NewValues
+from apt_trainer.surgery.slicing import Edits, Keep, NewValues
 from apt_trainer.tensors import fully_sharded
 from apt_trainer.tensors.partitioned import make_whole, split_as, whole_value
 from apt_trainer.training.engines.base import Engine, plain_optimizer
-from apt_trainer.training.engines.state import Edits, State, follow
+from apt_trainer.training.engines.state import State, follow
 
 
 class Fsdp2Engine(Engine):

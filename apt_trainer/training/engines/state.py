@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from apt_trainer.surgery.slicing import Edit, Grow, Keep, NewValues
+from apt_trainer.surgery.slicing import Edit, Edits, Grow, Keep, NewValues
 from apt_trainer.tensors.partitioned import cut_in_place
 
-Edits = Mapping[str, list[Edit]]
 State = dict[str, dict[str, Any]]
 """Parameter name → {state name: tensor or number}."""
 

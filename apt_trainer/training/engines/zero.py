@@ -18,9 +18,10 @@ from transformers import TrainerCallback
 
 from apt_trainer.errors import UserError
 from apt_trainer.libraries.private_names import Use
+from apt_trainer.surgery.slicing import Edits
 from apt_trainer.training.engines.base import Engine, Parts, fresh_leaves
 from apt_trainer.training.engines.flat_optimizer import FlatOptimizer
-from apt_trainer.training.engines.state import Edits, State
+from apt_trainer.training.engines.state import State
 
 
 class EndAtSkippedStep(TrainerCallback):

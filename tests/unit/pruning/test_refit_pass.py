@@ -17,8 +17,9 @@ from apt_trainer.models import HIDDEN, ModelFamily, Space
 from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.pruning import refit_pass
 from apt_trainer.pruning.refit_pass import RefitPass
-from apt_trainer.scoring import Salience
-from apt_trainer.scoring.calibration import Batch, calibrate
+from apt_trainer.scoring.base import Batch
+from apt_trainer.scoring.calibration import calibrate
+from apt_trainer.scoring.salience import Salience
 from apt_trainer.surgery import refit as refit_module
 from apt_trainer.surgery.cutting import apply_plan
 from apt_trainer.surgery.refit import DAMPING
