@@ -16,7 +16,7 @@ from apt_trainer.store.hub import make_repository, put_beside, upload
 from apt_trainer.store.model_card import CARD_FILE, model_card
 from apt_trainer.store.rescue import how_to_load
 from apt_trainer.store.saved_model import as_pruned
-from apt_trainer.training import checkpoint, norms
+from apt_trainer.training import checkpoint, norms, positions
 from apt_trainer.training.best_model import BestWithinBudget
 from apt_trainer.training.engines import Engine, engine_of
 from apt_trainer.training.engines.agreement import failing_together, processes
@@ -107,6 +107,7 @@ class FinishedModel(BestWithinBudget):
         self.distillation.end(self.model)
         self.model = engine_of(self).leave()
         norms.plain(self.model)
+        positions.make_exact(self.model)
         self.pruner.set_tune("full")
         if choose_best:
             self.load_best()

@@ -46,7 +46,7 @@ from apt_trainer.surgery import adapters as lora
 from apt_trainer.surgery.refit import refit
 from apt_trainer.surgery.slicing import Grow, Keep
 from apt_trainer.surgery.tuning import base_weight_names
-from apt_trainer.training import checkpoint, trackers
+from apt_trainer.training import checkpoint, positions, trackers
 from apt_trainer.training import reshape as runtime
 from apt_trainer.training.best_model import check_candidates
 from apt_trainer.training.callback import MethodCallback
@@ -384,6 +384,7 @@ class PruningMixin(FinishedModel):
         """All that belongs to one run of ``model``, whose pruner is made."""
         args, teacher = self.args, self._given[1]
         runtime.own_storage(self.model)
+        positions.make_exact(self.model)
         self.distillation = SelfDistillation(
             args,
             self.pruner.plan.counts[HIDDEN],
