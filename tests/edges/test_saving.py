@@ -357,6 +357,7 @@ def test_a_metric_or_picture_that_fails_finds_the_model_saved(
         {"optim": "apollo_adamw", "optim_target_modules": ["query"]},
         {"optim": "lomo"},
         {"optim": "adalomo"},
+        {"debug": "underflow_overflow"},
         {"lr_scheduler_type": "greedy", "metric_for_best_model": "loss", "eval_strategy": "epoch"},
     ],
 )
