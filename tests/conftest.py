@@ -10,8 +10,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+import warm
 
 torch.set_num_threads(1)
+warm.remember_what_is_installed()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it starts in the background
 
 

@@ -12,13 +12,13 @@ import numpy as np
 from scipy import stats
 from transformers import EvalPrediction
 
-from apt_trainer.evaluate.bootstrap import RESAMPLES, Interval, interval_of, mean_interval, summed_intervals
+from apt_trainer.evaluate.bootstrap import CELLS, RESAMPLES, Interval, interval_of, mean_interval, summed_intervals
 from apt_trainer.tasks.base import ComputeMetrics, first_output
+from apt_trainer.tasks.embedding import SCORED, similarities
 from apt_trainer.tasks.generation_scores import ROUGE
 from apt_trainer.tasks.metrics import as_columns, number_names
 from apt_trainer.tasks.summed_scores import SummedScores
 
-_CELLS = 1 << 22  # resampled values held at a time
 Intervals = dict[str, Interval]
 
 
@@ -48,6 +48,9 @@ def score_intervals(
         return token_intervals(np.asarray(outputs, dtype=np.float64))
     if task == "classification":
         return classification_intervals(np.asarray(outputs), np.asarray(prediction.label_ids))
+    if task == "embedding":
+        found = regression_intervals(similarities(prediction), np.ravel(prediction.label_ids))
+        return {name: found[name] for name in SCORED}
     if task == "regression":
         return regression_intervals(np.asarray(outputs), np.asarray(prediction.label_ids), names)
     if task == "summarization":
@@ -77,7 +80,7 @@ def classification_intervals(logits: np.ndarray, labels: np.ndarray) -> Interval
     predicted, classes = logits.argmax(-1), logits.shape[-1]
     cells, counts = np.unique(labels * classes + predicted, return_counts=True)
     generator = np.random.default_rng(0)
-    size = max(1, _CELLS // classes**2)
+    size = max(1, CELLS // classes**2)
     f1, macro, matthews = [], [], []
     for start in range(0, RESAMPLES, size):
         drawn = generator.multinomial(len(labels), counts / len(labels), size=min(size, RESAMPLES - start))
@@ -130,7 +133,7 @@ def regression_intervals(predicted: np.ndarray, labels: np.ndarray, names: Seque
 def _resampled(statistic: Callable[[np.ndarray, np.ndarray], np.ndarray], *values: np.ndarray) -> np.ndarray:
     """[draws, numbers] of a ``statistic`` of [draws, n, numbers] each, for ``values`` [n, numbers]."""
     (n, width), generator = values[0].shape, np.random.default_rng(0)
-    size = max(1, _CELLS // (n * width))
+    size = max(1, CELLS // (n * width))
     found = []
     for start in range(0, RESAMPLES, size):
         rows = generator.integers(n, size=(min(size, RESAMPLES - start), n))

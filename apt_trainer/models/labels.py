@@ -215,8 +215,9 @@ def match_teacher(student: Any, teacher: Any, tokenizer: Any = None) -> list[int
             f"The teacher is a {type(teacher).__name__} and the model a {type(student).__name__}. Give a teacher of "
             "the same task."
         )
-    sizes: list[Any] = [getattr(one.config.get_text_config(), "vocab_size", None) for one in (student, teacher)]
-    if None not in sizes and sizes[0] != sizes[1] and not _only_padded(sizes, tokenizer):
+    found = [getattr(model.config.get_text_config(), "vocab_size", None) for model in (student, teacher)]
+    sizes = [size for size in found if size is not None]
+    if len(set(sizes)) == 2 and not _only_padded(sizes, tokenizer):
         raise UserError(
             f"The teacher has {sizes[1]:,} tokens and the model {sizes[0]:,}, so that one text is not the same input. "
             "Give a teacher with the same tokenizer. Where only padding differs, give the tokenizer too "

@@ -21,9 +21,7 @@ from apt_trainer.models import ModelFamily, Space
 from apt_trainer.models.batch import real_tokens
 from apt_trainer.models.class_weights import ClassWeights
 from apt_trainer.models.shares import count
-from apt_trainer.scoring.base import Importance, Reduce
-
-Batch = dict[str, Any]
+from apt_trainer.scoring.base import Batch, Importance, Reduce
 
 NOT_FINITE = (
     "The loss of the model on the rows that calibration_samples draws is not finite, so nothing can be scored. Look "

@@ -39,7 +39,8 @@ def run_python(code: str, folder: Path) -> str:
 
 FORK = """
 import os, sys, traceback
-import torch  # which knows neither of the two; the rest is imported by each child anew
+import accelerate, datasets, scipy.optimize, sklearn.metrics, torch._dynamo, torch.distributed.tensor
+assert not {{"apt_trainer", "peft", "transformers"}} & set(sys.modules)  # these are imported by each child anew
 for number, code in enumerate({cases!r}):
     child = os.fork()
     if child == 0:
@@ -163,12 +164,11 @@ def test_the_python_of_the_readme_runs_each_in_its_own_process(tmp_path: Path) -
     assert re.findall(r"```python", RECIPES) == []
     save_dense(tmp_path / "model", "ForMaskedLM")
     texts, labels = [words(3, seed=i) for i in range(64)], [i % 2 for i in range(64)]
-    run_python(f"MODEL, TEXTS, LABELS = 'model', {texts!r}, {labels!r}\n{training}", tmp_path)
     in_a_sentence = re.search(r"`(AutoModel\w+\.from_pretrained\(\"out/small\"\))`", README)
     assert in_a_sentence is not None
     auto = in_a_sentence[1].partition(".")[0]
     sentence = f"import apt_trainer\nfrom transformers import {auto}\n{in_a_sentence[1]}"
-    run_each([loading, sentence], tmp_path)
+    run_each([f"MODEL, TEXTS, LABELS = 'model', {texts!r}, {labels!r}\n{training}", loading, sentence], tmp_path)
 
 
 def commands(text: str) -> list[list[str]]:

@@ -7,13 +7,13 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm
 from integration.factories import (
     SHORT,
     Rows,
@@ -153,7 +153,7 @@ def test_a_run_goes_on_from_a_pruned_model(name: str, starts: Callable[[str], Pa
     trainer.train()
     plan, target = trainer.pruner.plan, trainer.args.target_sparsity
     assert all(set(plan.kept[space]) <= set(units) for space, units in start.kept.items())
-    assert trainer.pruner.sparsity() >= target > trainer.pruner.sparsity_of_start() > 0
+    assert trainer.pruner.sparsity() >= target > trainer.pruner.budget.removed_of_start(plan) > 0
     assert trainer.pruner.block_cost.total(plan.counts) == counted_block_parameters(trainer)
     dense = counted_block_parameters_of(tiny_model(name, MODELS[name]))
     assert trainer.pruner.sparsity() == pytest.approx(1 - counted_block_parameters(trainer) / dense)
@@ -225,7 +225,8 @@ def test_a_pruned_model_is_only_tuned(starts: Callable[[str], Path], tmp_path: P
     nothing = {"target_sparsity": None, "distillation": "none", "tune": tune}
     trainer = further(tmp_path, starts("bert"), "bert", **nothing)
     trainer.train()
-    assert trainer.pruner.plan == trainer.pruner.origin.plan and trainer.pruner.sparsity_of_start() == 0
+    pruner = trainer.pruner
+    assert pruner.plan == pruner.origin.plan and pruner.budget.removed_of_start(pruner.plan) == 0
     small = {name: value.shape for name, value in before.state_dict().items()}
     assert {name: value.shape for name, value in trainer.model.state_dict().items()} == small
     changed = [
@@ -297,7 +298,7 @@ def test_what_was_pruned_twice_loads_in_a_new_process(starts: Callable[[str], Pa
     batch = {name: value for name, value in tiny_batch(trainer.model).items() if name != "labels"}
     save_file(batch, tmp_path / "batch.safetensors")
     paths = [str(tmp_path / name) for name in ("small", "batch.safetensors", "logits.safetensors")]
-    subprocess.run([sys.executable, "-c", READER, *paths], check=True)
+    subprocess.run([warm.python(), "-c", READER, *paths], check=True)
     expected = logits(trainer.model.eval(), batch)
     assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], expected)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm
 from integration.factories import Rows, SaveAt, config, losses_of, make_trainer
+from integration.test_processes import two_processes
 from texts import tiny_llama, word_tokenizer
 from tiny import LANGUAGE_MODELS, gap, logits, tiny_batch, tiny_model
 from transformers import BertForSequenceClassification, GenerationConfig, TrainerCallback
@@ -23,7 +24,7 @@ from apt_trainer.runs.run import train
 from apt_trainer.settings.recipe import load_recipe
 from apt_trainer.settings.refused import REFUSED
 from apt_trainer.store.rescue import RESCUED
-from apt_trainer.training.checkpoint import reload_difference
+from apt_trainer.store.saving import reload_difference
 from apt_trainer.training.compiled import compile_options
 from apt_trainer.training.rehearsal import check_output, check_room
 
@@ -241,16 +242,12 @@ except RunError as error:
 """
 
 
-def in_processes(*words: str) -> str:
-    """What Python prints for ``words``, in a process of its own."""
-    environment = os.environ | {"PYTHONPATH": f"{TESTS}:{Path(apt_trainer.__file__).parents[1]}"}
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
 def test_a_full_disk_tells_both_places_and_a_second_try_works(tmp_path: Path) -> None:
-    printed = in_processes("-c", FULL, str(tmp_path))
+    environment = os.environ | {"PYTHONPATH": f"{TESTS}:{Path(apt_trainer.__file__).parents[1]}"}
+    command = [warm.python(), "-c", FULL, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    printed = done.stdout
     assert "could not be written elsewhere either" in printed and str(tmp_path) in printed
     assert not list(tmp_path.glob(f"{RESCUED}*"))
     load_pruned(tmp_path)
@@ -265,7 +262,7 @@ def test_a_device_without_room_for_two_models_compares_their_weights(
     trainer = few(tmp_path)
     trainer.train()
     trainer.save_model()
-    monkeypatch.setattr("apt_trainer.training.checkpoint.example_inputs", full)
+    monkeypatch.setattr("apt_trainer.store.saving.example_inputs", full)
     assert reload_difference(trainer.model, tmp_path) == 0.0
     with torch.no_grad():
         trainer.model.classifier.bias.add_(1)
@@ -458,6 +455,7 @@ def test_a_compiler_that_is_not_there_is_told_before_training(
 
 TWO = """
 import os, sys
+sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
 from apt_trainer.errors import RunError, UserError
 from apt_trainer.training.engines.agreement import failing_together
@@ -473,8 +471,8 @@ def told(call):
     try:
         call()
     except (UserError, RunError) as error:
-        name = f"{type(error).__name__}: {error}"
-        (folder / f"{call.__name__}{os.environ['RANK']}").write_text(name)
+        name = f"{{type(error).__name__}}: {{error}}"
+        (folder / f"{{call.__name__}}{{os.environ['RANK']}}").write_text(name)
 def rehearse():
     few(folder / "early", processing_class=unsaved_tokenizer(1) if first else None).train()
 def save():
@@ -484,15 +482,14 @@ def save():
         trainer.save_model()
 told(rehearse)
 told(save)
+os._exit(0)
 """
 
 
 @pytest.mark.distributed
 def test_two_processes_compile_and_fail_together(tmp_path: Path) -> None:
     """A tokenizer of the first process alone cannot be saved: before training, and after it."""
-    (tmp_path / "two.py").write_text(TWO)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    in_processes(*launcher, str(tmp_path / "two.py"), str(tmp_path))
+    two_processes(tmp_path, TWO, *(f"{name}{rank}" for name in ("rehearse", "save") for rank in (0, 1)))
     for rank in (0, 1):
         assert (tmp_path / f"rehearse{rank}").read_text().startswith("UserError: The finished model could")
         assert "rescued-" in (tmp_path / f"save{rank}").read_text()

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
 from safetensors import SafetensorError
 
 from apt_trainer import cli
@@ -20,8 +21,8 @@ from apt_trainer.settings import known_settings
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 
-def run_cli(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "apt_trainer", *words]
+def run_cli(*words: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
+    command = [python, "-m", "apt_trainer", *words]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
 
 
@@ -65,7 +66,7 @@ def test_help_lists_every_setting_and_fits_the_terminal(monkeypatch):
 def test_user_error_has_no_traceback_and_exits_with_2(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("target_sparsty: 0.5\n")
-    done = run_cli("train", "--config", str(path))
+    done = run_cli("train", "--config", str(path), python=warm.python())
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.splitlines()[-1] == (
