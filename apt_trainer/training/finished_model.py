@@ -19,7 +19,7 @@ from apt_trainer.store.model_card import CARD_FILE, model_card
 from apt_trainer.store.rescue import how_to_load
 from apt_trainer.store.saved_model import as_pruned
 from apt_trainer.store.saving import save_pruned, write_model
-from apt_trainer.training import norms, reshape
+from apt_trainer.training import norms, positions, reshape
 from apt_trainer.training.checkpoints.best import BestWithinBudget
 from apt_trainer.training.engines import Engine, engine_of
 from apt_trainer.training.engines.agreement import failing_together, processes
@@ -115,6 +115,7 @@ class FinishedModel(BestWithinBudget):
         self.distillation.end(self.transformer)
         self.model = reshape.finalize(self)
         norms.plain(self.model)
+        positions.make_exact(self.model)
         self.pruner.set_tune("full")
         if choose_best:
             self.load_best()

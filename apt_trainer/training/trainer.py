@@ -36,8 +36,8 @@ from apt_trainer.settings.engines import check_launch, wants_deepspeed
 from apt_trainer.settings.fsdp import wants_fsdp
 from apt_trainer.settings.packages import check_packages
 from apt_trainer.store.hub import check_upload
+from apt_trainer.training import positions, trackers
 from apt_trainer.training import reshape as runtime
-from apt_trainer.training import trackers
 from apt_trainer.training.between_steps import BetweenSteps
 from apt_trainer.training.calibration import CalibrationRows
 from apt_trainer.training.callback import MethodCallback
@@ -283,6 +283,7 @@ class PruningMixin(FinishedModel):
         """All that belongs to one run of ``model``, whose pruner is made."""
         args, teacher = self.args, self._given[1]
         runtime.own_storage(self.model)
+        positions.make_exact(self.model)
         self.distillation = SelfDistillation(
             args,
             self.pruner.plan.counts[HIDDEN],
