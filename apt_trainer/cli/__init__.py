@@ -24,12 +24,14 @@ VERBS = {
     "evaluate": "apt_trainer.cli.evaluate",
     "benchmark": "apt_trainer.cli.benchmark",
     "export": "apt_trainer.cli.export",
+    "vocabulary": "apt_trainer.cli.vocabulary",
     "analyze": "apt_trainer.cli.analyze",
     "drop": "apt_trainer.cli.drop",
     "curve": "apt_trainer.cli.curve",
     "paint": "apt_trainer.cli.paint",
     "ablate": "apt_trainer.cli.ablate",
     "report": "apt_trainer.cli.report",
+    "families": "apt_trainer.cli.families",
     "env": "apt_trainer.cli.env",
 }
 

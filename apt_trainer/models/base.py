@@ -139,6 +139,11 @@ class Sublayer:
     crosses: bool = False
 
 
+def norm_paths(spaces: Sequence[Space]) -> list[str]:
+    """Norms of the dense model on the residual stream and over all heads of an attention together."""
+    return [path for space in spaces for path in space.norms]
+
+
 def exists(model: nn.Module, path: str) -> bool:
     """Whether there is a module at ``path``."""
     module: nn.Module | None = model
@@ -147,6 +152,14 @@ def exists(model: nn.Module, path: str) -> bool:
         if module is None:
             return False
     return True
+
+
+_CENTRING = ("Cohere2LayerNorm", "CohereLayerNorm", "OlmoLayerNorm")
+
+
+def centres(norm: nn.Module) -> bool:
+    """Whether ``norm`` subtracts the mean; others are taken to be of RMS type."""
+    return isinstance(norm, nn.LayerNorm) or type(norm).__name__ in _CENTRING
 
 
 def base_layer(module: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,38 +22,41 @@ from typing import Any
 import torch
 from transformers import EvalPrediction, set_seed
 
-from apt_trainer.errors import Retold, RunError, UserError, reason
+from apt_trainer.errors import Noted, Retold, RunError, UserError, reason
 from apt_trainer.evaluate.compare import measure_memory, measure_speed
 from apt_trainer.evaluate.harness import run_tasks
-from apt_trainer.evaluate.task_intervals import score_intervals
+from apt_trainer.evaluate.task_intervals import Intervals, score_intervals
 from apt_trainer.measure import PeakMemory, count_parameters, return_freed_memory, size_on_disk
 from apt_trainer.report.plots import plot_run
+from apt_trainer.report.tables import comparison_table, exports_table
+from apt_trainer.runs.exports import FOLDER as EXPORTS
 from apt_trainer.runs.exports import export_all
 from apt_trainer.runs.preflight import check_before_loading, check_installed, checkpoint_to_resume, finished_run
+from apt_trainer.runs.vocabulary import vocabulary_cut
 from apt_trainer.settings import ModelSettings
 from apt_trainer.settings.packages import check_packages
 from apt_trainer.settings.recipe import Recipe, load_recipe
-from apt_trainer.store.events import read_events, write_json
-from apt_trainer.store.lock import OutputLock
-from apt_trainer.store.pretrained import load_inputs, load_model, load_saved, load_teacher, teacher_settings
+from apt_trainer.store.events import EVENTS_FILE, METRICS_FILE, RECIPE_FILE, read_events, write_json
+from apt_trainer.store.lock import FolderLock
+from apt_trainer.store.pretrained import load_inputs, load_model, load_saved, load_teacher
 from apt_trainer.store.saved_model import dense_copy
 from apt_trainer.tasks import TaskData, keeps_sequences_apart
+from apt_trainer.tasks.base import ComputeMetrics
 from apt_trainer.tasks.trainer_options import data_options, set_task_arguments
+from apt_trainer.training.embedding_trainer import APTEmbeddingTrainer, PlainEmbeddingTrainer
 from apt_trainer.training.engines import engine_name
 from apt_trainer.training.engines.agreement import failing_together
 from apt_trainer.training.evaluation_loop import plain_trainer
 from apt_trainer.training.termination import finishing
 from apt_trainer.training.time_to_accuracy import TimeToAccuracy
 from apt_trainer.training.trackers import one_run
-from apt_trainer.training.trainer import EVENTS_FILE, APTTrainer
+from apt_trainer.training.trainer import APTTrainer
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.json"
-RECIPE_FILE = "recipe.json"
 PLOT_FILE = "run.png"
 _SECRET = ("hub_token",)
-_COMPARED = ("task_metric", "train_seconds", "peak_memory_bytes")
+_COMPARED = ("task_metric", "task_metric_low", "task_metric_high", "train_seconds", "peak_memory_bytes")
 _DENSE: dict[str, Any] = {
     "target_sparsity": None,
     "distillation": "none",
@@ -65,6 +68,7 @@ _DENSE: dict[str, Any] = {
     "measure_latency": False,
     "lm_eval_tasks": [],
     "export": [],
+    "vocabulary": None,
     "reference_metric": None,
     "dense_baseline": False,
     "report_to": "none",
@@ -84,11 +88,11 @@ def train(recipe: Recipe) -> dict[str, Any]:
     """
     if recipe.training.process_index > 0:
         return _train(recipe, None)
-    with OutputLock(Path(str(recipe.training.output_dir))) as lock:
+    with FolderLock(Path(str(recipe.training.output_dir))) as lock:
         return _train(recipe, lock)
 
 
-def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
+def _train(recipe: Recipe, lock: FolderLock | None) -> dict[str, Any]:
     args = recipe.training
     output = Path(str(args.output_dir))
     finished = finished_run(recipe)
@@ -97,6 +101,14 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
     return_freed_memory()
     resume_from = checkpoint_to_resume(recipe)
     check_installed(recipe)
+    with vocabulary_cut(recipe, output / "vocabulary") as (recipe, vocabulary):
+        return _train_prepared(recipe, output, lock, resume_from, vocabulary)
+
+
+def _train_prepared(
+    recipe: Recipe, output: Path, lock: FolderLock | None, resume_from: str | None, vocabulary: dict[str, Any]
+) -> dict[str, Any]:
+    args = recipe.training
     memory = PeakMemory(args.device.type)
     set_seed(args.seed)
     tokenizer, config, data = load_inputs(recipe.model, recipe)
@@ -104,22 +116,23 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
     check_before_loading(recipe, config, data, tokenizer)
     dense = _train_dense(recipe, output) if args.dense_baseline and args.should_save else {}
     path = args.teacher_name_or_path
-    teacher = load_teacher(teacher_settings(recipe.model, path), data) if path else None
+    teacher = load_teacher(recipe.model.of(path), data) if path else None
     model = load_model(recipe.model, data)
     if data.packed and not keeps_sequences_apart(model):
         raise UserError(
             f"packing: true, but in {type(model).__name__} packed sequences would see each other. Set packing: false."
         )
     start_parameters = count_parameters(model)
-    trainer = APTTrainer(
-        model,
-        args,
-        data.train,
+    trainer: Any = (APTTrainer if data.embedding_loss is None else APTEmbeddingTrainer)(
+        model=model,
+        args=args,
+        train_dataset=data.train,
         teacher=teacher,
         eval_dataset=data.validation,
         processing_class=tokenizer,
         **data_options(data, "validation"),
     )
+    trainer.uploads_after_training = False  # but below, with what is made of the model
     watch, engine = _watch_accuracy(trainer, data), engine_name(trainer)
     if lock is not None:
         _take_folder(output, recipe, lock, anew=resume_from is None)
@@ -128,13 +141,14 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
         result = trainer.train(resume_from_checkpoint=resume_from)
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
         peak = memory.above_start()
-        if not args.push_to_hub:  # else it was saved before it was uploaded
-            with finishing("saving the model"), failing_together():
-                trainer.save_model(str(output))
+        with finishing("saving the model"), failing_together():
+            trainer.save_model(str(output))
         dtype = trainer.model.dtype
         with _saved_in(output):
-            trainer.compute_metrics = data.metrics["test"]
+            predictions: list[EvalPrediction] = []
+            trainer.compute_metrics = _keeping(data.metrics["test"], predictions)
             scores = trainer.evaluate(data.test, metric_key_prefix=data.test_name)
+            intervals = _intervals(recipe, data, predictions) if trainer.is_world_process_zero() else {}
     if args.bf16_full_eval or args.fp16_full_eval:  # they leave it in theirs; what follows is for what was saved
         trainer.model.to(dtype)
     metrics = {
@@ -163,17 +177,22 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
         "engine": engine,
         "versions": versions(),
     } | _of_start(trainer, start_parameters)
+    if data.metric_name in intervals:
+        metrics["task_metric_low"], metrics["task_metric_high"] = intervals[data.metric_name]
     metrics |= {f"{name}_dense": dense[name] for name in _COMPARED if name in dense}
+    if vocabulary:
+        metrics["vocabulary"] = vocabulary
+        metrics["total_params_dense"] += vocabulary["parameters_before"] - vocabulary["parameters"]
+        metrics["disk_bytes_dense"] += vocabulary["bytes_before"] - vocabulary["bytes"]
     if args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
         metrics["best_checkpoint"] = Path(trainer.state.best_model_checkpoint).name
     if watch is not None:
         metrics["time_to_accuracy"] = watch.record()
-    if trainer.is_world_process_zero():
-        _measure_and_export(metrics, recipe, trainer, tokenizer, data)
+    _measure_export_and_upload(metrics, recipe, trainer, tokenizer, data)
     return metrics
 
 
-def _take_folder(output: Path, recipe: Recipe, lock: OutputLock, anew: bool) -> None:
+def _take_folder(output: Path, recipe: Recipe, lock: FolderLock, anew: bool) -> None:
     """Make ``output`` the folder of this run; what an earlier one left that ended before its first checkpoint goes."""
     output.mkdir(parents=True, exist_ok=True)
     lock.take()
@@ -195,10 +214,24 @@ def _saved_in(output: Path) -> Retold:
     return Retold(retell)
 
 
+def _measure_export_and_upload(
+    metrics: dict[str, Any], recipe: Recipe, trainer: APTTrainer, tokenizer: Any, data: TaskData
+) -> None:
+    """What follows the save. The model is uploaded whatever else failed; all that did is raised at the end."""
+    failed: list[Exception] = []
+    with Noted(failed.append):
+        if trainer.is_world_process_zero():
+            _measure_and_export(metrics, recipe, trainer, tokenizer, data)
+    with Noted(failed.append):
+        trainer.upload_if_asked(saved=True, beside=Path(str(recipe.training.output_dir)) / EXPORTS)
+    if failed:
+        raise failed[0] if len(failed) == 1 else RunError(" ".join(map(str, failed))) from failed[0]
+
+
 def _measure_and_export(
     metrics: dict[str, Any], recipe: Recipe, trainer: APTTrainer, tokenizer: Any, data: TaskData
 ) -> None:
-    """What follows the save. Where it fails, all that had been measured is recorded all the same."""
+    """Where it fails, all that had been measured is recorded all the same."""
     args = recipe.training
     output = Path(str(args.output_dir))
     try:
@@ -209,6 +242,7 @@ def _measure_and_export(
             export_all(args, dense_copy(trainer.model, "cpu").float(), data, metrics["exports"])
     finally:
         with _saved_in(output):
+            _write_card(metrics, recipe, trainer)
             _write_records(output, metrics, trainer, data)
 
 
@@ -232,7 +266,7 @@ def _of_start(trainer: APTTrainer, parameters: int) -> dict[str, Any]:
     return {
         "block_params_start": int(pruner.block_cost.total(pruner.origin.plan.counts)),
         "total_params_start": parameters,
-        "sparsity_of_start": pruner.sparsity_of_start(),
+        "sparsity_of_start": pruner.budget.removed_of_start(pruner.plan),
     }
 
 
@@ -298,12 +332,8 @@ def evaluate(model: str | ModelSettings, recipe: Recipe | None = None) -> dict[s
     args.report_to, args.push_to_hub = [], False
     set_task_arguments(args, data, recipe.given)
     predictions: list[EvalPrediction] = []
-
-    def metrics(prediction: EvalPrediction) -> dict[str, float]:
-        predictions.append(prediction)
-        return data.metrics["test"](prediction)
-
-    trainer = plain_trainer(
+    metrics = _keeping(data.metrics["test"], predictions)
+    trainer: Any = (plain_trainer if data.embedding_loss is None else PlainEmbeddingTrainer)(
         load_saved(settings, data),
         args,
         eval_dataset=data.test,
@@ -312,11 +342,27 @@ def evaluate(model: str | ModelSettings, recipe: Recipe | None = None) -> dict[s
     )
     scores = trainer.evaluate(metric_key_prefix=data.test_name)
     scores = {name: value for name, value in scores.items() if isinstance(value, float)}
-    task, compute, sums = recipe.data.task, data.metrics["test"], data.sums.get("test")
-    intervals = score_intervals(task, data.metric_name, predictions[0], compute, sums)
-    for name, (low, high) in intervals.items():
+    for name, (low, high) in _intervals(recipe, data, predictions).items():
         scores |= {f"{data.test_name}_{name}_low": low, f"{data.test_name}_{name}_high": high}
     return scores
+
+
+def _keeping(metrics: ComputeMetrics, predictions: list[EvalPrediction]) -> ComputeMetrics:
+    """``metrics``, which put what they are given into ``predictions`` too."""
+
+    def kept(prediction: EvalPrediction) -> dict[str, float]:
+        predictions.append(prediction)
+        return metrics(prediction)
+
+    return kept
+
+
+def _intervals(recipe: Recipe, data: TaskData, predictions: Sequence[EvalPrediction]) -> Intervals:
+    """95 % confidence intervals of the scores on the test rows, as far as one is known."""
+    compute, sums = data.metrics["test"], data.sums.get("test")
+    if not predictions:
+        return {}
+    return score_intervals(recipe.data.task, data.metric_name, predictions[0], compute, sums, data.label_names)
 
 
 def recipe_of(path: Path) -> Recipe:
@@ -334,6 +380,18 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _write_card(metrics: Mapping[str, Any], recipe: Recipe, trainer: APTTrainer) -> None:
+    """Put what was measured, the data and the recipe on the model card."""
+    results = f"On {metrics['evaluated_on']}:\n\n{comparison_table(metrics)}"
+    if metrics.get("exports"):
+        results += f"\n\n{exports_table(metrics)}"
+    given = {key: value for key, value in recipe.given.items() if key not in _SECRET}
+    name, file = recipe.data.dataset_name, recipe.data.train_file
+    public = name if name and not Path(name).exists() else None
+    dataset = name or (Path(file).name if file else None)
+    trainer.create_model_card(results=results, recipe=given, dataset_tags=public, dataset=dataset)
 
 
 def _write_records(output: Path, metrics: Mapping[str, Any], trainer: APTTrainer, data: TaskData) -> None:

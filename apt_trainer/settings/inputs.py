@@ -27,6 +27,12 @@ class ModelSettings:
     trust_remote_code: bool = setting(False, "Run Python code that comes with the model.")
     dtype: str = setting("float32", "Type the weights are loaded in: auto, float32, bfloat16 or float16.")
     attn_implementation: str | None = setting(None, "Attention back end, for example sdpa or eager.")
+    vocabulary: int | str | None = setting(
+        None,
+        "Which tokens the model starts with: used (those of the training data), the path of a text file (those of the "
+        "file too), or a number (the most frequent in the training data, so many in all). Special tokens stay, and "
+        "bytes or characters, so that any text can be encoded. null: all.",
+    )
     model_init_kwargs: dict[str, Any] | None = setting(
         None,
         "Further arguments of from_pretrained: cache_dir, subfolder, or values of the config such as "
@@ -42,6 +48,7 @@ class ModelSettings:
             tokenizer_name_or_path=None,
             model_revision="main",
             model_init_kwargs=None,
+            vocabulary=None,
         )
 
 
@@ -52,7 +59,8 @@ class DataSettings:
     task: str = setting(
         "classification",
         "classification, multi_label_classification, regression, token_classification, question_answering; for "
-        "decoders also language_modeling and instruction_tuning; for encoder-decoders summarization and translation.",
+        "encoders also embedding; for decoders also language_modeling and instruction_tuning; for encoder-decoders "
+        "summarization and translation.",
     )
     dataset_name: str | None = setting(None, "Data set on the hub, for example nyu-mll/glue.")
     dataset_config: str | None = setting(None, "Configuration of the hub data set, for example sst2.")
@@ -71,11 +79,28 @@ class DataSettings:
         None, "Column with the text, the tokens, the question or the source text; of a record, as translation.de."
     )
     text_pair_column: str | None = setting(None, "Column with the second text, or the context of a question.")
-    label_column: str = setting("label", "Column with the label or labels, the number, the tags or the answers.")
+    negative_column: str | None = setting(
+        None, "Column with a third text that is not like the first, as the second is (embedding, without scores)."
+    )
+    label_column: str = setting(
+        "label",
+        "Column with the label or labels (a list of names, or of 0 and 1 for each), the number or numbers, the tags "
+        "or the answers; of pairs of texts, where there is one, the score (embedding).",
+    )
+    label_columns: list[str] | None = setting(
+        None,
+        "Instead of label_column, one column for each label, of 0 and 1 (multi_label_classification), or for each "
+        "number (regression). They name the outputs of the model.",
+    )
     label_separator: str | None = setting(
         None, "Text between the labels of a row, where they are not a list (multi_label_classification)."
     )
-    drop_unlabeled: bool = setting(False, "Leave out rows whose label is empty (classification, regression).")
+    drop_unlabeled: bool = setting(
+        False,
+        "Leave out rows whose label is empty or null, or lacks one of several numbers or tags (classification, "
+        "multi_label_classification, where an empty list or text means no label and stays, regression, "
+        "token_classification).",
+    )
     class_weights: str | list[float] | None = setting(
         None,
         "What each label counts in the loss: balanced, or a number for each in the order of ids; for "
@@ -117,8 +142,9 @@ class DataSettings:
     )
     metric: str | None = setting(
         None,
-        "Metric to report; default by task: accuracy, f1_micro (multi_label_classification), pearson, f1 (tokens, "
-        "QA), perplexity (language_modeling, instruction_tuning), rougeL (summarization), bleu (translation).",
+        "Metric to report; default by task: accuracy, f1_micro (multi_label_classification), pearson, spearman or, "
+        "without scores, mrr (embedding), f1 (tokens, QA), perplexity (language_modeling, instruction_tuning), rougeL "
+        "(summarization), bleu (translation).",
     )
 
 

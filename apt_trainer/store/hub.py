@@ -5,6 +5,7 @@ The hub gets what a save writes, and nothing of the run. Not for the model card 
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -94,3 +95,16 @@ def upload(repository: str, write: Callable[[Path], None], beside: Path, blockin
     if waits:
         done.add_done_callback(lambda _: shutil.rmtree(folder, ignore_errors=True))
     return done
+
+
+def put_beside(made: Path, folder: Path) -> None:
+    """Put what is in the folder ``made`` into ``folder`` under its name, without taking its room again where the file
+    system can."""
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:  # not on this file system
+            shutil.copy2(source, target)
+
+    shutil.copytree(made, folder / made.name, copy_function=link)

@@ -122,6 +122,11 @@ def prepare(settings: ModelSettings, data: DataRequest | None, post_norm_policy:
     config = read_config(settings)
     refuse_quantised(config, str(settings.model_name_or_path))
     family = family_of(config)
+    if family.repeats(config) > 1:
+        raise UserError(
+            f"{config.model_type} runs one layer many times, so that no layer can be looked at or dropped by itself. "
+            "Prune its heads, neurons and hidden dimensions: apt-trainer train."
+        )
     policy = str(post_norm_policy or getattr(config, POST_NORM_POLICY, REMOVE_NORM))
     family.set_post_norm_policy(config, policy)
     tokenizer = load_tokenizer(settings)

@@ -1,6 +1,6 @@
 """What becomes of the model after the last step: tried before the first, saved, uploaded, and kept whatever fails.
 
-A base of ``APTTrainer``. See ``training.checkpoint`` for how it is written, ``trainer`` for what happens in between.
+A base of ``APTTrainer``. See ``store.saving`` for how it is written, ``trainer`` for what happens in between.
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
+
 from apt_trainer.distillation.session import SelfDistillation
 from apt_trainer.errors import Retold, RunError, UserError, reason
 from apt_trainer.pruning.given_model import IN_USE
-from apt_trainer.store.hub import make_repository, upload
+from apt_trainer.store.hub import make_repository, put_beside, upload
 from apt_trainer.store.model_card import CARD_FILE, model_card
 from apt_trainer.store.rescue import how_to_load
 from apt_trainer.store.saved_model import as_pruned
-from apt_trainer.training import checkpoint, norms
-from apt_trainer.training.best_model import BestWithinBudget
+from apt_trainer.store.saving import save_pruned, write_model
+from apt_trainer.training import norms, reshape
+from apt_trainer.training.checkpoints.best import BestWithinBudget
 from apt_trainer.training.engines import Engine, engine_of
 from apt_trainer.training.engines.agreement import failing_together, processes
 from apt_trainer.training.inside import save_around
@@ -39,6 +42,10 @@ class FinishedModel(BestWithinBudget):
     _finished: bool
     place: str
     """Path of the transformer in ``model``; "" where that is ``model`` itself."""
+    uploads_after_training = True
+    """Whether :meth:`train` ends with :meth:`upload_if_asked`; else the caller does that when all is made."""
+    _beside: Path | None = None
+    _card: ModelCard | None = None
 
     @property
     def transformer(self) -> Any:
@@ -49,6 +56,10 @@ class FinishedModel(BestWithinBudget):
 
     def rehearse(self) -> None:
         """Before training: raise :class:`UserError`, on all processes, where the finished model could not be saved."""
+        if self.place and self.args.keep_adapters:
+            raise UserError(
+                f"keep_adapters: true is for a transformer, but {type(self.model).__name__} holds one. Leave it out."
+            )
         with failing_together():
             if self.args.should_save:
                 rehearse(self.transformer, self._output, self.pruner, self._saved_tokenizer())
@@ -58,8 +69,9 @@ class FinishedModel(BestWithinBudget):
         model is finished and saved, and the :class:`RunError` says where."""
         return Retold(self._keep)
 
-    def upload_if_asked(self) -> None:
-        """After training: with ``push_to_hub``, save and upload the model, once; collective."""
+    def upload_if_asked(self, saved: bool = False, beside: Path | None = None) -> None:
+        """After training: with ``push_to_hub``, save the model, unless it is ``saved`` in ``output_dir``, and upload
+        it, once, with the folder ``beside`` where there is one; collective."""
         if not self.args.push_to_hub:
             return
 
@@ -70,8 +82,10 @@ class FinishedModel(BestWithinBudget):
                 f"{self.hub_model_id} {self._output} --exclude 'checkpoint-*' '*.jsonl' 'runs/*'"
             )
 
+        self._beside = beside
         with failing_together():
-            self.save_model()
+            if not saved:
+                self.save_model()
             with Retold(retell):
                 self.push_to_hub()
 
@@ -98,8 +112,8 @@ class FinishedModel(BestWithinBudget):
         self.check_finite()
         self.pruner.detach()
         self.pruner.masks.close()
-        self.distillation.end(self.model)
-        self.model = engine_of(self).leave()
+        self.distillation.end(self.transformer)
+        self.model = reshape.finalize(self)
         norms.plain(self.model)
         self.pruner.set_tune("full")
         if choose_best:
@@ -130,7 +144,12 @@ class FinishedModel(BestWithinBudget):
             if self.place:
                 save_around(self.model, self.place, path, self.pruner.plan, self._saved_tokenizer(), start)
             else:
-                checkpoint.save_pruned(self.model, path, self.pruner.plan, self._saved_tokenizer(), start)
+                kept = self.pruner.kept_adapters
+                save_pruned(self.model, path, self.pruner.plan, self._saved_tokenizer(), start, kept)
+                self.write_beside(path)
+
+    def write_beside(self, folder: Path) -> None:
+        """Write what belongs to the finished model beyond itself to ``folder``, which holds it; by default nothing."""
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """As the Trainer's; raises :class:`UserError` on all processes where the hub cannot be written to."""
@@ -160,12 +179,20 @@ class FinishedModel(BestWithinBudget):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.hub_model_id = make_repository(self.args, token, private)
-        card = model_card(self.transformer, **kwargs)
+        card = self._card
+        if card is None or kwargs:
+            card = model_card(self.transformer, plan=self.pruner.plan, **kwargs)
+
+        def write(folder: Path) -> None:
+            start = self.pruner.origin.plan
+            write_model(self.model, folder, self.pruner.plan, self._saved_tokenizer(), card, start)
+            self.write_beside(folder)
+            if self._beside is not None and self._beside.is_dir():
+                put_beside(self._beside, folder)
+
         return upload(
             self.hub_model_id,
-            lambda folder: checkpoint.write_model(
-                self.model, folder, self.pruner.plan, self._saved_tokenizer(), card, self.pruner.origin.plan
-            ),
+            write,
             self._output,
             blocking,
             commit_message=commit_message,
@@ -174,12 +201,14 @@ class FinishedModel(BestWithinBudget):
         )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card of the finished model to ``output_dir``; arguments as the Trainer's, or as TRL's. In a run,
-        where TRL asks for one at each checkpoint, there is none to describe."""
+        """Write the card of the finished model to ``output_dir``; arguments as the Trainer's, or as TRL's, and
+        ``results`` and ``recipe`` of :func:`~apt_trainer.store.model_card.model_card`. In a run, where TRL asks for
+        one at each checkpoint, there is none to describe."""
         if self.is_world_process_zero() and not self.is_in_train:
             if "dataset_name" in kwargs:
                 kwargs["dataset"] = kwargs.pop("dataset_name")
-            model_card(self.transformer, *args, **kwargs).save(self._output / CARD_FILE)
+            self._card = model_card(self.transformer, *args, plan=self.pruner.plan, **kwargs)
+            self._card.save(self._output / CARD_FILE)
 
     # ------------------------------------------------------------------ inside
 

@@ -161,7 +161,7 @@ def test_a_target_that_leaves_nothing_names_the_largest_that_keeps_a_model(
     with pytest.raises(UserError, match="Lower target_sparsity"):
         pruner(largest + 2e-4)
     kept = pruner(largest)
-    counts = least_model(kept.spaces, kept.sublayers, kept.dense_plan, kept.cost, kept.limits)
+    counts = least_model(kept.spaces, kept.sublayers, kept.dense_plan, kept.budget.cost, kept.budget.limits)
     assert kept.cost.total(counts) <= (1 - largest) * kept.cost.total(kept.dense_plan.counts) * (1 + 1e-9)
     for kind in ("attention", "mlp"):
         left = [counts[sublayer.space] > 0 for sublayer in kept.sublayers if sublayer.kind == kind]
@@ -236,6 +236,28 @@ def test_a_number_that_cannot_be_meant_is_one_sentence_of_plan(
     assert cli.main(["plan", "--config", file]) == 2
     said = capsys.readouterr().err
     assert re.search(message, said) and said.count("\n") == 1 and key in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"label_names": ["label"]},
+            r"label_names=\['label'\], but a batch of this task holds .*labels.*label_column",
+        ),
+        ({"metric_for_best_model": "f2"}, "metric_for_best_model='f2' is not known.*loss, accuracy, f1"),
+        ({"metric_for_best_model": "eval_acuracy"}, "Did you mean 'accuracy'"),
+    ],
+)
+def test_a_name_that_no_batch_or_evaluation_has_is_one_sentence_of_plan(
+    classifier: Path, tmp_path: Path, changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, **changes}
+    assert cli.main(["plan", "--config", recipe_file(classifier, tmp_path, **changes)]) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said.splitlines()[-1]) and said.count("error:") == 1
+    good = {"label_names": ["labels"], "metric_for_best_model": "eval_f1_macro"}
+    assert cli.main(["plan", "--config", recipe_file(classifier, tmp_path, **{**changes, **good})]) == 0
 
 
 # ---------------------------------------------------------------------------- packages that are missing
@@ -454,15 +476,15 @@ def test_ctrl_c_in_the_save_loses_no_model(
     classifier: Path, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     from apt_trainer import load_pruned
-    from apt_trainer.training import checkpoint
+    from apt_trainer.store import saving
 
-    check = checkpoint.reload_difference
+    check = saving.reload_difference
 
     def told_while_it_checks(model: Any, path: Path) -> float:
         os.kill(os.getpid(), number)
         return check(model, path)
 
-    monkeypatch.setattr(checkpoint, "reload_difference", told_while_it_checks)
+    monkeypatch.setattr(saving, "reload_difference", told_while_it_checks)
     before = signal.getsignal(number)
     code = cli.main(["train", "--config", recipe_file(classifier, tmp_path)])
     assert code == (130 if number == signal.SIGINT else 143)

@@ -108,6 +108,36 @@ def test_a_result_loads_in_any_order_of_imports(small: Path) -> None:
     run_each(cases, small)
 
 
+def test_a_stock_class_by_its_name_stops_instead_of_filling_weights_at_random(small: Path) -> None:
+    """With and without apt_trainer; what is gone as a whole would be made anew, with no more than a warning. A save by
+    the carried code says the same."""
+    stops = """
+    try:
+        BertForSequenceClassification.from_pretrained({0!r})
+    except OSError as error:
+        assert "load_with_apt_trainer" in str(error)
+    else:
+        raise AssertionError("it loaded")
+    """
+    code = """
+    from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
+    import sys
+    sys.modules["apt_trainer"] = None
+    model = AutoModelForSequenceClassification.from_pretrained("out/small", trust_remote_code=True)
+    model.save_pretrained("out/again")
+    """
+    before, after = (textwrap.dedent(part) for part in (code, stops))
+    first = "from transformers import BertForSequenceClassification\n"
+    run_each(
+        [
+            first + after.format("out/small"),
+            f"import apt_trainer\n{first}{after.format('out/small')}",
+            before + after.format("out/again"),
+        ],
+        small,
+    )
+
+
 def test_pickles_of_a_result_are_read(small: Path) -> None:
     import pickle
 

@@ -24,7 +24,7 @@ from apt_trainer.runs.run import train
 from apt_trainer.settings.recipe import load_recipe
 from apt_trainer.settings.refused import REFUSED
 from apt_trainer.store.rescue import RESCUED
-from apt_trainer.training.checkpoint import reload_difference
+from apt_trainer.store.saving import reload_difference
 from apt_trainer.training.compiled import compile_options
 from apt_trainer.training.rehearsal import check_output, check_room
 
@@ -107,6 +107,17 @@ def test_a_tokenizer_that_cannot_be_saved_stops_before_the_first_step(tmp_path: 
 
 class LocalBertForSequenceClassification(BertForSequenceClassification):
     """A class that no other program has."""
+
+
+def test_a_tokenizer_that_moves_positions_stops_before_the_first_step(tmp_path: Path) -> None:
+    """RoBERTa counts positions from the padding token; a run writes that of the tokenizer into the config."""
+    model, tokenizer = tiny_model("roberta"), word_tokenizer()
+    trainer = few(tmp_path, model, processing_class=tokenizer)
+    with pytest.raises(UserError, match=r"counts positions from its padding token, 1, and .* pads with '<pad>', 0"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    tokenizer.pad_token = "<s>"
+    few(tmp_path / "again", tiny_model("roberta"), processing_class=tokenizer).train()
 
 
 def test_a_class_that_no_program_could_load_stops_before_the_first_step(tmp_path: Path) -> None:
@@ -239,7 +250,7 @@ def test_a_device_without_room_for_two_models_compares_their_weights(
     trainer = few(tmp_path)
     trainer.train()
     trainer.save_model()
-    monkeypatch.setattr("apt_trainer.training.checkpoint.example_inputs", full)
+    monkeypatch.setattr("apt_trainer.store.saving.example_inputs", full)
     assert reload_difference(trainer.model, tmp_path) == 0.0
     with torch.no_grad():
         trainer.model.classifier.bias.add_(1)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from texts import TOKENS, word_tokenizer, words
 from tiny import tiny_config, tiny_model
-from transformers import AutoModelForSequenceClassification, ElectraConfig, ElectraForSequenceClassification
+from transformers import AutoModelForSequenceClassification, XLNetConfig, XLNetForSequenceClassification
 
 from apt_trainer import APTConfig, APTTrainer, UserError
 from apt_trainer.runs import dry_run
@@ -22,7 +22,7 @@ from apt_trainer.runs.run import train
 from apt_trainer.settings import DataSettings, ModelSettings
 from apt_trainer.settings.recipe import Recipe
 from apt_trainer.store import lock as output_lock
-from apt_trainer.store.lock import OutputLock
+from apt_trainer.store.lock import FolderLock
 from integration.factories import DEFAULTS, SHORT, Rows, SaveAt, config, make_trainer
 
 
@@ -104,9 +104,9 @@ def test_a_run_that_data_make_too_short_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_of_no_family_is_refused(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 16, "embedding_size": 16, "num_attention_heads": 4, "intermediate_size": 24}
-    model = ElectraForSequenceClassification(ElectraConfig(vocab_size=40, num_hidden_layers=1, **sizes))
-    with pytest.raises(UserError, match="'electra' has no ModelFamily. Supported: bert"):
+    sizes = {"d_model": 16, "n_head": 4, "d_inner": 24, "n_layer": 1}
+    model = XLNetForSequenceClassification(XLNetConfig(vocab_size=40, **sizes))
+    with pytest.raises(UserError, match="'xlnet' has no ModelFamily. Nearest is that of .*apt-trainer families"):
         make_trainer(tmp_path, model)
     assert _written(tmp_path) == []
 
@@ -140,9 +140,10 @@ def test_distillation_from_a_model_without_a_teacher_is_refused(tmp_path: Path) 
 
 def test_a_teacher_of_another_width_needs_a_transform_that_can_learn(tmp_path: Path) -> None:
     teacher = AutoModelForSequenceClassification.from_config(tiny_config("bert", num_labels=3, hidden_size=24))
-    changes = {**SHORT, "distillation": "model", "teacher_name_or_path": "given", "distillation_transform": "identity"}
+    changes = {**SHORT, "distillation": "model", "teacher_name_or_path": "given"}
+    changes |= {"preset_overrides": {"distillation_transform": "identity"}}
     trainer = make_trainer(tmp_path, options={"teacher": teacher}, **changes)
-    with pytest.raises(UserError, match="distillation_transform: lora"):
+    with pytest.raises(UserError, match="Leave distillation_transform at lora"):
         trainer.train()
     assert _written(tmp_path) == []
 
@@ -249,6 +250,11 @@ def test_a_run_is_not_resumed_with_other_settings(checkpoint: Path, tmp_path: Pa
     for key, value in (("target_sparsity", 0.3), ("max_steps", 20), ("importance", "taylor"), ("max_length", 64)):
         with pytest.raises(UserError, match=f"other settings: {key} was .*, is {value!r}"):
             checkpoint_to_resume(replace(asked, given=same | {key: value}))
+    (tmp_path / "recipe.json").write_text(json.dumps(same | {"rank_rule": "paper"}))  # a key that a preset holds now
+    as_then = same | {"preset_overrides": {"rank_rule": "paper"}}
+    assert checkpoint_to_resume(replace(asked, given=as_then)) == str(tmp_path / "checkpoint-4")
+    with pytest.raises(UserError, match="preset_overrides was .*'paper'.*, is None"):
+        checkpoint_to_resume(replace(asked, given=same))
 
 
 def test_folders_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
@@ -300,16 +306,16 @@ def test_a_folder_that_another_run_writes_to_is_refused(
     output = Path(str(ready.training.output_dir))
     monkeypatch.setattr(output_lock, "PATIENCE", 0.3)
     output.mkdir(parents=True)
-    with OutputLock(output), pytest.raises(UserError, match="Another run is writing to .* choose another output_dir"):
+    with FolderLock(output), pytest.raises(UserError, match="Another run is writing to .* choose another output_dir"):
         train(ready)
     assert not _written(output)
-    with OutputLock(output):  # the refused run has let go of it, and so has the first
+    with FolderLock(output):  # the refused run has let go of it, and so has the first
         pass
 
 
 def test_two_first_starts_do_not_share_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(output_lock, "PATIENCE", 0.3)
-    with OutputLock(tmp_path / "new") as first, OutputLock(tmp_path / "new") as second:
+    with FolderLock(tmp_path / "new") as first, FolderLock(tmp_path / "new") as second:
         (tmp_path / "new").mkdir()
         first.take()
         first.take()
@@ -335,8 +341,8 @@ def test_an_empty_file_has_no_rows(ready: Recipe, tmp_path: Path) -> None:
 
 
 def test_a_family_without_a_table_is_refused_before_data_are_read(ready: Recipe, tmp_path: Path) -> None:
-    config = ElectraConfig(vocab_size=60, hidden_size=16, num_attention_heads=2, intermediate_size=16)
-    ElectraForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    config = XLNetConfig(vocab_size=60, hidden_size=16, num_attention_heads=2, intermediate_size=16)
+    XLNetForSequenceClassification(config).save_pretrained(tmp_path / "model")
     (tmp_path / "rows.jsonl").write_text("no rows at all")
     _both_refuse(ready, "electra")
 
@@ -377,7 +383,6 @@ def test_the_dry_run_refuses_a_folder_with_an_older_run(ready: Recipe, tmp_path:
         ("lora_alpha", 0.0),
         ("lora_dropout", 1.5),
         ("lora_target_modules", []),
-        ("outlier_weight", -3.0),
         ("prediction_weight", -1.0),
         ("layer_weight", -1.0),
         ("distillation_start", -4.0),

@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from apt_trainer.errors import UserError
+from apt_trainer.store.events import read_json
+from apt_trainer.training.checkpoints.form import check_optimizer
 from apt_trainer.training.engines import engine_of
 from apt_trainer.training.engines.state import STEP, State
 
@@ -26,7 +28,7 @@ def save_optimizer(trainer: Any, folder: Path) -> None:
     """Write the optimizer of ``trainer``; all processes must call it, one writes."""
     tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, dict[str, float]] = {}
-    for name, state in engine_of(trainer).states():
+    for name, state in engine_of(trainer).whole_states():
         if not trainer.args.should_save:
             continue
         for key, value in state.items():
@@ -55,13 +57,14 @@ def read_optimizer(folder: Path) -> tuple[State, dict[str, Any]]:
         UserError: a file is damaged.
     """
     try:
-        described = json.loads((folder / NUMBERS_FILE).read_text())
+        described = read_json(folder / NUMBERS_FILE)
         tensors = load_file(folder / TENSORS_FILE)
-    except (json.JSONDecodeError, SafetensorError) as error:
+    except SafetensorError as error:
         raise UserError(f"The optimizer in {folder} is damaged ({error}). Resume from an older checkpoint.") from error
+    check_optimizer(described, folder / NUMBERS_FILE)
     state: State = {}
     for path, tensor in tensors.items():
-        key, name = path.split("/", 1)
+        key, _, name = path.partition("/")
         state.setdefault(name, {})[key] = tensor
     for key, of_key in described["numbers"].items():
         for name, number in of_key.items():

@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 
+import invariants
 import pytest
 import torch
 from texts import model_and_data, save_dense, tiny_llama, word_tokenizer, words
@@ -28,9 +29,10 @@ from apt_trainer.scoring.sublayers.impact import Impact, Losses, impacts
 from apt_trainer.scoring.sublayers.loss import exp_loss
 from apt_trainer.scoring.sublayers.units import Unit, Units, find_units
 from apt_trainer.scoring.sublayers.windows import from_rows, from_text
+from apt_trainer.store.saving import save_pruned
 from apt_trainer.studies import lists
 from apt_trainer.studies.classes import layer_classes
-from apt_trainer.studies.metrics import kv_bytes, sdr, sdr_relative
+from apt_trainer.studies.metrics import sdr, sdr_relative
 from apt_trainer.studies.select import (
     Budget,
     CosineRanker,
@@ -41,7 +43,6 @@ from apt_trainer.studies.select import (
     choose,
     choose_consecutive,
 )
-from apt_trainer.training.checkpoint import save_pruned
 
 MODELS = LANGUAGE_MODELS | {
     "bert": "ForMaskedLM",
@@ -181,6 +182,15 @@ def test_cosine_equals_its_definition(name: str) -> None:
             assert score == pytest.approx(expected[unit.kind, unit.layer], abs=1e-6), unit
     assert found.tokens == {units.stacks[0]: int(batch["attention_mask"].sum())}
     assert hooks(model) == 0 and len(set(found.scores.values())) == 9
+
+
+def test_cosine_scales_what_is_added_as_the_model_does() -> None:
+    model = invariants.model_of("granite")
+    batch, units = tiny_batch(model), find_units(model)
+    assert model.config.residual_multiplier == 0.5
+    expected = expected_scores("llama", model, batch)  # whose modules have the same names
+    for unit, score in cosine_scores(model, units, [batch]).scores.items():
+        assert score == pytest.approx(expected[unit.kind, unit.layer], abs=1e-6), unit
 
 
 def test_cosine_of_two_stacks_counts_the_tokens_of_each() -> None:
@@ -679,13 +689,6 @@ def test_relative_sdr_and_no_speed_up() -> None:
     assert sdr(80.0, 76.0, 0.9) == pytest.approx(-0.4)
 
 
-def test_kv_bytes_of_the_paper() -> None:
-    assert kv_bytes(32, 8, 128, 64, 2048) == 16 * 2**30  # Mistral-7B
-    assert kv_bytes(20, 8, 128, 64, 2048) == 10 * 2**30
-    assert kv_bytes(80, 8, 128, 32, 2048) == 20 * 2**30  # Llama-2-70B
-    assert kv_bytes(40, 8, 128, 32, 2048) == 10 * 2**30
-
-
 # ---------------------------------------------------------------------- calibration data
 
 
@@ -1003,7 +1006,7 @@ def test_a_family_without_a_table_is_told_before_weights_load(
     more = {"drop": ["--count", "1"], "curve": ["--test", str(saved / "text.txt")]}.get(verb, [])
     assert cli.main([verb, *place, "--output", str(out), *more]) == 2
     error = capsys.readouterr().err
-    assert "model_type 'gpt_bigcode' has no ModelFamily. Supported: " in error and not out.exists()
+    assert "model_type 'gpt_bigcode' has no ModelFamily. Nearest is " in error and not out.exists()
 
 
 def test_a_model_that_breaks_down_is_not_written(saved: Path, tmp_path: Path, monkeypatch, capsys) -> None:
