@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm
 from datasets import Dataset, DatasetDict
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss, CrossEntropyLoss
@@ -239,7 +239,7 @@ def test_both_load_where_this_package_is_not_imported(tmp_path: Path) -> None:
     for trainer, path in zip(trainers, paths, strict=True):
         trainer.train()
         trainer.save_model(path)
-    command = [sys.executable, "-c", ALONE, json.dumps(TEXTS), *paths]
+    command = [warm.python(warm.LIBRARIES), "-c", ALONE, json.dumps(TEXTS), *paths]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     for trainer, found in zip(trainers, json.loads(done.stdout.splitlines()[-1]), strict=True):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm
 from tiny import tiny_model
 from torch.utils.data import DataLoader, Subset
 
@@ -149,7 +149,7 @@ train, heldout = batches(range(64)), batches(range(80, 96))
 dense = sum(p.numel() for p in model.parameters())
 """
     program = given + snippet + "\nassert sum(p.numel() for p in model.parameters()) < 0.8 * dense\n"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=250)
+    done = subprocess.run([warm.python(), "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=250)
     assert done.returncode == 0, done.stderr
     told = [line for line in done.stdout.splitlines() if line.startswith("step ")]
     assert len(told) >= 2 and told[-1].endswith("removed")
