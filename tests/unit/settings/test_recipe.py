@@ -176,7 +176,7 @@ def test_words_that_yaml_once_took_for_something_else(recipe_file):
         (
             "task: clasification",
             "task='clasification' is not known. Choose one of: classification, multi_label_classification, "
-            "regression, token_classification, question_answering, language_modeling, instruction_tuning, "
+            "regression, embedding, token_classification, question_answering, language_modeling, instruction_tuning, "
             "summarization, translation. "
             "Did you mean 'classification'?",
         ),
