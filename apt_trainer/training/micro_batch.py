@@ -239,7 +239,7 @@ class MicroBatches:
     def _check_names(self, batch: Mapping[str, Any]) -> None:
         """Tokens must be there, and labels where snapshots are chosen by their loss on held-out rows."""
         trainer = self.trainer
-        if not trainer.place and not any(name in batch for name in _TOKENS[:2]):
+        if not trainer.place and not any(name.endswith(_TOKENS[:2]) for name in batch):  # chosen_input_ids too
             raise UserError(
                 f"A batch has no input_ids, but only {', '.join(sorted(batch)) or 'nothing'}. Look at data_collator "
                 "and at remove_unused_columns, which takes out what the model's forward does not name."

@@ -99,6 +99,8 @@ class PruningSession:
             raise UserError("teacher and distillation: model belong together; one was given without the other.")
         if settings.prunes_before and not rows:
             raise UserError("pruning_time: before scores the model on batches. Give calibration.")
+        if settings.refit and settings.prunes and not rows:
+            raise UserError("refit: true solves for weights on batches. Give calibration, or leave refit out.")
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:

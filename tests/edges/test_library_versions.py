@@ -21,6 +21,7 @@ import peft
 import pytest
 import torch
 import transformers
+import warm
 from integration.factories import make_trainer
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -279,7 +280,9 @@ def test_a_process_with_an_old_version_is_told_at_the_first_name_it_uses() -> No
         "import transformers; transformers.__version__ = '4.57.6'; import apt_trainer; "
         "from transformers import AutoConfig; from apt_trainer import APTTrainer"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=200)
+    done = subprocess.run(
+        [warm.python(warm.LIBRARIES), "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=200
+    )
     assert "UserError: transformers 4.57.6 cannot be used" in done.stderr.splitlines()[-1]
 
 

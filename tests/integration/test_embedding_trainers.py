@@ -153,7 +153,7 @@ def test_what_is_compared_with_the_teacher_are_sentence_embeddings(pooling: str,
     features, _ = trainer.collect_features(batch)
     with trainer.micro_batches._watched(batch, True) as passes:
         trainer.compute_loss(trainer.model.train(), dict(batch))
-    family, alive = trainer.pruner.family, trainer.pruner.alive_layers()
+    family, alive = trainer.pruner.family, trainer.pruner.plan.alive_layers(trainer.pruner.sublayers)
     found = [
         trainer.distillation.loss(one.inputs, one.outputs, one.taught, trainer.transformer, family, alive, 0)
         for one in passes
