@@ -116,8 +116,8 @@ def check_attention(name: str | None, device: str | None = None) -> None:
     """
     if name == "flex_attention" and device == "cpu":
         raise UserError(
-            "attn_implementation='flex_attention' has no gradients on a CPU. Set attn_implementation: sdpa; a finished "
-            "model may be loaded with it."
+            "attn_implementation='flex_attention' has no gradients on a CPU. Set attn_implementation: sdpa; the "
+            "finished model may be loaded with it."
         )
     known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     if name is not None and name.removeprefix("paged|") not in known and not is_kernel(name):
