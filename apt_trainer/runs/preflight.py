@@ -63,7 +63,7 @@ def check_before_loading(recipe: Recipe, config: Any, data: TaskData, tokenizer:
         raise UserError("eval_do_concat_batches: false gives metrics of the task no rows to count. Remove it.")
     check_upload(args)
     compile_options(args)
-    check_attention(recipe.model.attn_implementation)
+    check_attention(recipe.model.attn_implementation, args.device.type)
     if args.dense_baseline and "RANK" in os.environ:
         raise UserError(
             "dense_baseline starts a process of its own, which would join those of the launcher. Train the dense "
@@ -108,11 +108,17 @@ def check_installed(recipe: Recipe) -> None:
     check_packages({**vars(recipe.model), **vars(recipe.data), **vars(recipe.training)})
 
 
-def check_attention(name: str | None) -> None:
-    """Raise :class:`UserError` for an attention that transformers does not know by ``name``; None: its own choice.
+def check_attention(name: str | None, device: str | None = None) -> None:
+    """Raise :class:`UserError` for an attention that transformers does not know by ``name``, or that cannot train on
+    this kind of ``device``; None: its own choice.
 
     Whether this machine and this model can use it shows when the model is built.
     """
+    if name == "flex_attention" and device == "cpu":
+        raise UserError(
+            "attn_implementation='flex_attention' has no gradients on a CPU. Set attn_implementation: sdpa; the "
+            "finished model may be loaded with it."
+        )
     known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     if name is not None and name.removeprefix("paged|") not in known and not is_kernel(name):
         raise unknown_choice("attn_implementation", name, [*known, "OWNER/KERNEL of the hub"])

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 BALANCED = "balanced"
 _HIDDEN = "-1"
 _ROWS_SHOWN = 5
+_SAID_OF_MISSING = ("nan", "none", "null", "na", "n/a", "<na>")
+"""What other programs write into a cell without a value; also names that a label may have."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,7 @@ def number_labels(
     ids = {name: i for i, name in enumerate(names)}
     _check_known(texts, ids, names, column, "training data")
     _warn_of_case(names, column)
+    _warn_of_missing(names, column)
     return Labels(names, ids)
 
 
@@ -270,6 +273,17 @@ def _warn_of_case(names: tuple[str, ...], column: str) -> None:
     twins = [name for name in names if folded[name.casefold()] > 1]
     if twins:
         logger.warning("label_column=%r holds labels that differ in case only: %s.", column, ", ".join(twins))
+
+
+def _warn_of_missing(names: tuple[str, ...], column: str) -> None:
+    found = [name for name in names if name.casefold() in _SAID_OF_MISSING]
+    if found:
+        logger.warning(
+            "label_column=%r holds the text %s, which is a label here. If these rows have none, leave the cell empty, "
+            "and set drop_unlabeled: true.",
+            column,
+            ", ".join(found),
+        )
 
 
 def class_weights(data: DataSettings, counts: Mapping[str, int], rows: int, multi: bool) -> tuple[float, ...] | None:

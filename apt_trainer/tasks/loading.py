@@ -91,7 +91,19 @@ def read_file(path: str, setting: str, task: str) -> Dataset:
         ) from error
     if builder.info.splits["train"].num_examples == 0:
         raise UserError(f"{setting}={path!r} has no rows. Give data with at least one row.")
-    return builder.as_dataset(split="train")
+    rows = builder.as_dataset(split="train")
+    _check_delimiter(found, rows.column_names, setting)
+    return rows
+
+
+def _check_delimiter(file: Path, columns: list[str], setting: str) -> None:
+    """Raise :class:`UserError` for a csv file of one column whose name holds what parts columns elsewhere."""
+    other = next((mark for mark in ";\t|" if len(columns) == 1 and mark in columns[0]), None)
+    if file.suffix.lower() == ".csv" and other is not None:
+        raise UserError(
+            f"{setting}={str(file)!r} has one column, {columns[0]!r}: columns seem to be parted by {other!r}. Part "
+            "them by commas, or by tabs in a .tsv file."
+        )
 
 
 def read_folder(folder: Path, setting: str) -> Dataset:

@@ -261,6 +261,13 @@ def test_a_name_that_no_batch_or_evaluation_has_is_one_sentence_of_plan(
     assert cli.main(["plan", "--config", recipe_file(classifier, tmp_path, **{**changes, **good})]) == 0
 
 
+def test_an_attention_without_gradients_on_this_device_is_refused_by_plan(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", "--config", recipe_file(classifier, tmp_path, attn_implementation="flex_attention")]) == 2
+    assert "'flex_attention' has no gradients on a CPU" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------- packages that are missing
 
 

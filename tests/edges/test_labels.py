@@ -313,6 +313,23 @@ def test_labels_that_differ_in_case_are_named(tmp_path: Path, caplog: pytest.Log
     assert "differ in case only: Pos, pos" in caplog.text
 
 
+def test_labels_that_other_programs_write_for_a_missing_one_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = csv(tmp_path / "data.csv", ["a", "nan", "b", "None"] * 6)
+    model = saved(BertModel(bert()), tmp_path / "model")
+    assert "labels       4 in" in dry_run.plan(recipe(tmp_path, model, data, "--validation_file", data))
+    assert "holds the text None, nan, which is a label here" in caplog.text
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_a_csv_file_with_another_delimiter_is_told(mark: str, tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text(f"text{mark}label\n" + f"w1 w2{mark}a\n" * 8)
+    model = saved(BertModel(bert()), tmp_path / "model")
+    with pytest.raises(UserError, match="columns seem to be parted by .*by commas, or by tabs in a .tsv"):
+        dry_run.plan(recipe(tmp_path, model, str(tmp_path / "data.csv")))
+
+
 def test_rows_without_text_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [row | {"pair": "w7"} for row in [*rows_of(NAMES, (0, 1, 2)), {"text": " ", "label": "ant"}]]
     data = jsonl(tmp_path / "data.jsonl", rows)
