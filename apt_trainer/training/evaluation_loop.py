@@ -49,7 +49,15 @@ class EachRowOnce(Mixin):
         self._weighed = torch.zeros(2)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """As the Trainer's, which keeps one loader, whatever the data, where workers are persistent: here one each."""
+        """As the Trainer's, which keeps one loader, whatever the data, where workers are persistent: here one each.
+        Those of sentence-transformers drop rows of evaluations too where ``dataloader_drop_last`` is set."""
+        drops, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return self._eval_loader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drops
+
+    def _eval_loader(self, eval_dataset: Any) -> Any:
         if not self.args.dataloader_persistent_workers:
             return super().get_eval_dataloader(eval_dataset)
         key = eval_dataset if isinstance(eval_dataset, str) else "eval"
@@ -129,7 +137,8 @@ class EachRowOnce(Mixin):
 
 def _first(rows: int, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The first ``rows`` of a batch, one at least: without its own rows, the loss of a process does not count."""
-    return {name: value[: max(1, rows)] if torch.is_tensor(value) else value for name, value in inputs.items()}
+    parted = (torch.Tensor, list)  # those of a cross-encoder are texts
+    return {name: value[: max(1, rows)] if isinstance(value, parted) else value for name, value in inputs.items()}
 
 
 def plain_trainer(model: PreTrainedModel, args: TrainingArguments, **kwargs: Any) -> Seq2SeqTrainer:

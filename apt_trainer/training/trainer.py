@@ -136,19 +136,19 @@ class PruningMixin(FinishedModel):
         check_names("training")
         check_upload(settings)
         check_reference(model, settings, self.trainer_class, given)
-        if given.get("peft_config") is not None:
-            inner = model.get_submodule(place_of_transformer(model))
-            settings = self.args = adopt(given.pop("peft_config"), settings, inner)
         tokenizer = given.get("processing_class")
         self.place = place_of_transformer(model)
+        inner: Any = model.get_submodule(self.place)
+        if given.get("peft_config") is not None:
+            settings = self.args = adopt(given.pop("peft_config"), settings, inner)
         check_inside(model, self.place, settings)
         self._label_order = None
         if teacher is not None:
             teacher = teacher.get_submodule(place_of_transformer(teacher))  # type: ignore[assignment]
-            self._label_order = match_teacher(model.get_submodule(self.place), teacher, tokenizer)
-            check_embeddings(model.get_submodule(self.place), teacher, settings)
+            self._label_order = match_teacher(inner, teacher, tokenizer)
+            check_embeddings(inner, teacher, settings)
         self._given = importance, teacher
-        if self.place:
+        if self.place and inner.base_model is inner:
             settings = self.args = copy.copy(settings)
             settings.ddp_find_unused_parameters = True  # what is round a transformer may leave its pooler out
         self.pruner = self._make_pruner(model)

@@ -63,11 +63,11 @@ def embeddings(
 
 def pairs(folder: Path, steps: tuple[int, ...] = (), labels: int = 1, options: Any = None, **changes: Any) -> Any:
     start = folder / "dense"
-    start.mkdir(parents=True, exist_ok=True)
-    made = AutoModelForSequenceClassification.from_config(tiny_config("bert", vocab_size=60, num_labels=labels))
-    randomise(made, seed=1)
-    made.save_pretrained(start)
-    word_tokenizer().save_pretrained(start)
+    if not start.exists():
+        made = AutoModelForSequenceClassification.from_config(tiny_config("bert", vocab_size=60, num_labels=labels))
+        randomise(made, seed=1)
+        made.save_pretrained(start)
+        word_tokenizer().save_pretrained(start)
     model = CrossEncoder(str(start), device="cpu", max_length=24)
     rows = [{**pair, "label": row % 3 if labels > 1 else row % 10 / 10} for row, pair in enumerate(PAIRS)]
     set_seed(3)
@@ -284,6 +284,8 @@ def _of_processes(size: int) -> dict[str, Any]:
 
 @pytest.mark.distributed
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        of_pairs(tmp_path / f"of_pairs-{rank}", 4)  # once processes have joined, the second saves no model
     two_processes(tmp_path, WORKER, "result.0.json", "result.1.json")
     for name, of in (("of_embeddings", of_embeddings), ("of_pairs", of_pairs)):
         alone = of(tmp_path / f"{name}-alone", 4)
@@ -292,4 +294,4 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
             found = json.loads((tmp_path / f"result.{rank}.json").read_text())[name]
             assert found["sparsity"] == alone.pruner.sparsity()
             for step, values in losses_of(alone).items():
-                assert found["losses"][str(step)] == pytest.approx(values, rel=1e-3), (name, step)
+                assert found["losses"][str(step)] == pytest.approx(values, rel=1e-3, abs=1e-6), (name, step)
