@@ -38,8 +38,8 @@ from safetensors.torch import load_file
 from apt_trainer.errors import UserError
 from apt_trainer.store.events import read_events
 from apt_trainer.training.callback import MethodCallback
-from apt_trainer.training.checkpoint import check_complete
-from apt_trainer.training.whole_checkpoints import STAGED
+from apt_trainer.training.checkpoints.state import check_complete
+from apt_trainer.training.checkpoints.whole import STAGED
 
 KILLS = ("step", "event", "save")
 OTHERS = ("sigterm", "disk", "nan", "hang")

@@ -40,6 +40,7 @@ from apt_trainer.runs import run
 from apt_trainer.settings import ModelSettings, resolve_path
 from apt_trainer.settings.recipe import load_recipe, read_values
 from apt_trainer.store.pretrained import load_saved
+from apt_trainer.training.between_steps import BetweenSteps
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS_PER_STEP = 8
@@ -103,37 +104,49 @@ OF_MEMORY: dict[str, Callable[[Any], str]] = {
 """Name of a column, which is that of the measure too → how it is printed."""
 
 
-class TimedTrainer(APTTrainer):
-    """Notes seconds by what they were spent on, from a moment on when all processes have arrived there."""
+SECONDS: dict[str, list[float]] = {}
+"""What they were spent on → seconds."""
 
-    seconds: dict[str, list[float]] = {}
+
+class TimedBetweenSteps(BetweenSteps):
+    """Notes seconds, each from a moment on when all processes have arrived there."""
 
     def before_step(self) -> None:
         self._began = time.perf_counter()
         super().before_step()
 
     def after_step(self) -> None:
-        self.seconds.setdefault("step", []).append(time.perf_counter() - self._began)
+        SECONDS.setdefault("step", []).append(time.perf_counter() - self._began)
         super().after_step()
 
     def _change_shape(self, *args: Any, **kwargs: Any) -> None:
-        self._timed("event", lambda: super(TimedTrainer, self)._change_shape(*args, **kwargs))
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._timed("checkpoint", lambda: super(TimedTrainer, self)._save_checkpoint(*args, **kwargs))
+        timed("event", lambda: super(TimedBetweenSteps, self)._change_shape(*args, **kwargs))
 
     def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self._timed("reduction", lambda: super(TimedTrainer, self)._sum_over_processes(tensor))
+        return timed("reduction", lambda: super(TimedBetweenSteps, self)._sum_over_processes(tensor))
 
-    def _timed(self, name: str, work: Callable[[], Any]) -> Any:
-        if dist.is_initialized():
-            dist.barrier()
-        started = time.perf_counter()
-        result = work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds.setdefault(name, []).append(time.perf_counter() - started)
-        return result
+
+class TimedTrainer(APTTrainer):
+    """Notes the seconds of checkpoints too."""
+
+    def _set_up(self) -> None:
+        super()._set_up()
+        self.between_steps = TimedBetweenSteps(self)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        timed("checkpoint", lambda: super(TimedTrainer, self)._save_checkpoint(*args, **kwargs))
+
+
+def timed(name: str, work: Callable[[], Any]) -> Any:
+    """What ``work`` gives, once all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
+    started = time.perf_counter()
+    result = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    SECONDS.setdefault(name, []).append(time.perf_counter() - started)
+    return result
 
 
 def main() -> None:
@@ -169,7 +182,7 @@ def work(recipe: Path, memory: bool) -> None:
         described = [asdict(change) | {"more": change.more} for change in changes]
         (recipe.parent / f"memory.{loaded.training.process_index}.json").write_text(json.dumps(described))
     elif loaded.training.should_save:
-        (recipe.parent / "seconds.json").write_text(json.dumps(TimedTrainer.seconds))
+        (recipe.parent / "seconds.json").write_text(json.dumps(SECONDS))
 
 
 def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:

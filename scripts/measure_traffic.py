@@ -70,7 +70,7 @@ class Traffic(TrainerCallback):
         self._before = _sent()
         self._kind = "observed" if self.trainer.schedule.observes(state.global_step) else "plain"
         pruner = self.trainer.pruner
-        flat = [getattr(part, "_flat", None) for part in (pruner.importance, pruner.rank_score)]
+        flat = [getattr(part, "_flat", None) for part in (pruner.importance, pruner.growth.score)]
         self._sums = sum(one.numel() for one in flat if one is not None) if self._kind == "observed" else 0
         self._whole, self._trained = _sizes(self.trainer.model)
 

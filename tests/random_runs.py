@@ -67,7 +67,7 @@ def draw(number: int) -> tuple[str, str, dict[str, Any], float]:
         "tune": choose.choice(["adapters", "adapters", "adapters_and_norms", "full"]),
         "distillation": choose.choice(["self", "self", "none"]),
         "rank_growth": choose.choice(["salience", "uniform", "none"]),
-        "outlier_scaling": choose.choice(["none", "mean"]),
+        "preset_overrides": {"outlier_scaling": choose.choice(["none", "mean"])},
         "optim": choose.choice(["adamw_torch", "adamw_torch", "sgd", "adafactor"]),
         "gradient_checkpointing": choose.random() < 0.3,
         "gradient_accumulation_steps": choose.choice([1, 2]),

@@ -24,6 +24,7 @@ VERBS = {
     "evaluate": "apt_trainer.cli.evaluate",
     "benchmark": "apt_trainer.cli.benchmark",
     "export": "apt_trainer.cli.export",
+    "vocabulary": "apt_trainer.cli.vocabulary",
     "analyze": "apt_trainer.cli.analyze",
     "drop": "apt_trainer.cli.drop",
     "curve": "apt_trainer.cli.curve",

@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from apt_trainer.report.comparison import RESULTS_FILE, compare, read_results, to_markdown
+    from apt_trainer.report.comparison import compare, read_results, to_markdown
+    from apt_trainer.store.events import RESULTS_FILE
     from apt_trainer.studies.ablation.runner import run_study
     from apt_trainer.studies.ablation.study import read_study
 

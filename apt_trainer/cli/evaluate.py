@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from apt_trainer.cli.analyze import task_options
 from apt_trainer.cli.benchmark import positive, write_result
 from apt_trainer.cli.train import settings_help
 from apt_trainer.errors import UserError
@@ -88,12 +89,8 @@ def _language(args: argparse.Namespace, settings: ModelSettings) -> dict[str, An
         stride=args.stride,
         max_tokens=args.max_tokens,
         start_token=args.start_token,
-        tasks=[name for name in (args.lm_eval or "").split(",") if name],
-        task_path=args.task_path,
-        limit=args.limit,
-        num_fewshot=args.num_fewshot,
-        batch_size=args.batch_size,
         device=args.device,
         quantize=args.quantize,
+        **task_options(args),
     )
     return evaluate_language(settings, request)

@@ -66,9 +66,9 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from apt_trainer.report.comparison import METRICS_FILE
     from apt_trainer.report.painting import paint_markdown
     from apt_trainer.settings import ModelSettings
+    from apt_trainer.store.events import METRICS_FILE
     from apt_trainer.studies.paint import RESULTS_FILE, SUMMARY_FILE, TABLE_FILE, PaintRequest, keep_plan, paint_sweep
 
     settings = ModelSettings(args.model, dtype=args.dtype)

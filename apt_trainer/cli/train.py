@@ -84,7 +84,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def ended_text(path: str) -> str:
     """What is left of a run that was told to end, and how to go on."""
-    from apt_trainer.training.whole_checkpoints import GOES_ON
+    from apt_trainer.training.checkpoints.whole import GOES_ON
 
     if (Path(path) / "config.json").is_file():
         return f"ended after training: {path} holds the finished model, but not all that is measured of it"

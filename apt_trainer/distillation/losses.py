@@ -43,7 +43,7 @@ def prediction_loss(
     """
     if "start_logits" in student_output:
         parts = [
-            _kl(_hide(student_output[name], mask), _hide(teacher_output[name], mask), temperature).mean()
+            token_divergence(_hide(student_output[name], mask), _hide(teacher_output[name], mask), temperature).mean()
             for name in ("start_logits", "end_logits")
         ]
         return torch.stack(parts).mean()
@@ -52,15 +52,15 @@ def prediction_loss(
         problem = REGRESSION
     if problem == REGRESSION:
         return F.mse_loss(student, teacher)
-    divergence = (_bernoulli_kl if problem == MULTI_LABEL else _kl)(student, teacher, temperature)
+    divergence = (_bernoulli_kl if problem == MULTI_LABEL else token_divergence)(student, teacher, temperature)
     if divergence.dim() == 1 or mask is None:
         return divergence.mean()
     real = mask.to(divergence.dtype)
     return (divergence * real).sum() / real.sum().clamp(min=1)
 
 
-def _kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """τ²·KL(softmax(teacher/τ) ‖ softmax(student/τ)) over the last dimension."""
+def token_divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """τ²·KL(softmax(teacher/τ) ‖ softmax(student/τ)) over the last dimension, of float32 logits [..., V]."""
     student_log, teacher_log = (F.log_softmax(x / temperature, dim=-1) for x in (student, teacher))
     return temperature**2 * F.kl_div(student_log, teacher_log, reduction="none", log_target=True).sum(-1)
 

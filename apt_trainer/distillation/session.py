@@ -23,11 +23,9 @@ from apt_trainer.models.labels import problem_type
 from apt_trainer.models.shares import Shares
 from apt_trainer.plan.schedule import Schedule
 from apt_trainer.settings import MethodSettings
-from apt_trainer.surgery.slicing import Grow, Keep
+from apt_trainer.surgery.slicing import Edit, Edits, Grow, Keep
 from apt_trainer.surgery.tuning import TRANSFORM
 from apt_trainer.tensors.partitioned import is_partitioned
-
-Edits = dict[str, list[Keep | Grow]]
 
 
 class SelfDistillation:
@@ -85,18 +83,21 @@ class SelfDistillation:
         alive: Mapping[Stack, list[bool]],
         step: int,
         shares: Shares | None = None,
+        difference: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Weighted sum of prediction and layer loss for one micro-batch; scalar float32.
 
-        ``outputs`` are the student's, ``teacher`` is what :meth:`teach` gave. The layer loss is the mean over the
+        ``outputs`` are the student's, ``teacher`` is what :meth:`teach` gave; ``difference``: of their predictions,
+        where it is known and the two have no logits. The layer loss is the mean over the
         stacks of ``alive``, each with pairs of its own. All means are weighed by their ``shares``; without, the batch
         stands alone.
         """
         s, tokens, shares = self.settings, real_tokens(inputs, family), shares or Shares.whole(family)
-        predicted = predicted_tokens(inputs, family, student)
-        per_row = "logits" in outputs and outputs["logits"].dim() == 2
-        problem = problem_type(student.config, inputs.get("labels")) if per_row else None
-        difference = prediction_loss(outputs, teacher, s.distillation_temperature, predicted, problem)
+        if difference is None:
+            predicted = predicted_tokens(inputs, family, student)
+            per_row = "logits" in outputs and outputs["logits"].dim() == 2
+            problem = problem_type(student.config, inputs.get("labels")) if per_row else None
+            difference = prediction_loss(outputs, teacher, s.distillation_temperature, predicted, problem)
         loss = s.prediction_weight * shares.predictions * difference
         if not self.uses_layers:
             return loss
@@ -193,7 +194,7 @@ class SelfDistillation:
             self._attach_transform(student, state["transform_rank"], _to_index(state["transform_index"]))
 
     def _attach_transform(self, student: nn.Module, rank: int, index: torch.Tensor | None) -> None:
-        if self.settings.distillation_transform == "identity":
+        if self.settings.details.distillation_transform == "identity":
             rank = 0
         generator = torch.Generator().manual_seed(self.seed)
         transform = HiddenTransform(
@@ -233,6 +234,6 @@ def _to_index(values: list[int] | None) -> torch.Tensor | None:
 def _edits(raw: list[tuple[str, int, Any]]) -> Edits:
     edits: Edits = {}
     for name, dim, what in raw:
-        edit = Keep(dim, what) if torch.is_tensor(what) else Grow(dim, what)
+        edit: Edit = Keep(dim, what) if torch.is_tensor(what) else Grow(dim, what)
         edits.setdefault(f"{TRANSFORM}.{name}", []).append(edit)
     return edits

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput, find_labels
 
+from apt_trainer.libraries.private_names import MODULE_HOOKS
 from apt_trainer.tensors.fully_sharded import plain_modules
 from apt_trainer.tensors.partitioned import (
     copy_of,
@@ -32,19 +33,6 @@ from apt_trainer.tensors.partitioned import (
     partition_all,
     shape_of,
     strip_modules,
-)
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
 )
 
 
@@ -84,7 +72,7 @@ def _embedding_width(model: Any) -> int:
 
 
 def _hooks_of(module: nn.Module) -> list[dict[int, Any]]:
-    return [getattr(module, name) for name in _HOOKS]
+    return [getattr(module, name) for name in MODULE_HOOKS]
 
 
 class Teacher:

@@ -50,7 +50,7 @@ class HiddenTransform(nn.Module):
         if hidden_index is None and rank == 0:
             raise UserError(
                 f"The teacher has {num_teacher} hidden dimensions and the student {num_student}, so their layers "
-                "cannot be compared by identity. Use distillation_transform: lora, or layer_weight: 0."
+                "cannot be compared by identity. Leave distillation_transform at lora, or set layer_weight: 0."
             )
         if hidden_index is not None:
             assert len(hidden_index) == num_student and int(hidden_index[-1]) < num_teacher

@@ -17,7 +17,8 @@ from apt_trainer.errors import UserError
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
-_CELLS = 1 << 22  # resampled values held at a time
+CELLS = 1 << 22
+"""Resampled values held at a time."""
 
 
 class Interval(NamedTuple):
@@ -53,7 +54,7 @@ def mean_interval(
     shares = np.ones_like(numbers) if weights is None else np.asarray(weights, dtype=np.float64)
     generator = np.random.default_rng(seed)
     means: list[np.ndarray] = []
-    rows = max(1, _CELLS // numbers.size)
+    rows = max(1, CELLS // numbers.size)
     for start in range(0, resamples, rows):
         drawn = generator.integers(numbers.size, size=(min(rows, resamples - start), numbers.size))
         means.append((numbers * shares)[drawn].sum(axis=1) / shares[drawn].sum(axis=1))
@@ -85,7 +86,7 @@ def summed_intervals(
         raise UserError("There are no examples to draw a confidence interval from.")
     generator = np.random.default_rng(seed)
     parts: list[Mapping[str, np.ndarray]] = []
-    size = max(1, _CELLS // n)
+    size = max(1, CELLS // n)
     for start in range(0, resamples, size):
         draws = min(size, resamples - start)
         drawn = generator.integers(n, size=(draws, n)) + n * np.arange(draws)[:, None]

@@ -29,13 +29,11 @@ from apt_trainer.measure import (
     size_on_disk,
 )
 from apt_trainer.measure.generation import start_tokens
+from apt_trainer.measure.latency import MAX_SECONDS, MIN_RUNS
 from apt_trainer.models import family_of
 from apt_trainer.settings import ModelSettings
 from apt_trainer.store.pretrained import choose_device, dtype_name, dtype_of, load_dense_shape, load_saved, source_of
 from apt_trainer.store.saved_model import dense_copy
-
-MIN_RUNS = 10
-MAX_SECONDS = 20.0  # per batch size, after which no further round starts
 
 
 def benchmark(

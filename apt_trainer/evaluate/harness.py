@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,22 @@ from apt_trainer.settings.shipped import TASKS
 from apt_trainer.tasks.text_windows import without_closing
 
 SEED = 1234
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """Tasks of lm-evaluation-harness and how they run: arguments of :func:`run_tasks`."""
+
+    tasks: Sequence[str] = ()
+    task_path: str | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    batch_size: int = 1
+
+    def run_tasks(self, model: PreTrainedModel, tokenizer: Any, seed: int = 0) -> dict[str, dict[str, Any]]:
+        """As :func:`run_tasks`."""
+        options = (self.task_path, self.limit, self.num_fewshot, self.batch_size)
+        return run_tasks(model, tokenizer, self.tasks, *options, seed)
 
 
 def run_tasks(

@@ -15,17 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apt_trainer.errors import UserError
 from apt_trainer.evaluate.bootstrap import Interval, mean_interval
 from apt_trainer.measure import evaluating
+from apt_trainer.measure.likelihood import LARGEST, summed_loss
 from apt_trainer.tasks.text_windows import Window, cut, frame_of, plain_ids
-
-_LARGEST = 700.0  # exp of more is no float
-_ROWS = 256  # positions whose logits are widened to float32 at a time
 
 
 @dataclass(frozen=True)
@@ -140,8 +136,8 @@ def _window_losses(model: PreTrainedModel, windows: Sequence[Window], batch_size
             batch = torch.stack([torch.from_numpy(one.ids) for one in group]).to(model.device)
             logits = model(input_ids=batch, use_cache=False).logits
             for row, (_, count) in enumerate(group):
-                losses.append(_mean_loss(logits[row, -count - 1 : -1], batch[row, -count:]))
-                if not losses[-1] < _LARGEST:
+                losses.append(summed_loss(logits[row, -count - 1 : -1], batch[row, -count:]) / count)
+                if not losses[-1] < LARGEST:
                     raise UserError(
                         f"The loss of window {len(losses) - 1} is {losses[-1]}, so there is no finite perplexity. "
                         "Load the model in float32 or bfloat16; if that does not help, its weights are damaged."
@@ -155,11 +151,3 @@ def _batches(windows: Sequence[Window], batch_size: int) -> Iterator[list[Window
         equal = list(members)
         for start in range(0, len(equal), batch_size):
             yield equal[start : start + batch_size]
-
-
-def _mean_loss(logits: Tensor, targets: Tensor) -> float:
-    """Mean cross-entropy of logits [n, vocabulary] and targets [n], summed in float64."""
-    total = 0.0
-    for part, wanted in zip(logits.split(_ROWS), targets.split(_ROWS), strict=True):
-        total += float(functional.cross_entropy(part.float(), wanted, reduction="none").double().sum())
-    return total / len(targets)

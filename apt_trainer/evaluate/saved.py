@@ -6,13 +6,12 @@ Not for the task of a recipe: that is :func:`apt_trainer.runs.run.evaluate`.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from apt_trainer.errors import UserError
-from apt_trainer.evaluate.harness import run_tasks
+from apt_trainer.evaluate.harness import TaskOptions
 from apt_trainer.evaluate.perplexity import perplexity
 from apt_trainer.evaluate.quantization import quantize
 from apt_trainer.measure import count_parameters
@@ -22,12 +21,11 @@ from apt_trainer.store.pretrained import choose_device, load_saved, load_tokeniz
 
 
 @dataclass(frozen=True)
-class LanguageRequest:
+class LanguageRequest(TaskOptions):
     """What to evaluate on: a text file, tasks of lm_eval, or both.
 
-    ``text`` to ``start_token`` are those of :func:`~apt_trainer.evaluate.perplexity.perplexity`, ``tasks`` to
-    ``num_fewshot`` those of :func:`~apt_trainer.evaluate.harness.run_tasks`. ``device``: default is the accelerator
-    if there is one. ``quantize``: a form of :mod:`apt_trainer.evaluate.quantization`.
+    ``text`` to ``start_token`` are those of :func:`~apt_trainer.evaluate.perplexity.perplexity`. ``device``: default
+    is the accelerator if there is one. ``quantize``: a form of :mod:`apt_trainer.evaluate.quantization`.
     """
 
     text: str | None = None
@@ -35,11 +33,6 @@ class LanguageRequest:
     stride: int | None = None
     max_tokens: int | None = None
     start_token: bool | None = None
-    tasks: Sequence[str] = ()
-    task_path: str | None = None
-    limit: int | None = None
-    num_fewshot: int | None = None
-    batch_size: int = 1
     device: str | None = None
     quantize: str | None = None
     seed: int = 0
@@ -92,16 +85,7 @@ def evaluate_language(settings: ModelSettings, request: LanguageRequest) -> dict
             "start_token": tokenizer.decode(result.start) if result.start else None,
         }
     if request.tasks:
-        found["lm_eval"] = run_tasks(
-            model,
-            tokenizer,
-            request.tasks,
-            request.task_path,
-            request.limit,
-            request.num_fewshot,
-            request.batch_size,
-            request.seed,
-        )
+        found["lm_eval"] = request.run_tasks(model, tokenizer, request.seed)
     return found | {"seconds": time.perf_counter() - started}
 
 

@@ -12,12 +12,11 @@ import numpy as np
 from scipy import stats
 from transformers import EvalPrediction
 
-from apt_trainer.evaluate.bootstrap import RESAMPLES, Interval, interval_of, mean_interval, summed_intervals
+from apt_trainer.evaluate.bootstrap import CELLS, RESAMPLES, Interval, interval_of, mean_interval, summed_intervals
 from apt_trainer.tasks.base import ComputeMetrics, first_output
 from apt_trainer.tasks.generation_scores import ROUGE
 from apt_trainer.tasks.summed_scores import SummedScores
 
-_CELLS = 1 << 22  # resampled values held at a time
 Intervals = dict[str, Interval]
 
 
@@ -74,7 +73,7 @@ def classification_intervals(logits: np.ndarray, labels: np.ndarray) -> Interval
     predicted, classes = logits.argmax(-1), logits.shape[-1]
     cells, counts = np.unique(labels * classes + predicted, return_counts=True)
     generator = np.random.default_rng(0)
-    size = max(1, _CELLS // classes**2)
+    size = max(1, CELLS // classes**2)
     f1, macro, matthews = [], [], []
     for start in range(0, RESAMPLES, size):
         drawn = generator.multinomial(len(labels), counts / len(labels), size=min(size, RESAMPLES - start))
@@ -122,7 +121,7 @@ def regression_intervals(predicted: np.ndarray, labels: np.ndarray) -> Intervals
 def _resampled(statistic: Callable[[np.ndarray, np.ndarray], np.ndarray], *values: np.ndarray) -> Interval:
     """Of a ``statistic`` of [draws, n] each."""
     n, generator = len(values[0]), np.random.default_rng(0)
-    size = max(1, _CELLS // n)
+    size = max(1, CELLS // n)
     found = []
     for start in range(0, RESAMPLES, size):
         rows = generator.integers(n, size=(min(size, RESAMPLES - start), n))

@@ -19,6 +19,20 @@ from typing import Any, Literal, NamedTuple
 from apt_trainer.errors import UserError
 from apt_trainer.libraries.versions import DEEPSPEED, TESTED, check_versions, installed, tested_ranges
 
+MODULE_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+"""Where a module keeps its hooks."""
+
 Use = Literal["loading", "method", "training", "fsdp2", "zero", "zero12", "zero3"]
 
 
@@ -73,19 +87,7 @@ NAMES: dict[Use, tuple[Name, ...]] = {
         ),
         Name(
             "torch.nn.modules.module.Module",
-            (
-                "_forward_hooks",
-                "_forward_hooks_with_kwargs",
-                "_forward_hooks_always_called",
-                "_forward_pre_hooks",
-                "_forward_pre_hooks_with_kwargs",
-                "_backward_hooks",
-                "_backward_pre_hooks",
-                "_state_dict_pre_hooks",
-                "_load_state_dict_pre_hooks",
-                "_load_state_dict_post_hooks",
-                "_is_full_backward_hook",
-            ),
+            (*MODULE_HOOKS, "_is_full_backward_hook"),
             "copy the student without its hooks",
         ),
         Name("torch.nn.modules.module.Module", ("_compiled_call_impl",), "see that a model is compiled already"),

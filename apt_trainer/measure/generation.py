@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from apt_trainer.errors import UserError
 from apt_trainer.libraries.calls import cache_name
-from apt_trainer.measure.latency import Latency, evaluating, example_inputs, now, take_turns
+from apt_trainer.measure.latency import MAX_SECONDS, Latency, evaluating, example_inputs, now, take_turns
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def compare_generation(
     new_tokens: int,
     *,
     min_runs: int = 5,
-    max_seconds: float = 20.0,
+    max_seconds: float = MAX_SECONDS,
 ) -> dict[str, dict[int, Generation]]:
     """Generate with every model in turns, as :func:`~apt_trainer.measure.latency.compare_latency` times forwards.
 

@@ -21,6 +21,10 @@ from torch import Tensor, nn
 from apt_trainer.errors import UserError
 
 WARM_UP_CALLS = 2
+MIN_RUNS = 10
+"""Timed calls, at least."""
+MAX_SECONDS = 20.0
+"""Time after which no further round of calls starts."""
 STEADY = 0.05  # interquartile range over median below which more runs would tell nothing new
 
 
@@ -78,8 +82,8 @@ def compare_latency(
     batch_sizes: Sequence[int],
     length: int,
     *,
-    min_runs: int = 10,
-    max_seconds: float = 20.0,
+    min_runs: int = MIN_RUNS,
+    max_seconds: float = MAX_SECONDS,
 ) -> dict[str, dict[int, Latency]]:
     """Time one forward pass of every model, in turns, on the device where each model is.
 
@@ -108,6 +112,21 @@ def compare_latency(
 def forward_call(model: nn.Module, batch_size: int, length: int) -> Callable[[], tuple[float]]:
     """A function that runs one forward pass and returns its seconds, for :func:`take_turns`."""
     return partial(_forward, model, example_inputs(model, batch_size, length))
+
+
+def shared_timings(
+    timings: Mapping[str, list[float]], reduce: Callable[[Tensor], Tensor], processes: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Mean over ``processes`` of what each has timed, by name, without names of which nothing was timed.
+
+    Choices that rest on seconds have to be equal in all processes. ``reduce``: sums a tensor on ``device`` over them;
+    collective where there are several.
+    """
+    found = {name: seconds for name, seconds in timings.items() if seconds}
+    if processes == 1:
+        return found
+    tensors = {name: torch.tensor(own, dtype=torch.float64, device=device) for name, own in found.items()}
+    return {name: (reduce(tensor) / processes).tolist() for name, tensor in tensors.items()}
 
 
 def ratio_is_noise(a: Latency, b: Latency) -> bool:
@@ -188,13 +207,16 @@ def _device_of(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation and inference mode; afterwards every sub-module gets back the training flag that it had."""
+def evaluating(*models: nn.Module, inference: bool = True) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every sub-module gets back the training flag that it had.
+
+    ``inference``: in inference mode too, which an engine that has split the model may not bear.
+    """
     flags = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode() if inference else torch.no_grad():
             yield
     finally:
         for module, training in flags:

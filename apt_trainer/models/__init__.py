@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from apt_trainer.errors import UserError
-from apt_trainer.models.base import HIDDEN, Kind, SizeAttribute, Slice, Space, Stack, Stub, Sublayer
+from apt_trainer.models.base import HIDDEN, Kind, SizeAttribute, Slice, Space, Stack, Stub, Sublayer, norm_paths
 from apt_trainer.models.families.bert import BERT, ROBERTA
 from apt_trainer.models.families.distilbert import DISTILBERT
 from apt_trainer.models.families.gpt import GPT2, GPT_NEOX, OPT
@@ -62,4 +62,5 @@ __all__ = [
     "Sublayer",
     "SublayerTable",
     "family_of",
+    "norm_paths",
 ]

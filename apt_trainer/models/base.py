@@ -139,6 +139,11 @@ class Sublayer:
     crosses: bool = False
 
 
+def norm_paths(spaces: Sequence[Space]) -> list[str]:
+    """Norms of the dense model on the residual stream and over all heads of an attention together."""
+    return [path for space in spaces for path in space.norms]
+
+
 def exists(model: nn.Module, path: str) -> bool:
     """Whether there is a module at ``path``."""
     module: nn.Module | None = model

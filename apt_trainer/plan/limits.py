@@ -14,7 +14,8 @@ from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.settings import PruningSettings
 
 SAFE_DEPTH = 0.3
-"""Share of sublayers; ours: beyond it models are seldom good again."""
+"""Share of sublayers above which models are seldom good again, and tuning may harm more than it mends
+(arXiv 2407.09298)."""
 
 LEAST_DEPTH = 3
 """Of so many attentions, and of so many feed-forwards, one has to be left; ours: with less little can be learnt."""

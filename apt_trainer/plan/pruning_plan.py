@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from apt_trainer.errors import UserError
-from apt_trainer.models import HIDDEN, Space
+from apt_trainer.models import HIDDEN, Space, Stack, Sublayer
 
 PLAN_FILE = "pruning_plan.json"
 
@@ -56,6 +56,14 @@ class PruningPlan:
             units = kept[name]
             kept[name] = tuple(units[i] for i in sorted(index.tolist()))
         return PruningPlan(kept)
+
+    def alive_layers(self, sublayers: Sequence[Sublayer]) -> dict[Stack, list[bool]]:
+        """Per stack, which layers still have every one of ``sublayers``, those of the dense model."""
+        alive: dict[Stack, dict[int, bool]] = {}
+        for sublayer in sublayers:
+            layers = alive.setdefault(sublayer.stack, {})
+            layers[sublayer.layer] = layers.get(sublayer.layer, True) and len(self.kept[sublayer.space]) > 0
+        return {stack: [layers[layer] for layer in sorted(layers)] for stack, layers in alive.items()}
 
     def by_kind(self, spaces: Sequence[Space]) -> dict[str, Any]:
         """Units left: {"heads": by layer, "neurons": by layer, "hidden": number}, for records."""

@@ -1,12 +1,13 @@
-"""What the budget of a run counts, whether it can be met, and what a whole sublayer takes of it.
+"""What the budget of a run counts, whether it can be met, and plans within it.
 
-Not for costs themselves (``plan.cost``), nor for choosing what goes (``plan.selection``).
+Not for costs themselves (``plan.cost``), nor for how a plan is chosen (``plan.selection``, ``plan.uniform``).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,10 +16,14 @@ from apt_trainer.errors import UserError
 from apt_trainer.measure import placed
 from apt_trainer.models import ModelFamily, Space, Sublayer
 from apt_trainer.plan.cost import CostModel, flops_cost, memory_cost, parameter_cost
-from apt_trainer.plan.limits import LEAST_DEPTH, Limits
+from apt_trainer.plan.limits import LEAST_DEPTH, Limits, limits_of
 from apt_trainer.plan.pruning_plan import PruningPlan
+from apt_trainer.plan.selection import select
 from apt_trainer.pruning.latency_cost import latency_cost
-from apt_trainer.settings import PruningSettings
+from apt_trainer.pruning.uniform_shape import uniform_shape
+from apt_trainer.settings import MethodSettings
+from apt_trainer.store.saved_model import dense_copy
+from apt_trainer.store.starting_point import StartingPoint
 
 COSTS: dict[str, Callable[[nn.Module, ModelFamily, list[Space], int, int], CostModel]] = {
     "params": lambda model, family, spaces, batch, length: parameter_cost(model, family, spaces),
@@ -28,57 +33,107 @@ COSTS: dict[str, Callable[[nn.Module, ModelFamily, list[Space], int, int], CostM
 }
 
 
-def cost_of(
-    model: nn.Module,
-    family: ModelFamily,
-    spaces: list[Space],
-    settings: PruningSettings,
-    timed_on: torch.device | None = None,
-) -> CostModel:
-    """Cost of the dense ``model`` in what ``sparsity_metric`` counts; measured, if that is latency, on ``timed_on``
-    (default: where the model is). Else the model may be on the meta device."""
-    make = COSTS[settings.sparsity_metric]
-    with placed(model, timed_on if settings.sparsity_metric == "latency" else None):
-        return make(model, family, spaces, settings.reference_batch_size, settings.reference_length)
+class Budget:
+    """What ``model``, which began at ``origin``, may lose by ``settings``, in what ``sparsity_metric`` counts.
 
+    ``cost``: of the dense original; what is measured is timed on ``timed_on``, default: where the model is.
+    ``limits``: what may go at all. ``shape``: what plans of equal layers have to keep to; None: any plan will do.
+    """
 
-def check_budget(
-    spaces: Sequence[Space],
-    sublayers: Sequence[Sublayer],
-    start: PruningPlan,
-    cost: CostModel,
-    limits: Limits,
-    sparsity: float | None,
-    least: Mapping[str, int] | None = None,
-) -> None:
-    """Raise :class:`UserError` where ``sparsity`` (None: nothing is pruned) is more than ``limits`` let go of what is
-    there at ``start`` or would leave next to nothing of the blocks, or no more than the dense model has lost by then,
-    or where what could go costs nothing. ``least``: units per space of the cheapest model there may be, by default
-    :func:`least_model`."""
-    if sparsity is None:
-        return
-    dense = PruningPlan.dense(spaces)
-    whole = cost.total(dense.counts)
-    if whole <= 0:
-        raise UserError(
-            "Neither heads nor neurons take time that can be measured at reference_batch_size × reference_length. "
-            "Raise these, or choose another sparsity_metric."
-        )
-    lost = 1 - cost.total(start.counts) / whole
-    if start != dense and sparsity <= lost:
-        raise UserError(
-            f"target_sparsity={sparsity:g} is a fraction of the dense original, of which the model has lost "
-            f"{lost:.4f} already. Give more than that to prune further, or target_sparsity: null to fine-tune it as "
-            "it is."
-        )
-    largest = 1 - cost.total(least or least_model(spaces, sublayers, start, cost, limits)) / whole
-    if sparsity > largest:
-        named = f"; the largest that does not is {math.floor(1e4 * largest) / 1e4:g}" if largest >= 1e-4 else ""
-        raise UserError(
-            f"target_sparsity={sparsity:g} takes more than prune_targets, min_heads, min_neurons, min_hidden and "
-            f"round_to allow, or more than all but one attention and one feed-forward in {LEAST_DEPTH}{named}. "
-            "Lower target_sparsity, widen prune_targets or lower a minimum."
-        )
+    def __init__(
+        self,
+        model: Any,
+        family: ModelFamily,
+        origin: StartingPoint,
+        settings: MethodSettings,
+        timed_on: torch.device | None = None,
+    ) -> None:
+        self._settings, self._origin = settings, origin
+        self._dense = PruningPlan.dense(origin.spaces)
+        self._sublayers = family.sublayers(model)
+        self.is_timed = settings.sparsity_metric == "latency"
+        dense = dense_copy(model) if self.is_timed and origin.is_pruned else origin.dense  # to time takes weights
+        with placed(dense, timed_on if self.is_timed else None):
+            make, size = COSTS[settings.sparsity_metric], (settings.reference_batch_size, settings.reference_length)
+            self.cost = make(dense, family, origin.spaces, *size)
+        self.limits = limits_of(settings)
+        uniform = settings.prunes and settings.shape == "uniform"
+        self.shape = uniform_shape(model, family, settings.prune_targets) if uniform else None
+
+    @property
+    def scored(self) -> list[Space]:
+        """Spaces whose units need scores."""
+        return [space for space in self._origin.spaces if space.kind in self.limits.kinds]
+
+    def check(self) -> None:
+        """Raise :class:`UserError` where the target is more than the limits let go of what there is or would leave
+        next to nothing of the blocks, or no more than is gone already, or where what could go costs nothing."""
+        sparsity, start = self._settings.target_sparsity, self._origin.plan
+        if sparsity is None:
+            return
+        whole = self.cost.total(self._dense.counts)
+        if whole <= 0:
+            raise UserError(
+                "Neither heads nor neurons take time that can be measured at reference_batch_size × "
+                "reference_length. Raise these, or choose another sparsity_metric."
+            )
+        lost = self.removed(start)
+        if start != self._dense and sparsity <= lost:
+            raise UserError(
+                f"target_sparsity={sparsity:g} is a fraction of the dense original, of which the model has lost "
+                f"{lost:.4f} already. Give more than that to prune further, or target_sparsity: null to fine-tune it "
+                "as it is."
+            )
+        largest = 1 - self.cost.total(self._least()) / whole
+        if sparsity > largest:
+            named = f"; the largest that does not is {math.floor(1e4 * largest) / 1e4:g}" if largest >= 1e-4 else ""
+            raise UserError(
+                f"target_sparsity={sparsity:g} takes more than prune_targets, min_heads, min_neurons, min_hidden and "
+                f"round_to allow, or more than all but one attention and one feed-forward in {LEAST_DEPTH}{named}. "
+                "Lower target_sparsity, widen prune_targets or lower a minimum."
+            )
+
+    def removed(self, plan: PruningPlan) -> float:
+        """Share of the budget of the dense original that is gone at ``plan``."""
+        return 1 - self.cost.total(plan.counts) / self.cost.total(self._dense.counts)
+
+    def removed_of_start(self, plan: PruningPlan) -> float:
+        """As :meth:`removed`, but of what the model had when it was given here."""
+        return 1 - self.cost.total(plan.counts) / self.cost.total(self._origin.plan.counts)
+
+    def choose(
+        self,
+        scores: Mapping[str, torch.Tensor],
+        current: PruningPlan,
+        sparsity: float,
+        densities: bool = False,
+        free: bool = False,
+    ) -> PruningPlan:
+        """The plan below ``current`` at which ``sparsity`` is gone, of the shape that the settings ask for, or
+        ``free`` of any; ``densities``: scores are per cost already. See ``plan.selection``."""
+        left = (1 - sparsity) * self.cost.total(self._dense.counts)
+        chosen = select if free or self.shape is None else self.shape.select
+        return chosen(scores, self._origin.spaces, current, self.cost, left, self.limits, densities)
+
+    def saved_without(self, plan: PruningPlan) -> dict[str, float]:
+        """Scored space → what the budget saves when all its units go, of a model at ``plan``."""
+        whole = self.cost.total(plan.counts)
+        return {space.name: whole - self.cost.total({**plan.counts, space.name: 0}) for space in self.scored}
+
+    def seconds(self) -> list[float]:
+        """What was timed, in an order that the dense model fixes; empty where nothing is."""
+        return self.cost.coefficients() if self.is_timed else []
+
+    def use_seconds(self, seconds: Sequence[float]) -> None:
+        """Count ``seconds``, on which all processes have agreed, instead of :meth:`seconds`."""
+        self.cost = self.cost.with_coefficients(seconds)
+
+    def _least(self) -> Mapping[str, int]:
+        """Units per space of the cheapest model there may be."""
+        spaces, start = self._origin.spaces, self._origin.plan
+        if self.shape is not None:
+            return self.shape.least(spaces, start, self.cost, self.limits)
+        return least_model(spaces, self._sublayers, start, self.cost, self.limits)
 
 
 def least_model(
@@ -99,9 +154,3 @@ def least_model(
         gone.sort(key=lambda name: cost.total({**counts, name: few[name]}))
         counts |= {name: few[name] for name in gone[: max(0, missing)]}
     return counts
-
-
-def saved_without(spaces: Sequence[Space], counts: Mapping[str, int], cost: CostModel) -> dict[str, float]:
-    """Space → what the budget saves when all its units go, of a model with ``counts`` units per space."""
-    whole = cost.total(counts)
-    return {space.name: whole - cost.total({**counts, space.name: 0}) for space in spaces}

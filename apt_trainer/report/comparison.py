@@ -20,11 +20,10 @@ from typing import Any, NamedTuple
 
 from apt_trainer.errors import UserError, unknown_choice
 from apt_trainer.report.tables import MISSING, format_bytes, format_count, format_seconds, markdown_table
-from apt_trainer.store.events import read_events
+from apt_trainer.store.events import EVENTS_FILE, METRICS_FILE, RESULTS_FILE, read_events
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE, RECIPE_FILE, EVENTS_FILE, RESULTS_FILE = "metrics.json", "recipe.json", "events.jsonl", "results.jsonl"
 LABELS = {
     "sparsity": "removed",
     "total_params": "parameters",

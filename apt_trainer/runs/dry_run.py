@@ -7,6 +7,8 @@ exception: it is measured, so the model is built with random weights. Not for ru
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,10 +19,10 @@ from apt_trainer.models import HIDDEN, family_of
 from apt_trainer.plan.cost import flops_cost
 from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.plan.schedule import Schedule, fewer_events, make_schedule
-from apt_trainer.plan.selection import select
 from apt_trainer.pruning.pruner import AdaptivePruner
 from apt_trainer.report.tables import format_bytes, format_count, markdown_table
 from apt_trainer.runs.preflight import check_before_loading, check_installed, checkpoint_to_resume
+from apt_trainer.runs.vocabulary import vocabulary_cut
 from apt_trainer.settings.config import APTConfig
 from apt_trainer.settings.recipe import Recipe
 from apt_trainer.store.pretrained import build_model, dtype_name, load_inputs
@@ -36,9 +38,14 @@ _FLOAT32_PER_LOGIT = 3  # log-probability, its gradient and that of the logit
 
 def plan(recipe: Recipe) -> str:
     """Text of the dry run; raises :class:`UserError` for anything that would stop the run before training."""
-    args = recipe.training
     checkpoint_to_resume(recipe)
     check_installed(recipe)
+    with TemporaryDirectory() as folder, vocabulary_cut(recipe, Path(folder) / "vocabulary", weights=False) as cut:
+        return _plan(*cut)
+
+
+def _plan(recipe: Recipe, vocabulary: Mapping[str, Any]) -> str:
+    args = recipe.training
     tokenizer, config, data = load_inputs(recipe.model, recipe)
     set_task_arguments(args, data, recipe.given)
     check_before_loading(recipe, config, data, tokenizer)
@@ -54,6 +61,7 @@ def plan(recipe: Recipe) -> str:
         f"data         {len(data.train):,} training rows, {len(data.validation):,} validation, "
         f"{len(data.test):,} reported on ({data.test_name})",
         *_label_lines(data),
+        *_vocabulary_lines(vocabulary),
         f"trains       {' → '.join(tune_phases(args))}; {format_count(_trained(model))} parameters at first",
         f"steps        {schedule.total:,} of {args.train_batch_size * args.gradient_accumulation_steps} rows",
         f"memory       {format_bytes(memory)} estimated at the first step "
@@ -81,6 +89,18 @@ def _label_lines(data: TaskData) -> list[str]:
         for name in names
     ]
     return [f"labels       {len(data.label_counts)} in the training rows: {', '.join(told)}"]
+
+
+def _vocabulary_lines(vocabulary: Mapping[str, Any]) -> list[str]:
+    """How many tokens stay, and what that costs text that they were not chosen by."""
+    if not vocabulary:
+        return []
+    more = vocabulary["validation_tokens"] / vocabulary["validation_tokens_before"] - 1
+    changed = vocabulary["training_rows_changed"]
+    return [
+        f"vocabulary   {vocabulary['tokens']:,} of {vocabulary['tokens_before']:,} tokens stay; validation rows take "
+        f"{more:.1%} more tokens, {changed:,} training rows are split otherwise"
+    ]
 
 
 def _weight(weight: float | None) -> str:
@@ -182,7 +202,7 @@ def _space_table(pruner: AdaptivePruner) -> str:
                 + (f" of {_sizes([s.size for s in members])}" if pruner.origin.is_pruned else ""),
                 "unit": f"{unit:,.0f}",
                 "pruned": _pruned(pruner, targets),
-                "step": pruner.limits.round_to[kind],
+                "step": pruner.budget.limits.round_to[kind],
             }
         )
     columns = [
@@ -197,10 +217,10 @@ def _space_table(pruner: AdaptivePruner) -> str:
 
 def _shape_lines(pruner: AdaptivePruner, schedule: Schedule) -> list[str]:
     """What equal layers keep at the end, and the units that free ones would keep within the same budget."""
-    if pruner.shape is None:
+    if pruner.budget.shape is None:
         return []
     plans = [evenly_cut(pruner, schedule.target_sparsity, free=free).counts for free in (False, True)]
-    layers = sum(any(plans[0][name] for name in layer.spaces) for layer in pruner.shape.layers)
+    layers = sum(any(plans[0][name] for name in layer.spaces) for layer in pruner.budget.shape.layers)
     kept, beside = [], []
     for kind, name in (("heads", "heads"), ("neurons", "neurons"), (HIDDEN, "hidden dimensions")):
         members = [space for space in pruner.spaces if space.kind == kind]
@@ -209,7 +229,7 @@ def _shape_lines(pruner: AdaptivePruner, schedule: Schedule) -> list[str]:
         kept.append(f"{most:,} of {max(space.size for space in members):,} {name}")
         beside.append(f"{equal:,} {name} (free: {free:,})")
     return [
-        f"shape        uniform, a stock checkpoint of {layers} of {len(pruner.shape.layers)} layers; about "
+        f"shape        uniform, a stock checkpoint of {layers} of {len(pruner.budget.shape.layers)} layers; about "
         f"{kept[0]} and {kept[1]} in each, {kept[2]}",
         f"             kept in all about {', '.join(beside)}",
         "",
@@ -226,9 +246,9 @@ def _sizes(sizes: Sequence[int]) -> str:
 
 
 def _pruned(pruner: AdaptivePruner, kind: str) -> str:
-    if not pruner.settings.prunes or kind not in pruner.limits.kinds:
+    if not pruner.settings.prunes or kind not in pruner.budget.limits.kinds:
         return "no"
-    return "yes" if kind in pruner.limits.targets else "as a whole"
+    return "yes" if kind in pruner.budget.limits.targets else "as a whole"
 
 
 def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig) -> list[str]:
@@ -282,7 +302,7 @@ def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig)
     if schedule.before:
         scored = f"{_before_the_cut(pruner)} is {_scoring(pruner, args)}"
         then = f"{scored}cut before the first step, after which only ranks grow."
-    elif pruner.impact is not None:
+    elif pruner.scores_at_cuts:
         then = f"at each event the model is {_scoring(pruner, args)}cut; with fewer sublayers left, passes are fewer."
     fewer = fewer_events(args, schedule)
     lines = [
@@ -307,20 +327,11 @@ def _removed(pruner: AdaptivePruner, sparsity: float) -> dict[str, str]:
 
 def _scoring(pruner: AdaptivePruner, args: APTConfig) -> str:
     """What is done to the model before it is cut."""
-    if not pruner.importance.needs_data:
-        return ""
-    rows = f"scored on {args.calibration_samples} training rows"
-    if pruner.impact is None:
-        return f"{rows} and "
-    return f"{rows} in {1 + len(pruner.impact.candidates)} passes (whole, and without each sublayer) and "
+    scored = pruner.importance.describe(args.calibration_samples)
+    return f"{scored} and " if scored else ""
 
 
 def evenly_cut(pruner: AdaptivePruner, sparsity: float, free: bool = False) -> PruningPlan:
     """A plan at ``sparsity`` in which every kind loses about the same share; ``free``: of whatever shape."""
-    budget = (1 - sparsity) * pruner.cost.total(pruner.dense_plan.counts)
     scores = {name: torch.linspace(1, 0, number, dtype=torch.float64) for name, number in pruner.plan.counts.items()}
-    if free:
-        return select(
-            scores, pruner.spaces, pruner.plan, pruner.cost, budget, pruner.limits, scores_are_densities=True
-        )
-    return pruner.choose(scores, pruner.plan, budget, densities=True)
+    return pruner.budget.choose(scores, pruner.plan, sparsity, densities=True, free=free)

@@ -21,23 +21,24 @@ from apt_trainer.evaluate.harness import check_tasks, not_a_language_model
 from apt_trainer.libraries.private_names import check_names
 from apt_trainer.plan.schedule import make_schedule
 from apt_trainer.pruning.pruner import AdaptivePruner
-from apt_trainer.report.comparison import METRICS_FILE, RECIPE_FILE
 from apt_trainer.runs.exports import check_exports
 from apt_trainer.settings import DataSettings, MethodSettings, ModelSettings
 from apt_trainer.settings.config import APTConfig
 from apt_trainer.settings.engines import check_launch
 from apt_trainer.settings.packages import check_packages
+from apt_trainer.settings.presets import with_presets
 from apt_trainer.settings.recipe import Recipe
+from apt_trainer.store.events import METRICS_FILE, RECIPE_FILE
 from apt_trainer.store.export import parse_format
 from apt_trainer.store.hub import check_upload
-from apt_trainer.store.pretrained import build_model, check_teacher, max_positions, teacher_settings
+from apt_trainer.store.pretrained import build_model, check_teacher, max_positions
 from apt_trainer.tasks import TaskData
-from apt_trainer.training.best_model import check_candidates
-from apt_trainer.training.checkpoint import check_complete
+from apt_trainer.training.checkpoints.best import check_candidates
+from apt_trainer.training.checkpoints.state import check_complete
+from apt_trainer.training.checkpoints.whole import GOES_ON, checkpoints_in, find_whole, last_whole
 from apt_trainer.training.compiled import compile_options
 from apt_trainer.training.engines.optimizer_class import check_optimizer
 from apt_trainer.training.rehearsal import check_output, rehearse
-from apt_trainer.training.whole_checkpoints import GOES_ON, checkpoints_in, find_whole, last_whole
 
 _LANGUAGE_MODELS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 _OF_THE_LOOP = ("max_steps", "num_train_epochs", "seed", "learning_rate", "lr_scheduler_type", "warmup_steps")
@@ -89,7 +90,7 @@ def check_before_loading(recipe: Recipe, config: Any, data: TaskData, tokenizer:
         settings.sparsity_metric = "params"
     model = build_model(config, data, "meta", recipe.model.dtype)
     if args.teacher_name_or_path is not None:
-        check_teacher(teacher_settings(recipe.model, args.teacher_name_or_path), data, model, tokenizer)
+        check_teacher(recipe.model.of(args.teacher_name_or_path), data, model, tokenizer)
     check_exports(args, model, tokenizer)
     rehearse(model, Path(str(args.output_dir)), AdaptivePruner(model, settings), tokenizer)
 
@@ -197,7 +198,7 @@ def _check_same_run(file: Path, recipe: Recipe) -> None:
         raise UserError(f"{file} is damaged ({error}). Remove it to resume without comparing settings.") from error
     groups = (ModelSettings, DataSettings, MethodSettings)
     names = [f.name for group in groups for f in fields(group) if f.name not in _FREE] + list(_OF_THE_LOOP)
-    absent = object()
+    before, absent = with_presets(str(file), before, warn=False), object()
     other = [name for name in names if before.get(name, absent) != recipe.given.get(name, absent)]
     if other:
         values = ", ".join(f"{name} was {before.get(name)!r}, is {recipe.given.get(name)!r}" for name in other)

@@ -31,14 +31,15 @@ from apt_trainer.report.plots import plot_run
 from apt_trainer.report.tables import comparison_table, exports_table
 from apt_trainer.runs.exports import export_all
 from apt_trainer.runs.preflight import check_before_loading, check_installed, checkpoint_to_resume, finished_run
+from apt_trainer.runs.vocabulary import vocabulary_cut
 from apt_trainer.settings import ModelSettings
 from apt_trainer.settings.packages import check_packages
 from apt_trainer.settings.recipe import Recipe, load_recipe
-from apt_trainer.store.events import read_events, write_json
+from apt_trainer.store.events import EVENTS_FILE, METRICS_FILE, RECIPE_FILE, read_events, write_json
 from apt_trainer.store.hub import upload_card
-from apt_trainer.store.lock import OutputLock
+from apt_trainer.store.lock import FolderLock
 from apt_trainer.store.model_card import CARD_FILE
-from apt_trainer.store.pretrained import load_inputs, load_model, load_saved, load_teacher, teacher_settings
+from apt_trainer.store.pretrained import load_inputs, load_model, load_saved, load_teacher
 from apt_trainer.store.saved_model import dense_copy
 from apt_trainer.tasks import TaskData, keeps_sequences_apart
 from apt_trainer.tasks.base import ComputeMetrics
@@ -49,12 +50,10 @@ from apt_trainer.training.evaluation_loop import plain_trainer
 from apt_trainer.training.termination import finishing
 from apt_trainer.training.time_to_accuracy import TimeToAccuracy
 from apt_trainer.training.trackers import one_run
-from apt_trainer.training.trainer import EVENTS_FILE, APTTrainer
+from apt_trainer.training.trainer import APTTrainer
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.json"
-RECIPE_FILE = "recipe.json"
 PLOT_FILE = "run.png"
 _SECRET = ("hub_token",)
 _COMPARED = ("task_metric", "task_metric_low", "task_metric_high", "train_seconds", "peak_memory_bytes")
@@ -69,6 +68,7 @@ _DENSE: dict[str, Any] = {
     "measure_latency": False,
     "lm_eval_tasks": [],
     "export": [],
+    "vocabulary": None,
     "reference_metric": None,
     "dense_baseline": False,
     "report_to": "none",
@@ -88,11 +88,11 @@ def train(recipe: Recipe) -> dict[str, Any]:
     """
     if recipe.training.process_index > 0:
         return _train(recipe, None)
-    with OutputLock(Path(str(recipe.training.output_dir))) as lock:
+    with FolderLock(Path(str(recipe.training.output_dir))) as lock:
         return _train(recipe, lock)
 
 
-def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
+def _train(recipe: Recipe, lock: FolderLock | None) -> dict[str, Any]:
     args = recipe.training
     output = Path(str(args.output_dir))
     finished = finished_run(recipe)
@@ -101,6 +101,14 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
     return_freed_memory()
     resume_from = checkpoint_to_resume(recipe)
     check_installed(recipe)
+    with vocabulary_cut(recipe, output / "vocabulary") as (recipe, vocabulary):
+        return _train_prepared(recipe, output, lock, resume_from, vocabulary)
+
+
+def _train_prepared(
+    recipe: Recipe, output: Path, lock: FolderLock | None, resume_from: str | None, vocabulary: dict[str, Any]
+) -> dict[str, Any]:
+    args = recipe.training
     memory = PeakMemory(args.device.type)
     set_seed(args.seed)
     tokenizer, config, data = load_inputs(recipe.model, recipe)
@@ -108,7 +116,7 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
     check_before_loading(recipe, config, data, tokenizer)
     dense = _train_dense(recipe, output) if args.dense_baseline and args.should_save else {}
     path = args.teacher_name_or_path
-    teacher = load_teacher(teacher_settings(recipe.model, path), data) if path else None
+    teacher = load_teacher(recipe.model.of(path), data) if path else None
     model = load_model(recipe.model, data)
     if data.packed and not keeps_sequences_apart(model):
         raise UserError(
@@ -172,6 +180,10 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
     if data.metric_name in intervals:
         metrics["task_metric_low"], metrics["task_metric_high"] = intervals[data.metric_name]
     metrics |= {f"{name}_dense": dense[name] for name in _COMPARED if name in dense}
+    if vocabulary:
+        metrics["vocabulary"] = vocabulary
+        metrics["total_params_dense"] += vocabulary["parameters_before"] - vocabulary["parameters"]
+        metrics["disk_bytes_dense"] += vocabulary["bytes_before"] - vocabulary["bytes"]
     if args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
         metrics["best_checkpoint"] = Path(trainer.state.best_model_checkpoint).name
     if watch is not None:
@@ -181,7 +193,7 @@ def _train(recipe: Recipe, lock: OutputLock | None) -> dict[str, Any]:
     return metrics
 
 
-def _take_folder(output: Path, recipe: Recipe, lock: OutputLock, anew: bool) -> None:
+def _take_folder(output: Path, recipe: Recipe, lock: FolderLock, anew: bool) -> None:
     """Make ``output`` the folder of this run; what an earlier one left that ended before its first checkpoint goes."""
     output.mkdir(parents=True, exist_ok=True)
     lock.take()
@@ -241,7 +253,7 @@ def _of_start(trainer: APTTrainer, parameters: int) -> dict[str, Any]:
     return {
         "block_params_start": int(pruner.block_cost.total(pruner.origin.plan.counts)),
         "total_params_start": parameters,
-        "sparsity_of_start": pruner.sparsity_of_start(),
+        "sparsity_of_start": pruner.budget.removed_of_start(pruner.plan),
     }
 
 

@@ -1,26 +1,23 @@
-"""Scoring rules. To add one: a file with a subclass of :class:`Importance` and one line in ``IMPORTANCES``."""
+"""Scoring rules. To add one: a file with a subclass of :class:`Importance` and one line in ``RULES`` of
+``settings.choices``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 
 from apt_trainer.scoring.base import Importance, Reduce
-from apt_trainer.scoring.cosine import Cosine
-from apt_trainer.scoring.magnitude import Magnitude
-from apt_trainer.scoring.nri import Nri
-from apt_trainer.scoring.random import Random
-from apt_trainer.scoring.salience import Salience
-from apt_trainer.scoring.taylor import Taylor
 from apt_trainer.settings import PruningSettings
+from apt_trainer.settings.choices import RULES
 
-IMPORTANCES: dict[str, Callable[[PruningSettings, int], Importance]] = {
-    "salience": lambda s, seed: Salience(s.salience_decay, s.outlier_term, s.outlier_scaling, s.outlier_weight),
-    "magnitude": lambda s, seed: Magnitude(),
-    "taylor": lambda s, seed: Taylor(s.salience_decay),
-    "random": lambda s, seed: Random(seed),
-    "cosine": lambda s, seed: Cosine(s.salience_decay),
-    "nri": lambda s, seed: Nri(s.nri_cost),
-}
+
+def _made_by(name: str) -> Callable[[PruningSettings, int], Importance]:
+    rule: type[Importance] = getattr(import_module(f"{__name__}.{name}"), name.capitalize())
+    return rule.from_settings
+
+
+IMPORTANCES = {name: _made_by(name) for name in RULES}
+"""Name of each rule → what makes it from settings and a seed: the class of that name in the file of that name."""
 
 
 def make_importance(settings: PruningSettings, seed: int) -> Importance:
@@ -28,15 +25,4 @@ def make_importance(settings: PruningSettings, seed: int) -> Importance:
     return IMPORTANCES[settings.importance](settings, seed)
 
 
-__all__ = [
-    "IMPORTANCES",
-    "Cosine",
-    "Importance",
-    "Magnitude",
-    "Nri",
-    "Random",
-    "Reduce",
-    "Salience",
-    "Taylor",
-    "make_importance",
-]
+__all__ = ["IMPORTANCES", "Importance", "Reduce", "make_importance"]

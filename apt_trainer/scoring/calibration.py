@@ -18,9 +18,7 @@ from torch import nn
 from apt_trainer.errors import UserError
 from apt_trainer.models import ModelFamily, Space
 from apt_trainer.models.batch import real_tokens
-from apt_trainer.scoring.base import Importance, Reduce
-
-Batch = dict[str, Any]
+from apt_trainer.scoring.base import Batch, Importance, Reduce
 
 NOT_FINITE = (
     "The loss of the model on the rows that calibration_samples draws is not finite, so nothing can be scored. Look "
@@ -51,7 +49,7 @@ def calibrate(
     reduce: Reduce,
     processes: int,
 ) -> None:
-    """Show ``batches`` (None: no rows are left for this process) to ``scoring``, which observes ``model`` already.
+    """Show ``batches`` (None: no rows are left for this process) to ``importance``, which observes ``model`` already.
 
     Raises :class:`UserError`, in all processes, when a loss is not finite.
     """

@@ -1,8 +1,7 @@
 """Cosine importance of whole sublayers while a model trains (LLM-Drop, eq. 1–6): 1 − cos(X, Y) of the residual stream.
 
-X and Y are the stream before and after an attention or a feed-forward, as in ``scoring.sublayers.cosine``, which
-scores a model that does not train. Here it is a moving average over observed steps, in the model as it trains, dropout
-and fading masks included. One pass is observed after each call of ``set_tokens``, or per step where there is none: not
+X and Y are those of ``scoring.stream``. A moving average over observed steps, in the model as it trains, dropout and
+fading masks included. One pass is observed after each call of ``set_tokens``, or per step where there is none: not
 those that compute layers again for the backward pass, nor evaluations. All units of a sublayer get the same
 share of its score, so their sum is the score. Not for choosing among heads or neurons, which it cannot tell apart.
 """
@@ -10,18 +9,18 @@ share of its score, so their sum is the score. Not for choosing among heads or n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from apt_trainer.models import ModelFamily, Space, Stack, Sublayer, family_of
+from apt_trainer.models import Space, Sublayer, family_of
 from apt_trainer.models.batch import Tokens
 from apt_trainer.scoring.base import Reduce
 from apt_trainer.scoring.observing import Observing
+from apt_trainer.scoring.stream import ResidualStream, cosines
 from apt_trainer.scoring.taps import average_in
+from apt_trainer.settings import PruningSettings
 
 
 class Cosine(Observing):
@@ -30,12 +29,13 @@ class Cosine(Observing):
     def __init__(self, decay: float = 0.85) -> None:
         super().__init__()
         self.decay = decay
-        self._handles: list[RemovableHandle] = []
-        self._family: ModelFamily | None = None
         self._counts: dict[str, int] = {}
-        self._stream: dict[Stack, torch.Tensor] = {}
         self._awaited: set[str] = set()
         self._told = False
+
+    @classmethod
+    def from_settings(cls, settings: PruningSettings, seed: int) -> Cosine:
+        return cls(settings.salience_decay)
 
     def set_tokens(self, mask: Tokens) -> None:
         super().set_tokens(mask)
@@ -44,22 +44,17 @@ class Cosine(Observing):
     def attach(self, model: nn.Module, spaces: Sequence[Space], counts: Mapping[str, int]) -> None:
         self.detach()
         config: Any = model.config
-        self._family = family_of(config)
-        self._parallel = self._family.parallel(config)
+        family = family_of(config)
         self._counts = {space.name: counts[space.name] for space in spaces if counts[space.name] > 0}
         device = next(model.parameters()).device
         self._await()
         self._sums = {name: torch.zeros(2, dtype=torch.float64, device=device) for name in self._counts}
         for name in self._counts:  # [Σ (1 − cos), tokens]
             self._average.setdefault(name, torch.zeros(2, dtype=torch.float64, device=device))
-        follows = self._family.keeps_norms(config)  # of a sublayer that is gone its norm is still on the way
-        sublayers = [one for one in self._family.sublayers(model) if follows or one.space in self._counts]
-        for block, stack in dict.fromkeys((sublayer.block, sublayer.stack) for sublayer in sublayers):
-            enter = partial(self._enter, stack)
-            self._handles.append(model.get_submodule(block).register_forward_pre_hook(enter, with_kwargs=True))
-        for sublayer in sublayers:
-            output = model.get_submodule(sublayer.output)
-            self._handles.append(output.register_forward_hook(partial(self._pass, sublayer)))
+        follows = family.keeps_norms(config)  # of a sublayer that is gone its norm is still on the way
+        sublayers = [one for one in family.sublayers(model) if follows or one.space in self._counts]
+        blocks = dict.fromkeys((sublayer.block, sublayer.stack) for sublayer in sublayers)
+        self._taps.append(ResidualStream(model, family, blocks, sublayers, self._take, self._observes))
 
     @torch.no_grad()
     def update(self, reduce: Reduce, processes: int) -> None:
@@ -83,23 +78,6 @@ class Cosine(Observing):
             if len(index) == 0:
                 self._average.pop(name, None)
 
-    def detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._stream.clear()
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return dict(self._average)
-
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        for name, value in state.items():
-            self._average[name].copy_(value)
-
-    def _enter(self, stack: Stack, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._observes():
-            self._stream[stack] = (args[0] if args else kwargs["hidden_states"]).detach()
-
     def _await(self) -> None:
         """A loop that tells no tokens has the first pass of each step observed."""
         self._awaited = set() if self._told else set(self._counts)
@@ -107,21 +85,12 @@ class Cosine(Observing):
     def _observes(self) -> bool:
         return bool(self._awaited) and not self._context.resting
 
-    @torch.no_grad()
-    def _pass(self, sublayer: Sublayer, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        if not self._observes():
-            return
-        assert self._family is not None
-        before = self._stream[sublayer.stack]
-        output = output.detach().reshape(before.shape)  # OPT runs its feed-forward on [tokens, hidden]
-        after = output if self._family.post_norm else before + output
-        if not self._parallel:
-            self._stream[sublayer.stack] = after
+    def _take(self, sublayer: Sublayer, before: torch.Tensor, after: torch.Tensor) -> None:
         if sublayer.space not in self._awaited:
             return
         self._awaited.remove(sublayer.space)
         self._context.passes += 1
-        turned = 1 - nn.functional.cosine_similarity(before.float(), after.float(), dim=-1).flatten()
+        turned = 1 - cosines(before, after).flatten()
         weights = self._context.weights(before, sublayer.stack)
         tokens = turned.new_tensor(turned.numel()) if weights is None else weights.sum()
         total = turned.sum() if weights is None else turned @ weights

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from apt_trainer.models.base import base_layer
+from apt_trainer.surgery.adapters import with_adapters
 
 
 def root_kurtosis(values: torch.Tensor) -> torch.Tensor:
@@ -31,10 +32,7 @@ def contributions(module: nn.Module, mean_input: torch.Tensor) -> torch.Tensor:
     """T [out, in] of an output projection, with or without an adapter, for the mean signed input [in]."""
     weight = base_layer(module).weight.detach()
     assert isinstance(weight, torch.Tensor)
-    delta = getattr(module, "get_delta_weight", None)
-    if delta is not None:
-        for adapter in module.active_adapters:  # type: ignore[union-attr]
-            weight = weight + delta(adapter).to(weight)
+    weight = with_adapters(module, weight)
     if type(base_layer(module)).__name__ == "Conv1D":  # stored, like its adapter's product, as [in, out]
         weight = weight.t()
     return weight.float() * mean_input[None, :].float()

@@ -10,13 +10,14 @@ from torch import nn
 from apt_trainer.models import Space
 from apt_trainer.models.base import base_layer
 from apt_trainer.scoring.base import Importance
+from apt_trainer.surgery.adapters import with_adapters
 from apt_trainer.tensors.partitioned import whole_modules
 
 
 class Magnitude(Importance):
     """Score of a unit = ‖all weights that belong to it‖₂."""
 
-    needs_data = False
+    scored = "weights"
 
     def attach(self, model: nn.Module, spaces: Sequence[Space], counts: Mapping[str, int]) -> None:
         self._spaces, self._counts = [space for space in spaces if counts[space.name] > 0], dict(counts)
@@ -57,10 +58,7 @@ def _squares(module: nn.Module, side: str) -> torch.Tensor:
     weight = weight.detach()
     if weight.dim() == 1:
         return weight.float().square()
-    delta = getattr(module, "get_delta_weight", None)
-    if delta is not None:
-        for adapter in module.active_adapters:  # type: ignore[union-attr]
-            weight = weight + delta(adapter).to(weight)
+    weight = with_adapters(module, weight)
     transposed = isinstance(plain, nn.Embedding) or type(plain).__name__ == "Conv1D"
     outputs = 1 if transposed else 0
     return weight.float().square().sum(1 - outputs if side == "out" else outputs)

@@ -9,17 +9,22 @@ from torch import nn
 
 from apt_trainer.models import Space
 from apt_trainer.scoring.base import Importance
+from apt_trainer.settings import PruningSettings
 
 
 class Random(Importance):
     """Scores are uniform in [0, 1) and taken as densities, so that dear and cheap units are equally likely to stay."""
 
     densities = True
-    needs_data = False
+    scored = "weights"
 
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
         self._scores: dict[str, torch.Tensor] = {}
+
+    @classmethod
+    def from_settings(cls, settings: PruningSettings, seed: int) -> Random:
+        return cls(seed)
 
     def attach(self, model: nn.Module, spaces: Sequence[Space], counts: Mapping[str, int]) -> None:
         for space in spaces:

@@ -20,6 +20,7 @@ from apt_trainer.scoring.base import Reduce
 from apt_trainer.scoring.kurtosis import contributions, root_kurtosis
 from apt_trainer.scoring.observing import Observing
 from apt_trainer.scoring.taps import Tap, average_in
+from apt_trainer.settings import PruningSettings
 from apt_trainer.tensors.partitioned import whole_modules
 
 OUTLIER_EVERY = 25
@@ -39,10 +40,14 @@ class Salience(Observing):
         super().__init__()
         self.decay, self.outlier_term = decay, outlier_term
         self.outlier_scaling, self.outlier_weight = outlier_scaling, outlier_weight
-        self._taps: list[Tap] = []
         self._inputs: dict[str, torch.Tensor] = {}
         self._outlier: dict[str, torch.Tensor] = {}
         self._outlier_age = 0
+
+    @classmethod
+    def from_settings(cls, settings: PruningSettings, seed: int) -> Salience:
+        details = settings.details
+        return cls(settings.salience_decay, settings.outlier_term, details.outlier_scaling, details.outlier_weight)
 
     def attach(self, model: nn.Module, spaces: Sequence[Space], counts: Mapping[str, int]) -> None:
         self.detach()
@@ -130,11 +135,6 @@ class Salience(Observing):
             self._average[name] = average.index_select(0, where)
             if name in self._inputs:
                 self._inputs[name] = self._inputs[name].view(-1, channels).index_select(0, where).reshape(-1)
-
-    def detach(self) -> None:
-        for tap in self._taps:
-            tap.remove()
-        self._taps.clear()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         state = {f"average.{name}": value for name, value in self._average.items()}

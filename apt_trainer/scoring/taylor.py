@@ -15,6 +15,7 @@ from apt_trainer.models import Space
 from apt_trainer.scoring.base import Reduce
 from apt_trainer.scoring.observing import Observing
 from apt_trainer.scoring.taps import Tap, average_in
+from apt_trainer.settings import PruningSettings
 
 
 class Taylor(Observing):
@@ -23,7 +24,10 @@ class Taylor(Observing):
     def __init__(self, decay: float = 0.85) -> None:
         super().__init__()
         self.decay = decay
-        self._taps: list[Tap] = []
+
+    @classmethod
+    def from_settings(cls, settings: PruningSettings, seed: int) -> Taylor:
+        return cls(settings.salience_decay)
 
     def attach(self, model: nn.Module, spaces: Sequence[Space], counts: Mapping[str, int]) -> None:
         self.detach()
@@ -60,15 +64,3 @@ class Taylor(Observing):
             average = self._average.pop(name)
             if len(index) > 0:
                 self._average[name] = average.index_select(0, index.to(average.device))
-
-    def detach(self) -> None:
-        for tap in self._taps:
-            tap.remove()
-        self._taps.clear()
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return dict(self._average)
-
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        for name, value in state.items():
-            self._average[name].copy_(value)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any
 
 from apt_trainer.errors import unknown_choice
+from apt_trainer.settings.presets import PRESETS
 
 TASKS = (
     "classification",
@@ -26,27 +27,58 @@ SHAPES = ("free", "uniform")
 QUANTIZE = ("int8", "int4", "llm_int8", "nf4")
 TUNE_MODES = ("adapters", "adapters_and_norms", "full")
 
+
+@dataclass(frozen=True)
+class Rule:
+    """A scoring rule: what it is, for the help, and whether it scores whole ``sublayers`` alone."""
+
+    help: str = ""
+    sublayers: bool = False
+
+    def describe(self, name: str) -> str:
+        return f"{name} ({self.help})" if self.help else name
+
+
+RULES = {
+    "salience": Rule("APT"),
+    "magnitude": Rule(),
+    "taylor": Rule(),
+    "random": Rule(),
+    "cosine": Rule("LLM-Drop", sublayers=True),
+    "nri": Rule(
+        "loss without each of them, relative to its cost; measured on calibration_samples rows at every cut, no masks",
+        sublayers=True,
+    ),
+}
+"""The first is the default. ``importance: NAME`` is the class of that name in ``scoring/NAME.py``."""
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": TASKS,
+    "preset": tuple(PRESETS),
     "sparsity_metric": ("params", "flops", "latency", "memory"),
     "pruning_time": ("before", "early", "late", "after"),
     "post_norm_policy": POST_NORM_POLICIES,
     "shape": SHAPES,
     "sparsity_schedule": ("cubic", "linear"),
-    "importance": ("salience", "magnitude", "taylor", "random", "cosine", "nri"),
+    "importance": tuple(RULES),
     "nri_cost": ("params", "latency", "memory", "none"),
-    "outlier_scaling": ("none", "mean"),
     "rank_growth": ("salience", "uniform", "none"),
-    "rank_rule": ("fill_budget", "paper"),
-    "rank_score": ("signed", "absolute"),
     "tune": TUNE_MODES,
     "tune_after_pruning": TUNE_MODES,
     "tune_after_distillation": TUNE_MODES,
     "distillation": ("self", "model", "none"),
     "distillation_layer_map": ("dynamic", "static", "none"),
-    "distillation_transform": ("lora", "identity"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
 }
+
+
+def rules_help() -> str:
+    """The rules in words."""
+    of_units, of_sublayers = (
+        ", ".join(rule.describe(name) for name, rule in RULES.items() if rule.sublayers == only)
+        for only in (False, True)
+    )
+    return f"Scoring rule: {of_units}; for sublayers only: {of_sublayers}."
 
 
 def setting(default: Any, help: str) -> Any:

@@ -92,9 +92,9 @@ def check_deepspeed(args: Any) -> None:
             )
     if args.fp16:
         raise UserError("fp16 under DeepSpeed would lose its loss scale at each change of shape. Use bf16: true.")
-    if args.uses_adapters and args.rank_score == "absolute":
+    if args.uses_adapters and args.details.rank_score == "absolute":
         raise UserError(
-            "rank_score: absolute reads gradients, which DeepSpeed has cleared by then. Use rank_score: signed."
+            "preset: paper scores adapters by gradients, which DeepSpeed has cleared by then. Use preset: ours."
         )
     if args.save_only_model and args.load_best_model_at_end:
         raise UserError(

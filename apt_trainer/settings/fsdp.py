@@ -101,9 +101,9 @@ def _check_training(args: Any) -> None:
     optimizer = str(getattr(args.optim, "value", args.optim))
     if optimizer not in _OPTIMIZERS:
         raise UserError(f"optim: {optimizer} is not supported under FSDP. Use one of {', '.join(_OPTIMIZERS)}.")
-    if args.uses_adapters and args.rank_score == "absolute":
+    if args.uses_adapters and args.details.rank_score == "absolute":
         raise UserError(
-            "rank_score: absolute reads gradients, of which FSDP keeps a part on each process. Use rank_score: signed."
+            "preset: paper scores adapters by gradients, of which FSDP keeps a part on each process. Use preset: ours."
         )
 
 

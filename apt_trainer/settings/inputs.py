@@ -27,6 +27,12 @@ class ModelSettings:
     trust_remote_code: bool = setting(False, "Run Python code that comes with the model.")
     dtype: str = setting("float32", "Type the weights are loaded in: auto, float32, bfloat16 or float16.")
     attn_implementation: str | None = setting(None, "Attention back end, for example sdpa or eager.")
+    vocabulary: int | str | None = setting(
+        None,
+        "Which tokens the model starts with: used (those of the training data), the path of a text file (those of the "
+        "file too), or a number (the most frequent in the training data, so many in all). Special tokens stay, and "
+        "bytes or characters, so that any text can be encoded. null: all.",
+    )
     model_init_kwargs: dict[str, Any] | None = setting(
         None,
         "Further arguments of from_pretrained: cache_dir, subfolder, or values of the config such as "
@@ -42,6 +48,7 @@ class ModelSettings:
             tokenizer_name_or_path=None,
             model_revision="main",
             model_init_kwargs=None,
+            vocabulary=None,
         )
 
 

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from apt_trainer.errors import UserError, unknown_choice
-from apt_trainer.settings.choices import PRUNE_TARGETS, TUNE_MODES, check_choices, setting
+from apt_trainer.settings.choices import PRUNE_TARGETS, RULES, TUNE_MODES, check_choices, rules_help, setting
+from apt_trainer.settings.presets import Preset, resolve
 
 
 @dataclass
 class PruningSettings:
     """What is removed, how much of it and when."""
 
+    preset: str = setting(
+        "ours",
+        "Details that differ. ours: the outlier term at a tenth of the mean salience of its kind, the most salient "
+        "half of the adapters takes all new parameters, the task head trains; paper (APT): the outlier term as it is, "
+        "r' = r·Δ'/Δ for the most salient half by sums of |B·grad B|, in one process or under DDP; official: as ours, "
+        "but the outlier term as it is and a task head that stays at random values.",
+    )
+    preset_overrides: dict[str, Any] | None = setting(None, "Single values other than those of the preset.")
     target_sparsity: float | None = setting(
         0.6,
         "Fraction of the prunable budget to remove, between 0 and 1; null: prune nothing. 0.6 (APT, Table 2). For a "
@@ -42,10 +52,10 @@ class PruningSettings:
         "before: once, before the first step (APT, for LLaMA); early: in the first part of training; late: in its "
         "second half; after: once, when training has ended.",
     )
-    refit: bool = setting(
-        True,
-        "At a cut before training: the weights that read what is left are solved for anew by least squares, on the "
-        "rows that scored the model.",
+    refit: bool | None = setting(
+        None,
+        "At a cut, solve the weights that read what is left for anew by least squares, on calibration_samples rows. "
+        "Default: at a cut before training alone.",
     )
     calibration_samples: int = setting(
         256, "Rows of the training data that score the units where pruning_time is before, or by nri. 256 (APT)."
@@ -76,11 +86,7 @@ class PruningSettings:
     mask_step: float = setting(
         0.01, "Least change of a mask per step; raised so that a mask can fade within half a window. 0.01 (official)."
     )
-    importance: str = setting(
-        "salience",
-        "Scoring rule: salience (APT), magnitude, taylor, random; for sublayers only: cosine (LLM-Drop) and nri (loss "
-        "without each of them, relative to its cost; measured on calibration_samples rows at every cut, no masks).",
-    )
+    importance: str = setting("salience", rules_help())
     nri_cost: str = setting("params", "What nri divides the loss by: params, latency (measured), memory, none.")
     salience_decay: float = setting(
         0.85, "Decay of the moving average of scores, per observation. 0.85 (APT, Sec. 4.2)."
@@ -89,10 +95,6 @@ class PruningSettings:
         4, "Optimizer steps between two observations of scores; less in short runs. 1: every step (official)."
     )
     outlier_term: bool = setting(True, "Add the square root of the kurtosis to the salience (APT, Eq. 5).")
-    outlier_scaling: str = setting(
-        "mean", "mean: bring the outlier term to the mean salience of its kind, times outlier_weight; none: as in APT."
-    )
-    outlier_weight: float = setting(0.1, "Weight of the outlier term where outlier_scaling is mean.")
     round_to: int = setting(
         8,
         "Neurons per layer and hidden dimensions are kept in multiples of this. Servers like 32 (llama.cpp Q8_0), 64 "
@@ -106,6 +108,11 @@ class PruningSettings:
         32, "Batch size at which flops, latency and memory are counted, in budgets and in nri_cost."
     )
     reference_length: int = setting(128, "Sequence length in tokens at which flops, latency and memory are counted.")
+
+    @property
+    def details(self) -> Preset:
+        """Values of the preset."""
+        return resolve(self.preset, self.preset_overrides)
 
 
 @dataclass
@@ -121,12 +128,6 @@ class AdapterSettings:
         None, "Names of the adapted linears. Default of the family: query, value and FFN-up (APT)."
     )
     rank_growth: str = setting("salience", "salience: the most salient half grows (APT); uniform: all grow; none.")
-    rank_rule: str = setting(
-        "fill_budget", "fill_budget: the top half takes all new parameters (official); paper: r' = r·Δ'/Δ."
-    )
-    rank_score: str = setting(
-        "signed", "signed: |sum of A·grad A| per rank, mean over ranks (official); absolute: sum of |B·grad B| (APT)."
-    )
     tuning_growth: float = setting(
         4.0, "Adapter parameters after the last event, relative to those put into the dense model. 4 (official)."
     )
@@ -148,7 +149,6 @@ class AdapterSettings:
     keep_adapters: bool = setting(
         False, "Save the adapters beside the model too, as they were before they were merged: for export: [adapter]."
     )
-    train_head: bool = setting(True, "Train the task head. The official code keeps it frozen at random values.")
 
 
 @dataclass
@@ -175,9 +175,6 @@ class DistillationSettings:
     distillation_layer_map: str = setting(
         "dynamic", "dynamic: one random layer per block of layers (APT); static: the last of each; none."
     )
-    distillation_transform: str = setting(
-        "lora", "Map from student to teacher dimensions: identity plus lora (APT), or identity."
-    )
     heldout_fraction: float = setting(0.05, "Share of the training data on which teacher snapshots are chosen.")
     remote_code: bool = setting(
         True,
@@ -193,6 +190,7 @@ class MethodSettings(PruningSettings, AdapterSettings, DistillationSettings):
     def check(self) -> None:
         """Raise :class:`UserError` for the first setting that cannot work."""
         check_choices(self)
+        resolve(self.preset, self.preset_overrides)
         _check_pruning(self)
         _check_adapters(self)
         _check_distillation(self)
@@ -205,6 +203,11 @@ class MethodSettings(PruningSettings, AdapterSettings, DistillationSettings):
     def prunes_before(self) -> bool:
         """The dense model is cut before the first step; while it trains only ranks change."""
         return self.prunes and self.pruning_time == "before"
+
+    @property
+    def refits(self) -> bool:
+        """Weights that read what a cut leaves are solved for anew."""
+        return self.prunes and (self.prunes_before if self.refit is None else self.refit)
 
     @property
     def uses_adapters(self) -> bool:
@@ -236,7 +239,7 @@ def _check_pruning(s: PruningSettings) -> None:
     for target in s.prune_targets:
         if target not in PRUNE_TARGETS:
             raise unknown_choice("prune_targets", target, PRUNE_TARGETS)
-    if s.target_sparsity is not None and s.importance in ("cosine", "nri"):
+    if s.target_sparsity is not None and RULES[s.importance].sublayers:
         _check_sublayer_scores(s)
     counts = ("num_pruning_events", "observe_every", "round_to", "min_hidden", "calibration_samples")
     for name in (*counts, "calibration_batch_size", "reference_batch_size", "reference_length"):
@@ -251,7 +254,6 @@ def _check_pruning(s: PruningSettings) -> None:
         f"pruning_time: before cuts before the first step, so pruning_start={s.pruning_start} has no meaning. "
         "Remove it.",
     )
-    _require(s.outlier_weight >= 0, f"outlier_weight={s.outlier_weight} must not be negative.")
     _require(0 <= s.salience_decay < 1, f"salience_decay={s.salience_decay} must lie in [0, 1).")
     _require(0 < s.mask_step <= 1, f"mask_step={s.mask_step} must lie in (0, 1].")
 

@@ -22,6 +22,7 @@ import yaml
 
 from apt_trainer.errors import UserError
 from apt_trainer.settings import DataSettings, MethodSettings, ModelSettings, check_choices, known_settings
+from apt_trainer.settings.presets import KEYS, with_presets
 from apt_trainer.settings.shipped import find_file, recipe_names
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def read_values(path: str | None, overrides: Sequence[str] = ()) -> dict[str, An
     Raises:
         UserError: for an unreadable file, an unknown key or a wrong type.
     """
-    hints = {name: hint for names in _groups().values() for name, hint in names.items()}
+    hints = {name: hint for names in _groups().values() for name, hint in names.items()} | KEYS
     values: dict[str, Any] = {}
     if path is not None:
         for key, value in read_file(path).items():
@@ -114,7 +115,7 @@ def read_values(path: str | None, overrides: Sequence[str] = ()) -> dict[str, An
             values[key] = _default(key)  # else a list that holds the text "null"
         else:
             values[key] = _pick(COMMAND_LINE, key, _readings(words, hint), hint)
-    return values
+    return with_presets(path or COMMAND_LINE, values)
 
 
 def _all_steps(key: str, value: Any) -> Any:

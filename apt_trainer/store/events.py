@@ -13,6 +13,9 @@ from typing import Any
 
 from apt_trainer.errors import UserError
 
+RECIPE_FILE, EVENTS_FILE, METRICS_FILE, RESULTS_FILE = "recipe.json", "events.jsonl", "metrics.json", "results.jsonl"
+"""What a run was started with, what happened in it, what it came to; and that of all runs of a study."""
+
 
 def append_event(path: str | Path, record: dict[str, Any]) -> None:
     """Add one JSON line and force it to disk; a line left incomplete by a crash is removed first."""

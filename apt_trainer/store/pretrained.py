@@ -197,11 +197,6 @@ def load_model(settings: ModelSettings, data: TaskData) -> PreTrainedModel:
     return _from_hub(getattr(transformers, data.model_class).from_pretrained, source, **options)  # type: ignore[no-any-return]
 
 
-def teacher_settings(settings: ModelSettings, path: str) -> ModelSettings:
-    """Those of the teacher in ``path`` for a model of ``settings``."""
-    return settings.of(path)
-
-
 def load_teacher(settings: ModelSettings, data: TaskData) -> PreTrainedModel:
     """A model that was fine-tuned for the task, with the labels that its config gives it.
 

@@ -1,7 +1,7 @@
 """A finished model whose save fails is written in a plain form, so that what was trained is not lost.
 
 Weights, config and pruning plan alone, written by nothing that has just failed: no tokenizer, no generation config, no
-check. Not for the save itself (``training.checkpoint``).
+check. Not for the save itself (``store.saving``).
 """
 
 from __future__ import annotations

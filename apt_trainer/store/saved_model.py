@@ -6,7 +6,7 @@ missing weights at random. ``apt_kept`` tells which units of the dense model are
 who prunes further. With ``apt_plan`` the layers run by an execution plan (``models.execution``); the rest of the
 config is then still that of the layers, one after the other. ``apt_post_norm_policy``, where it is not the default,
 says which no-ops those of gone sublayers are to be (``models.family``). Not for checkpoints inside a run
-(``training.checkpoint``).
+(``training.checkpoints``).
 """
 
 from __future__ import annotations

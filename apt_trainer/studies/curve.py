@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from apt_trainer.errors import UserError, unknown_choice
-from apt_trainer.evaluate.harness import run_tasks
+from apt_trainer.evaluate.harness import TaskOptions
 from apt_trainer.report.curve import curve_markdown, plot_curve
 from apt_trainer.scoring.sublayers.cosine import Watch, unwatched
 from apt_trainer.scoring.sublayers.costs import block_shares, shares, unit_costs
@@ -78,13 +78,13 @@ class Ranking(NamedTuple):
 
 
 @dataclass(frozen=True)
-class CurveRequest:
+class CurveRequest(TaskOptions):
     """What to drop and what to measure.
 
-    ``rankings``: texts of :class:`Ranking`; ``seeds``: how many random orders; ``speed``: time the smaller models;
-    ``tasks`` to ``num_fewshot``: those of :func:`~apt_trainer.evaluate.harness.run_tasks`, also for the full model.
-    Speed and tasks are measured with ``task_counts`` units dropped (None: all counts). ``head_counts``: counts of kind
-    heads (None: ``counts``). ``post_norm_policy``: what is left of a sublayer that is off.
+    ``rankings``: texts of :class:`Ranking`; ``seeds``: how many random orders; ``speed``: time the smaller models.
+    Tasks are run for the full model too; they and speed are measured with ``task_counts`` units dropped (None: all
+    counts). ``head_counts``: counts of kind heads (None: ``counts``). ``post_norm_policy``: what is left of a sublayer
+    that is off.
     """
 
     kinds: Sequence[str] = DEFAULT_CURVE_KINDS
@@ -94,12 +94,7 @@ class CurveRequest:
     seeds: int = 3
     protect: Sequence[int] = ()
     speed: bool = False
-    tasks: Sequence[str] = ()
     task_counts: Sequence[int] | None = None
-    task_path: str | None = None
-    limit: int | None = None
-    num_fewshot: int | None = None
-    batch_size: int = 1
     post_norm_policy: str = REMOVE_NORM
 
     def read(self) -> list[Ranking]:
@@ -286,8 +281,7 @@ class _Results:
         at, of = self._at, self._request
 
         def measure() -> dict[str, Any]:
-            options = (of.task_path, of.limit, of.num_fewshot, of.batch_size)
-            return measured(None, run_tasks(at.model, at.tokenizer, of.tasks, *options))["tasks"]
+            return measured(None, of.run_tasks(at.model, at.tokenizer))["tasks"]
 
         return self._of("tasks", units, measure) if of.tasks else {}
 

@@ -14,7 +14,6 @@ from apt_trainer.measure import count_parameters
 from apt_trainer.plan.cost import parameter_cost
 from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.pruning.uniform_shape import check_start, check_stock, uniform_shape
-from apt_trainer.report.comparison import METRICS_FILE
 from apt_trainer.scoring.sublayers.cosine import Watch, cosine_scores, unwatched
 from apt_trainer.scoring.sublayers.costs import Shape, block_shares, cache_bytes, shares, unit_costs
 from apt_trainer.scoring.sublayers.drop import (
@@ -32,7 +31,8 @@ from apt_trainer.scoring.sublayers.loss import exp_loss, loss_name
 from apt_trainer.scoring.sublayers.units import Unit, Units
 from apt_trainer.settings import ModelSettings
 from apt_trainer.settings.choices import SHAPES
-from apt_trainer.store.events import write_json
+from apt_trainer.store.events import METRICS_FILE, write_json
+from apt_trainer.store.saving import save_pruned
 from apt_trainer.store.starting_point import starting_point
 from apt_trainer.studies import lists
 from apt_trainer.studies.choices import BASELINES, COSTS, FRACTIONS, METHODS, NO_COSINE
@@ -60,7 +60,6 @@ from apt_trainer.studies.select import (
     choose,
     choose_consecutive,
 )
-from apt_trainer.training.checkpoint import save_pruned
 
 REPORT_FILE, LIST_FILE = "drop_report.json", "drop_list.json"
 NOTHING = HeldOutRequest()

@@ -17,9 +17,10 @@ from typing import Any
 
 from apt_trainer.errors import UserError
 from apt_trainer.evaluate.bootstrap import mean_interval
-from apt_trainer.evaluate.harness import check_tasks, not_a_language_model, run_tasks
+from apt_trainer.evaluate.harness import TaskOptions, check_tasks, not_a_language_model
 from apt_trainer.evaluate.quantization import quantize
-from apt_trainer.scoring.sublayers.loss import bounded_exp, loss_name, loss_sums
+from apt_trainer.measure.likelihood import bounded_exp
+from apt_trainer.scoring.sublayers.loss import loss_name, loss_sums
 from apt_trainer.scoring.sublayers.windows import Calibration
 from apt_trainer.settings.packages import check_packages
 from apt_trainer.studies.inputs import DataRequest, Loaded
@@ -31,18 +32,12 @@ Scores = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class HeldOutRequest:
-    """What to measure: ``test``, held-out data; ``tasks`` to ``batch_size``, those of
-    :func:`~apt_trainer.evaluate.harness.run_tasks`; ``speed`` of both models. ``quantize``: a form of
+class HeldOutRequest(TaskOptions):
+    """What to measure besides tasks: ``test``, held-out data; ``speed`` of both models. ``quantize``: a form of
     ``evaluate.quantization`` that the smaller model takes before it is measured. ``full``: a ``metrics.json`` of an
     earlier drop from this model, measured on the same, whose scores of the full model are taken."""
 
     test: DataRequest | None = None
-    tasks: Sequence[str] = ()
-    task_path: str | None = None
-    limit: int | None = None
-    num_fewshot: int | None = None
-    batch_size: int = 1
     speed: bool = False
     quantize: str | None = None
     full: str | None = None
@@ -141,8 +136,7 @@ class HeldOut:
             name = "perplexity" if loss_name(at.model, at.units) == "perplexity" else "exp_loss"
             scores[name] = loss_with_interval(loss_sums(at.model, at.units, self._test.batches))
         if request.tasks:
-            options = (request.task_path, request.limit, request.num_fewshot, request.batch_size)
-            scores["tasks"] = measured(None, run_tasks(at.model, at.tokenizer, request.tasks, *options))["tasks"]
+            scores["tasks"] = measured(None, request.run_tasks(at.model, at.tokenizer))["tasks"]
             scores["accuracy"] = mean_of_tasks(scores["tasks"])
         return scores
 

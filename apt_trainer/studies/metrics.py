@@ -1,4 +1,4 @@
-"""Numbers that papers on dropping layers report: SDR and the size of the key-value cache. Pure functions."""
+"""Numbers that papers on dropping layers report: SDR. Pure functions."""
 
 from __future__ import annotations
 
@@ -23,10 +23,3 @@ def sdr(base: float, new: float, speedup: float) -> float | None:
 def sdr_relative(base: float, new: float, speedup: float) -> float | None:
     """As :func:`sdr` with the loss as a percentage of ``base``."""
     return None if abs(speedup - 1) < LEAST_SPEEDUP else (base - new) / base / (speedup - 1)
-
-
-def kv_bytes(
-    attention_layers: int, kv_heads: int, head_dim: int, batch_size: int, length: int, bytes_per_number: int = 2
-) -> int:
-    """Bytes of all keys and values of ``length`` tokens in ``batch_size`` sequences."""
-    return 2 * attention_layers * kv_heads * head_dim * length * batch_size * bytes_per_number

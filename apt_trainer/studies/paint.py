@@ -10,36 +10,34 @@ from pathlib import Path
 from typing import Any
 
 from apt_trainer.errors import UserError, unknown_choice
-from apt_trainer.evaluate.harness import run_tasks
+from apt_trainer.evaluate.harness import TaskOptions
 from apt_trainer.models.execution import check_plan, painted
 from apt_trainer.models.labels import MULTI_LABEL, SINGLE_LABEL, problem_type
 from apt_trainer.models.slots import layer_list_path
-from apt_trainer.report.comparison import METRICS_FILE
 from apt_trainer.report.painting import paint_markdown, plot_paint
 from apt_trainer.scoring.sublayers.cosine import Watch, cosine_scores, unwatched
 from apt_trainer.scoring.sublayers.loss import exp_loss, loss_name, loss_sums, refuse_broken
 from apt_trainer.settings import ModelSettings
 from apt_trainer.settings.execution_plan import Plan, full, plan_from_json, read_plan
-from apt_trainer.store.events import append_event, read_events, write_json
+from apt_trainer.store.events import METRICS_FILE, append_event, read_events, write_json
 from apt_trainer.store.painted_model import paint
+from apt_trainer.store.saving import save_pruned
 from apt_trainer.studies.classes import layer_classes
 from apt_trainer.studies.held_out import loss_with_interval, mean_of_tasks, no_loss_on_text
 from apt_trainer.studies.inputs import DataRequest, Loaded, check_folder, prepare
 from apt_trainer.studies.named_plans import METHODS, Point, sweep_points
 from apt_trainer.studies.plan_scores import benchmarks_of, measured, summarise
-from apt_trainer.training.checkpoint import save_pruned
 
 RESULTS_FILE, SUMMARY_FILE, TABLE_FILE = "results.jsonl", "summary.json", "summary.md"
 PLAN_FILE = "execution_plan.json"
 
 
 @dataclass(frozen=True)
-class PaintRequest:
+class PaintRequest(TaskOptions):
     """Which plans to measure, and on which tasks besides the text.
 
     ``methods`` to ``loops`` are those of :func:`~apt_trainer.studies.named_plans.sweep_points` (``seeds``: how many
-    random orders); ``plans``: files of further plans; ``tasks`` to ``num_fewshot`` those of
-    :func:`~apt_trainer.evaluate.harness.run_tasks`.
+    random orders); ``plans``: files of further plans.
     """
 
     methods: Sequence[str] = METHODS
@@ -47,11 +45,6 @@ class PaintRequest:
     seeds: int = 3
     loops: Sequence[int] = (3,)
     plans: Sequence[str] = ()
-    tasks: Sequence[str] = ()
-    task_path: str | None = None
-    limit: int | None = None
-    num_fewshot: int | None = None
-    batch_size: int = 1
 
     def points(self, layers: int, model_type: str) -> list[Point]:
         """The plans for a model; raises :class:`UserError` for what it cannot run."""
@@ -200,15 +193,7 @@ class _Results:
             if at.calibration is not None:
                 text = loss_with_interval(loss_sums(at.model, at.units, at.calibration.batches))
             if request.tasks:
-                tasks = run_tasks(
-                    at.model,
-                    at.tokenizer,
-                    request.tasks,
-                    request.task_path,
-                    request.limit,
-                    request.num_fewshot,
-                    request.batch_size,
-                )
+                tasks = request.run_tasks(at.model, at.tokenizer)
         value = text.pop("value")
         return measured(None if value is None else math.log(value), tasks) | {"interval": text}
 

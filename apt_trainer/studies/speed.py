@@ -15,7 +15,6 @@ from apt_trainer.scoring.sublayers.drop import drop
 from apt_trainer.scoring.sublayers.units import Unit, Units, find_units
 
 LONGEST_PROMPT = 128
-MAX_SECONDS = 20.0  # after which no further round starts
 
 
 def composition(units: Units, dropped: Sequence[Unit]) -> list[str]:
@@ -42,12 +41,9 @@ def relative_speed(full: Any, small: Any, length: int, new_tokens: int = 32) -> 
     if longest is not None:
         new_tokens = max(1, min(new_tokens, longest - length - 1))
     if not full.can_generate():
-        timed = compare_latency(models, [1], length, max_seconds=MAX_SECONDS)
+        timed = compare_latency(models, [1], length)
         return {"whole": timed["full"][1].median_ms / timed["small"][1].median_ms}
-    before, after = (
-        of_model[1]
-        for of_model in compare_generation(models, [1], length, new_tokens, max_seconds=MAX_SECONDS).values()
-    )
+    before, after = (of_model[1] for of_model in compare_generation(models, [1], length, new_tokens).values())
     whole = [one.prefill.median_ms + new_tokens * one.decode.median_ms for one in (before, after)]
     return {
         "prefill": before.prefill.median_ms / after.prefill.median_ms,

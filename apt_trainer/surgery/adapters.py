@@ -106,6 +106,15 @@ def adapter_parameters(model: nn.Module) -> int:
     )
 
 
+def with_adapters(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """``weight``, the base weight of ``module``, with what adapters add to it, if it has some."""
+    if not isinstance(module, LoraLayer):
+        return weight
+    for adapter in module.active_adapters:
+        weight = weight + module.get_delta_weight(adapter).to(weight)
+    return weight
+
+
 def grow_to(model: nn.Module, ranks: Mapping[str, int]) -> None:
     """Give adapters the ``ranks`` of a checkpoint, before its values are loaded."""
     generator = torch.Generator().manual_seed(0)

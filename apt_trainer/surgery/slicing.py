@@ -1,4 +1,5 @@
-"""How one type of module loses rows or columns. Knows module types, not models.
+"""How one type of module loses rows or columns, and a log of what happened to each parameter. Knows module types, not
+models.
 
 To support another type register a function on :func:`slice_module`.
 """
@@ -9,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import singledispatch
+from typing import TypeAlias
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -16,7 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from apt_trainer.models.base import Side
-from apt_trainer.tensors.partitioned import cut, shape_of
+from apt_trainer.tensors.partitioned import cut, parameter_like, shape_of
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,19 @@ class Grow:
     extra: int
 
 
+@dataclass(frozen=True)
+class NewValues:
+    """The entries have new values, which the parameter itself holds when all edits are done.
+
+    A copy in another precision (a float32 master) is to be taken from the parameter. Moments stay as they are.
+    """
+
+
+Edit: TypeAlias = Keep | Grow | NewValues
+Edits: TypeAlias = dict[str, list[Edit]]
+"""What happened to each parameter, by name, in order."""
+
+
 @dataclass
 class EditLog:
     """What happened to each parameter, by name, so that optimizer state can follow; also keeps tied weights tied.
@@ -44,7 +59,7 @@ class EditLog:
     """
 
     shared: Collection[int] = ()
-    edits: dict[str, list[Keep | Grow]] = field(default_factory=lambda: defaultdict(list))
+    edits: Edits = field(default_factory=lambda: defaultdict(list))
     _tied: set[int] = field(default_factory=set)
     _done: dict[tuple[int, int], tuple[nn.Parameter, nn.Parameter]] = field(default_factory=dict)
 
@@ -68,6 +83,17 @@ class EditLog:
 
     def grow(self, name: str, dim: int, extra: int) -> None:
         self.edits[name].append(Grow(dim, extra))
+
+    def renew(self, module: nn.Module, path: str, name: str, value: torch.Tensor) -> None:
+        """Give parameter ``name`` of ``module`` new values. It is replaced, so that a teacher which shares it keeps
+        the old ones; collective.
+
+        ``value``: of the same shape, whole and equal on all processes.
+        """
+        old = module._parameters[name]
+        assert old is not None and id(old) not in self._tied, f"{path}.{name} is used in several places"
+        self.edits[f"{path}.{name}"].append(NewValues())
+        module._parameters[name] = parameter_like(old, value.to(old.dtype))
 
 
 @singledispatch

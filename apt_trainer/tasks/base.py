@@ -56,11 +56,11 @@ class TaskData:
     test_name: str
     collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
     model_class: str
-    model_kwargs: dict[str, Any]
     metric_name: str
     metrics: Mapping[str, ComputeMetrics]
-    label_names: tuple[str, ...]
     fingerprint: str
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    label_names: tuple[str, ...] = ()
     preprocess_logits: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
     greater_is_better: bool = True
     generation_length: int | None = None
@@ -69,6 +69,12 @@ class TaskData:
     sums: Mapping[str, Callable[[EvalPrediction], SummedScores]] = field(default_factory=dict)
     label_counts: Mapping[str, int] = field(default_factory=dict)
     class_weights: tuple[float, ...] | None = None
+
+
+def parts_of(rows: Mapping[str, Dataset]) -> dict[str, Any]:
+    """The fields of :class:`TaskData` that hold rows, from those of each part."""
+    tested = "test" if "test" in rows else "validation"
+    return {"train": rows["train"], "validation": rows["validation"], "test": rows[tested], "test_name": tested}
 
 
 class HasNames(Protocol):

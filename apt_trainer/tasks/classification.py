@@ -29,6 +29,7 @@ from apt_trainer.tasks.base import (
     keep_logits,
     only_column,
     pad_multiple,
+    parts_of,
     right_padding,
 )
 from apt_trainer.tasks.labels import KnownLabels, class_weights, is_blank, label_text, number_labels
@@ -175,10 +176,7 @@ def _build(
         _warn_of_blank(splits.parts[part][columns.text][:], columns, part)
     scores = _METRICS[model_kwargs["problem_type"]]
     return TaskData(
-        train=encoded["train"],
-        validation=encoded["validation"],
-        test=encoded.get("test", encoded["validation"]),
-        test_name="test" if "test" in encoded else "validation",
+        **parts_of(encoded),
         # decoders read the last token before the padding, at positions counted from the left
         collator=DataCollatorWithPadding(right_padding(tokenizer), pad_to_multiple_of=pad_multiple(data)),
         model_class="AutoModelForSequenceClassification",

@@ -26,6 +26,7 @@ from apt_trainer.tasks.base import (
     end_with_eos,
     fingerprint,
     pad_multiple,
+    parts_of,
     without_blank,
 )
 from apt_trainer.tasks.chat import ChatTemplate, chat_template, check_conversation, clean_messages
@@ -47,17 +48,14 @@ def build(
     collator = DecoderCollator(tokenizer, pad_multiple(data))
     chat = chat_template(tokenizer) if columns.messages is not None or data.use_chat_template else None
     encoded = {part: _encode(rows, part, columns, data, tokenizer, chat) for part, rows in splits.parts.items()}
+    if data.packing:
+        encoded["train"] = pack(encoded["train"], data.max_length)
     return TaskData(
-        train=pack(encoded["train"], data.max_length) if data.packing else encoded["train"],
-        validation=encoded["validation"],
-        test=encoded.get("test", encoded["validation"]),
-        test_name="test" if "test" in encoded else "validation",
+        **parts_of(encoded),
         collator=collator,
         model_class="AutoModelForCausalLM",
-        model_kwargs={},
         metric_name=metric,
         metrics={"validation": token_scores, "test": token_scores},
-        label_names=(),
         fingerprint=fingerprint(splits.train, columns),
         preprocess_logits=causal_sums,
         greater_is_better=metric != "perplexity",

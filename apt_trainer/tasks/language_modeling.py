@@ -27,6 +27,7 @@ from apt_trainer.tasks.base import (
     is_text,
     only_column,
     pad_multiple,
+    parts_of,
     without_blank,
 )
 from apt_trainer.tasks.loading import PLAIN_TEXT
@@ -61,16 +62,11 @@ def build(
     collator = DecoderCollator(tokenizer, pad_multiple(data))
     blocks = {part: _blocks(rows, part, columns, data, tokenizer) for part, rows in splits.parts.items()}
     return TaskData(
-        train=blocks["train"],
-        validation=blocks["validation"],
-        test=blocks.get("test", blocks["validation"]),
-        test_name="test" if "test" in blocks else "validation",
+        **parts_of(blocks),
         collator=collator,
         model_class="AutoModelForCausalLM",
-        model_kwargs={},
         metric_name=metric,
         metrics={"validation": token_scores, "test": token_scores},
-        label_names=(),
         fingerprint=fingerprint(splits.train, columns),
         preprocess_logits=causal_sums,
         greater_is_better=metric != "perplexity",

@@ -28,6 +28,7 @@ from apt_trainer.tasks.base import (
     fingerprint,
     is_text,
     pad_multiple,
+    parts_of,
     require_column,
     require_fast,
     right_padding,
@@ -87,16 +88,11 @@ def build(
     inputs = {part: features.remove_columns(SPAN_COLUMNS) for part, features in encoded.items()}
     padder = right_padding(tokenizer)  # positions of answers are counted from the left
     return TaskData(
-        train=inputs["train"],
-        validation=inputs["validation"],
-        test=inputs.get("test", inputs["validation"]),
-        test_name="test" if "test" in inputs else "validation",
+        **parts_of(inputs),
         collator=DataCollatorWithPadding(padder, pad_to_multiple_of=pad_multiple(data)),
         model_class="AutoModelForQuestionAnswering",
-        model_kwargs={},
         metric_name=metric,
         metrics={part: partial(_scores, answers=of_part, scores=squad_scores) for part, of_part in answers.items()},
-        label_names=(),
         fingerprint=fingerprint(splits.train, columns),
         keeps_order=True,
         sums={part: partial(_scores, answers=of_part, scores=answer_sums) for part, of_part in answers.items()},

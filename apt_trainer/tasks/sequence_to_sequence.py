@@ -28,6 +28,7 @@ from apt_trainer.tasks.base import (
     is_text,
     only_column,
     pad_multiple,
+    parts_of,
     without_blank,
 )
 from apt_trainer.tasks.generation_scores import rouge_scores, translation_scores
@@ -98,16 +99,11 @@ def _build(
             rows = without_blank(rows, column, setting, part)
         encoded[part] = encode(rows, _tokenise, tokenizer=tokenizer, columns=columns, data=data, cut=part == "train")
     task = TaskData(
-        train=encoded["train"],
-        validation=encoded["validation"],
-        test=encoded.get("test", encoded["validation"]),
-        test_name="test" if "test" in encoded else "validation",
+        **parts_of(encoded),
         collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=pad_multiple(data)),
         model_class="AutoModelForSeq2SeqLM",
-        model_kwargs={},
         metric_name=metric,
         metrics={"validation": token_scores, "test": token_scores},
-        label_names=(),
         fingerprint=fingerprint(splits.train, columns),
         preprocess_logits=aligned_sums,
         greater_is_better=False,

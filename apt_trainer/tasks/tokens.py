@@ -26,6 +26,7 @@ from apt_trainer.tasks.base import (
     keep_logits,
     only_column,
     pad_multiple,
+    parts_of,
     require_fast,
 )
 from apt_trainer.tasks.labels import KnownLabels, class_weights, is_blank, label_text, number_labels
@@ -79,10 +80,7 @@ def build(
     counts = labels.counts(i for row in encoded["train"]["labels"][:] for i in row if i != IGNORED_LABEL)
     scores, sums = partial(_metrics, names=names), partial(_sums, names=names)
     return TaskData(
-        train=encoded["train"],
-        validation=encoded["validation"],
-        test=encoded.get("test", encoded["validation"]),
-        test_name="test" if "test" in encoded else "validation",
+        **parts_of(encoded),
         collator=DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=pad_multiple(data)),
         model_class="AutoModelForTokenClassification",
         model_kwargs=labels.model_kwargs,

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from apt_trainer.tensors.fully_sharded import cut_part, is_dtensor, part_of, whole_of
 
@@ -184,12 +185,22 @@ def move_buffers(model: nn.Module, device: torch.device) -> None:
             module._buffers[name] = None if buffer is None else buffer.to(device)
 
 
-def gather_while_it_runs(model: nn.Module) -> None:
+def gather_while_it_runs(model: nn.Module) -> list[RemovableHandle]:
     """Hooks that make the parameters of each module whole for its forward pass alone, for a model that no engine
-    holds and that never has a backward pass; put on once."""
-    for module in model.modules():
-        if any(parameter is not None and is_partitioned(parameter) for parameter in module._parameters.values()):
-            _Gathering(module)
+    holds, where it has no backward pass; put on once."""
+    split = (m for m in model.modules() if any(p is not None and is_partitioned(p) for p in m._parameters.values()))
+    return [handle for module in split for handle in _Gathering(module).handles]
+
+
+@contextmanager
+def gathering_as_it_runs(model: nn.Module) -> Iterator[None]:
+    """Within it, as :func:`gather_while_it_runs`."""
+    handles = gather_while_it_runs(model)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Gathering:
@@ -197,8 +208,7 @@ class _Gathering:
 
     def __init__(self, module: nn.Module) -> None:
         self._open: list[Any] = []
-        module.register_forward_pre_hook(self._gather)
-        module.register_forward_hook(self._release)
+        self.handles = module.register_forward_pre_hook(self._gather), module.register_forward_hook(self._release)
 
     def _gather(self, module: nn.Module, args: Any) -> None:
         context = whole_modules(module)

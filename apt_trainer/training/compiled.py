@@ -69,6 +69,11 @@ class CompiledSteps:
         self._model: nn.Module | None = None
         self._call: Any = None
 
+    @property
+    def asked(self) -> bool:
+        """Whether any step is to be compiled."""
+        return self._options is not None
+
     @contextmanager
     def running(self, model: nn.Module, observed: bool) -> Iterator[None]:
         """Within this context calls of ``model`` are compiled, unless the step is ``observed``."""

@@ -1,6 +1,6 @@
 """What becomes of the model after the last step: tried before the first, saved, uploaded, and kept whatever fails.
 
-A base of ``APTTrainer``. See ``training.checkpoint`` for how it is written, ``trainer`` for what happens in between.
+A base of ``APTTrainer``. See ``store.saving`` for how it is written, ``trainer`` for what happens in between.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from apt_trainer.store.hub import make_repository, upload
 from apt_trainer.store.model_card import CARD_FILE, model_card
 from apt_trainer.store.rescue import how_to_load
 from apt_trainer.store.saved_model import as_pruned
-from apt_trainer.training import checkpoint, norms
-from apt_trainer.training.best_model import BestWithinBudget
+from apt_trainer.store.saving import save_pruned, write_model
+from apt_trainer.training import norms, reshape
+from apt_trainer.training.checkpoints.best import BestWithinBudget
 from apt_trainer.training.engines import Engine, engine_of
 from apt_trainer.training.engines.agreement import failing_together, processes
 from apt_trainer.training.inside import save_around
@@ -103,7 +104,7 @@ class FinishedModel(BestWithinBudget):
         self.pruner.detach()
         self.pruner.masks.close()
         self.distillation.end(self.model)
-        self.model = engine_of(self).leave()
+        self.model = reshape.finalize(self)
         norms.plain(self.model)
         self.pruner.set_tune("full")
         if choose_best:
@@ -135,7 +136,7 @@ class FinishedModel(BestWithinBudget):
                 save_around(self.model, self.place, path, self.pruner.plan, self._saved_tokenizer(), start)
             else:
                 kept = self.pruner.kept_adapters
-                checkpoint.save_pruned(self.model, path, self.pruner.plan, self._saved_tokenizer(), start, kept)
+                save_pruned(self.model, path, self.pruner.plan, self._saved_tokenizer(), start, kept)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """As the Trainer's; raises :class:`UserError` on all processes where the hub cannot be written to."""
@@ -168,7 +169,7 @@ class FinishedModel(BestWithinBudget):
         card = model_card(self.transformer, plan=self.pruner.plan, **kwargs)
         return upload(
             self.hub_model_id,
-            lambda folder: checkpoint.write_model(
+            lambda folder: write_model(
                 self.model, folder, self.pruner.plan, self._saved_tokenizer(), card, self.pruner.origin.plan
             ),
             self._output,

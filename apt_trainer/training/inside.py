@@ -23,7 +23,7 @@ from apt_trainer.settings.fsdp import wants_fsdp
 from apt_trainer.store.events import write_json
 from apt_trainer.store.rescue import PLAN_FILE, rescuing
 from apt_trainer.store.saved_model import load_pruned
-from apt_trainer.training.checkpoint import STAGING, move_in, save_pruned
+from apt_trainer.store.saving import STAGING, move_in, save_pruned
 
 OUTSIDE_FILE = "outside.safetensors"
 """Weights of what is round the transformer."""

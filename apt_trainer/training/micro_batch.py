@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from apt_trainer.errors import UserError
 from apt_trainer.models.batch import Tokens, real_tokens
 from apt_trainer.training.engines import engine_of
 from apt_trainer.training.fused_head import FUSED, with_log_probs
+from apt_trainer.training.label_logits import LabelLogits, LabelPositions
 
 _NO_DATA = ("output_hidden_states", "output_attentions", "return_dict", "use_cache", "num_items_in_batch", FUSED)
 """Arguments of a forward pass that say what is wanted of it."""
@@ -54,6 +55,7 @@ class MicroBatches:
 
     def __init__(self, trainer: Any) -> None:
         self.trainer, self._checked, self._computed = trainer, False, 0
+        self._label_logits = LabelLogits(trainer)
         self._normalised = trainer.loss_is_scaled_for_ga is True or trainer.compute_loss_func is not None
         trainer.loss_is_scaled_for_ga = True  # by the shares of StepLosses
         try:
@@ -121,7 +123,9 @@ class MicroBatches:
         trainer.pruner.set_tokens(real_tokens(given, trainer.pruner.family))
         counts = self._normalised and num_items_in_batch is None  # else the Trainer has
         num_items_in_batch = losses.labels() if counts else num_items_in_batch
-        with self._watched(given, mu > 0.0) as seen:
+        positions = self._label_logits.positions(given, mu > 0.0)
+        losing = nullcontext() if positions is None else positions.of_student(trainer.transformer)
+        with self._watched(given, mu > 0.0, positions) as seen, losing:
             result = own(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if isinstance(result, tuple) else (result, seen.outputs)
         self._check_pass(loss, seen)
@@ -131,9 +135,10 @@ class MicroBatches:
             loss = loss * losses.processes
         parts = {"task_loss": loss}
         if mu > 0.0:
-            alive, family = trainer.pruner.alive_layers(), trainer.pruner.family
+            pruner, known = trainer.pruner, None if positions is None else positions.distance
+            alive, family = pruner.plan.alive_layers(pruner.sublayers), pruner.family
             distance = trainer.distillation.loss(
-                seen.inputs, seen.outputs, seen.taught, trainer.model, family, alive, step, shares
+                seen.inputs, seen.outputs, seen.taught, trainer.model, family, alive, step, shares, known
             )
             parts["distillation_loss"] = distance
             loss = mu * distance + (1 - mu) * loss
@@ -147,9 +152,10 @@ class MicroBatches:
     # ------------------------------------------------------------------ what the student is given and gives
 
     @contextmanager
-    def _watched(self, given: Mapping[str, Any], teaches: bool) -> Iterator[Pass]:
+    def _watched(self, given: Mapping[str, Any], teaches: bool, positions: LabelPositions | None) -> Iterator[Pass]:
         """Within it, the first forward pass of the student that trains is seen. ``teaches``: the teacher runs before
-        it; not during it, when a parameter that the two share can be on its way to the device (ZeRO-3)."""
+        it; not during it, when a parameter that the two share can be on its way to the device (ZeRO-3).
+        ``positions``: where alone the two make logits."""
         trainer, seen = self.trainer, Pass()
         names = _names_of_arguments(type(trainer.transformer))  # type: ignore[arg-type]
 
@@ -163,7 +169,8 @@ class MicroBatches:
             if not teaches:
                 return None
             engine_of(trainer).settle()
-            seen.taught = trainer.distillation.teach(seen.inputs)
+            with nullcontext() if positions is None else positions.of_teacher():
+                seen.taught = trainer.distillation.teach(seen.inputs)
             if kwargs.get(FUSED):  # without labels: the loss is the trainer's to compute
                 seen.fused_labels = called["labels"]
                 kwargs = {name: value for name, value in kwargs.items() if name not in (FUSED, "labels")}

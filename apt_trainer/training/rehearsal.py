@@ -1,6 +1,6 @@
 """What a save at the end needs, tried before the first step: the folder, room in it, config, tokenizer and card.
 
-Not for the save itself (``training.checkpoint``).
+Not for the save itself (``store.saving``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from apt_trainer.errors import Retold, UserError, reason
 from apt_trainer.pruning.pruner import AdaptivePruner
 from apt_trainer.report.tables import format_bytes
 from apt_trainer.store.saved_model import model_class
-from apt_trainer.training.checkpoint import STAGING, write_model
+from apt_trainer.store.saving import STAGING, write_model
 
 
 def check_output(output: Path) -> None:

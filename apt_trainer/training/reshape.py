@@ -2,7 +2,8 @@
 Hugging Face prepare it again.
 
 :func:`reshape` goes on with optimizer moments, learning-rate schedule and random state as they were. What differs
-between engines is in ``training.engines``. Not for deciding what changes (``pruner``).
+between engines is in ``training.engines``, none of which knows the Trainer. Not for deciding what changes
+(``pruner``).
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from apt_trainer.errors import UserError
 from apt_trainer.libraries.private_names import check_names
 from apt_trainer.settings.engines import wants_deepspeed
 from apt_trainer.settings.fsdp import wants_fsdp
+from apt_trainer.surgery.slicing import Edits
 from apt_trainer.tensors.partitioned import shape_of
 from apt_trainer.training.compiled import compile_options
 from apt_trainer.training.engines import engine_of
 from apt_trainer.training.engines.agreement import agree
 from apt_trainer.training.engines.base import plain_optimizer
-from apt_trainer.training.engines.state import Edits, State, add_masters, ages
+from apt_trainer.training.engines.state import State, add_masters, ages
 
 
 class LiveModel:
@@ -50,14 +52,16 @@ def check_options(trainer: Any) -> None:
     """Raise :class:`UserError` for what a Trainer was started with, or libraries of its engine, under which shapes
     cannot change."""
     check_names(*engine_of(trainer).needs)
-    if trainer.pruner.impact is not None and not trainer.args.prunes_before and trainer.train_dataset is not None:
+    passes = trainer.pruner.scores_at_cuts or trainer.args.refits
+    if passes and not trainer.args.prunes_before and trainer.train_dataset is not None:
         rows = trainer.args.calibration_samples
         if has_length(trainer.train_dataset):
             rows = min(rows, len(trainer.train_dataset))
         if rows < trainer.args.world_size:
+            asks = "nri" if trainer.pruner.scores_at_cuts else "refit"
             raise UserError(
                 f"calibration_samples and the training data give no row to some of the {trainer.args.world_size} "
-                f"processes ({rows} rows), but each takes part in what nri measures. Raise calibration_samples."
+                f"processes ({rows} rows), but each takes part in what {asks} measures. Raise calibration_samples."
             )
     if wants_deepspeed(trainer.args) and not trainer.is_deepspeed_enabled:
         raise UserError(
@@ -102,17 +106,18 @@ def reshape(trainer: Any, change: Callable[[], Edits]) -> None:
     engine = engine_of(trainer)
     engine.settle()
     schedule = trainer.lr_scheduler.state_dict()
-    model = engine.loosen()
+    model = engine.unwrap()
     edits = change()
     if engine.leaves_cycles:
         gc.collect()
-    state = engine.carried(edits)
+    state = engine.export_state(edits)
     _agree_on_shape(trainer)
     engine.release()
     trainer.compiled.forget()
-    trainer.optimizer_ages = ages(state) if engine.groups_by_age else {}
+    trainer.own_optimizer.ages = ages(state) if engine.groups_by_age else {}
+    del engine  # and the wrapper that it has
     _rebuild(trainer, model, schedule)
-    engine_of(trainer).give(state)
+    engine_of(trainer).import_state(state)
     for attribute in ("model", "optimizer", "lr_scheduler"):
         setattr(trainer.callback_handler, attribute, getattr(trainer, attribute))
     trainer.model_wrapped.train()
@@ -122,7 +127,7 @@ def reshape(trainer: Any, change: Callable[[], Edits]) -> None:
 
 def expect_state(trainer: Any, state: State) -> None:
     """Before an engine is made that will be given the ``state`` of a checkpoint."""
-    trainer.optimizer_ages = ages(state) if engine_of(trainer).groups_by_age else {}
+    trainer.own_optimizer.ages = ages(state) if engine_of(trainer).groups_by_age else {}
     if trainer.is_deepspeed_enabled and trainer.args.bf16:
         add_masters(state, trainer.model)
 
@@ -154,13 +159,31 @@ def _rebuild(trainer: Any, model: nn.Module, schedule: dict[str, Any]) -> None:
     accelerator._schedulers.clear()
     model.__dict__.pop("_is_accelerate_prepared", None)
     trainer.model = trainer.model_wrapped = model
-    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.optimizer = trainer.lr_scheduler = trainer.deepspeed = None
     trainer._mixed_mesh_grads = None
-    engine_of(trainer).enclose(model)
+    engine_of(trainer).wrap(model)
     trainer.prepare_again()
-    engine_of(trainer).adopt()
-    engine_of(trainer).check_optimizer()
+    engine_of(trainer).repair()
+    trainer.own_optimizer.check_made()
     set_schedule(trainer, schedule)
+
+
+def begin(trainer: Any) -> None:
+    """Once the first engine of a run is made."""
+    engine = engine_of(trainer)
+    engine.repair()
+    trainer.own_optimizer.check_made()
+    for watcher in engine.callbacks:
+        trainer.remove_callback(watcher)
+        trainer.add_callback(watcher)
+
+
+def finalize(trainer: Any) -> Any:
+    """The plain model after training, on every process; what follows is evaluation of it."""
+    model = engine_of(trainer).finalize()
+    trainer.deepspeed = None
+    trainer.is_deepspeed_enabled = trainer.is_fsdp_enabled = False
+    return model
 
 
 def set_schedule(trainer: Any, schedule: Mapping[str, Any]) -> None:

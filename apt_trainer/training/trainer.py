@@ -1,18 +1,17 @@
 """``APTTrainer``: a Hugging Face Trainer whose model changes its shape while it trains.
 
-Data, logging, saving and processes stay Hugging Face's; scoring and cutting are the pruner's; rebuilding the engine
-is ``training.reshape``'s, the best checkpoint ``training.best_model``'s. Overrides documented methods of the Trainer
-and some private ones: those that prepare a run, run an epoch, read and write checkpoints and choose the best.
+The seam to Hugging Face's Trainer, whose data, logging, saving and processes stay its own. What the method does is
+elsewhere: in a micro-batch ``micro_batch``, between two steps ``between_steps``, to the engine ``reshape``; the
+optimizer is made in ``own_optimizer``, rows are scored in ``calibration``, checkpoints are those of ``checkpoints``.
+Overrides documented methods of the Trainer and some private ones: those that prepare a run, run an epoch, read and
+write checkpoints and choose the best.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,45 +27,37 @@ from apt_trainer.errors import UserError
 from apt_trainer.libraries.private_names import check_names
 from apt_trainer.models import HIDDEN
 from apt_trainer.models.labels import match_teacher
-from apt_trainer.plan.limits import warn_of_collapse
-from apt_trainer.plan.pruning_plan import PruningPlan
-from apt_trainer.plan.ranks import mean_growth
-from apt_trainer.plan.schedule import Schedule, fewer_events, make_schedule
+from apt_trainer.plan.schedule import Schedule, make_schedule
 from apt_trainer.pruning.given_model import IN_USE, check_loaded
-from apt_trainer.pruning.pruner import AdaptivePruner, Decision
+from apt_trainer.pruning.pruner import AdaptivePruner
 from apt_trainer.scoring import Importance
-from apt_trainer.scoring.calibration import Batch, shares
 from apt_trainer.settings.config import APTConfig, PruningArguments
 from apt_trainer.settings.engines import check_launch, wants_deepspeed
 from apt_trainer.settings.fsdp import wants_fsdp
 from apt_trainer.settings.packages import check_packages
-from apt_trainer.store.events import append_event, truncate_after
 from apt_trainer.store.hub import check_upload
-from apt_trainer.surgery import adapters as lora
-from apt_trainer.surgery.refit import refit
-from apt_trainer.surgery.slicing import Grow, Keep
-from apt_trainer.surgery.tuning import base_weight_names
-from apt_trainer.training import checkpoint, trackers
 from apt_trainer.training import reshape as runtime
-from apt_trainer.training.best_model import check_candidates
+from apt_trainer.training import trackers
+from apt_trainer.training.between_steps import BetweenSteps
+from apt_trainer.training.calibration import CalibrationRows
 from apt_trainer.training.callback import MethodCallback
+from apt_trainer.training.checkpoints.best import check_candidates
+from apt_trainer.training.checkpoints.resume import load_run
+from apt_trainer.training.checkpoints.state import TrainingState, save_training_state
 from apt_trainer.training.compiled import CompiledSteps
 from apt_trainer.training.engines import engine_of
-from apt_trainer.training.engines.agreement import agree
-from apt_trainer.training.engines.base import restore_forward
-from apt_trainer.training.engines.groups import UNDECAYED, parameter_groups
-from apt_trainer.training.engines.optimizer_class import check_objects, check_optimizer, check_overrides
+from apt_trainer.training.engines.groups import UNDECAYED
+from apt_trainer.training.engines.optimizer_class import check_objects
 from apt_trainer.training.engines.optimizer_file import read_optimizer, save_optimizer
 from apt_trainer.training.engines.silence import naming_the_silent
 from apt_trainer.training.engines.state import State
 from apt_trainer.training.finished_model import FinishedModel
 from apt_trainer.training.fused_head import let_copies_own
 from apt_trainer.training.given_adapters import adopt
-from apt_trainer.training.inside import check_inside, place_of_transformer, without_own_groups
+from apt_trainer.training.inside import check_inside, place_of_transformer
 from apt_trainer.training.micro_batch import MicroBatches
-from apt_trainer.training.own_metrics import left_alone
+from apt_trainer.training.own_optimizer import OwnOptimizer
 from apt_trainer.training.reference import check_reference
-from apt_trainer.training.resume import load_run
 from apt_trainer.training.step_losses import StepLosses
 from apt_trainer.training.termination import StopOnSignal
 from apt_trainer.training.trainer_class import (
@@ -77,8 +68,6 @@ from apt_trainer.training.trainer_class import (
     with_heldout,
     without_heldout,
 )
-
-EVENTS_FILE = "events.jsonl"
 
 logger = logging.getLogger(__name__)
 
@@ -159,12 +148,13 @@ class PruningMixin(FinishedModel):
         self.pruner = self._make_pruner(model)
         self.heldout_dataset = self._make_trainer(model, settings, given, heldout_dataset)
         self.model_init, self.optimizer_cls_and_kwargs = model_init, optimizer
+        self.own_optimizer = OwnOptimizer(self, optimizer)
         runtime.check_options(self)
-        check_overrides(self, PruningMixin)
-        check_optimizer(settings, optimizer, self._optimizer, model)
+        self.own_optimizer.check(PruningMixin, model)
         self.compiled = CompiledSteps(runtime.take_compiling(self))
         self._set_up()
-        self._micro_batches, self._stop = MicroBatches(self), StopOnSignal()
+        self.micro_batches, self._stop = MicroBatches(self), StopOnSignal()
+        self.calibration = CalibrationRows(self)
         self._tracked: str | None = None
         self.add_callback(MethodCallback(self))
         self.add_callback(self._stop)
@@ -229,23 +219,11 @@ class PruningMixin(FinishedModel):
         return result
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Two learning rates: ``full_learning_rate`` for base weights, ``learning_rate`` for adapters and head.
-
-        Groups are parted by ``optimizer_ages`` too, where an engine keeps one step count per group.
-        """
+        """That of ``training.own_optimizer``, unless the Trainer's class has its own."""
         if overrides(self.trainer_class, "create_optimizer"):
             return super().create_optimizer()
         if self.optimizer is None:
-            args, module, given = self.args, model or self.model, self.optimizer_cls_and_kwargs
-            cls, options = given or self._optimizer(args, module)
-            rate = options.get("lr", args.learning_rate)
-            decay = {"weight_decay": args.weight_decay, **(given[1] if given else {})}["weight_decay"]
-            rates = {True: args.full_learning_rate or rate, False: rate}
-            inner = module.get_submodule(self.place)
-            base = {self._prefix + name for name in base_weight_names(inner, self.pruner.family)}
-            decayed = set(self.get_decay_parameter_names(module))
-            groups = parameter_groups(module, base, self.optimizer_ages, rates, decay, decayed)
-            self.optimizer = cls(groups, **options)
+            self.optimizer = self.own_optimizer.make(model or self.model)
         return self.optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -271,102 +249,19 @@ class PruningMixin(FinishedModel):
         self.check_finite()
         weights, state = engine_of(self).weights_to_save(), self.training_state()
         if self.args.should_save:
-            checkpoint.save_training_state(Path(output_dir or str(self.args.output_dir)), weights, state)
+            save_training_state(Path(output_dir or str(self.args.output_dir)), weights, state)
 
     # ------------------------------------------------------------------ the method's own steps
 
-    def training_state(self) -> checkpoint.TrainingState:
+    def training_state(self) -> TrainingState:
         """Everything beyond the student's weights, optimizer and random state that a resumed run needs; collective."""
         description, tensors = self.pruner.state()
         teacher = None if self.distillation.teacher.is_external else self.distillation.teacher.model
         weights = None if teacher is None else engine_of(self).weights_to_save(teacher)
-        shape = None if teacher is None else self._teacher_shape
-        return checkpoint.TrainingState(description, tensors, self.distillation.state(self.model), weights, shape)
-
-    def before_step(self) -> None:
-        """Before the first forward pass of an optimizer step."""
-        engine_of(self).settle()
-        self.pruner.begin(self.state.global_step)
-
-    def after_step(self) -> None:
-        """After an optimizer step, before it is logged, evaluated and saved: shape changes, then snapshots."""
-        step = self.state.global_step
-        self.step_losses.end()
-        engine_of(self).settle()
-        started, decision = time.perf_counter(), self._decide(step)
-        if decision is not None:
-            self._change_shape(decision, step, started)
-        if self.distillation.snapshot_due(self.schedule, step):
-            self._offer_snapshot(step)
-        if self.distillation.transform_due(self.model, self.schedule, step):
-            runtime.reshape(self, lambda: self.distillation.keep_transform(self.model, self.schedule, step))
-
-    def prune_before_training(self, max_steps: int) -> None:
-        """Score the dense model on rows of the training data and cut it, before an engine or optimizer sees it."""
-        started, events = time.perf_counter(), Path(str(self.args.output_dir)) / EVENTS_FILE
-        if self.is_world_process_zero():
-            truncate_after(events, -1)
-        engine_of(self).bring(self.model)
-        self.schedule = make_schedule(self.args, max_steps)
-        self.pruner.start(self.schedule, 0, self._sum_over_processes, self.args.world_size)
-        with (
-            left_alone(self),
-            torch.random.fork_rng(devices=[]),
-        ):  # the run that follows does not depend on calibration_samples
-            batches = self._calibration_batches()
-            self.last_inputs = next(batches)
-            self.pruner.calibrate(itertools.chain([self.last_inputs], batches), self._calibration_loss)
-        decision = self._decide(0)
-        assert decision is not None
-        self._change_shape(decision, 0, started)
-
-    def _decide(self, step: int) -> Decision | None:
-        if self.pruner.measures_impact(step):
-            with left_alone(self):
-                self.pruner.measure_impact(self._calibration_batches(), self._calibration_loss)
-        decision = self.pruner.decide(step)
-        if decision is not None or self.schedule.event_at(step) is not None:
-            agree("what to prune", step, None if decision is None else decision.digest())
-        return decision
-
-    def _change_shape(self, decision: Decision, step: int, started: float) -> None:
-        """``started``: when what led to the decision began."""
-        self.check_finite()
-        loss_before = self._probe_loss()
-        growth = mean_growth(lora.ranks(self.transformer), decision.ranks)
-
-        def change() -> runtime.Edits:
-            if self.args.prunes_before and self.args.refit and decision.kind == "prune":
-                self._refit(decision.plan)
-            event = self.pruner.apply(decision, step, self.distillation.teacher.parameter_ids())
-            edits: dict[str, list[Keep | Grow]] = {self._prefix + name: of for name, of in event.edits.items()}
-            return edits | self.distillation.follow(self.model, event.survivors, growth)
-
-        reshape = runtime.reshape if self.live_dataloader is not None else runtime.reshape_first
-        reshape(self, change)
-        seconds = time.perf_counter() - started
-        losses = {"loss_before": loss_before, "loss_after": self._probe_loss()}
-        warn_of_collapse(step, **losses)
-        self._write_record(self.pruner.describe(step, decision.kind) | {"seconds": seconds, **losses})
+        shape = None if teacher is None else self.between_steps.teacher_shape
+        return TrainingState(description, tensors, self.distillation.state(self.model), weights, shape)
 
     # ------------------------------------------------------------------ inside
-
-    def _refit(self, plan: PruningPlan) -> None:
-        """Solve the weights that will read what ``plan`` leaves anew, on the rows that scored the model."""
-        p, sum_over_processes = self.pruner, self._sum_over_processes
-        batches, loss_of = self._calibration_batches, self._calibration_loss
-        with torch.random.fork_rng(devices=[]):
-            refit(self.transformer, p.family, p.spaces, p.plan, plan, batches, loss_of, sum_over_processes)
-
-    @property
-    def _prefix(self) -> str:
-        """Of the names that parameters of the transformer have in the whole model."""
-        return f"{self.place}." if self.place else ""
-
-    def _optimizer(self, args: Any, model: nn.Module) -> Any:
-        """Class and options of the optimizer, of which the groups are made here."""
-        cls, options = self.get_optimizer_cls_and_kwargs(args, model)
-        return (cls, without_own_groups(options, model)) if self.place else (cls, options)
 
     def _make_pruner(self, model: PreTrainedModel) -> AdaptivePruner:
         model = model.get_submodule(self.place)
@@ -385,17 +280,15 @@ class PruningMixin(FinishedModel):
             args,
             self.pruner.plan.counts[HIDDEN],
             args.seed,
-            None if teacher is None else engine_of(self).place(teacher),
+            None if teacher is None else engine_of(self).place_teacher(teacher),
             self.accelerator.autocast,
             self._label_order,
         )
-        self._teacher_shape: dict[str, Any] | None = None
+        self.between_steps = BetweenSteps(self)
         self.schedule = self._make_schedule()
         self.live_dataloader: Any = None
-        self.optimizer_ages: dict[str, int] = {}
-        self._restored: tuple[Mapping[str, Any], dict[str, torch.Tensor]] | None = None
-        if self.pruner.impact is not None:
-            self.pruner.impact.weights = self.class_weights
+        self.own_optimizer.ages = {}
+        self.pruner.importance.class_weights = self.class_weights
         together = args.average_tokens_across_devices
         self.step_losses = StepLosses(self.pruner.family, self.accelerator, together, self.class_weights)
         self.last_inputs = None
@@ -410,13 +303,14 @@ class PruningMixin(FinishedModel):
             self._set_up()
 
     def _make_schedule(self) -> Schedule:
-        """For the errors it raises; the loop's own number of steps replaces it in :meth:`start`."""
+        """For the errors it raises; the loop's own number of steps replaces it when it begins."""
         if self.train_dataset is None:
             raise UserError("train_dataset is missing.")
-        if isinstance(self.train_dataset, Mapping) and (self.args.prunes_before or self.pruner.impact is not None):
+        takes_rows = self.args.prunes_before or self.pruner.scores_at_cuts or self.args.refits
+        if isinstance(self.train_dataset, Mapping) and takes_rows:
             raise UserError(
-                "train_dataset holds several data sets, but units are scored on rows of one (pruning_time: before, or "
-                "importance: nri). Give one, for example datasets.concatenate_datasets, or prune early."
+                "train_dataset holds several data sets, but units are scored on rows of one (pruning_time: before, "
+                "importance: nri, or refit). Give one, for example datasets.concatenate_datasets, or prune early."
             )
         return check_candidates(self.args, make_schedule(self.args, self._steps_to_come()))
 
@@ -428,78 +322,6 @@ class PruningMixin(FinishedModel):
         if self.args.max_steps > 0:
             return int(self.args.max_steps)
         return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
-
-    def start(self) -> None:
-        """When the loop begins, all else being restored."""
-        self.schedule = make_schedule(self.args, self.state.max_steps)
-        step = self.state.global_step
-        self.pruner.start(self.schedule, step, self._sum_over_processes, self.args.world_size)
-        if self._restored is not None:
-            self.pruner.restore_scores(*self._restored)
-            self._restored = None
-        if self.is_world_process_zero():
-            fewer = fewer_events(self.args, self.schedule)
-            if fewer is not None:
-                logger.warning(fewer)
-            truncate_after(Path(str(self.args.output_dir)) / EVENTS_FILE, step)
-
-    def _calibration_batches(self) -> Iterator[Batch | None]:
-        """This process' share of the rows that score the model; None where its rows have run out."""
-        args, data = self.args, self.train_dataset
-        if not has_length(data):
-            data = list(itertools.islice(data, args.calibration_samples))
-        collate = self.data_collator
-        if not overrides(self.trainer_class, "get_train_dataloader"):
-            collate = self._get_collator_with_removed_columns(collate, "Calibration")
-        size = args.calibration_batch_size or args.train_batch_size
-        for rows in shares(len(data), args.calibration_samples, size, args.seed, args.process_index, args.world_size):
-            yield self._prepare_inputs(collate([data[row] for row in rows])) if rows else None
-
-    def _calibration_loss(self, batch: Batch) -> torch.Tensor:
-        """Task loss of the plain model. Gradients in float16 would need the scaler of accelerate."""
-        autocast = nullcontext() if self.args.fp16 else self.accelerator.autocast()
-        with autocast, self._micro_batches.telling_tokens(self.pruner.importance.set_tokens):
-            return self.compute_loss(self.model, dict(batch))  # type: ignore[no-any-return]
-
-    def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.reduce(tensor, reduction="sum")  # type: ignore[no-any-return]
-
-    def _offer_snapshot(self, step: int) -> None:
-        loss = self._heldout_loss()
-        agree("the loss on held-out data", step, loss)
-        engine_of(self).settle()
-        if self.distillation.offer(self.model, loss):
-            restore_forward(self.distillation.teacher.model)
-            self._teacher_shape = self.pruner.state()[0]
-            self._write_record(self.pruner.describe(step, "teacher") | {"heldout_loss": loss})
-
-    def _heldout_loss(self) -> float:
-        """Mean task loss of the student on the held-out data, over all processes."""
-        dataloader = self.get_eval_dataloader(self.heldout_dataset)
-        was_training = self.model_wrapped.training
-        with left_alone(self):
-            output = self.evaluation_loop(
-                dataloader, "Choosing a teacher", prediction_loss_only=True, metric_key_prefix="heldout"
-            )
-        self.model_wrapped.train(was_training)
-        runtime.release_memory()
-        return float(output.metrics["heldout_loss"])  # type: ignore[index]
-
-    @torch.no_grad()
-    def _probe_loss(self) -> float | None:
-        """Task loss on the last batch in evaluation mode, to see what a cut costs at once."""
-        if self.last_inputs is None:
-            return None
-        model = self.accelerator.unwrap_model(self.model_wrapped)
-        model.eval()
-        with left_alone(self), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, self._prepare_inputs(dict(self.last_inputs)))
-        model.train()
-        return float(loss)
-
-    def _write_record(self, record: dict[str, Any]) -> None:
-        if self.is_world_process_zero():
-            append_event(Path(str(self.args.output_dir)) / EVENTS_FILE, record)
 
     # ------------------------------------------------------------------ engine and checkpoints
 
@@ -518,27 +340,26 @@ class PruningMixin(FinishedModel):
         state: State = {}
         if resume_from_checkpoint is None:
             if self.pruner.settings.prunes_before:
-                self.prune_before_training(max_steps)
+                self.between_steps.prune_before_training(max_steps)
             self.distillation.keep_transform(self.model, self.schedule, 0)
         else:
             if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # else the loop has done so
                 self._load_from_checkpoint(resume_from_checkpoint)
             state, schedule = read_optimizer(Path(resume_from_checkpoint))
             runtime.expect_state(self, state)
-        engine_of(self).split()
+        engine_of(self).wrap(self.model)
         _, self.live_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
-        engine_of(self).check()
-        engine_of(self).check_optimizer()
+        runtime.begin(self)
         self.distillation.teacher.join(self.model, engine_of(self).one_dtype)
         if resume_from_checkpoint is not None:
-            engine_of(self).give_whole(state)
+            engine_of(self).import_whole(state)
             runtime.set_schedule(self, schedule)
             self._load_scaler(resume_from_checkpoint)
         return runtime.LiveModel(self), self.live_dataloader
 
     def _run_epoch(self, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:
-            with self._micro_batches.wrapped():
+            with self.micro_batches.wrapped():
                 super()._run_epoch(**kwargs)
         else:  # resumed at its end, where the loop of transformers would take one more step
             self.control.should_training_stop = True
@@ -548,8 +369,8 @@ class PruningMixin(FinishedModel):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._begun = True
-        description, tensors, self._teacher_shape = load_run(self, Path(resume_from_checkpoint))
-        self._restored = description, tensors
+        description, tensors, self.between_steps.teacher_shape = load_run(self, Path(resume_from_checkpoint))
+        self.between_steps.expect_scores(description, tensors)
 
 
 def _check_splitting(data: Any, args: Any) -> None:

@@ -160,7 +160,7 @@ def test_a_target_that_leaves_nothing_names_the_largest_that_keeps_a_model(
     with pytest.raises(UserError, match="Lower target_sparsity"):
         pruner(largest + 2e-4)
     kept = pruner(largest)
-    counts = least_model(kept.spaces, kept.sublayers, kept.dense_plan, kept.cost, kept.limits)
+    counts = least_model(kept.spaces, kept.sublayers, kept.dense_plan, kept.budget.cost, kept.budget.limits)
     assert kept.cost.total(counts) <= (1 - largest) * kept.cost.total(kept.dense_plan.counts) * (1 + 1e-9)
     for kind in ("attention", "mlp"):
         left = [counts[sublayer.space] > 0 for sublayer in kept.sublayers if sublayer.kind == kind]
@@ -453,15 +453,15 @@ def test_ctrl_c_in_the_save_loses_no_model(
     classifier: Path, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     from apt_trainer import load_pruned
-    from apt_trainer.training import checkpoint
+    from apt_trainer.store import saving
 
-    check = checkpoint.reload_difference
+    check = saving.reload_difference
 
     def told_while_it_checks(model: Any, path: Path) -> float:
         os.kill(os.getpid(), number)
         return check(model, path)
 
-    monkeypatch.setattr(checkpoint, "reload_difference", told_while_it_checks)
+    monkeypatch.setattr(saving, "reload_difference", told_while_it_checks)
     before = signal.getsignal(number)
     code = cli.main(["train", "--config", recipe_file(classifier, tmp_path)])
     assert code == (130 if number == signal.SIGINT else 143)

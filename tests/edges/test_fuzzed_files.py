@@ -34,7 +34,7 @@ from apt_trainer.store.pretrained import load_saved
 from apt_trainer.store.saved_model import as_pruned
 from apt_trainer.store.starting_point import starting_point
 from apt_trainer.surgery.cutting import apply_plan
-from apt_trainer.training.checkpoint import STATE_FILE, WEIGHTS_FILE, check_complete, read_description
+from apt_trainer.training.checkpoints.state import STATE_FILE, WEIGHTS_FILE, check_complete, read_description
 from apt_trainer.training.engines.optimizer_file import NUMBERS_FILE, TENSORS_FILE, read_optimizer
 
 cheap = settings(

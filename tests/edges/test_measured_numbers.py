@@ -34,11 +34,11 @@ from apt_trainer.measure.generation import generate_once
 from apt_trainer.measure.latency import Latency
 from apt_trainer.plan.cost import memory_cost
 from apt_trainer.plan.pruning_plan import PruningPlan
-from apt_trainer.pruning import impact_pass as impact_module
 from apt_trainer.pruning import latency_cost
 from apt_trainer.pruning.pruner import AdaptivePruner
 from apt_trainer.report.tables import comparison_table, held_out_table, scores_table
 from apt_trainer.runs import dry_run
+from apt_trainer.scoring import nri
 from apt_trainer.scoring.sublayers.costs import Shape, cache_bytes, unit_costs
 from apt_trainer.scoring.sublayers.loss import exp_loss
 from apt_trainer.scoring.sublayers.units import find_units
@@ -290,7 +290,7 @@ class Moves:
         self.at, self.timed = "cpu", []
         monkeypatch.setattr(APTConfig, "device", property(lambda args: PLACE))
         monkeypatch.setattr(latency_cost, "compare_latency", self.clock)
-        monkeypatch.setattr(impact_module, "unit_costs", self.costs)
+        monkeypatch.setattr(nri, "unit_costs", self.costs)
         monkeypatch.setattr(type(model), "to", self.to)
 
     def to(self, device: Any) -> None:

@@ -153,7 +153,7 @@ def test_a_run_goes_on_from_a_pruned_model(name: str, starts: Callable[[str], Pa
     trainer.train()
     plan, target = trainer.pruner.plan, trainer.args.target_sparsity
     assert all(set(plan.kept[space]) <= set(units) for space, units in start.kept.items())
-    assert trainer.pruner.sparsity() >= target > trainer.pruner.sparsity_of_start() > 0
+    assert trainer.pruner.sparsity() >= target > trainer.pruner.budget.removed_of_start(plan) > 0
     assert trainer.pruner.block_cost.total(plan.counts) == counted_block_parameters(trainer)
     dense = counted_block_parameters_of(tiny_model(name, MODELS[name]))
     assert trainer.pruner.sparsity() == pytest.approx(1 - counted_block_parameters(trainer) / dense)
@@ -225,7 +225,8 @@ def test_a_pruned_model_is_only_tuned(starts: Callable[[str], Path], tmp_path: P
     nothing = {"target_sparsity": None, "distillation": "none", "tune": tune}
     trainer = further(tmp_path, starts("bert"), "bert", **nothing)
     trainer.train()
-    assert trainer.pruner.plan == trainer.pruner.origin.plan and trainer.pruner.sparsity_of_start() == 0
+    pruner = trainer.pruner
+    assert pruner.plan == pruner.origin.plan and pruner.budget.removed_of_start(pruner.plan) == 0
     small = {name: value.shape for name, value in before.state_dict().items()}
     assert {name: value.shape for name, value in trainer.model.state_dict().items()} == small
     changed = [

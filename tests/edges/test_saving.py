@@ -23,7 +23,7 @@ from apt_trainer.runs.run import train
 from apt_trainer.settings.recipe import load_recipe
 from apt_trainer.settings.refused import REFUSED
 from apt_trainer.store.rescue import RESCUED
-from apt_trainer.training.checkpoint import reload_difference
+from apt_trainer.store.saving import reload_difference
 from apt_trainer.training.compiled import compile_options
 from apt_trainer.training.rehearsal import check_output, check_room
 
@@ -242,7 +242,7 @@ def test_a_device_without_room_for_two_models_compares_their_weights(
     trainer = few(tmp_path)
     trainer.train()
     trainer.save_model()
-    monkeypatch.setattr("apt_trainer.training.checkpoint.example_inputs", full)
+    monkeypatch.setattr("apt_trainer.store.saving.example_inputs", full)
     assert reload_difference(trainer.model, tmp_path) == 0.0
     with torch.no_grad():
         trainer.model.classifier.bias.add_(1)

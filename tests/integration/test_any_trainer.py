@@ -265,7 +265,7 @@ def test_a_transformer_inside_of_a_users_module_is_cut(changes: dict[str, Any], 
 def test_state_of_an_optimizer_follows_a_cut_inside(tmp_path: Path) -> None:
     straight = pooled(tmp_path / "run", steps=(2, 4), tune="full")
     moments: dict[int, int] = {}
-    follow = straight._change_shape
+    follow = straight.between_steps._change_shape
 
     def spy(decision: Any, step: int, started: float) -> None:
         follow(decision, step, started)
@@ -274,7 +274,7 @@ def test_state_of_an_optimizer_follows_a_cut_inside(tmp_path: Path) -> None:
             bool(state[p]["exp_avg"].abs().sum() > 0) for p in straight.model.parameters() if p in state
         )
 
-    straight._change_shape = spy
+    straight.between_steps._change_shape = spy
     straight.train()
     trained = len([name for name, _ in straight.model.named_parameters()])
     assert len(moments) == 2 and min(moments.values()) > 0.5 * trained

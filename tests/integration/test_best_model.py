@@ -16,7 +16,7 @@ from torch import nn
 
 from apt_trainer import APTTrainer, UserError, load_pruned
 from apt_trainer.surgery import adapters as lora
-from apt_trainer.training.checkpoint import check_complete
+from apt_trainer.training.checkpoints.state import check_complete
 from apt_trainer.training.termination import Terminated
 from integration.factories import SHORT, Rows, events_of, make_trainer, weights_of
 from integration.test_processes import two_processes
@@ -103,7 +103,7 @@ def test_the_best_checkpoint_within_the_budget_ends_the_run(
     tolerance = 2e-2 if "bf16" in PHASES[phase] else 1e-5
     assert torch.allclose(_logits(trainer.model), trainer.__dict__["logits"][10], atol=tolerance)
     assert not torch.allclose(_logits(trainer.model), trainer.__dict__["logits"][16], atol=1e-4)
-    said = [record.getMessage() for record in caplog.records if record.name == "apt_trainer.training.best_model"]
+    said = [record.getMessage() for record in caplog.records if record.name == "apt_trainer.training.checkpoints.best"]
     assert said == [
         "Evaluations before step 8, where the final budget is met, do not count for the best checkpoint.",
         "Loaded the best checkpoint within the budget, checkpoint-10 (loss: 0.4).",

@@ -22,7 +22,7 @@ from apt_trainer.runs.run import train
 from apt_trainer.settings import DataSettings, ModelSettings
 from apt_trainer.settings.recipe import Recipe
 from apt_trainer.store import lock as output_lock
-from apt_trainer.store.lock import OutputLock
+from apt_trainer.store.lock import FolderLock
 from integration.factories import DEFAULTS, SHORT, Rows, SaveAt, config, make_trainer
 
 
@@ -140,9 +140,10 @@ def test_distillation_from_a_model_without_a_teacher_is_refused(tmp_path: Path) 
 
 def test_a_teacher_of_another_width_needs_a_transform_that_can_learn(tmp_path: Path) -> None:
     teacher = AutoModelForSequenceClassification.from_config(tiny_config("bert", num_labels=3, hidden_size=24))
-    changes = {**SHORT, "distillation": "model", "teacher_name_or_path": "given", "distillation_transform": "identity"}
+    changes = {**SHORT, "distillation": "model", "teacher_name_or_path": "given"}
+    changes |= {"preset_overrides": {"distillation_transform": "identity"}}
     trainer = make_trainer(tmp_path, options={"teacher": teacher}, **changes)
-    with pytest.raises(UserError, match="distillation_transform: lora"):
+    with pytest.raises(UserError, match="Leave distillation_transform at lora"):
         trainer.train()
     assert _written(tmp_path) == []
 
@@ -249,6 +250,11 @@ def test_a_run_is_not_resumed_with_other_settings(checkpoint: Path, tmp_path: Pa
     for key, value in (("target_sparsity", 0.3), ("max_steps", 20), ("importance", "taylor"), ("max_length", 64)):
         with pytest.raises(UserError, match=f"other settings: {key} was .*, is {value!r}"):
             checkpoint_to_resume(replace(asked, given=same | {key: value}))
+    (tmp_path / "recipe.json").write_text(json.dumps(same | {"rank_rule": "paper"}))  # a key that a preset holds now
+    as_then = same | {"preset_overrides": {"rank_rule": "paper"}}
+    assert checkpoint_to_resume(replace(asked, given=as_then)) == str(tmp_path / "checkpoint-4")
+    with pytest.raises(UserError, match="preset_overrides was .*'paper'.*, is None"):
+        checkpoint_to_resume(replace(asked, given=same))
 
 
 def test_folders_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
@@ -300,16 +306,16 @@ def test_a_folder_that_another_run_writes_to_is_refused(
     output = Path(str(ready.training.output_dir))
     monkeypatch.setattr(output_lock, "PATIENCE", 0.3)
     output.mkdir(parents=True)
-    with OutputLock(output), pytest.raises(UserError, match="Another run is writing to .* choose another output_dir"):
+    with FolderLock(output), pytest.raises(UserError, match="Another run is writing to .* choose another output_dir"):
         train(ready)
     assert not _written(output)
-    with OutputLock(output):  # the refused run has let go of it, and so has the first
+    with FolderLock(output):  # the refused run has let go of it, and so has the first
         pass
 
 
 def test_two_first_starts_do_not_share_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(output_lock, "PATIENCE", 0.3)
-    with OutputLock(tmp_path / "new") as first, OutputLock(tmp_path / "new") as second:
+    with FolderLock(tmp_path / "new") as first, FolderLock(tmp_path / "new") as second:
         (tmp_path / "new").mkdir()
         first.take()
         first.take()
@@ -377,7 +383,6 @@ def test_the_dry_run_refuses_a_folder_with_an_older_run(ready: Recipe, tmp_path:
         ("lora_alpha", 0.0),
         ("lora_dropout", 1.5),
         ("lora_target_modules", []),
-        ("outlier_weight", -3.0),
         ("prediction_weight", -1.0),
         ("layer_weight", -1.0),
         ("distillation_start", -4.0),

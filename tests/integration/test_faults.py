@@ -23,7 +23,8 @@ from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.runs.preflight import checkpoint_to_resume, finished_run
 from apt_trainer.runs.run import train
 from apt_trainer.settings.recipe import load_recipe
-from apt_trainer.training.checkpoint import STATE_FILE, check_complete, save_pruned, save_training_state
+from apt_trainer.store.saving import save_pruned
+from apt_trainer.training.checkpoints.state import STATE_FILE, check_complete, save_training_state
 from apt_trainer.training.engines import silence
 from apt_trainer.training.engines.silence import naming_the_silent
 from integration.factories import SHORT, SaveAt, make_trainer

@@ -132,6 +132,7 @@ for name, (source, steps) in module.CASES.items():
     trainer.save_model(str(folder / name / "model"))
     (folder / f"{{name}}.{{rank}}.json").write_text(json.dumps(result))
 """
+IDENTITY = {"distillation_transform": "identity"}
 CASES: dict[str, tuple[str | None, int]] = {
     "straight": (None, 1),
     "again": ("straight/checkpoint-10", 1),
@@ -264,7 +265,12 @@ OTHERS: dict[str, dict[str, Any]] = {
     "bf16": {"bf16": True},
     "teacher": {"distillation": "model", "teacher_name_or_path": "given"},
     "norms": {"tune": "adapters_and_norms", "activation_checkpointing": True, "importance": "taylor"},
-    "full": {"tune": "full", "tune_embeddings": True, "rank_growth": "none", "distillation_transform": "identity"},
+    "full": {
+        "tune": "full",
+        "tune_embeddings": True,
+        "rank_growth": "none",
+        "preset_overrides": IDENTITY,
+    },
 }
 """What differs from ``SHORT``; the first two name models."""
 HALVES = {"one": list(OTHERS)[:5], "other": list(OTHERS)[5:]}
@@ -330,7 +336,7 @@ def test_other_models_and_settings_equal_one_process(half: str, tmp_path: Path) 
         ({"dense_baseline": True}, "dense_baseline starts a process of its own"),
         ({"optim": "adafactor"}, "optim: adafactor"),
         ({"save_only_model": True, "load_best_model_at_end": True}, "save_only_model"),
-        ({"rank_score": "absolute"}, "rank_score: signed"),
+        ({"preset": "paper"}, "Use preset: ours"),
     ],
 )
 def test_settings_that_do_not_work_are_refused(

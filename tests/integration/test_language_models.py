@@ -137,7 +137,7 @@ def test_the_distillation_loss_by_hand(name: str, tmp_path: Path) -> None:
     batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(6)]))
     distillation.offer(student, 1.0)
     distillation.keep_transform(student, trainer.schedule, 4)
-    alive = trainer.pruner.alive_layers()
+    alive = trainer.pruner.plan.alive_layers(trainer.pruner.sublayers)
 
     def loss() -> float:
         outputs = student(**batch, output_hidden_states=True)

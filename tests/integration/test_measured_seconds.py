@@ -12,7 +12,8 @@ from torch import nn
 
 from apt_trainer import APTTrainer, UserError
 from apt_trainer.measure.latency import Latency
-from apt_trainer.pruning import impact_pass, latency_cost
+from apt_trainer.pruning import latency_cost
+from apt_trainer.scoring import nri
 from apt_trainer.scoring.sublayers.costs import Shape
 from apt_trainer.scoring.sublayers.units import Unit, Units
 from integration.factories import losses_of, trained
@@ -55,8 +56,8 @@ sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from apt_trainer.pruning import impact_pass
 from apt_trainer.pruning import latency_cost
+from apt_trainer.scoring import nri
 from integration.test_measured_seconds import LATENCY, clock_of, costs_of, during, trained
 from integration.test_zero import deepspeed_config
 
@@ -67,12 +68,12 @@ for name, engine in (("ddp", {{"ddp_backend": "gloo"}}), ("zero3", {{"deepspeed"
     trainer = trained(folder / name, **LATENCY, **engine, per_device_train_batch_size=4)
     assert trainer.args.world_size == 2
     pruner = trainer.pruner
-    seconds = pruner.cost.total(pruner.dense_plan.counts)
+    seconds = pruner.budget.cost.total(pruner.dense_plan.counts)
     found[name] = [seconds, pruner.sparsity(), pruner.plan.to_json()]
-impact_pass.unit_costs = costs_of(rank)
+nri.unit_costs = costs_of(rank)
 trainer = during(folder / "nri", "bert", nri_cost="latency", reference_length=8, per_device_train_batch_size=4)
 trainer.train()
-found["nri"] = [list(trainer.pruner.impact.costs.values()), trainer.pruner.plan.to_json()]
+found["nri"] = [list(trainer.pruner.importance.costs.values()), trainer.pruner.plan.to_json()]
 (folder / f"{{rank}}.json").write_text(json.dumps(found))
 os._exit(0)
 """
@@ -102,7 +103,7 @@ def test_a_resumed_run_goes_on_with_the_seconds_it_began_with(tmp_path: Path, mo
     monkeypatch.setattr(latency_cost, "compare_latency", clock_of("neurons"))
     for step in (3, 12):
         resumed = trained(tmp_path / str(step), (), tmp_path / "whole" / f"checkpoint-{step}", **LATENCY)
-        assert resumed.pruner.cost == whole.pruner.cost
+        assert resumed.pruner.budget.cost == whole.pruner.budget.cost
         assert resumed.pruner.plan == whole.pruner.plan and losses_of(resumed) == losses_of(whole)
     monkeypatch.setattr(latency_cost, "compare_latency", still)
     resumed = trained(tmp_path / "still", (), tmp_path / "whole" / "checkpoint-12", **LATENCY)
@@ -118,7 +119,7 @@ def test_nri_by_seconds_goes_on_with_those_it_began_with(tmp_path: Path, monkeyp
     """Measured at every event, by costs that were measured at first."""
 
     def run(name: str) -> APTTrainer:
-        monkeypatch.setattr(impact_pass, "unit_costs", costs_of(("whole", "resumed").index(name)))
+        monkeypatch.setattr(nri, "unit_costs", costs_of(("whole", "resumed").index(name)))
         return during(
             tmp_path / name, "bert", nri_cost="latency", reference_length=8, save_strategy="steps", save_steps=3
         )
@@ -126,7 +127,7 @@ def test_nri_by_seconds_goes_on_with_those_it_began_with(tmp_path: Path, monkeyp
     whole = run("whole")
     whole.train()
     resumed = run("resumed")
-    first = [trainer.pruner.impact.costs for trainer in (whole, resumed)]  # type: ignore[union-attr]
+    first = [trainer.pruner.importance.costs for trainer in (whole, resumed)]  # type: ignore[attr-defined]
     assert first[0] != first[1]
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert resumed.pruner.plan == whole.pruner.plan and losses_of(resumed) == losses_of(whole)

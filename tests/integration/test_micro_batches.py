@@ -109,7 +109,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", PLAIN),
     "distilled": ("llama", {}),
     "smoothed": ("llama", SMOOTHED),
-    "taylor": ("llama", {"importance": "taylor", "rank_score": "absolute"}),
+    "taylor": ("llama", {"importance": "taylor", "preset_overrides": {"rank_score": "absolute"}}),
     "two_stacks": ("t5", {}),
     "tokens": ("tokens", {}),
     "classes": ("classes", {}),

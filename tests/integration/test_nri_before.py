@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from apt_trainer import APTTrainer, load_pruned
 from apt_trainer.models import HIDDEN
-from apt_trainer.scoring import Nri
 from apt_trainer.scoring.calibration import shares as rows_of
+from apt_trainer.scoring.nri import Nri
 from apt_trainer.scoring.sublayers.costs import Shape, shares, unit_costs
 from apt_trainer.scoring.sublayers.impact import Losses
 from apt_trainer.scoring.sublayers.units import find_units
@@ -73,7 +73,7 @@ def test_resumed_is_bit_equal_and_measures_nothing_again(name: str, tmp_path: Pa
     whole.train()
     for step in steps:
         resumed = before(tmp_path / str(step), name, dropout=0.1)
-        resumed._calibration_loss = None  # type: ignore[assignment, method-assign]
+        resumed.calibration.loss_of = None  # type: ignore[assignment, method-assign]
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         assert losses_of(resumed) == losses_of(whole) and resumed.pruner.plan == whole.pruner.plan
         expected, got = weights_of(whole.model), weights_of(resumed.model)
@@ -108,10 +108,10 @@ from functools import partial
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from apt_trainer.pruning import impact_pass
+from apt_trainer.scoring import nri
 from integration.test_nri_before import in_world
 
-impact_pass.Shape = partial(impact_pass.Shape, max_seconds=0.5)
+nri.Shape = partial(nri.Shape, max_seconds=0.5)
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 result = {{}}
 for cost in ("params", "latency"):

@@ -12,7 +12,7 @@ from tiny import logits, tiny_batch, tiny_model
 
 from apt_trainer import APTTrainer, UserError, load_pruned
 from apt_trainer.plan.schedule import make_schedule
-from apt_trainer.scoring import Nri
+from apt_trainer.scoring.nri import Nri
 from apt_trainer.scoring.sublayers.gates import switched_off
 from integration.factories import (
     SHORT,
@@ -60,8 +60,8 @@ class Watched:
         """Perplexity without it over that of the whole − 1, relative to its share of the parameters of the dense
         sublayers: divided by it where it is harm, multiplied where it is gain."""
         pruner = self.trainer.pruner
-        impact = pruner.impact
-        assert impact is not None
+        rule = pruner.importance
+        assert isinstance(rule, Nri)
         labels = [(batch["labels"] != -100) for batch in batches]
         causal = type(pruner.model).__name__.endswith("ForCausalLM")
         weights = [float((mask[:, 1:] if causal else mask).sum()) for mask in labels]
@@ -70,15 +70,15 @@ class Watched:
             return sum(w * float(loss_of(b)) for w, b in zip(weights, batches, strict=True)) / sum(weights)
 
         full, found = loss(), {}
-        total = sum(impact.costs[unit] for unit in impact.units.sublayers)
-        for unit in impact.units.sublayers:
-            space = impact._space(unit)
+        total = sum(rule.costs[unit] for unit in rule.units.sublayers)
+        for unit in rule.units.sublayers:
+            space = rule.units.space(unit).name
             if pruner.plan.counts[space] == 0:
                 continue
             found[space] = math.inf
-            if unit in impact.candidates:
-                with switched_off(pruner.model, impact.units, [unit]):
-                    relative, share = math.expm1(loss() - full), impact.costs[unit] / total
+            if unit in rule.candidates:
+                with switched_off(pruner.model, rule.units, [unit]):
+                    relative, share = math.expm1(loss() - full), rule.costs[unit] / total
                 found[space] = relative / share if relative > 0 else relative * share
         return found
 

@@ -89,7 +89,7 @@ def test_rank_scores_and_other_rules_do_not_depend_on_accumulation(tmp_path: Pat
             per_device_train_batch_size=size,
             gradient_accumulation_steps=GLOBAL_BATCH // size,
             importance="taylor",
-            rank_score="absolute",
+            preset_overrides={"rank_score": "absolute"},
         )
         for size in (8, 2)
     ]

@@ -74,7 +74,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp(request.param)
     trainer = before(folder, request.param)
     run = Run(request.param, trainer, folder)
-    loss_of, make_optimizer, data = trainer._calibration_loss, trainer.create_optimizer, trainer.train_dataset
+    loss_of, make_optimizer, data = trainer.calibration.loss_of, trainer.create_optimizer, trainer.train_dataset
 
     def loss_spy(batch: dict[str, Any]) -> torch.Tensor:
         loss = loss_of(batch)
@@ -92,7 +92,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     def opened(*args: Any) -> None:
         raise AssertionError("masks are not needed")
 
-    trainer._calibration_loss = loss_spy  # type: ignore[method-assign]
+    trainer.calibration.loss_of = loss_spy  # type: ignore[method-assign]
     trainer.create_optimizer = optimizer_spy  # type: ignore[method-assign]
     trainer.pruner.masks.open = opened  # type: ignore[method-assign]
     trainer.train()
@@ -128,7 +128,7 @@ def test_the_target_is_met_before_the_first_step(run: Run) -> None:
     pruner, records = run.trainer.pruner, events_of(run.folder)
     assert [(record["step"], record["kind"]) for record in records] == EVENTS
     dense = pruner.block_cost.total(pruner.dense_plan.counts)
-    largest = pruner.block_cost.marginal(HIDDEN, pruner.dense_plan.counts) * pruner.limits.round_to[HIDDEN]
+    largest = pruner.block_cost.marginal(HIDDEN, pruner.dense_plan.counts) * pruner.budget.limits.round_to[HIDDEN]
     kept = counted_block_parameters(run.trainer)
     assert kept <= 0.5 * dense < kept + largest
     assert {record["sparsity"] for record in records} == {1 - kept / dense}
@@ -151,7 +151,7 @@ def test_ranks_grow_at_the_events_within_the_budget_of_the_dense_model(run: Run)
     dense = before(run.folder / "dense", run.name).pruner
     widths = dense._adapter_widths(pruner.plan)
     sizes = [sum(rank * widths[path] for path, rank in record["ranks"].items()) for record in records]
-    assert pruner.adapter_parameters_at_start == dense.adapter_parameters_at_start
+    assert pruner.growth.parameters_at_start == dense.adapter_parameters_at_start
     assert set(records[0]["ranks"].values()) == {2}
     assert sizes[0] < sizes[1] < sizes[2] <= 4 * dense.adapter_parameters_at_start
     assert sizes[1] <= 2.5 * dense.adapter_parameters_at_start
@@ -175,7 +175,7 @@ def test_resumed_is_bit_equal_and_scores_nothing_again(name: str, tmp_path: Path
     for step in steps:
         folder = tmp_path / str(step)
         resumed = before(folder, name, dropout=0.1)
-        resumed._calibration_loss = None  # type: ignore[assignment, method-assign]
+        resumed.calibration.loss_of = None  # type: ignore[assignment, method-assign]
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         assert losses_of(resumed) == losses_of(whole) and resumed.pruner.plan == whole.pruner.plan
         expected, got = weights_of(whole.model), weights_of(resumed.model)
@@ -208,8 +208,8 @@ def _drawing(rows: list[Any]) -> Any:
 def test_other_ways_to_compute(tmp_path: Path, changes: dict[str, Any]) -> None:
     plain, other = before(tmp_path / "plain"), before(tmp_path / "other", **changes)
     sizes = []
-    loss_of = other._calibration_loss
-    other._calibration_loss = lambda batch: sizes.append(len(batch["labels"])) or loss_of(batch)  # type: ignore[method-assign]
+    loss_of = other.calibration.loss_of
+    other.calibration.loss_of = lambda batch: sizes.append(len(batch["labels"])) or loss_of(batch)  # type: ignore[method-assign]
     plain.train()
     other.train()
     assert sizes == ([24] if "calibration_batch_size" in changes else [8, 8, 8])
@@ -314,14 +314,25 @@ def test_a_run_with_a_refit_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize("importance", ["magnitude", "salience"])
+def test_a_refit_takes_one_pass_which_is_that_of_the_scores_where_there_is_one(
+    tmp_path: Path, importance: str
+) -> None:
+    trainer, seen = before(tmp_path, importance=importance, refit=True), []
+    loss_of = trainer.calibration.loss_of
+    trainer.calibration.loss_of = lambda batch: seen.append(batch) or loss_of(batch)  # type: ignore[method-assign]
+    trainer.train()
+    assert len(seen) == 3
+
+
 # ---------------------------------------------------------------------------- rules, phases, teachers, records
 
 
 @pytest.mark.parametrize(("importance", "batches"), [("magnitude", 0), ("random", 0), ("taylor", 3), ("salience", 3)])
 def test_rules_that_need_no_data_are_shown_none(tmp_path: Path, importance: str, batches: int) -> None:
     trainer, seen = before(tmp_path, importance=importance), []
-    loss_of = trainer._calibration_loss
-    trainer._calibration_loss = lambda batch: seen.append(batch) or loss_of(batch)  # type: ignore[method-assign]
+    loss_of = trainer.calibration.loss_of
+    trainer.calibration.loss_of = lambda batch: seen.append(batch) or loss_of(batch)  # type: ignore[method-assign]
     trainer.train()
     assert len(seen) == batches
     assert trainer.pruner.sparsity() >= 0.5
@@ -338,8 +349,8 @@ def test_a_rule_of_the_users_own_decides(tmp_path: Path) -> None:
 
 def test_fewer_rows_than_samples_are_all_used(tmp_path: Path) -> None:
     trainer, seen = before(tmp_path, rows=13, calibration_samples=256), []
-    loss_of = trainer._calibration_loss
-    trainer._calibration_loss = lambda batch: seen.extend(batch["labels"]) or loss_of(batch)  # type: ignore[method-assign]
+    loss_of = trainer.calibration.loss_of
+    trainer.calibration.loss_of = lambda batch: seen.extend(batch["labels"]) or loss_of(batch)  # type: ignore[method-assign]
     trainer.train()
     assert len(seen) == 13
 
@@ -361,7 +372,7 @@ def test_without_growth_there_is_one_event(tmp_path: Path, changes: dict[str, An
 
 def test_without_a_target_nothing_is_scored(tmp_path: Path) -> None:
     trainer = before(tmp_path, target_sparsity=None)
-    trainer._calibration_loss = None  # type: ignore[assignment, method-assign]
+    trainer.calibration.loss_of = None  # type: ignore[assignment, method-assign]
     trainer.train()
     assert not (tmp_path / "events.jsonl").exists() and len(losses_of(trainer)) == 12
 
@@ -391,7 +402,7 @@ def test_records_of_an_older_run_in_the_folder_are_dropped(tmp_path: Path) -> No
 
 def test_a_cut_that_ruins_the_model_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer, losses = before(tmp_path), iter([1.0, 2.2, 1.0, 1.0, 1.0, 1.0])
-    trainer._probe_loss = lambda: next(losses)  # type: ignore[method-assign]
+    trainer.between_steps._probe_loss = lambda: next(losses)  # type: ignore[method-assign]
     trainer.train()
     (told,) = [record.message for record in caplog.records if record.name == "apt_trainer.plan.limits"]
     assert "step 0: the cut raised the loss of a batch from 1.000 to 2.200" in told and "pruning_time: early" in told

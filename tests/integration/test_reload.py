@@ -21,7 +21,7 @@ from apt_trainer import APTTrainer, UserError, load_pruned
 from apt_trainer.errors import RunError
 from apt_trainer.measure import example_inputs
 from apt_trainer.plan.pruning_plan import PruningPlan
-from apt_trainer.training.checkpoint import reload_difference
+from apt_trainer.store.saving import reload_difference
 from integration.factories import SHORT, Fixed, Rows, make_trainer, target_of
 
 DATA = {
@@ -213,7 +213,7 @@ def test_a_full_disk_leaves_the_older_model_whole(tmp_path: Path, monkeypatch: p
 
     with torch.no_grad():
         trainer.model.classifier.weight.mul_(3)
-    monkeypatch.setattr("apt_trainer.training.checkpoint.os.replace", full)
+    monkeypatch.setattr("apt_trainer.store.saving.os.replace", full)
     with pytest.raises(RunError, match="No space left") as failed:
         trainer.save_model(str(target))
     monkeypatch.undo()

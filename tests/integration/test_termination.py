@@ -15,7 +15,7 @@ from tiny import tiny_model
 from transformers import TrainerCallback
 
 from apt_trainer import APTTrainer, UserError, cli
-from apt_trainer.training.checkpoint import check_complete
+from apt_trainer.training.checkpoints.state import check_complete
 from apt_trainer.training.termination import Terminated
 from integration.factories import SHORT, losses_of, make_trainer, weights_of
 from integration.test_processes import two_processes

@@ -19,7 +19,7 @@ from apt_trainer.measure import Latency
 from apt_trainer.models import HIDDEN
 from apt_trainer.pruning import latency_cost
 from apt_trainer.pruning.pruner import PruningEvent
-from apt_trainer.scoring import Salience
+from apt_trainer.scoring.salience import Salience
 from apt_trainer.surgery.slicing import Grow, Keep
 from apt_trainer.training import reshape as runtime
 from integration.factories import (
@@ -62,7 +62,7 @@ def _watched_run(folder: Path, **changes: Any) -> Run:
     events = watch(trainer, before, after)
     counted: dict[tuple[int, str], tuple[int, int, int]] = {}
     snapshots: dict[int, float] = {}
-    write, offer = trainer._write_record, trainer.distillation.offer
+    write, offer = trainer.between_steps._write_record, trainer.distillation.offer
     batch = tiny_batch(trainer.model)
 
     def record_spy(record: dict[str, Any]) -> None:
@@ -81,7 +81,7 @@ def _watched_run(folder: Path, **changes: Any) -> Run:
             student.train()
         return taken
 
-    trainer._write_record = record_spy  # type: ignore[method-assign]
+    trainer.between_steps._write_record = record_spy  # type: ignore[method-assign]
     trainer.distillation.offer = offer_spy  # type: ignore[method-assign]
     trainer.train()
     return Run(trainer, folder, before.at, after.at, {event.step: event for event in events}, counted, snapshots)
@@ -108,7 +108,7 @@ def test_the_target_is_met_within_one_unit(run: Run) -> None:
     dense = pruner.block_cost.total(pruner.dense_plan.counts)
     kept = counted_block_parameters(run.trainer)
     largest = max(
-        pruner.block_cost.marginal(space.name, pruner.dense_plan.counts) * pruner.limits.round_to[space.kind]
+        pruner.block_cost.marginal(space.name, pruner.dense_plan.counts) * pruner.budget.limits.round_to[space.kind]
         for space in pruner.spaces
         if space.name != HIDDEN
     )
@@ -155,7 +155,7 @@ def test_records_tell_the_real_sizes(name: str, request: pytest.FixtureRequest) 
         assert blocks <= (1 - schedule.sparsity(number)) * dense
         assert record["sparsity"] == 1 - blocks / dense
         assert record["trainable_params"] == trained
-        assert adapters <= run.trainer.pruner.adapter_parameters_at_start * (1 + 3 * (number + 1) / 3)
+        assert adapters <= run.trainer.pruner.growth.parameters_at_start * (1 + 3 * (number + 1) / 3)
     assert [record["block_params"] for record in records] == sorted((r["block_params"] for r in records), reverse=True)
 
 
@@ -191,7 +191,7 @@ def test_a_snapshot_gives_the_logits_of_the_student(run: Run, wide_run: Run) -> 
 @pytest.mark.parametrize("tune", ["adapters_and_norms", "full"])
 def test_a_teacher_stays_as_it_was_while_the_student_is_cut_and_trained(tmp_path: Path, tune: str) -> None:
     trainer = make_trainer(tmp_path, tune_after_pruning=tune)
-    trainer._heldout_loss = lambda: float(trainer.state.global_step)  # type: ignore[method-assign]
+    trainer.between_steps._heldout_loss = lambda: float(trainer.state.global_step)  # type: ignore[method-assign]
     batch, seen = tiny_batch(trainer.model), {}
     before, after = Recorder([]), Recorder([7, 15, 31, 39])
     events = watch(trainer, before, after)
@@ -495,7 +495,8 @@ def test_other_budgets_are_kept(tmp_path: Path, metric: str) -> None:
     trainer = make_trainer(tmp_path, **changes)
     trainer.train()
     pruner = trainer.pruner
-    assert 0 < pruner.cost.total(pruner.plan.counts) <= (1 - share) * pruner.cost.total(pruner.dense_plan.counts)
+    total = pruner.budget.cost.total
+    assert 0 < total(pruner.plan.counts) <= (1 - share) * total(pruner.dense_plan.counts)
     assert pruner.sparsity() >= share
 
 
@@ -514,9 +515,9 @@ def test_a_latency_budget_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     pruner = trainer.pruner
     (times,) = timed
     assert list(times) == ["dense", "half_heads", "no_heads", "half_neurons", "no_neurons"]
-    assert pruner.cost.total(pruner.dense_plan.counts) == pytest.approx(times["dense"] / 1000, rel=1e-6)
-    assert pruner.cost.total(pruner.plan.counts) <= 0.5 * pruner.cost.total(pruner.dense_plan.counts)
-    assert _milliseconds(trainer.model) == pytest.approx(1000 * pruner.cost.total(pruner.plan.counts), rel=1e-6)
+    assert pruner.budget.cost.total(pruner.dense_plan.counts) == pytest.approx(times["dense"] / 1000, rel=1e-6)
+    assert pruner.budget.cost.total(pruner.plan.counts) <= 0.5 * pruner.budget.cost.total(pruner.dense_plan.counts)
+    assert _milliseconds(trainer.model) == pytest.approx(1000 * pruner.budget.cost.total(pruner.plan.counts), rel=1e-6)
 
 
 def _milliseconds(model: nn.Module) -> float:
@@ -539,7 +540,7 @@ def test_a_regression_with_one_label(tmp_path: Path) -> None:
 def test_mixed_precision(tmp_path: Path) -> None:
     """The forward of model and teacher is accelerate's while training and the model's own afterwards."""
     trainer = make_trainer(tmp_path, bf16=True, **SHORT)
-    trainer._heldout_loss = lambda: 1 / trainer.state.global_step  # type: ignore[method-assign]
+    trainer.between_steps._heldout_loss = lambda: 1 / trainer.state.global_step  # type: ignore[method-assign]
     trainer.train()
     losses = losses_of(trainer)
     assert {step for step, values in losses.items() if len(values) == 3} == set(range(3, 11))

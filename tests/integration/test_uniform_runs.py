@@ -320,7 +320,7 @@ def test_a_stock_result_is_a_dense_model_of_its_own_for_a_free_cut(tmp_path: Pat
 
 def test_unprunable_runs_ask_nothing_of_a_shape(tmp_path: Path) -> None:
     trainer = _run(tmp_path, "bert", target_sparsity=None)
-    assert trainer.pruner.shape is None
+    assert trainer.pruner.budget.shape is None
 
 
 # ---------------------------------------------------------------------- recipes

@@ -16,12 +16,14 @@ from apt_trainer import APTTrainer
 from apt_trainer.models import family_of
 from apt_trainer.tensors import partitioned as partition
 from apt_trainer.tensors.partitioned import shape_of
+from apt_trainer.training.between_steps import BetweenSteps
 from integration.factories import GLOBAL_BATCH, SHORT, losses_of, make_trainer, unpadded
 from integration.test_nri_before import NRI
 from integration.test_nri_during import DURING
 from integration.test_processes import two_processes
 from integration.test_pruned_before import BEFORE
 
+IDENTITY = {"distillation_transform": "identity"}
 CASES: dict[str, dict[str, Any]] = {
     "llama": {},
     "gpt2": {},
@@ -37,7 +39,12 @@ CASES: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": True,
         "distillation": "none",
     },
-    "full": {"tune": "full", "tune_embeddings": True, "rank_growth": "none", "distillation_transform": "identity"},
+    "full": {
+        "tune": "full",
+        "tune_embeddings": True,
+        "rank_growth": "none",
+        "preset_overrides": IDENTITY,
+    },
 }
 """What differs from ``SHORT``; the first three name models."""
 HALVES = {"models": list(CASES)[:3], "settings": list(CASES)[3:]}
@@ -67,7 +74,7 @@ class Held(TrainerCallback):
 
     def watch_gathers(self, gathered: Any = partition._gathered) -> None:
         assert self.trainer is not None
-        self.trainer._change_shape = self._change_shape  # type: ignore[method-assign]
+        self.trainer.between_steps._change_shape = self._change_shape  # type: ignore[method-assign]
 
         @contextmanager
         def watched(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
@@ -87,7 +94,7 @@ class Held(TrainerCallback):
         """Outside of it DeepSpeed keeps what it has fetched up to its own ``stage3_max_live_parameters``."""
         assert self.trainer is not None
         self._in_event = True
-        APTTrainer._change_shape(self.trainer, *args)
+        BetweenSteps._change_shape(self.trainer.between_steps, *args)
         self._in_event = False
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

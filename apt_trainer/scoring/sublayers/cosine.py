@@ -1,9 +1,8 @@
 """Cosine importance (LLM-Drop, eq. 1–6): how far a unit turns the residual stream; and how alike the layers are.
 
-The score of a unit is 1 − mean over real tokens of cos(X, Y), X and Y the residual stream before and after it. All
-units are scored in one pass, in which only sums are kept. Where all sublayers of a layer read its input (parallel
-residual), X is that input and Y = X + output; in a post-norm model Y is the stream after the norm.
-Not for choosing units (``select``).
+The score of a unit is 1 − mean over real tokens of cos(X, Y), X and Y the residual stream before and after it
+(``scoring.stream``). All units are scored in one pass, in which only sums are kept. Not for choosing units
+(``select``).
 """
 
 from __future__ import annotations
@@ -19,8 +18,9 @@ from torch.utils.hooks import RemovableHandle
 
 from apt_trainer.errors import UserError
 from apt_trainer.measure import evaluating
-from apt_trainer.models import Stack
+from apt_trainer.models import Stack, Sublayer
 from apt_trainer.models.batch import Tokens, of_stack, real_tokens
+from apt_trainer.scoring.stream import ResidualStream, cosines
 from apt_trainer.scoring.sublayers.gates import switched_off
 from apt_trainer.scoring.sublayers.units import Unit, Units
 
@@ -101,22 +101,26 @@ class _Observer:
         self._gram_counts: dict[Stack, float | torch.Tensor] = {}
         self._states: list[torch.Tensor] = []
         self._handles: list[RemovableHandle] = []
-        self._start = self._stream = torch.empty(0)
+        self._start = torch.empty(0)
+        self._unit_of: dict[str, Unit] = {}
+        self._stream: ResidualStream | None = None
 
     def attach(self, model: nn.Module) -> None:
-        for path in self._units.blocks.values():
+        units, family = self._units, self._units.family
+        for path in units.blocks.values():
             block = model.get_submodule(path)
             self._handles.append(block.register_forward_pre_hook(self._enter, with_kwargs=True))
-        if self._units.family.keeps_norms(model.config):  # of a sublayer that is gone its norm is still on the way
-            for sublayer in self._units.gone:
-                output = model.get_submodule(sublayer.output)
-                self._handles.append(output.register_forward_hook(partial(self._pass, None)))
-        for unit, parts in self._units.members.items():
-            may_run = unit not in self._off or self._units.family.post_norm  # then its norm may have stayed
-            if unit.kind != "block" and may_run:
-                output = model.get_submodule(parts[0].output)
-                self._handles.append(output.register_forward_hook(partial(self._pass, unit)))
-        for unit, path in self._units.blocks.items():
+        # of a sublayer that is gone its norm may still be on the way, of one that is off in a post-norm model too
+        sublayers = list(units.gone) if family.keeps_norms(model.config) else []
+        for unit in units.sublayers:
+            (sublayer,) = units.members[unit]
+            if unit not in self._off:
+                self._unit_of[sublayer.output] = unit
+            if unit not in self._off or family.post_norm:
+                sublayers.append(sublayer)
+        blocks = [(path, unit.stack) for unit, path in units.blocks.items()]
+        self._stream = ResidualStream(model, family, blocks, sublayers, self._take)
+        for unit, path in units.blocks.items():
             block = model.get_submodule(path)
             self._handles.append(block.register_forward_hook(partial(self._leave, unit)))
 
@@ -124,19 +128,17 @@ class _Observer:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._stream is not None:
+            self._stream.remove()
         self._states = []
-        self._start = self._stream = torch.empty(0)
+        self._start = torch.empty(0)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._start = self._stream = args[0] if args else kwargs["hidden_states"]
+        self._start = args[0] if args else kwargs["hidden_states"]
 
-    def _pass(self, unit: Unit | None, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        before = self._start if self._units.parallel else self._stream
-        output = output.reshape(before.shape)  # OPT runs its feed-forward on [tokens, hidden]
-        after = output if self._units.family.post_norm else before + output
-        if unit is not None and unit not in self._off:
-            self._add(unit, before, after)
-        self._stream = after
+    def _take(self, sublayer: Sublayer, before: torch.Tensor, after: torch.Tensor) -> None:
+        if sublayer.output in self._unit_of:
+            self._add(self._unit_of[sublayer.output], before, after)
 
     def _leave(self, unit: Unit, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         after = output[0] if isinstance(output, tuple) else output
@@ -149,12 +151,12 @@ class _Observer:
                 self._compare(unit.stack)
 
     def _add(self, unit: Unit, before: torch.Tensor, after: torch.Tensor) -> None:
-        cosines = nn.functional.cosine_similarity(before.float(), after.float(), dim=-1).double()
+        values = cosines(before, after).double()
         mask = of_stack(self.tokens, unit.stack)
         if mask is not None:
-            cosines = torch.where(mask.bool(), cosines, 0.0)
-        count = float(cosines.numel()) if mask is None else mask.bool().sum().double()
-        self._sums[unit] = self._sums.get(unit, 0.0) + cosines.sum()
+            values = torch.where(mask.bool(), values, 0.0)
+        count = float(values.numel()) if mask is None else mask.bool().sum().double()
+        self._sums[unit] = self._sums.get(unit, 0.0) + values.sum()
         self._counts[unit] = self._counts.get(unit, 0.0) + count
 
     def _unit_vectors(self, states: torch.Tensor, stack: Stack) -> torch.Tensor:

@@ -14,7 +14,7 @@ from functools import partial
 from torch import nn
 
 from apt_trainer.measure import compare_latency, count_parameters, evaluating, example_inputs
-from apt_trainer.measure.latency import now, take_turns
+from apt_trainer.measure.latency import MAX_SECONDS, MIN_RUNS, now, take_turns
 from apt_trainer.plan.cost import CostModel, cached_numbers, memory_cost, parameter_cost
 from apt_trainer.scoring.sublayers.drop import plan_without
 from apt_trainer.scoring.sublayers.gates import switched_off
@@ -33,7 +33,7 @@ class Shape:
 
     batch_size: int = 1
     length: int = 128
-    max_seconds: float = 20.0
+    max_seconds: float = MAX_SECONDS
 
 
 def unit_costs(model: nn.Module, units: Units, cost: str, shape: Shape, heads: bool = False) -> dict[Unit, float]:
@@ -145,7 +145,7 @@ def _seconds(model: nn.Module, units: Units, shape: Shape) -> dict[Unit, float]:
 
     with evaluating(model):
         calls = {"dense": partial(forward, [])} | {kind: partial(forward, members) for kind, members in kinds.items()}
-        timed = take_turns(calls, min_runs=10, max_seconds=shape.max_seconds)
+        timed = take_turns(calls, min_runs=MIN_RUNS, max_seconds=shape.max_seconds)
     seconds = {name: latency.median_ms / 1000 for name, (latency,) in timed.items()}
     return {
         unit: max(_LEAST, (seconds["dense"] - seconds[kind]) / len(members))

@@ -1,6 +1,6 @@
 """Units leave a model: their weights, norms and cached keys go, no-ops of the right signature stay.
 
-Not for choosing units (``select``), nor for writing the model (``training.checkpoint``).
+Not for choosing units (``select``), nor for writing the model (``store.saving``).
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from apt_trainer.errors import UserError
+from apt_trainer.plan.limits import SAFE_DEPTH
 from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.scoring.sublayers.loss import refuse_broken
 from apt_trainer.scoring.sublayers.units import Unit, Units
 from apt_trainer.store.saved_model import as_pruned
 from apt_trainer.surgery.cutting import apply_plan
-
-DEEP = 0.3
-"""Share of all sublayers above which tuning afterwards may harm more than it mends (arXiv 2407.09298)."""
 
 COLLAPSE = 10.0
 """How many times the perplexity of the dense model means that a model has broken down."""
@@ -68,13 +66,13 @@ def head_share(units: Units, dropped: Sequence[Unit]) -> float:
 
 
 def depth_warning(units: Units, dropped: Sequence[Unit]) -> str | None:
-    """A sentence where more than :data:`DEEP` of the dense original's sublayers are gone then."""
+    """A sentence where more than ``SAFE_DEPTH`` of the dense original's sublayers are gone then."""
     share = depth_share_of_dense(units, dropped)
-    if share <= DEEP:
+    if share <= SAFE_DEPTH:
         return None
     return (
-        f"{share:.0%} of all sublayers are dropped. Above {DEEP:.0%}, tuning the model afterwards may make it worse "
-        "rather than mend it."
+        f"{share:.0%} of all sublayers are dropped. Above {SAFE_DEPTH:.0%}, tuning the model afterwards may make it "
+        "worse rather than mend it."
     )
 
 

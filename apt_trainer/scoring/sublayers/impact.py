@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from apt_trainer.measure.likelihood import bounded_exp
 from apt_trainer.scoring.sublayers.cosine import Batch, Watch, unwatched
 from apt_trainer.scoring.sublayers.gates import switched_off
 from apt_trainer.scoring.sublayers.loss import exp_loss
@@ -41,6 +42,12 @@ class Impact:
     def order(self) -> tuple[bool, float]:
         """Sorts the least harmful first."""
         return (self.relative > 0, self.normalised)
+
+
+def relative_impact(without: float, base: float) -> float:
+    """RI of a unit by the mean losses in nats without it and of the base; infinite where one of them is not finite."""
+    difference = without - base
+    return math.expm1(difference) if math.isfinite(base) and math.isfinite(bounded_exp(difference)) else math.inf
 
 
 class Losses:
@@ -93,6 +100,6 @@ def impacts(
     found = []
     for unit in candidates:
         loss = losses.without((*dropped, unit))
-        relative = (loss - base) / base if math.isfinite(loss) and math.isfinite(base) else math.inf
+        relative = relative_impact(math.log(loss), math.log(base))
         found.append(Impact(unit, loss, relative, share[unit]))
     return found

@@ -11,16 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from apt_trainer.errors import UserError
 from apt_trainer.measure import evaluating
+from apt_trainer.measure.likelihood import bounded_exp, summed_loss
 from apt_trainer.models.batch import IGNORED
 from apt_trainer.scoring.sublayers.cosine import Batch
 from apt_trainer.scoring.sublayers.units import Units
-
-_LARGEST = 700.0  # exp of more is no float
-_ROWS = 256  # positions whose logits are widened to float32 at a time
 
 
 def refuse_broken(loss: float | None, name: str) -> None:
@@ -53,11 +50,6 @@ def loss_sums(model: Any, units: Units, batches: Sequence[Batch]) -> list[tuple[
     return sums
 
 
-def bounded_exp(mean: float) -> float:
-    """exp of a loss; infinite where that is no float, and where the loss is not a number."""
-    return math.exp(mean) if mean < _LARGEST else math.inf
-
-
 def _sum(model: Any, units: Units, inputs: dict[str, torch.Tensor]) -> tuple[float, int]:
     """(Σ loss, what it was summed over)."""
     labels = inputs.get("labels")
@@ -80,8 +72,5 @@ def _sum(model: Any, units: Units, inputs: dict[str, torch.Tensor]) -> tuple[flo
 
 def _token_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
     real = labels != IGNORED
-    logits, targets = logits[real], labels[real]
-    total = 0.0
-    for part, wanted in zip(logits.split(_ROWS), targets.split(_ROWS), strict=True):
-        total += float(functional.cross_entropy(part.float(), wanted, reduction="none").double().sum())
-    return total, len(targets)
+    targets = labels[real]
+    return summed_loss(logits[real], targets), len(targets)

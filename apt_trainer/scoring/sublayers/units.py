@@ -61,8 +61,7 @@ class Units:
 
     ``plan``: what is left of ``spaces``. ``members``: the sublayers behind each unit but heads, in the order of a
     forward pass, blocks after all others. ``gone``: sublayers that the model lacks; ``blocks``: path of every layer,
-    also of one that lost all. ``protected``: what always stays. ``parallel``: all sublayers of a layer read the input
-    of the layer.
+    also of one that lost all. ``protected``: what always stays.
     """
 
     family: ModelFamily
@@ -72,7 +71,6 @@ class Units:
     gone: tuple[Sublayer, ...]
     blocks: dict[Unit, str]
     protected: frozenset[Unit]
-    parallel: bool
 
     @property
     def is_pruned(self) -> bool:
@@ -239,7 +237,6 @@ def find_units(model: nn.Module) -> Units:
         tuple(gone),
         paths,
         frozenset(protected),
-        family.parallel(config),
     )
 
 

@@ -16,12 +16,18 @@ import torch
 from transformers import PreTrainedModel
 
 from apt_trainer.measure.generation import generation_call
-from apt_trainer.measure.latency import Latency, evaluating, example_inputs, forward_call, take_turns
+from apt_trainer.measure.latency import (
+    MAX_SECONDS,
+    MIN_RUNS,
+    Latency,
+    evaluating,
+    example_inputs,
+    forward_call,
+    take_turns,
+)
 from apt_trainer.store.export import RECORD, Running, target_of
 from apt_trainer.store.export.check import has_cache
 
-MIN_RUNS = 10
-MAX_SECONDS = 20.0  # per batch size, after which no further round starts
 DENSE, PRUNED = "dense", "pruned"
 _Call = Callable[[], Sequence[float]]
 

@@ -6,22 +6,28 @@ one JSON lines file, replaced as a whole. Not for several machines.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from apt_trainer.errors import UserError, unknown_choice
-from apt_trainer.report.comparison import METRICS_FILE, RECIPE_FILE, RESULTS_FILE, read_json, run_record
-from apt_trainer.store.events import append_event, read_events, write_json
+from apt_trainer.report.comparison import read_json, run_record
+from apt_trainer.store.events import (
+    METRICS_FILE,
+    RECIPE_FILE,
+    RESULTS_FILE,
+    append_event,
+    read_events,
+    write_json,
+)
+from apt_trainer.store.lock import FolderLock
 from apt_trainer.studies.ablation.order import find_needs, name_of
 from apt_trainer.studies.ablation.study import Run, Study
 
@@ -61,7 +67,7 @@ def run_study(
     study.output_dir.mkdir(parents=True, exist_ok=True)
     failures: dict[str, str] = {}
     running: dict[subprocess.Popen[bytes], Run] = {}
-    with _locked(study.output_dir) as lock:
+    with FolderLock(study.output_dir, patience=0) as lock:
         results = _read_results(study)
         done = {run for run in study.runs if _is_finished(run)}
         waiting = [run for run in asked if run not in done]
@@ -73,7 +79,7 @@ def run_study(
                 ready = [run for run in waiting if done.issuperset(needs[run])]
                 for run in ready[: jobs - len(running)]:
                     waiting.remove(run)
-                    running[_start(run, jobs, lock)] = run
+                    running[_start(run, jobs, lock.handles)] = run
                     tell(f"{name_of(run)}: started; log in {_log(run)}")
                 for process in [process for process in running if process.poll() is not None]:
                     run = running.pop(process)
@@ -157,7 +163,7 @@ def _is_finished(run: Run) -> bool:
     return finished
 
 
-def _start(run: Run, jobs: int, lock: int) -> subprocess.Popen[bytes]:
+def _start(run: Run, jobs: int, locks: tuple[int, ...]) -> subprocess.Popen[bytes]:
     for checkpoint in run.folder.glob("checkpoint-*"):
         if not (checkpoint / "trainer_state.json").is_file():  # written last: the run was killed while saving
             shutil.rmtree(checkpoint)
@@ -176,7 +182,7 @@ def _start(run: Run, jobs: int, lock: int) -> subprocess.Popen[bytes]:
             stdout=log,
             stderr=subprocess.STDOUT,
             env={"OMP_NUM_THREADS": str(max(1, cores // jobs)), **os.environ},
-            pass_fds=(lock,),  # the folder stays locked while a run lives, should this process be killed
+            pass_fds=locks,  # the folder stays locked while a run lives, should this process be killed
             start_new_session=True,
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
@@ -194,16 +200,6 @@ def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
             process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[int]:
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder} is in use by another ablate. Wait for its end, or stop it.") from None
-        yield file.fileno()
 
 
 def _log(run: Run) -> Path:

@@ -1,23 +1,28 @@
 """What a change of shape needs from an engine, and the engine of one process or DDP.
 
-An engine is made anew for each change: ``loosen`` gives the plain model, the change edits it, ``carried`` gives the
-optimizer state that follows, ``release`` drops what is left of the old engine, the owner has a new one made, and
-``give`` puts the state in. Not for rebuilding: only ``training.reshape`` knows the Trainer.
+An engine is made anew for each change, of the :class:`Parts` of a run: ``unwrap`` gives the plain model, the change
+edits it, ``export_state`` gives the optimizer state that follows the edits, ``release`` drops what is left of the old
+engine, the owner has a new one made (``wrap`` before, ``repair`` after), and ``import_state`` puts the state in.
+``finalize`` ends it all. No engine knows the Trainer: see ``training.reshape``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainerCallback
 from transformers.utils.logging import get_logger
 
-from apt_trainer.errors import UserError
 from apt_trainer.libraries.private_names import Use
+from apt_trainer.models import ModelFamily
+from apt_trainer.surgery.slicing import Edits
 from apt_trainer.tensors.partitioned import copy_of, split_as, whole_value
-from apt_trainer.training.engines.state import MASTER, Edits, State, carry, collect, restore
+from apt_trainer.training.engines.state import MASTER, State, carry, collect, restore
 
 _log = get_logger(__name__)
 _STARTS_AFRESH = (
@@ -26,11 +31,31 @@ _STARTS_AFRESH = (
 )
 
 
-class Engine:
-    """One process, or DDP: parameters and optimizer state are whole on every process.
+@dataclass(frozen=True)
+class Parts:
+    """What of a run an engine works with, at one moment."""
 
-    ``trainer``: a Hugging Face trainer whose model is prepared.
-    """
+    wrapped: Any
+    """The model in whatever it trains in: DDP's or DeepSpeed's wrapper, or the model itself."""
+    optimizer: Any
+    """As accelerate has prepared it; None before."""
+    accelerator: Any
+    family: ModelFamily
+    device: torch.device
+    dtype: torch.dtype
+    """The type that computes."""
+    steps: int
+    """Optimizer steps done."""
+    writes: bool
+    """Whether this process writes checkpoints."""
+    timeout: timedelta
+    """Of collective calls."""
+    groups: Callable[[nn.Module], list[dict[str, Any]]]
+    """Groups of the parameters that train in a model, as the optimizer has them."""
+
+
+class Engine:
+    """One process, or DDP: parameters and optimizer state are whole on every process."""
 
     needs: tuple[Use, ...] = ()
     """What of ``libraries.private_names`` it relies on."""
@@ -44,60 +69,44 @@ class Engine:
     leaves_cycles = False
     """Whether parameters that are cut lie in cycles of references, so that only the garbage collector frees them."""
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
+    callbacks: tuple[type[TrainerCallback], ...] = ()
+    """What has to watch the steps that it takes."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
         self._state: State = {}
 
     @property
     def model(self) -> Any:
         """The model under all wrappers; its forward has accelerate's mixed precision."""
-        return self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
+        return self.parts.accelerator.unwrap_model(self.parts.wrapped)
 
-    def split(self) -> None:
-        """Before the first engine is made: what has to be done with the whole model of each process; collective."""
+    # ------------------------------------------------------------------ before there is one
 
-    def enclose(self, model: nn.Module) -> None:
-        """Before another engine is made round a ``model`` that was taken out of one; collective."""
-
-    def adopt(self) -> None:
-        """Once an engine is made: put right what the Trainer has left wrong."""
-
-    def place(self, model: nn.Module) -> nn.Module:
+    def place_teacher(self, model: nn.Module) -> nn.Module:
         """A teacher that was made before there is an engine, where it waits for one."""
-        return model.to(self.trainer.args.device)
+        return model.to(self.parts.device)
 
-    def bring(self, model: nn.Module) -> None:
+    def place_student(self, model: nn.Module) -> None:
         """Put the student where it can be scored before there is an engine; the Trainer has, for this one."""
 
-    def check(self) -> None:
-        """Once, when training begins: raise :class:`UserError` where a change of shape would fail later."""
+    # ------------------------------------------------------------------ its making
 
-    def check_optimizer(self) -> None:
-        """Once an engine is made: raise :class:`UserError` where a subclass has made an optimizer that does not hold
-        all that trains, or a schedule that cannot be put back after a change of shape."""
-        trainer, optimizer = self.trainer, plain_optimizer(self.trainer)
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        trained = {name: id(p) for name, p in self.model.named_parameters() if p.requires_grad}
-        left_out = [name for name, parameter in trained.items() if parameter not in held]
-        if left_out:
-            raise UserError(
-                f"The optimizer that create_optimizer of {type(trainer).__name__} made lacks {len(left_out)} of the "
-                f"{len(trained)} parameters that train, such as {left_out[0]}. It is called after each change of "
-                "shape, with self.optimizer None: let it make a new one of all that requires a gradient."
-            )
-        if not hasattr(trainer.lr_scheduler, "lr_lambdas") or plain_optimizer(trainer.lr_scheduler) is not optimizer:
-            raise UserError(
-                f"create_scheduler of {type(trainer).__name__} must set self.lr_scheduler to a LambdaLR of "
-                f"self.optimizer, but it is {type(trainer.lr_scheduler).__name__}: of others the position cannot be "
-                "put back after a change of shape. See transformers.get_scheduler."
-            )
+    def wrap(self, model: nn.Module) -> None:
+        """Before an engine is made round ``model``, the whole one of each process or one that was taken out of another
+        engine: what has to be done to it; collective."""
+
+    def repair(self) -> None:
+        """Once an engine is made: put right what its makers have left wrong."""
+
+    # ------------------------------------------------------------------ a change of shape
 
     def settle(self) -> None:
         """Wait for what the engine has begun on its own, before parameters are read outside a forward pass."""
 
-    def loosen(self) -> Any:
+    def unwrap(self) -> Any:
         """Take the model out of the engine: ordinary parameters, none of which an old hook can reach."""
-        model, optimizer = self.model, plain_optimizer(self.trainer)
+        model, optimizer = self.model, plain_optimizer(self.parts)
         restore_forward(model)
         self._state = collect(model, optimizer)
         if any(p in optimizer.state and name not in self._state for name, p in model.named_parameters()):
@@ -107,7 +116,7 @@ class Engine:
         fresh_leaves(model)
         return model
 
-    def carried(self, edits: Edits) -> State:
+    def export_state(self, edits: Edits) -> State:
         """Optimizer state after ``edits``; that from before goes as it is carried, so that it is not there twice."""
         state, self._state = self._state, {}
         return {name: carry({name: state.pop(name)}, edits)[name] for name in list(state)}
@@ -116,9 +125,9 @@ class Engine:
         """Drop what the old engine holds, which frames of the training loop may still refer to."""
         self._state = {}
 
-    def give(self, state: State) -> None:
-        """Put ``state`` from :meth:`carried` of the old engine into this one."""
-        restore(self.model, plain_optimizer(self.trainer), state)
+    def import_state(self, state: State) -> None:
+        """Put ``state`` from :meth:`export_state` of the old engine into this one."""
+        restore(self.model, plain_optimizer(self.parts), state)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -138,22 +147,22 @@ class Engine:
 
     def weights_to_save(self, model: Any = None) -> dict[str, torch.Tensor]:
         """All of :meth:`weights` on the process that writes checkpoints, none on the others; collective."""
-        return {name: value for name, value in self.weights(model) if self.trainer.args.should_save}
+        return {name: value for name, value in self.weights(model) if self.parts.writes}
 
     def whole(self, parameter: nn.Parameter) -> torch.Tensor:
         """The value of a parameter of the model, of which a process may hold only a part; collective."""
         return parameter.detach()
 
-    def states(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    def whole_states(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Whole state of one parameter after the other, on the CPU; all processes must go through it together."""
-        optimizer = plain_optimizer(self.trainer)
+        optimizer = plain_optimizer(self.parts)
         for name, parameter in self.model.named_parameters():
             if parameter in optimizer.state:
                 yield name, {key: _to_cpu(value) for key, value in optimizer.state[parameter].items()}
 
-    def give_whole(self, state: State) -> None:
-        """Put what :meth:`states` of any engine gave, into this one."""
-        optimizer = plain_optimizer(self.trainer)
+    def import_whole(self, state: State) -> None:
+        """Put what :meth:`whole_states` of any engine gave, into this one."""
+        optimizer = plain_optimizer(self.parts)
         names = {id(p): name for name, p in self.model.named_parameters()}
         described = optimizer.state_dict()
         described["state"] = {}
@@ -168,7 +177,7 @@ class Engine:
 
     # ------------------------------------------------------------------ end
 
-    def leave(self) -> Any:
+    def finalize(self) -> Any:
         """The plain model after training, on every process."""
         model = self.model
         restore_forward(model)
@@ -176,7 +185,7 @@ class Engine:
 
 
 def plain_optimizer(owner: Any) -> torch.optim.Optimizer:
-    """The torch optimizer under all wrappers of a trainer's, or of a schedule's."""
+    """The torch optimizer under all wrappers of a run's, or of a schedule's."""
     optimizer: Any = owner.optimizer
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer

@@ -15,7 +15,7 @@ autocast decides by operation what computes in it, as under DDP, which leaves no
 
 The Trainer and accelerate prepare the rest of it. accelerate leaves a model alone that FSDP2 holds already, but finds
 the parameters of the optimizer by the addresses of their parts, which are all 0 for parts without entries; hence
-:meth:`Fsdp2Engine.adopt`.
+:meth:`Fsdp2Engine.repair`.
 """
 
 from __future__ import annotations
@@ -30,13 +30,11 @@ from accelerate.utils import convert_outputs_to_fp32
 from accelerate.utils.modeling import get_mixed_precision_context_manager
 from torch import nn
 
-from apt_trainer.surgery.slicing import Keep
-from apt_trainer.surgery.tuning import base_weight_names
+from apt_trainer.surgery.slicing import Edits, Keep, NewValues
 from apt_trainer.tensors import fully_sharded
 from apt_trainer.tensors.partitioned import make_whole, split_as, whole_value
 from apt_trainer.training.engines.base import Engine, plain_optimizer
-from apt_trainer.training.engines.groups import parameter_groups
-from apt_trainer.training.engines.state import Edits, State, follow
+from apt_trainer.training.engines.state import State, follow
 
 
 class Fsdp2Engine(Engine):
@@ -44,50 +42,41 @@ class Fsdp2Engine(Engine):
 
     needs = ("fsdp2",)
 
-    def place(self, model: nn.Module) -> nn.Module:
+    def place_teacher(self, model: nn.Module) -> nn.Module:
         """In host memory, until the student is split and it can be too."""
         return model
 
-    def bring(self, model: nn.Module) -> None:
-        model.to(self.trainer.args.device)
+    def place_student(self, model: nn.Module) -> None:
+        model.to(self.parts.device)
 
-    def split(self) -> None:
-        self.enclose(self.trainer.model)
-
-    def enclose(self, model: nn.Module) -> None:
+    def wrap(self, model: nn.Module) -> None:
         """Put FSDP2 on block by block; accelerate would need the whole model for that."""
-        trainer = self.trainer
-        plugin = trainer.accelerator.state.fsdp_plugin
+        accelerator = self.parts.accelerator
+        plugin = accelerator.state.fsdp_plugin
         plugin.auto_wrap_policy = None  # or accelerate would look for layers by the names of their classes
-        blocks = [model.get_submodule(path) for path in trainer.pruner.family.block_modules(model)]
+        blocks = [model.get_submodule(path) for path in self.parts.family.block_modules(model)]
         mesh, policy = self._mesh(model), self._policy()
         fully_sharded.shard(model, blocks, mesh, policy, bool(plugin.reshard_after_forward))
         if policy.param_dtype is not None:
-            _autocast(model, trainer.accelerator)
+            _autocast(model, accelerator)
 
-    def adopt(self) -> None:
+    def repair(self) -> None:
         """Give the optimizer the parameters that the model has."""
-        trainer, model = self.trainer, self.model
-        base, rates = base_weight_names(model, trainer.pruner.family), {True: 1.0, False: 0.0}
-        decayed = set(trainer.get_decay_parameter_names(model))
-        groups = parameter_groups(model, base, trainer.optimizer_ages, rates, trainer.args.weight_decay, decayed)
-        for held, group in zip(plain_optimizer(trainer).param_groups, groups, strict=True):
+        held_groups, groups = plain_optimizer(self.parts).param_groups, self.parts.groups(self.model)
+        for held, group in zip(held_groups, groups, strict=True):
             held["params"] = group["params"]
-
-    def check(self) -> None:
-        self.adopt()
 
     def settle(self) -> None:
         """Let go of parameters that an evaluation has left whole."""
         fully_sharded.reshard(self.model)
 
-    def loosen(self) -> Any:
+    def unwrap(self) -> Any:
         """The model with its parameters split and no hook of FSDP2 on it."""
         self.settle()
         fully_sharded.strip(self.model)
-        return super().loosen()
+        return super().unwrap()
 
-    def carried(self, edits: Edits) -> State:
+    def export_state(self, edits: Edits) -> State:
         names = {name for name, _ in self.model.named_parameters()}
         state, self._state = self._state, {}
         carried: State = {}
@@ -98,13 +87,12 @@ class Fsdp2Engine(Engine):
                 carried[name] = {key: _followed(value, key, of_edits) for key, value in of_parameter.items()}
         return carried
 
-    def leave(self) -> Any:
+    def finalize(self) -> Any:
         """The plain model, whole on every process."""
-        model = self.loosen()
+        model = self.unwrap()
         self.release()
         make_whole(model)
-        self.trainer.is_fsdp_enabled = False  # what follows is evaluation of a plain model
-        self.trainer.accelerator._models[:] = [model]  # or evaluation would put mixed precision on it once more
+        self.parts.accelerator._models[:] = [model]  # or evaluation would put mixed precision on it once more
         model.__dict__.pop("_is_accelerate_prepared", None)
         return model
 
@@ -127,12 +115,12 @@ class Fsdp2Engine(Engine):
         split = next((p for p in model.parameters() if fully_sharded.is_dtensor(p)), None)
         if split is not None:
             return split.device_mesh  # type: ignore[attr-defined]
-        return init_device_mesh(self.trainer.args.device.type, (dist.get_world_size(),))
+        return init_device_mesh(self.parts.device.type, (dist.get_world_size(),))
 
     def _policy(self) -> Any:
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
-        if self.trainer.accelerator.mixed_precision != "bf16":
+        if self.parts.accelerator.mixed_precision != "bf16":
             return MixedPrecisionPolicy()
         return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
 
@@ -150,6 +138,8 @@ def _followed(value: Any, key: str, edits: list[Any]) -> Any:
     if not torch.is_tensor(value):
         return value
     for edit in edits:
+        if isinstance(edit, NewValues):
+            continue
         if fully_sharded.is_dtensor(value) and isinstance(edit, Keep) and edit.dim > 0:
             value = fully_sharded.cut_part(value, edit.dim, edit.index)
         else:

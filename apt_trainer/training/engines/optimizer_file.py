@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from apt_trainer.errors import UserError
 from apt_trainer.store.events import read_json
-from apt_trainer.training.checkpoint_form import check_optimizer
+from apt_trainer.training.checkpoints.form import check_optimizer
 from apt_trainer.training.engines import engine_of
 from apt_trainer.training.engines.state import STEP, State
 
@@ -28,7 +28,7 @@ def save_optimizer(trainer: Any, folder: Path) -> None:
     """Write the optimizer of ``trainer``; all processes must call it, one writes."""
     tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, dict[str, float]] = {}
-    for name, state in engine_of(trainer).states():
+    for name, state in engine_of(trainer).whole_states():
         if not trainer.args.should_save:
             continue
         for key, value in state.items():

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from apt_trainer.surgery.slicing import Grow, Keep
+from apt_trainer.surgery.slicing import Edit, Edits, Grow, Keep, NewValues
 from apt_trainer.tensors.partitioned import cut_in_place
 
-Edits = Mapping[str, list[Keep | Grow]]
 State = dict[str, dict[str, Any]]
 """Parameter name → {state name: tensor or number}."""
 
@@ -51,7 +50,7 @@ def carry(state: State, edits: Edits) -> State:
     return carried
 
 
-def follow(value: Any, key: str, edits: list[Keep | Grow], in_place: bool = False) -> Any:
+def follow(value: Any, key: str, edits: list[Edit], in_place: bool = False) -> Any:
     """One entry of :func:`carry`; numbers and tensors without dimensions stay as they are.
 
     ``in_place``: ``value`` is cut in its own memory, all of which the result then keeps.
@@ -62,7 +61,7 @@ def follow(value: Any, key: str, edits: list[Keep | Grow], in_place: bool = Fals
         if isinstance(edit, Keep):
             select = cut_in_place if in_place else torch.index_select
             value = select(value, edit.dim, edit.index.to(value.device))
-        else:
+        elif isinstance(edit, Grow):
             shape = list(value.shape)
             shape[edit.dim] = edit.extra
             fill = value.mean() if key in SCALES else value.new_zeros(())
@@ -70,12 +69,14 @@ def follow(value: Any, key: str, edits: list[Keep | Grow], in_place: bool = Fals
     return value
 
 
-def follow_master(value: torch.Tensor, edits: list[Keep | Grow], new: torch.Tensor) -> torch.Tensor:
-    """Float32 values after ``edits``: of survivors as they were, of new entries those in ``new``, which has the shape
-    after all edits."""
+def follow_master(value: torch.Tensor, edits: list[Edit], new: torch.Tensor) -> torch.Tensor:
+    """Float32 values after ``edits``: of survivors as they were, of new entries and new values those in ``new``, which
+    has the shape after all edits."""
     survives = torch.ones_like(value, dtype=torch.bool)
     for edit in edits:
-        if isinstance(edit, Grow):
+        if isinstance(edit, NewValues):
+            survives = torch.zeros_like(survives)
+        elif isinstance(edit, Grow):
             value, survives = _append_zeros(value, edit), _append_zeros(survives, edit)
         else:
             value = value.index_select(edit.dim, edit.index.to(value.device))

@@ -21,6 +21,7 @@ Uses names of DeepSpeed that are not documented (``libraries.private_names``).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,9 +31,9 @@ from torch.nn import functional as F
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from apt_trainer.tensors import partitioned as partition
-from apt_trainer.tensors.partitioned import make_whole, move_buffers, shape_of, whole
-from apt_trainer.training.engines.state import MASTER, STEP
-from apt_trainer.training.engines.zero import Shard, ZeroEngine
+from apt_trainer.tensors.partitioned import make_whole, move_buffers, whole
+from apt_trainer.training.engines.flat_optimizer import PartitionedOptimizer
+from apt_trainer.training.engines.zero import ZeroEngine
 
 
 class Zero3Engine(ZeroEngine):
@@ -41,18 +42,23 @@ class Zero3Engine(ZeroEngine):
     needs = ("zero", "zero3")
     leaves_cycles = True
 
-    def split(self) -> None:
+    @cached_property
+    def _optimizer(self) -> PartitionedOptimizer:
+        return PartitionedOptimizer(self._engine.optimizer, self._engine.device)
+
+    def wrap(self, model: nn.Module) -> None:
         """Partition the model parameter by parameter, in the type it trains in; DeepSpeed would put the whole of it on
         the device first."""
         import deepspeed
 
-        model, plugin = self.trainer.model, self.trainer.args.deepspeed_plugin
-        dtype = torch.bfloat16 if self.trainer.args.bf16 else torch.float32
+        if partition.is_partitioned(next(model.parameters())):
+            return
+        dtype = self.parts.dtype
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
-        zero = plugin.deepspeed_config["zero_optimization"]
-        carried = 3 if self.trainer.args.bf16 else 2  # two moments, and values in float32
-        zero.setdefault("sub_group_size", max(1, self._layer_part() // carried))
+        zero = self._plugin.deepspeed_config["zero_optimization"]
+        carried = 2 if dtype == torch.float32 else 3  # two moments, and values in float32
+        zero.setdefault("sub_group_size", max(1, self._block_part(model) // carried))
         settings = {
             "train_batch_size": dist.get_world_size(),  # asked for, not used
             "bf16": {"enabled": dtype == torch.bfloat16},
@@ -62,34 +68,34 @@ class Zero3Engine(ZeroEngine):
         deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=dtype)
         move_buffers(model, next(model.parameters()).device)
 
-    def place(self, model: nn.Module) -> nn.Module:
+    def place_teacher(self, model: nn.Module) -> nn.Module:
         """In host memory, until the student is partitioned and it can be too."""
         return model
 
-    def check(self) -> None:
-        super().check()
+    def repair(self) -> None:
+        super().repair()
         # Generation in an evaluation asks this for whether all processes must go on until the last one is done.
-        set_hf_deepspeed_config(self.trainer.args.deepspeed_plugin.hf_ds_config)
+        set_hf_deepspeed_config(self._plugin.hf_ds_config)
 
     def settle(self) -> None:
         """Wait for parameters that were fetched ahead, and let go of them again."""
         self._coordinator()._clean_inflight_param_registry()
 
-    def loosen(self) -> Any:
+    def unwrap(self) -> Any:
         """The model with all parameters partitioned and no hook of the engine on it."""
         from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
         self._coordinator().release_and_reset_all(self.model)
-        self._zero.parameter_offload.destroy()
+        self._engine.optimizer.parameter_offload.destroy()
         partition.strip_modules(self.model)
         FWD_MODULE_STACK.clear()
-        self._forget_gradients()
-        model = super().loosen()
-        self._forget_weights()
+        self._optimizer.forget_gradients()
+        model = super().unwrap()
+        self._optimizer.forget_weights()
         return model
 
     def release(self) -> None:
-        dead, offload = list(self._trained.values()), self._zero.parameter_offload
+        dead, offload = list(self._trained.values()), self._engine.optimizer.parameter_offload
         super().release()
         # Cycles through hooks in C++, which the garbage collector does not see.
         for parameter in dead:
@@ -98,11 +104,11 @@ class Zero3Engine(ZeroEngine):
         offload.param_coordinator.__dict__.clear()
         offload.__dict__.clear()
 
-    def leave(self) -> Any:
+    def finalize(self) -> Any:
         """The plain model, whole on every process."""
         from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Patches
 
-        model = super().leave()
+        model = super().finalize()
         make_whole(model)
         F.linear = getattr(Patches, "linear_bk", F.linear)  # which DeepSpeed has replaced by its own
         unset_hf_deepspeed_config()  # or models that are loaded from now on would be partitioned
@@ -121,69 +127,18 @@ class Zero3Engine(ZeroEngine):
 
     # ------------------------------------------------------------------ inside
 
+    @property
+    def _plugin(self) -> Any:
+        return self.parts.accelerator.state.deepspeed_plugin
+
     def _coordinator(self) -> Any:
-        return self._zero.parameter_offload.get_param_coordinator()
+        return self._engine.optimizer.parameter_offload.get_param_coordinator()
 
-    def _layer_part(self) -> int:
-        """Entries of one layer of the model at first that one process has."""
-        pruner = self.trainer.pruner
-        layers = len(pruner.family.block_modules(self.trainer.model))
-        return int(pruner.block_cost.total(pruner.origin.plan.counts)) // (layers * dist.get_world_size())
-
-    def _forget_gradients(self) -> None:
-        """All are nought between two steps."""
-        self._zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.clear()
-        self._zero.grad_partitions_flat_buffer = None
-        self._zero.ipg_buckets = {}
-        for flat in self._flats():  # there if the optimizer is offloaded
-            flat.grad = None
-
-    def _forget_weights(self) -> None:
-        """Those that train, of which the model has copies now; not the float32 ones beside half-precision ones."""
-        self._zero.fp16_partitioned_groups.clear()
-        self._zero.fp16_partitioned_groups_flat.clear()
-        self._zero.lp_param_buffer = None
-        for parameter in self._trained.values():
-            parameter.ds_tensor.data = parameter.ds_tensor.data[:0].clone()  # type: ignore[attr-defined]
-        for flat, members in zip(self._flats(), self._groups(), strict=True):
-            if members[0].dtype == torch.float32:
-                flat.data = flat.data[:0].clone()
-
-    def _kept(self, group: int, old: nn.Parameter, key: str, edits: list[Any], new: nn.Parameter) -> Any:
-        if edits or key == STEP:
-            return super()._kept(group, old, key, edits, new)
-        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-
-        part = safe_get_local_fp32_param(old) if key == MASTER else safe_get_local_optimizer_state(old, key)
-        return Shard(part.detach().to("cpu", copy=True), shape_of(old))
-
-    def _let_go(self, group: int) -> None:
-        flat = self._flats()[group]
-        flat.data = flat.data[:0].clone()
-        self._inner_state(group).clear()
-
-    def _filled_together(self) -> list[range]:
-        return [range(number, number + 1) for number in range(len(self._groups()))]
-
-    def _groups(self) -> list[list[nn.Parameter]]:
-        return self._zero.fp16_groups  # type: ignore[no-any-return]
-
-    def _flats(self) -> list[torch.Tensor]:
-        return self._zero.fp32_partitioned_groups_flat  # type: ignore[no-any-return]
-
-    def _link(self) -> None:
-        """Nothing to link: parameters are found by their number."""
-
-    def _write(self, parameter: nn.Parameter, value: Shard | torch.Tensor, key: str) -> None:
-        # DeepSpeed's setters of whole values leave out the padding of sizes that processes do not divide.
-        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-
-        part = (value if isinstance(value, Shard) else Shard.of(value)).part.float()
-        assert part.numel() == parameter.ds_tensor.numel(), "partitioned in another way"  # type: ignore[attr-defined]
-        if key == MASTER:
-            safe_set_local_fp32_param(parameter, part)
-        else:
-            safe_set_local_optimizer_state(parameter, part, key)
+    def _block_part(self, model: nn.Module) -> int:
+        """Entries of one block of ``model`` that a process has, on average, without adapters."""
+        blocks = [model.get_submodule(path) for path in self.parts.family.block_modules(model)]
+        named = (named for block in blocks for named in block.named_parameters() if ".lora_" not in named[0])
+        return sum(parameter.numel() for _, parameter in named) // (len(blocks) * dist.get_world_size())
 
 
 def _forget_modules(coordinator: Any) -> None:

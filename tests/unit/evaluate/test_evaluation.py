@@ -94,7 +94,7 @@ def test_interval_weighs_examples():
 def test_interval_does_not_depend_on_what_is_held_at_a_time(monkeypatch):
     values = np.random.default_rng(3).normal(size=50)
     whole = mean_interval(values, resamples=301)
-    monkeypatch.setattr(bootstrap, "_CELLS", 50 * 100)
+    monkeypatch.setattr(bootstrap, "CELLS", 50 * 100)
     assert mean_interval(values, resamples=301) == pytest.approx(whole, rel=1e-12)
     with pytest.raises(UserError, match="no examples"):
         mean_interval([])

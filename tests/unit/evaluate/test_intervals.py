@@ -73,7 +73,7 @@ def test_what_follows_from_sums_is_drawn_as_means_are(monkeypatch: pytest.Monkey
 
     found = summed_intervals(rows, mean, resamples=301, seed=5)
     assert found["mean"] == pytest.approx(mean_interval(values, weights, resamples=301, seed=5), rel=1e-9)
-    monkeypatch.setattr(bootstrap, "_CELLS", 50 * 100)
+    monkeypatch.setattr(bootstrap, "CELLS", 50 * 100)
     assert summed_intervals(rows, mean, resamples=301, seed=5)["mean"] == pytest.approx(found["mean"], rel=1e-9)
     narrow = summed_intervals(rows, mean, confidence=0.5)["mean"]
     wide = summed_intervals(rows, mean)["mean"]

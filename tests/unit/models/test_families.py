@@ -34,8 +34,10 @@ from apt_trainer.models.batch import of_stack, real_tokens
 from apt_trainer.models.modeling_apt import STUB_KINDS
 from apt_trainer.plan.cost import flops_cost, parameter_cost
 from apt_trainer.plan.pruning_plan import PruningPlan
-from apt_trainer.scoring import Magnitude, Salience, Taylor
 from apt_trainer.scoring.kurtosis import contributions
+from apt_trainer.scoring.magnitude import Magnitude
+from apt_trainer.scoring.salience import Salience
+from apt_trainer.scoring.taylor import Taylor
 from apt_trainer.store.saved_model import as_pruned
 from apt_trainer.surgery.adapters import adapters, grow_rank, merge_adapters
 from apt_trainer.surgery.cutting import apply_plan

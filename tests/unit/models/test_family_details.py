@@ -36,9 +36,9 @@ from apt_trainer.plan.limits import Limits
 from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.plan.selection import select
 from apt_trainer.pruning import latency_cost as latency_module
+from apt_trainer.store.saving import reload_difference
 from apt_trainer.surgery.cutting import apply_plan
 from apt_trainer.surgery.masks import MaskStore
-from apt_trainer.training.checkpoint import reload_difference
 
 OTHER_HEADS = [
     (name, task)

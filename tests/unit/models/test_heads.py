@@ -25,9 +25,9 @@ from apt_trainer.scoring.sublayers.impact import Losses, impacts
 from apt_trainer.scoring.sublayers.loss import exp_loss
 from apt_trainer.scoring.sublayers.units import Unit, Units, find_units
 from apt_trainer.scoring.sublayers.windows import from_text
+from apt_trainer.store.saving import save_pruned
 from apt_trainer.studies import lists
 from apt_trainer.studies.select import Budget, ImpactRanker, RandomRanker, ReverseRanker, candidates_of, choose
-from apt_trainer.training.checkpoint import save_pruned
 
 TOLERANCE = 1e-5
 

@@ -15,8 +15,9 @@ from apt_trainer.models import HIDDEN
 from apt_trainer.models.batch import of_stack, real_tokens
 from apt_trainer.plan.schedule import make_schedule
 from apt_trainer.pruning.pruner import AdaptivePruner
-from apt_trainer.scoring import Salience, Taylor
 from apt_trainer.scoring.calibration import shares
+from apt_trainer.scoring.salience import Salience
+from apt_trainer.scoring.taylor import Taylor
 from apt_trainer.settings import MethodSettings
 
 FAMILIES = {"bert": "ForSequenceClassification", "distilbert": "ForSequenceClassification", **LANGUAGE_MODELS}
@@ -136,7 +137,7 @@ def test_the_outlier_term_keeps_its_share_whatever_the_number_of_batches() -> No
     batch = batches_of(model, (4,))
     scores = []
     for number in (1, 5):
-        pruner = pruner_of(tiny_model("llama", "ForCausalLM"), outlier_scaling="none")
+        pruner = pruner_of(tiny_model("llama", "ForCausalLM"), preset="official")
         pruner.calibrate(batch * number, lambda batch, pruner=pruner: pruner.model(**batch).loss)
         scores.append(pruner.importance.scores(pruner.model))
     assert all(torch.allclose(values, scores[1][space], rtol=1e-4) for space, values in scores[0].items())
@@ -209,8 +210,8 @@ def test_a_plain_loop_cuts_at_step_0_and_grows_ranks_after_it(name: str) -> None
         assert not pruner.masks.is_open and pruner.plan is plan
     assert kinds == {3: "grow", 6: "grow"}
     assert hooks(model) == 0 and HIDDEN in plan.counts
-    budget = 4 * pruner.adapter_parameters_at_start
+    budget = 4 * pruner.growth.parameters_at_start
     ranks = pruner.describe(8, "")["ranks"]
     assert max(ranks.values()) > 2
-    widths = pruner._adapter_widths(plan)
+    widths = pruner.growth.widths(plan)
     assert sum(rank * widths[path] for path, rank in ranks.items()) <= budget

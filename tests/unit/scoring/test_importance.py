@@ -27,20 +27,15 @@ from transformers import PreTrainedModel
 
 from apt_trainer.models import HIDDEN, Space
 from apt_trainer.plan.pruning_plan import PruningPlan
-from apt_trainer.scoring import (
-    IMPORTANCES,
-    Cosine,
-    Importance,
-    Magnitude,
-    Nri,
-    Random,
-    Salience,
-    Taylor,
-    make_importance,
-)
+from apt_trainer.scoring import IMPORTANCES, Importance, make_importance
+from apt_trainer.scoring.cosine import Cosine
 from apt_trainer.scoring.kurtosis import contributions, root_kurtosis
-from apt_trainer.scoring.salience import OUTLIER_EVERY
-from apt_trainer.settings import CHOICES, AdapterSettings, PruningSettings
+from apt_trainer.scoring.magnitude import Magnitude
+from apt_trainer.scoring.nri import Nri
+from apt_trainer.scoring.random import Random
+from apt_trainer.scoring.salience import OUTLIER_EVERY, Salience
+from apt_trainer.scoring.taylor import Taylor
+from apt_trainer.settings import CHOICES, MethodSettings, PruningSettings
 from apt_trainer.surgery.cutting import apply_plan
 from apt_trainer.surgery.tuning import set_trainable
 
@@ -100,7 +95,7 @@ def test_salience_is_the_moving_average_of_sums_of_magnitudes(name: str, trained
     family, spaces, dense = parts(model)
     if trained == "adapters":
         adapted(model)
-        set_trainable(model, family, "adapters", AdapterSettings(), ())
+        set_trainable(model, family, "adapters", MethodSettings(), ())
     batches = steps_of(model, 3)
     places = [place for space in spaces for place in places_of(space)]
     expected = {space.name: torch.zeros(space.size) for space in spaces}
@@ -582,14 +577,16 @@ RULES = {"salience": Salience, "magnitude": Magnitude, "taylor": Taylor, "random
 def test_every_choice_makes_its_rule() -> None:
     assert set(IMPORTANCES) == set(CHOICES["importance"]) == {*RULES, "nri"}
     rule = make_importance(PruningSettings(importance="nri", nri_cost="memory"), seed=3)
-    assert isinstance(rule, Nri) and rule.cost == "memory" and rule.needs_data and not rule.densities
+    assert isinstance(rule, Nri) and rule.cost == "memory" and rule.scored == "cut" and not rule.densities
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_can_be_made_from_settings(name: str) -> None:
-    rule = make_importance(PruningSettings(importance=name, salience_decay=0.5, outlier_weight=0.7), seed=3)
+    settings = PruningSettings(importance=name, salience_decay=0.5, preset_overrides={"outlier_weight": 0.7})
+    rule = make_importance(settings, seed=3)
     assert isinstance(rule, RULES[name])
-    assert rule.needs_data == (name not in ("magnitude", "random")) and (rule.decay == 0.5 or not rule.needs_data)
+    assert rule.scored == ("weights" if name in ("magnitude", "random") else "steps")
+    assert rule.decay == 0.5 or rule.scored == "weights"
     assert getattr(rule, "outlier_weight", 0.7) == 0.7
     model = tiny_model("bert").train()
     _, spaces, dense = parts(model)

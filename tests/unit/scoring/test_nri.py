@@ -20,9 +20,9 @@ from apt_trainer.plan.limits import Limits
 from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.plan.schedule import make_schedule
 from apt_trainer.plan.selection import select
-from apt_trainer.pruning import impact_pass
 from apt_trainer.pruning.pruner import AdaptivePruner
-from apt_trainer.scoring import Nri
+from apt_trainer.scoring import nri
+from apt_trainer.scoring.nri import Nri
 from apt_trainer.scoring.sublayers.costs import Shape, shares, unit_costs
 from apt_trainer.scoring.sublayers.impact import Impact, Losses, impacts
 from apt_trainer.scoring.sublayers.units import Units, find_units
@@ -81,7 +81,7 @@ def test_nri_is_that_of_the_command(name: str, cost: str) -> None:
 
 
 def test_seconds_are_shared_within_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(impact_pass, "Shape", partial(Shape, max_seconds=0.2))
+    monkeypatch.setattr(nri, "Shape", partial(Shape, max_seconds=0.2))
     model = tiny_model("llama", "ForCausalLM")
     timed, plain = (
         measured(pruner_of(tiny_model("llama", "ForCausalLM"), nri_cost=c), batches_of(model))
@@ -99,7 +99,7 @@ def test_seconds_are_shared_within_a_kind(monkeypatch: pytest.MonkeyPatch) -> No
 def test_nothing_is_timed_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = type(tiny_model("llama", "ForCausalLM"))(tiny_model("llama", "ForCausalLM").config)
-    assert set(pruner_of(model, nri_cost="latency").impact.costs.values()) == {1.0}  # type: ignore[union-attr]
+    assert set(pruner_of(model, nri_cost="latency").importance.costs.values()) == {1.0}  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "t5"])
@@ -225,7 +225,8 @@ def test_the_choice_is_that_of_the_command_at_an_equal_budget(name: str, cost: s
     for count in range(1, len(candidates)):
         chosen = {units.members[unit][0].space for unit in choose(candidates, "joint", Budget(count), ranker).units}
         left = budget.total({space: 0 if space in chosen else size for space, size in dense.counts.items()})
-        plan = select(pruner.importance.scores(model), spaces, dense, pruner.cost, left * (1 + 1e-9), pruner.limits)
+        own, scores = pruner.budget, pruner.importance.scores(model)
+        plan = select(scores, spaces, dense, own.cost, left * (1 + 1e-9), own.limits)
         assert {space for space, size in plan.counts.items() if size == 0} == chosen
 
 

@@ -28,9 +28,10 @@ from apt_trainer.scoring.sublayers.impact import Impact, Losses, impacts
 from apt_trainer.scoring.sublayers.loss import exp_loss
 from apt_trainer.scoring.sublayers.units import Unit, Units, find_units
 from apt_trainer.scoring.sublayers.windows import from_rows, from_text
+from apt_trainer.store.saving import save_pruned
 from apt_trainer.studies import lists
 from apt_trainer.studies.classes import layer_classes
-from apt_trainer.studies.metrics import kv_bytes, sdr, sdr_relative
+from apt_trainer.studies.metrics import sdr, sdr_relative
 from apt_trainer.studies.select import (
     Budget,
     CosineRanker,
@@ -41,7 +42,6 @@ from apt_trainer.studies.select import (
     choose,
     choose_consecutive,
 )
-from apt_trainer.training.checkpoint import save_pruned
 
 MODELS = LANGUAGE_MODELS | {
     "bert": "ForMaskedLM",
@@ -677,13 +677,6 @@ def test_relative_sdr_and_no_speed_up() -> None:
     assert sdr_relative(80.0, 76.0, 1.25) == pytest.approx(5.0 / 25)
     assert sdr(80.0, 76.0, 1.004) is None and sdr_relative(80.0, 76.0, 0.996) is None
     assert sdr(80.0, 76.0, 0.9) == pytest.approx(-0.4)
-
-
-def test_kv_bytes_of_the_paper() -> None:
-    assert kv_bytes(32, 8, 128, 64, 2048) == 16 * 2**30  # Mistral-7B
-    assert kv_bytes(20, 8, 128, 64, 2048) == 10 * 2**30
-    assert kv_bytes(80, 8, 128, 32, 2048) == 20 * 2**30  # Llama-2-70B
-    assert kv_bytes(40, 8, 128, 32, 2048) == 10 * 2**30
 
 
 # ---------------------------------------------------------------------- calibration data

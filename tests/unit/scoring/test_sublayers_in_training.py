@@ -12,8 +12,8 @@ from apt_trainer.models import HIDDEN
 from apt_trainer.models.batch import real_tokens
 from apt_trainer.plan.limits import Limits
 from apt_trainer.plan.selection import select
-from apt_trainer.scoring import Cosine
 from apt_trainer.scoring.calibration import calibrate
+from apt_trainer.scoring.cosine import Cosine
 from apt_trainer.scoring.sublayers.cosine import cosine_scores
 from apt_trainer.scoring.sublayers.units import find_units
 from apt_trainer.settings import MethodSettings

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from apt_trainer.scoring.taps import Tap, TapContext
-from apt_trainer.settings import AdapterSettings
+from apt_trainer.settings import MethodSettings
 from apt_trainer.surgery.masks import MaskStore
 from apt_trainer.surgery.tuning import set_trainable
 
@@ -228,7 +228,7 @@ def test_a_place_without_gradient_records_0() -> None:
     model = tiny_model("bert").train()
     family, spaces, _ = parts(model)
     adapted(model)
-    set_trainable(model, family, "adapters", AdapterSettings(), ())
+    set_trainable(model, family, "adapters", MethodSettings(), ())
     places = places_of_adapted(model, spaces)
     seen = observe_by_hand(model, tiny_batch(model), places)
     sums, _ = tap_all(model, places, TapContext())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from apt_trainer.errors import UserError
 from apt_trainer.settings.config import APTConfig
+from apt_trainer.settings.presets import PRESETS
 from apt_trainer.settings.recipe import check_recipe, load_recipe, read_values
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -67,7 +69,7 @@ def test_without_a_file(tmp_path):
         (["--target_sparsity", "1"], "target_sparsity", 1),
         (["--tune_embeddings"], "tune_embeddings", True),
         (["--tune_embeddings", "--seed", "1"], "tune_embeddings", True),
-        (["--train_head", "false"], "train_head", False),
+        (["--preset_overrides", "{train_head: false}"], "preset_overrides", {"train_head": False}),
         (["--prune_targets", "heads", "neurons"], "prune_targets", ["heads", "neurons"]),
         (["--prune_targets", "heads"], "prune_targets", ["heads"]),
         (["--prune_targets", "[heads, neurons]"], "prune_targets", ["heads", "neurons"]),
@@ -93,6 +95,30 @@ def test_override_forms(words, key, value):
     read = read_values(None, words)[key]
     assert read == value
     assert type(read) is type(value)
+
+
+def test_keys_that_a_preset_holds_now_are_read_with_one_warning(recipe_file):
+    recipe = recipe_file("preset: paper\nrank_score: signed\noutlier_weight: 0.2")
+    with pytest.warns(FutureWarning, match="rank_score, outlier_weight, train_head are values of a") as told:
+        training = load_recipe(recipe, ["--train_head", "false"]).training
+    assert len(told) == 1 and not hasattr(training, "rank_score")
+    assert training.details == replace(PRESETS["paper"], rank_score="signed", outlier_weight=0.2, train_head=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rank_rule", "papers"], "rank_rule='papers' is not known.*Did you mean 'paper'"),
+        (["--outlier_weight", "-1"], "outlier_weight=-1 must be a number from 0"),
+        (["--train_head", "3"], "train_head=3 has the wrong type"),
+        (["--preset_overrides", "{train_heads: false}"], "key='train_heads' is not known.*Did you mean 'train_head'"),
+        (["--preset", "papers"], "preset='papers' is not known.*Did you mean 'paper'"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_values_that_no_preset_can_have(tmp_path, words, message):
+    with pytest.raises(UserError, match=message):
+        check_recipe(None, ["--output_dir", str(tmp_path), *words])
 
 
 def test_null_unsets_a_list(recipe_file):

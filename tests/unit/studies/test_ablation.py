@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import fcntl
 import io
 import json
 import os
@@ -14,7 +13,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from apt_trainer.report.comparison import compare, read_results, rows, to_csv
 from apt_trainer.report.html import to_html
 from apt_trainer.settings.recipe import read_values
 from apt_trainer.store.events import read_events
+from apt_trainer.store.lock import FolderLock
 from apt_trainer.studies.ablation import runner
 from apt_trainer.studies.ablation.study import read_study
 
@@ -232,13 +231,8 @@ def test_runs_die_with_a_study_that_is_killed(tmp_path):
         assert process.poll() is None
     process.kill()
     process.communicate()
-    with (tmp_path / "out/.lock").open("w") as lock:
-        end = time.monotonic() + 10
-        while time.monotonic() < end:  # a run that still lives holds the lock
-            with contextlib.suppress(BlockingIOError):
-                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            time.sleep(0.05)
-    pytest.fail("a run outlives its study")
+    with FolderLock(tmp_path / "out", patience=10):  # a run that still lives holds it
+        pass
 
 
 def test_runs_share_the_cores(monkeypatch, tmp_path):
@@ -260,7 +254,11 @@ def test_runs_share_the_cores(monkeypatch, tmp_path):
 def test_overrides_reach_the_run_as_the_study_gives_them(tmp_path):
     make_base(tmp_path)
     overrides = {"run_name": "5", "learning_rate": 1e-5, "prune_targets": ["heads"], "target_sparsity": None}
-    overrides |= {"eval_strategy": "no", "train_head": False, "lr_scheduler_kwargs": {"a": [1]}, "text_column": "null"}
+    overrides |= {
+        "eval_strategy": "no",
+        "lr_scheduler_kwargs": {"a": [1]},
+        "text_column": "null",
+    }
     study = read_study(write_study(tmp_path, seeds=[3, 1], variants={"a": None, "b": overrides}))
     assert [(run.seed, run.variant) for run in study.runs] == [(3, "a"), (3, "b"), (1, "a"), (1, "b")]
     run = study.runs[1]
@@ -354,7 +352,7 @@ def test_a_folder_with_another_run_is_refused_and_stays(copy):
 
 def test_a_folder_in_use_is_refused(copy):
     study = read_study(write_study(copy))
-    with runner._locked(study.output_dir), pytest.raises(UserError, match="is in use by another ablate"):
+    with FolderLock(study.output_dir), pytest.raises(UserError, match="Another run is writing to .* Wait for it"):
         runner.run_study(study)
     with pytest.raises(UserError, match="jobs=0 must be at least 1"):
         runner.run_study(study, jobs=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tiny import parts, tiny_model
 
-from apt_trainer.settings import AdapterSettings
+from apt_trainer.settings import MethodSettings
 from apt_trainer.surgery.tuning import set_trainable
 
 
@@ -16,7 +16,7 @@ def test_full_tuning_leaves_embeddings_out_unless_asked(family_name: str, task: 
     model = tiny_model(family_name, task)
     family, spaces, _ = parts(model)
     norms = [path for space in spaces for path in space.norms]
-    set_trainable(model, family, "full", AdapterSettings(tune_embeddings=embeddings), norms)
+    set_trainable(model, family, "full", MethodSettings(tune_embeddings=embeddings), norms)
     tables = {id(p) for path in family.embedding_modules(model) for p in model.get_submodule(path).parameters()}
     assert tables
     for name, parameter in model.named_parameters():

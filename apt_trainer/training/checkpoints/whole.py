@@ -1,7 +1,6 @@
 """Checkpoints appear as a whole, and one that is whole is found again.
 
-Each is written under another name and renamed once every process has written its part. Not for what is in one
-(``training.checkpoint``), nor for which is the best (``training.best_model``).
+Each is written under another name and renamed once every process has written its part.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from apt_trainer.errors import UserError
-from apt_trainer.training.checkpoint import STAGING, TRAINER_STATE_NAME, check_complete
+from apt_trainer.store.saving import STAGING
+from apt_trainer.training.checkpoints.state import TRAINER_STATE_NAME, check_complete
 from apt_trainer.training.evaluation_loop import EachRowOnce
 
 STAGED = f"{STAGING}checkpoint"

@@ -1,7 +1,7 @@
 """``load_best_model_at_end`` for a model that is cut while it trains: only evaluations within the final budget count.
 
 An evaluation before the last cut is one of a larger model, so it neither becomes the best nor keeps a checkpoint from
-being cleared away. See ``training.checkpoint`` for writing checkpoints, ``distillation`` for choosing a teacher.
+being cleared away. See ``distillation`` for choosing a teacher.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from apt_trainer.pruning.pruner import AdaptivePruner
 from apt_trainer.settings.config import APTConfig
 from apt_trainer.surgery import adapters as lora
 from apt_trainer.surgery.tuning import TRANSFORM
-from apt_trainer.training import checkpoint
+from apt_trainer.training.checkpoints import state
+from apt_trainer.training.checkpoints.whole import WholeCheckpoints
 from apt_trainer.training.engines.agreement import agree
 from apt_trainer.training.termination import StopOnSignal
-from apt_trainer.training.whole_checkpoints import WholeCheckpoints
 
 logger = logging.getLogger(__name__)
 
@@ -64,12 +64,12 @@ def load_weights(path: Path, model: nn.Module, pruner: AdaptivePruner) -> bool:
     The checkpoint may hold adapters of other ranks than the run ended with, or none: they are put back as they were,
     filled and merged again. Raises :class:`UserError` for an incomplete or damaged checkpoint.
     """
-    described = checkpoint.read_description(path)["pruner"]
+    described = state.read_description(path)["pruner"]
     if PruningPlan.from_json(described["plan"]) != pruner.plan:
         return False
     if described["ranks"]:
         lora.insert_of_ranks(pruner.model, described["ranks"], pruner.settings.lora_r, pruner.settings.lora_alpha)
-    checkpoint.load_training_weights(path / checkpoint.WEIGHTS_FILE, model, leave_out=TRANSFORM)
+    state.load_training_weights(path / state.WEIGHTS_FILE, model, leave_out=TRANSFORM)
     pruner.merge_adapters()
     return True
 
@@ -89,7 +89,7 @@ class BestWithinBudget(WholeCheckpoints):
             return
         found = self.state.best_model_checkpoint
         path = None if found is None or not Path(found).is_dir() else Path(found)
-        damaged = [] if path is None else [f for f in checkpoint.OF_WEIGHTS if checkpoint.damage(path / f) is not None]
+        damaged = [] if path is None else [f for f in state.OF_WEIGHTS if state.damage(path / f) is not None]
         if damaged:  # told, not raised: the final model is there
             self._tell(f"{', '.join(damaged)} of {path} is damaged or missing; the final model is kept.")
             found = path = None

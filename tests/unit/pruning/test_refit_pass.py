@@ -3,21 +3,57 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from tiny import LANGUAGE_MODELS, adapted, gap, logits, parts, random_plan, tiny_batch, tiny_model
+from tiny import LANGUAGE_MODELS, adapted, gap, hooks, logits, parts, random_plan, tiny_batch, tiny_model
 from transformers import PreTrainedModel
 
-from apt_trainer.models import HIDDEN, Space
+from apt_trainer.models import HIDDEN, ModelFamily, Space
 from apt_trainer.plan.pruning_plan import PruningPlan
+from apt_trainer.pruning import refit_pass
+from apt_trainer.pruning.refit_pass import RefitPass
+from apt_trainer.scoring.base import Batch
+from apt_trainer.scoring.calibration import calibrate
+from apt_trainer.scoring.salience import Salience
 from apt_trainer.surgery import refit as refit_module
 from apt_trainer.surgery.cutting import apply_plan
-from apt_trainer.surgery.refit import DAMPING, refit
+from apt_trainer.surgery.refit import DAMPING
+from apt_trainer.surgery.slicing import EditLog, NewValues
 
 MODELS = [("bert", "ForSequenceClassification"), ("distilbert", "ForTokenClassification"), *LANGUAGE_MODELS.items()]
+
+
+@dataclass
+class Given:
+    """Batches of one process, and the model that runs them."""
+
+    model: PreTrainedModel
+    given: Sequence[Batch | None]
+    passes: int = 0
+
+    def batches(self) -> Sequence[Batch | None]:
+        return self.given
+
+    def loss_of(self, batch: Batch) -> torch.Tensor:
+        self.passes += 1
+        return self.model(**batch).loss
+
+
+def refit(
+    model: PreTrainedModel,
+    family: ModelFamily,
+    spaces: Sequence[Space],
+    dense: PruningPlan,
+    plan: PruningPlan,
+    batches: Sequence[Batch | None],
+    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+) -> list[str]:
+    return RefitPass(model, family, spaces)(dense, plan, Given(model, batches), reduce, EditLog())
 
 
 def inputs_of(model: PreTrainedModel, space: Space, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -53,7 +89,7 @@ def test_equals_an_independent_least_squares(family: str, task: str) -> None:
         for space in spaces
         if space.gate and space.stack == table.stacks[0].stack
     }
-    solved = refit(model, table, spaces, dense, plan, lambda: batches, lambda batch: model(**batch))
+    solved = refit(model, table, spaces, dense, plan, batches)
     survivors = dense.survivors(plan)
     assert set(solved) == {s.gate for s in spaces if s.gate and s.name in survivors and plan.counts[s.name]}
     for space in spaces:
@@ -97,7 +133,7 @@ def test_what_others_can_say_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> Non
     expected = logits(model, batch)
     cut = copy.deepcopy(model)
     apply_plan(cut, table, spaces, dense, plan)
-    refit(model, table, spaces, dense, plan, lambda: [batch], lambda b: model(**b))
+    refit(model, table, spaces, dense, plan, [batch])
     apply_plan(model, table, spaces, dense, plan)
     assert gap(logits(model, batch), expected) < 1e-3 < 0.1 * gap(logits(cut, batch), expected)
 
@@ -106,11 +142,12 @@ def test_matrices_that_do_not_fit_together_have_passes_of_their_own(monkeypatch:
     model = tiny_model("llama", "ForCausalLM")
     table, spaces, dense = parts(model)
     plan, batch = random_plan(spaces, dense, 7, kinds=("heads", "neurons")), tiny_batch(model)
-    other, passes = copy.deepcopy(model), []
-    refit(model, table, spaces, dense, plan, lambda: [batch], lambda b: model(**b))
-    monkeypatch.setattr(refit_module, "GROUP_BYTES", 1)
-    solved = refit(other, table, spaces, dense, plan, lambda: [batch], lambda b: passes.append(other(**b)))
-    assert len(passes) == len(solved) > 1
+    other = copy.deepcopy(model)
+    refit(model, table, spaces, dense, plan, [batch])
+    monkeypatch.setattr(refit_pass, "GROUP_BYTES", 1)
+    rows = Given(other, [batch])
+    solved = RefitPass(other, table, spaces)(dense, plan, rows, lambda tensor: tensor, EditLog())
+    assert rows.passes == len(solved) > 1
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
@@ -123,21 +160,10 @@ def test_shares_of_processes_add_up() -> None:
     halves = [{name: value[rows] for name, value in batch.items()} for rows in (slice(0, 2), slice(2, 4))]
     sums: list[torch.Tensor] = []
     first, second, whole = copy.deepcopy(model), copy.deepcopy(model), copy.deepcopy(model)
-    refit(
-        second,
-        table,
-        spaces,
-        dense,
-        plan,
-        lambda: [halves[1]],
-        lambda b: second(**b),
-        lambda t: sums.append(t.clone()) or t,
-    )  # type: ignore[func-returns-value]
+    refit(second, table, spaces, dense, plan, [halves[1]], lambda t: sums.append(t.clone()) or t)  # type: ignore[func-returns-value]
     taken = iter(sums)
-    refit(
-        first, table, spaces, dense, plan, lambda: [halves[0], None], lambda b: first(**b), lambda t: t + next(taken)
-    )
-    refit(whole, table, spaces, dense, plan, lambda: [batch], lambda b: whole(**b))
+    refit(first, table, spaces, dense, plan, [halves[0], None], lambda t: t + next(taken))
+    refit(whole, table, spaces, dense, plan, [batch])
     for a, b in zip(first.parameters(), whole.parameters(), strict=True):
         assert gap(a.detach(), b.detach()) < 1e-3
 
@@ -148,7 +174,42 @@ def test_nothing_else_changes() -> None:
     plan = random_plan(spaces, dense, 7, kinds=("heads", "neurons", "hidden"), vanish=("layers.1.heads",))
     before = {name: value.clone() for name, value in model.named_parameters()}
     model.train()
-    solved = refit(model, table, spaces, dense, plan, lambda: [tiny_batch(model)], lambda b: model(**b))
+    solved = refit(model, table, spaces, dense, plan, [tiny_batch(model)])
     changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
     assert {name.rpartition(".")[0] for name in changed} == set(solved) and model.training
     assert HIDDEN not in solved and not any("layers.1.self_attn" in path for path in solved)
+
+
+@pytest.mark.parametrize(("family", "task"), [MODELS[0], ("llama", "ForCausalLM"), ("t5", "ForConditionalGeneration")])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_pass_that_scores_shows_what_a_pass_of_its_own_would(family: str, task: str, checkpointing: bool) -> None:
+    model = tiny_model(family, task)
+    table, spaces, dense = parts(model)
+    plan, batches = random_plan(spaces, dense, 7, kinds=("heads", "neurons")), [tiny_batch(model), None]
+    other = copy.deepcopy(model)
+    solved = refit(other, table, spaces, dense, plan, batches)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    rows, importance, beside = Given(model, batches), Salience(), RefitPass(model, table, spaces)
+    bare = hooks(model)
+    importance.attach(model, spaces, dense.counts)
+    with beside.beside_scores(rows.loss_of, dense.counts) as loss_of:
+        calibrate(model, table, spaces, importance, batches, loss_of, lambda tensor: tensor, 1)
+    importance.detach()
+    assert beside(dense, plan, rows, lambda tensor: tensor, EditLog()) == solved
+    assert rows.passes == 1 and hooks(model) == bare
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_what_is_solved_for_is_logged_and_a_sharer_keeps_the_old_values() -> None:
+    model = tiny_model("bert")
+    table, spaces, dense = parts(model)
+    plan, log = random_plan(spaces, dense, 7, kinds=("neurons",)), EditLog()
+    shared = dict(model.named_parameters())
+    before = {name: value.detach().clone() for name, value in shared.items()}
+    solved = RefitPass(model, table, spaces)(dense, plan, Given(model, [tiny_batch(model)]), lambda t: t, log)
+    assert log.edits == {f"{path}.{name}": [NewValues()] for path in solved for name in ("weight", "bias")}
+    assert all(torch.equal(value, before[name]) for name, value in shared.items())
+    changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert changed == set(log.edits)

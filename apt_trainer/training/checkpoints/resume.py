@@ -15,7 +15,7 @@ from torch import nn
 
 from apt_trainer.distillation.teacher import freeze
 from apt_trainer.pruning.pruner import give_shapes
-from apt_trainer.training import checkpoint
+from apt_trainer.training.checkpoints import state
 from apt_trainer.training.engines import engine_of
 
 
@@ -27,19 +27,19 @@ def load_run(trainer: Any, path: Path) -> tuple[Mapping[str, Any], dict[str, tor
     Raises:
         UserError: the checkpoint is incomplete or damaged, or does not fit the run.
     """
-    described, tensors = checkpoint.read_training_state(path)
+    described, tensors = state.read_training_state(path)
     shape = described["teacher_shape"]
     teacher = None if shape is None else _load_teacher(trainer, path, shape)
     trainer.distillation.restore(described["distillation"], teacher)
     trainer.pruner.restore_shapes(described["pruner"])
     trainer.distillation.restore_transform(described["distillation"], trainer.model)
-    checkpoint.load_training_weights(path / checkpoint.WEIGHTS_FILE, trainer.model)
+    state.load_training_weights(path / state.WEIGHTS_FILE, trainer.model)
     return described["pruner"], tensors, shape
 
 
 def _load_teacher(trainer: Any, path: Path, shape: dict[str, Any]) -> nn.Module:
     teacher, pruner = copy.deepcopy(trainer.model), trainer.pruner
     give_shapes(teacher, pruner.family, pruner.spaces, pruner.plan, shape)
-    teacher = engine_of(trainer).place(freeze(teacher))
-    checkpoint.load_training_weights(path / checkpoint.TEACHER_FILE, teacher)
+    teacher = engine_of(trainer).place_teacher(freeze(teacher))
+    state.load_training_weights(path / state.TEACHER_FILE, teacher)
     return teacher
