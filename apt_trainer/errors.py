@@ -39,6 +39,25 @@ class Retold:
                 raise told from error
 
 
+class Noted:
+    """Context in which whatever fails is given to ``note``, and what follows is done all the same; signals and exits
+    pass."""
+
+    def __init__(self, note: Callable[[Exception], None]) -> None:
+        self.note = note
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        self.note(error)
+        return True
+
+
 def reason(error: Exception) -> str:
     """The first line of what ``error`` says, after the name of its class."""
     lines = str(error).strip().splitlines()

@@ -122,10 +122,11 @@ def tiny_model(
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int) -> None:
-    """Draw every parameter anew: norms' weights around 1, others around 0, smaller where scores are not scaled."""
+    """Draw every parameter that is not fixed anew: norms' weights around 1, others around 0, smaller where scores are
+    not scaled."""
     generator = torch.Generator().manual_seed(seed)
     norms = {id(m.weight) for m in model.modules() if type(m).__name__.endswith("Norm") and hasattr(m, "weight")}
-    for parameter in model.parameters():
+    for parameter in (p for p in model.parameters() if p.requires_grad):
         drawn = torch.randn(parameter.shape, generator=generator) * 0.3
         parameter.copy_(1 + drawn if id(parameter) in norms else drawn)
     for name, parameter in model.named_parameters():
@@ -140,6 +141,7 @@ def adapted(model: PreTrainedModel, rank: int = 3, everywhere: bool = False) -> 
     if everywhere:
         spaces = family.spaces(model)[:-1]
         linears = {part.module for space in spaces for part in space.slices if part.module not in space.norms}
+        linears = {path for path in linears if not isinstance(model.get_submodule(path), nn.Embedding)}
         layers = tuple(path + "." for path in family.layer_paths(model))
         names = {path.removeprefix(next(p for p in layers if path.startswith(p))) for path in linears}
     insert_adapters(model, sorted(names), rank, 2.0 * rank, 0.0, family.layer_paths(model))
@@ -161,7 +163,8 @@ def tiny_batch(model: PreTrainedModel, padded: bool = True, size: int = 4, lengt
             mask[row, length - row % 4 :] = 0
     ids = torch.where(mask.bool(), ids, 1)
     name = type(model).__name__
-    if name.endswith("T5ForSequenceClassification"):  # looks for the end of each text
+    two_stacks = model.config.is_encoder_decoder
+    if two_stacks and name.endswith("ForSequenceClassification"):  # looks for the end of each text
         ids[torch.arange(size), mask.sum(1) - 1] = model.config.eos_token_id
     batch = {"input_ids": ids, "attention_mask": mask}
     if name.endswith("ForSequenceClassification"):
@@ -169,7 +172,7 @@ def tiny_batch(model: PreTrainedModel, padded: bool = True, size: int = 4, lengt
     elif name.endswith("ForQuestionAnswering"):
         batch["start_positions"] = torch.randint(3, (size,), generator=generator)
         batch["end_positions"] = torch.randint(3, (size,), generator=generator)
-    elif name.endswith("ForConditionalGeneration"):  # as long as no input, and padded in other rows
+    elif two_stacks and not name.endswith("ForTokenClassification"):  # as long as no input, and padded in other rows
         labels = torch.randint(4, VOCABULARY, (size, length - 2), generator=generator)
         kept = torch.arange(length - 2) < length - 2 - torch.arange(size)[:, None].flip(0) % 3
         batch["labels"] = torch.where(kept | (not padded), labels, -100)

@@ -31,6 +31,7 @@ VERBS = {
     "paint": "apt_trainer.cli.paint",
     "ablate": "apt_trainer.cli.ablate",
     "report": "apt_trainer.cli.report",
+    "families": "apt_trainer.cli.families",
     "env": "apt_trainer.cli.env",
 }
 

@@ -1,4 +1,5 @@
-"""Distances between student and teacher: predictions (KL or squared error) and hidden states (squared error).
+"""Distances between student and teacher: predictions (KL or squared error), embeddings (cosine) and hidden states
+(squared error).
 
 Computed in float32, over real tokens only. Not for weighing the losses against the task loss, nor for choosing which
 layers meet. Source: APT, Sec. 4.4, where padding was counted in.
@@ -38,7 +39,8 @@ def prediction_loss(
     * ``logits`` [B, C] of several labels: τ²·KL between the Bernoulli distributions of each label, σ(logit/τ), sum
       over labels, mean over examples;
     * ``logits`` [B, C] of a regression: mean squared error over examples and numbers, without temperature;
-    * ``logits`` [B, S, V]: τ²·KL per token, mean over real tokens;
+    * ``logits`` [B, S, V]: τ²·KL per token, mean over real tokens; where one of the two has more words, which only
+      pad its vocabulary, over those of both;
     * ``start_logits`` and ``end_logits`` [B, S]: τ²·KL over real positions, mean over examples and the two.
     """
     if "start_logits" in student_output:
@@ -52,6 +54,9 @@ def prediction_loss(
         problem = REGRESSION
     if problem == REGRESSION:
         return F.mse_loss(student, teacher)
+    if student.dim() == 3:
+        words = min(student.shape[-1], teacher.shape[-1])
+        student, teacher = student[..., :words], teacher[..., :words]
     divergence = (_bernoulli_kl if problem == MULTI_LABEL else token_divergence)(student, teacher, temperature)
     if divergence.dim() == 1 or mask is None:
         return divergence.mean()
@@ -77,6 +82,17 @@ def _hide(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Positions [B, S] outside ``mask`` get no probability; finite, because 0·(inf − inf) is not 0."""
     logits = logits.float()
     return logits if mask is None else logits.masked_fill(mask == 0, torch.finfo(torch.float32).min / 1e4)
+
+
+def embedding_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean of 1 − cos(student, teacher) over the last dimension of two [..., d]; scalar float32.
+
+    The mean runs over all that the other dimensions count, or where ``mask`` [...] is 1.
+    """
+    apart = 1.0 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)
+    if mask is None:
+        return apart.mean()
+    return apart.masked_fill(mask == 0, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 def layer_outputs(output: ModelOutput, stack: Stack = "encoder") -> tuple[torch.Tensor, ...]:

@@ -6,7 +6,7 @@ the task tells. Not for how much two models differ on the same rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import stats
@@ -14,7 +14,9 @@ from transformers import EvalPrediction
 
 from apt_trainer.evaluate.bootstrap import CELLS, RESAMPLES, Interval, interval_of, mean_interval, summed_intervals
 from apt_trainer.tasks.base import ComputeMetrics, first_output
+from apt_trainer.tasks.embedding import SCORED, similarities
 from apt_trainer.tasks.generation_scores import ROUGE
+from apt_trainer.tasks.metrics import as_columns, number_names
 from apt_trainer.tasks.summed_scores import SummedScores
 
 Intervals = dict[str, Interval]
@@ -26,6 +28,7 @@ def score_intervals(
     prediction: EvalPrediction,
     metrics: ComputeMetrics,
     sums: Callable[[EvalPrediction], SummedScores] | None = None,
+    names: Sequence[str] = (),
 ) -> Intervals:
     """Interval of each score that ``metrics`` gives for ``prediction``, as far as one is known.
 
@@ -35,6 +38,7 @@ def score_intervals(
         prediction: Of all rows, in the form that the task gives to ``metrics``.
         metrics: ``compute_metrics`` of the task.
         sums: What it sums over rows, where the task tells.
+        names: Of the numbers of a regression, if they have any.
     """
     if sums is not None:
         summed = sums(prediction)
@@ -44,8 +48,11 @@ def score_intervals(
         return token_intervals(np.asarray(outputs, dtype=np.float64))
     if task == "classification":
         return classification_intervals(np.asarray(outputs), np.asarray(prediction.label_ids))
+    if task == "embedding":
+        found = regression_intervals(similarities(prediction), np.ravel(prediction.label_ids))
+        return {name: found[name] for name in SCORED}
     if task == "regression":
-        return regression_intervals(np.ravel(outputs), np.ravel(prediction.label_ids))
+        return regression_intervals(np.asarray(outputs), np.asarray(prediction.label_ids), names)
     if task == "summarization":
         rows = range(len(outputs))
         scores = [metrics(EvalPrediction(outputs[i : i + 1], prediction.label_ids[i : i + 1])) for i in rows]
@@ -108,33 +115,38 @@ def _matthews(confusion: np.ndarray) -> np.ndarray:
     return np.divide(covariance, np.sqrt(product), out=np.zeros_like(covariance), where=product > 0)
 
 
-def regression_intervals(predicted: np.ndarray, labels: np.ndarray) -> Intervals:
+def regression_intervals(predicted: np.ndarray, labels: np.ndarray, names: Sequence[str] = ()) -> Intervals:
     """Of :func:`~apt_trainer.tasks.metrics.regression_scores`."""
-    predicted, labels = np.asarray(predicted, dtype=np.float64), np.asarray(labels, dtype=np.float64)
-    return {
+    predicted, labels = as_columns(predicted), as_columns(labels)
+    draws = {
         "pearson": _resampled(_pearson, predicted, labels),
         "spearman": _resampled(_spearman, predicted, labels),
-        "mse": mean_interval((predicted - labels) ** 2),
+        "mse": _resampled(lambda a, b: ((a - b) ** 2).mean(axis=1), predicted, labels),
     }
+    found = {score: interval_of(values.mean(axis=1)) for score, values in draws.items()}
+    width = predicted.shape[1]
+    for i, name in enumerate(number_names(names, width) if width > 1 else ()):
+        found |= {f"{score}_{name}": interval_of(values[:, i]) for score, values in draws.items()}
+    return found
 
 
-def _resampled(statistic: Callable[[np.ndarray, np.ndarray], np.ndarray], *values: np.ndarray) -> Interval:
-    """Of a ``statistic`` of [draws, n] each."""
-    n, generator = len(values[0]), np.random.default_rng(0)
-    size = max(1, CELLS // n)
+def _resampled(statistic: Callable[[np.ndarray, np.ndarray], np.ndarray], *values: np.ndarray) -> np.ndarray:
+    """[draws, numbers] of a ``statistic`` of [draws, n, numbers] each, for ``values`` [n, numbers]."""
+    (n, width), generator = values[0].shape, np.random.default_rng(0)
+    size = max(1, CELLS // (n * width))
     found = []
     for start in range(0, RESAMPLES, size):
         rows = generator.integers(n, size=(min(size, RESAMPLES - start), n))
         found.append(statistic(*(of[rows] for of in values)))
-    return interval_of(np.concatenate(found))
+    return np.concatenate(found)
 
 
 def _pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """[draws]; 0 where one side is constant."""
+    """[draws, numbers] of [draws, n, numbers]; 0 where one side is constant."""
     varies = (np.ptp(a, axis=1) > 0) & (np.ptp(b, axis=1) > 0)
     a, b = a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True)
     scale = np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
-    return np.divide((a * b).sum(axis=1), scale, out=np.zeros(len(a)), where=varies & (scale > 0))
+    return np.divide((a * b).sum(axis=1), scale, out=np.zeros(scale.shape), where=varies & (scale > 0))
 
 
 def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:

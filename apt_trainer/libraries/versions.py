@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 class Tested(NamedTuple):
-    """``oldest`` and ``newest`` are what the tests run with; ``refused`` is the first version that is not tried."""
+    """``oldest`` and ``newest`` are what tests run with; ``refused`` is the first version that is not tried."""
 
     oldest: str
     newest: str
@@ -28,7 +28,7 @@ class Tested(NamedTuple):
 
 
 TESTED = {
-    "torch": Tested("2.13", "2.14", "3"),  # 2.14.1 by hand: it has no build without CUDA, which the tests would take
+    "torch": Tested("2.13", "2.14", "3"),
     "transformers": Tested("5.23", "5.24", "6"),
     "peft": Tested("0.19", "0.21", "1"),
     "accelerate": Tested("1.12", "1.15", "2"),
@@ -36,6 +36,7 @@ TESTED = {
 """What every use needs. ``pyproject.toml`` says the same, ``scripts/constraints*.txt`` pin the two ends."""
 
 DEEPSPEED = {"deepspeed": Tested("0.19.8", "0.19.8", "1")}
+SENTENCE_TRANSFORMERS = {"sentence-transformers": Tested("6.2", "6.2", "7")}
 
 
 def installed(package: str) -> str | None:

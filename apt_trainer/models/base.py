@@ -154,6 +154,14 @@ def exists(model: nn.Module, path: str) -> bool:
     return True
 
 
+_CENTRING = ("Cohere2LayerNorm", "CohereLayerNorm", "OlmoLayerNorm")
+
+
+def centres(norm: nn.Module) -> bool:
+    """Whether ``norm`` subtracts the mean; others are taken to be of RMS type."""
+    return isinstance(norm, nn.LayerNorm) or type(norm).__name__ in _CENTRING
+
+
 def base_layer(module: nn.Module) -> nn.Module:
     """The plain module under an adapter, or the module itself."""
     inner = getattr(module, "base_layer", None)

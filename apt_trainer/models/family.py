@@ -32,8 +32,8 @@ POST_NORM_POLICY = "apt_post_norm_policy"
 
 Reads = Mapping[str, tuple[str, ...]]
 """Module that makes the units → its consecutive parts. A part is a word of letters whose widths add up: "q" the query
-rows of a unit, "k" and "v" a key or value head, "n" one neuron. ("q", "k", "v") is a fused projection with three
-parts, ("qkv",) one that is interleaved head by head."""
+rows of a unit, "k" and "v" a key or value head, "n" one neuron, "u" one number for a unit. ("q", "k", "v") is a fused
+projection with three parts, ("qkv",) one that is interleaved head by head."""
 
 Amount = Literal["units", "queries", "channels", "kept"]
 
@@ -51,8 +51,9 @@ class SublayerTable:
     """Names inside one layer. ``reads`` take the hidden space in; ``writes`` gives it back.
 
     ``norms``: on the hidden space; ``closing``: those of them between ``writes`` and the residual stream.
-    ``inner``: norms over the units themselves. ``head_dim`` and ``group`` (query heads per key and value head):
-    (module, attribute) that holds the number. ``sizes``: (module, attribute, amount) that a forward pass reads.
+    ``inner``: norms over the units themselves. ``columns``: tables with columns for the units. ``head_dim`` and
+    ``group`` (query heads per key and value head): (module, attribute) that holds the number. ``sizes``: (module,
+    attribute, amount) that a forward pass reads.
     ``keeping_norm``: what goes instead of ``modules`` where the residual and its norm stay: y = norm(x).
     ``stays``: the sublayer keeps a unit in the first or the last layer. ``crosses``: it reads the other stack.
     """
@@ -66,6 +67,7 @@ class SublayerTable:
     norms: tuple[str, ...]
     closing: tuple[str, ...] = ()
     inner: Reads = field(default_factory=dict)
+    columns: Reads = field(default_factory=dict)
     head_dim: tuple[str, str] | None = None
     group: tuple[str, str] | None = None
     sizes: tuple[tuple[str, str, Amount], ...] = ()
@@ -77,13 +79,14 @@ class SublayerTable:
 @dataclass(frozen=True)
 class StackTable:
     """One list of layers. ``spaces`` begins the names of its spaces. ``embedding_norms`` are on its input,
-    ``final_norms`` on its output."""
+    ``final_norms`` on its output. ``added``: embeddings that come behind the ``embedding_norms``."""
 
     layers: str
     sublayers: tuple[SublayerTable, ...]
     stack: Stack = "encoder"
     spaces: str = "layers"
     embedding_norms: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
     final_norms: tuple[str, ...] = ()
 
 
@@ -92,6 +95,7 @@ class Head:
     """What a task head reads from (and writes to) the hidden space, by the ending of the model's class name.
 
     ``next_token``: position t predicts the label of t + 1. ``masked_token``: tokens behind a mask are predicted.
+    ``projected``: what it is in a model whose embeddings are projected, where that is something else.
     """
 
     reads: tuple[str, ...] = ()
@@ -100,6 +104,19 @@ class Head:
     trained: tuple[str, ...] = ()
     next_token: bool = False
     masked_token: bool = False
+    projected: Head | None = None
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Relative positions that each attention reads beside its tokens: ``number`` of them, each compared with every
+    token ``products`` times. Modules of a layer that project them: ``shared`` with the tokens, or their ``own``.
+    """
+
+    number: int
+    products: int
+    shared: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,6 +125,10 @@ class ModelFamily:
 
     ``post_norm``: the residual stream is normalised after each sublayer; otherwise it has no fixed scale.
     ``parallel``: whether, by the config, all sublayers of a layer read the input of that layer.
+    ``residual_multiplier``: what, by the config, the output of a sublayer is multiplied by before it is added.
+    ``repeats``: how often, by the config, the layers run one after the other. ``positions``: see there.
+    ``projection``: linear between embeddings and hidden space; where a model has it, embeddings and their norms are of
+    another width. ``base_norms``: norms on the hidden space that are in no layer and not on the way through them.
     ``adapter_targets``: endings of the linears that get adapters by default, where a model has them.
     ``unsupported``: a sentence for a config outside what the table describes, else None.
     ``config_sizes``: kind of units, "layers" or "head_dim" → fields of the config that say it for all layers alike,
@@ -121,9 +142,14 @@ class ModelFamily:
     heads: dict[str, Head]
     trained_base: tuple[str, ...] = ()
     base_reads: tuple[str, ...] = ()
+    base_norms: tuple[str, ...] = ()
+    projection: str | None = None
     post_norm: bool = False
     adapter_targets: tuple[str, ...] = ()
     parallel: Callable[[Any], bool] = lambda config: False
+    residual_multiplier: Callable[[Any], float] = lambda config: 1.0
+    repeats: Callable[[Any], int] = lambda config: 1
+    positions: Callable[[Any], Positions | None] = lambda config: None
     unsupported: Callable[[Any], str | None] = lambda config: None
     config_sizes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     per_layer: tuple[str, ...] = ("layer_types",)
@@ -137,7 +163,7 @@ class ModelFamily:
     def head(self, model: nn.Module) -> Head:
         """Task head of ``model``; raises :class:`UserError` for a class without an entry."""
         class_name = type(model).__name__
-        for ending, head in self.heads.items():
+        for ending, head in self.described_heads(model).items():
             if class_name.endswith(ending):
                 return head
         if not self.prefix(model) and "For" not in class_name:
@@ -146,6 +172,15 @@ class ModelFamily:
             f"{class_name} has a task head that is not described. Described heads: {', '.join(self.heads)}. "
             f"Add an entry to the family of {', '.join(self.model_types)}."
         )
+
+    def described_heads(self, model: nn.Module) -> dict[str, Head]:
+        """``heads`` as they are on the base of ``model``."""
+        if not self._projects(model):
+            return self.heads
+        return {ending: head.projected or head for ending, head in self.heads.items()}
+
+    def _projects(self, model: nn.Module) -> bool:
+        return self.projection is not None and exists(model, self.prefix(model) + self.projection)
 
     def layer_paths(self, model: nn.Module) -> list[str]:
         """Every layer of every stack."""
@@ -206,7 +241,7 @@ class ModelFamily:
         if policy == "keep_norm" and any(table.keeping_norm is None for table in tables):
             raise UserError(
                 "post_norm_policy='keep_norm' is for models with a norm after each residual (BERT, RoBERTa, "
-                f"XLM-RoBERTa, DistilBERT), unlike {', '.join(self.model_types)}. Leave it out."
+                f"DistilBERT and others), unlike {', '.join(self.model_types)}. Leave it out."
             )
 
     def default_targets(self, model: nn.Module) -> tuple[str, ...]:
@@ -256,17 +291,18 @@ class ModelFamily:
 
     def _hidden(self, model: nn.Module) -> Space:
         prefix, head = self.prefix(model), self.head(model)
-        slices = [Slice(prefix + name, "out") for name in self.embeddings]
-        norms: list[str] = []
+        embeddings = (str(self.projection),) if self._projects(model) else self.embeddings
+        slices = [Slice(prefix + name, "out") for name in embeddings]
+        norms = [prefix + name for name in self.base_norms]
         writers: list[str] = []
         places: list[tuple[str, Stack]] = []
         for stack in self.stacks:
-            opening = [prefix + name for name in stack.embedding_norms]
+            opening = [prefix + name for name in stack.embedding_norms if embeddings is self.embeddings]
+            opening = [path for path in opening if _is_norm(model, path)]
             norms += opening
             if self.post_norm:
                 places += [(path, stack.stack) for path in opening]
-            elif not opening:
-                writers += [prefix + name for name in self.embeddings]
+            writers += [prefix + name for name in (stack.added if opening else embeddings)]
             for layer in self._layers(model, stack):
                 for table in stack.sublayers:
                     writes = f"{layer}.{table.writes}"
@@ -275,14 +311,16 @@ class ModelFamily:
                     of_table = [f"{layer}.{name}" for name in table.norms]
                     norms += of_table
                     places += [(path, stack.stack) for path in (of_table if self.post_norm else [writes])]
-                    if not (self.post_norm or table.closing):
+                    closes = any(_is_norm(model, f"{layer}.{name}") for name in table.closing)
+                    if not (self.post_norm or closes):
                         writers.append(writes)
             norms += [prefix + name for name in stack.final_norms]
         slices += [Slice(prefix + name, "in") for name in self.base_reads]
         slices += [Slice(name, "in") for name in head.reads] + [Slice(name, "out") for name in head.writes]
         norms = [path for path in (*norms, *head.norms) if _is_norm(model, path)]
         slices = [part for part in slices if exists(model, part.module)]
-        size = model.get_submodule(slices[0].module).weight.shape[1]
+        first = model.get_submodule(slices[0].module)
+        size = first.embedding_dim if isinstance(first, nn.Embedding) else linear_shape(first)[0]
         return Space(
             HIDDEN,
             "hidden",
@@ -296,14 +334,14 @@ class ModelFamily:
 
 
 def _space(model: nn.Module, name: str, i: int, layer: str, table: SublayerTable, stack: Stack, minimum: int) -> Space:
-    widths = {"n": 1}
+    widths = {"n": 1, "u": 1}
     queries = 1
     if table.head_dim is not None:
         width = _number(model, layer, table.head_dim)
         queries = 1 if table.group is None else _number(model, layer, table.group)
-        widths = {"q": queries * width, "k": width, "v": width}
+        widths |= {"q": queries * width, "k": width, "v": width}
     channels = widths["q" if table.kind == "heads" else "n"]
-    makes = {**table.reads, **table.inner}
+    makes = {**table.reads, **table.inner, **table.columns}
     slices = [
         Slice(f"{layer}.{module}", "out", tuple(sum(widths[letter] for letter in part) for part in parts))
         for module, parts in makes.items()

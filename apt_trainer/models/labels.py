@@ -22,7 +22,7 @@ SEQUENCE_HEAD, TOKEN_HEAD = "ForSequenceClassification", "ForTokenClassification
 HEADS = (SEQUENCE_HEAD, TOKEN_HEAD, "ForQuestionAnswering")
 """Endings of the classes that do not predict words."""
 
-_TRUTH = ("False", "True")
+TRUTH = ("False", "True")
 
 
 def head_of(model: Any) -> str | None:
@@ -83,6 +83,25 @@ def hot(ids: Iterable[int], number: int) -> list[float]:
     return [float(i in present) for i in range(number)]
 
 
+def hot_width(rows: Iterable[Sequence[Any]]) -> int | None:
+    """How many labels there are where each of ``rows`` says 0 or 1 for every label in turn; None: they hold labels.
+
+    The latter too for rows of different lengths, or of one value.
+    """
+    lengths = set()
+    for row in rows:
+        if not all(isinstance(value, bool) or as_text(value) in ("0", "1") for value in row):
+            return None
+        lengths.add(len(row))
+    width = lengths.pop() if len(lengths) == 1 else 0
+    return width if width > 1 else None
+
+
+def of_hot(row: Iterable[Any]) -> list[int]:
+    """The inverse of :func:`hot`, of values as :func:`hot_width` takes them."""
+    return [i for i, value in enumerate(row) if value is True or as_text(value) == "1"]
+
+
 def are_numbers(names: Sequence[str]) -> bool:
     """Whether ``names`` say nothing but the ids: LABEL_0, LABEL_1, … as transformers makes them, or 0, 1, …"""
     return all(name in (f"LABEL_{i}", str(i)) for i, name in enumerate(names))
@@ -130,8 +149,8 @@ def _by_name(labels: Sequence[str], names: Sequence[str]) -> dict[str, int] | No
 def _numbers(labels: Sequence[str], count: int) -> dict[str, int] | None:
     """Labels that are ids below ``count``, or false and true where there are two."""
     known = {str(number): number for number in range(count)}
-    if count == len(_TRUTH):
-        known |= {name: number for number, name in enumerate(_TRUTH)}
+    if count == len(TRUTH):
+        known |= {name: number for number, name in enumerate(TRUTH)}
     return {label: known[label] for label in labels} if all(label in known for label in labels) else None
 
 
@@ -178,8 +197,14 @@ def shown(names: Sequence[str]) -> str:
     return ", ".join(names[:20]) + (f", … ({len(names)} in all)" if len(names) > 20 else "")
 
 
-def match_teacher(student: Any, teacher: Any) -> list[int] | None:
+PADDING_ROWS = 1024
+"""Most rows that a vocabulary has more than its tokenizer has tokens; they are added for speed, and no input."""
+
+
+def match_teacher(student: Any, teacher: Any, tokenizer: Any = None) -> list[int] | None:
     """Where in the logits of ``teacher`` each label of ``student`` is; None: at the same place, or no labels.
+
+    ``tokenizer``: of both. With it, vocabularies may differ in the rows that only pad them.
 
     Raises:
         UserError: the two have other tasks, labels or vocabularies.
@@ -190,10 +215,21 @@ def match_teacher(student: Any, teacher: Any) -> list[int] | None:
             f"The teacher is a {type(teacher).__name__} and the model a {type(student).__name__}. Give a teacher of "
             "the same task."
         )
-    sizes = [getattr(model.config.get_text_config(), "vocab_size", None) for model in (student, teacher)]
-    if None not in sizes and sizes[0] != sizes[1]:
+    found = [getattr(model.config.get_text_config(), "vocab_size", None) for model in (student, teacher)]
+    sizes = [size for size in found if size is not None]
+    if len(set(sizes)) == 2 and not _only_padded(sizes, tokenizer):
         raise UserError(
             f"The teacher has {sizes[1]:,} tokens and the model {sizes[0]:,}, so that one text is not the same input. "
-            "Give a teacher with the same tokenizer (resize_token_embeddings, if only padding differs)."
+            "Give a teacher with the same tokenizer. Where only padding differs, give the tokenizer too "
+            f"(processing_class), or save the teacher anew: teacher.resize_token_embeddings({sizes[0]}); "
+            "teacher.save_pretrained(DIR)."
         )
     return label_order(student.config, teacher.config) if head in (SEQUENCE_HEAD, TOKEN_HEAD) else None
+
+
+def _only_padded(sizes: Sequence[int], tokenizer: Any) -> bool:
+    """Whether vocabularies of ``sizes`` differ by nothing but rows that no token of ``tokenizer`` has."""
+    if not hasattr(tokenizer, "get_vocab"):
+        return False
+    tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
+    return tokens <= min(sizes) and max(sizes) - tokens <= PADDING_ROWS

@@ -37,6 +37,9 @@ CODE_HASH = "apt_code_sha256"
 """Attribute of a config: that of the copy of this file beside it."""
 REMOTE_CODE = "apt_remote_code"
 """Attribute of a config: whether a save writes this file too; it does where that is absent."""
+WEIGHTS, NOT_STOCK = "transformers_weights", "load_with_apt_trainer.load_pruned.safetensors"
+"""Entry of a saved config by which a stock class, called by its name, looks for the weights, and a file that is not
+there: it stops, instead of filling what the dense model has more at random."""
 _OWN = ("apt_base_architecture", "apt_format_version", "apt_structure", "apt_plan")
 
 HOOKS: dict[str, Callable[..., None]] = {}
@@ -114,6 +117,15 @@ class ZeroAttention(NoOp):
         return torch.zeros_like(hidden_states), None
 
 
+class ZeroCrossAttention(NoOp):
+    """Adds nothing to the residual stream; returns no attention weights. Keeps nothing of what it would have read."""
+
+    silent = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        return torch.zeros_like(self.given(0, args, kwargs)), None
+
+
 class PassBiasedAttention(NoOp):
     """Returns the hidden states and the position bias that it was given, and no attention weights."""
 
@@ -128,6 +140,16 @@ class ZeroFeedForward(NoOp):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return torch.zeros_like(self.given(0, args, kwargs))
+
+
+class ZeroInGraph(NoOp):
+    """Adds nothing to the residual stream, but what made its input stays in the graph: a norm that nothing else may
+    read any more, and for whose gradients DDP waits."""
+
+    silent = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return 0.0 * self.given(0, args, kwargs)
 
 
 class PassFirst(NoOp):
@@ -148,7 +170,9 @@ STUBS: dict[str, type[NoOp]] = {
     "pass_attention": PassAttention,
     "pass_biased_attention": PassBiasedAttention,
     "zero_attention": ZeroAttention,
+    "zero_cross_attention": ZeroCrossAttention,
     "zero_feed_forward": ZeroFeedForward,
+    "zero_in_graph": ZeroInGraph,
     "pass_first": PassFirst,
     "pass_second": PassSecond,
 }
@@ -203,9 +227,10 @@ def set_size(module: nn.Module, name: str, value: Size) -> None:
 class BiasOfKeptHeads(nn.Module):
     """Mixed into an attention that lost heads and shares its position bias with all layers of its stack.
 
-    The bias [1, heads of the dense model, T, S] passes through whole; of it, only the rows of ``kept_heads`` are used
-    here. Where none comes in, it is made by the attention's own table, whose columns are those of all dense heads; an
-    attention without such a table (cross-attention) has none and hands none on. Keeps nothing between calls.
+    Of the bias [batch or 1, heads of the dense model, T, S], only the rows of ``kept_heads`` are used here. Attentions
+    that hand it on pass it through whole. Where none comes in, it is made by the attention's own table, whose columns
+    are those of all dense heads; an attention without such a table (cross-attention) has none and hands none on. Keeps
+    nothing between calls.
     """
 
     kept_heads: tuple[int, ...]
@@ -219,6 +244,8 @@ class BiasOfKeptHeads(nn.Module):
         seen = seen.clone() if torch.is_tensor(seen) else seen
         if position_bias is not None:
             given["position_bias"] = self._chosen(position_bias)
+        if not hasattr(self, "has_relative_attention_bias"):  # the encoder hands it to each layer
+            return super().forward(**given)  # type: ignore[no-any-return]
         output, used, weights = super().forward(**given)
         if position_bias is None and self.has_relative_attention_bias:
             position_bias = super().compute_bias(*used.shape[-2:], device=used.device, past_seen_tokens=seen)  # type: ignore[misc]
@@ -383,7 +410,7 @@ def _set_checked(module: nn.Module, name: str, value: Any, path: str) -> None:
     """Set a size attribute if ``value`` can be one: no larger than what is there, of the same form."""
     old = get_size(module, name)
     if name == "kept_heads":
-        fits = _are_heads(value, get_size(module, "n_heads") or 0)
+        fits = _are_heads(value, get_size(module, "n_heads") or get_size(module, "num_attention_heads") or 0)
     elif isinstance(old, tuple):
         fits = isinstance(value, list) and len(value) == len(old) and all(map(_is_size, value, old))
     else:
@@ -425,6 +452,7 @@ def config_class(model_type: str) -> type[Any]:
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         own = {name: kwargs.pop(name, None) for name in _OWN}
+        kwargs.pop(WEIGHTS, None)
         base.__init__(self, *args, **kwargs)
         version = own["apt_format_version"]
         if version is not None and not (type(version) is int and version <= FORMAT_VERSION):
@@ -474,6 +502,7 @@ def _saved_form(config: Any, base: Any) -> dict[str, Any]:
         values["architectures"] = [CLASS_PREFIX + name for name in names]
     for name in ("auto_map", CODE_HASH):
         values.pop(name, None)
+    values[WEIGHTS] = NOT_STOCK
     if carries_code(config):
         values |= {"auto_map": auto_map(base), CODE_HASH: sha256(own_code())}
     _teach_peft(base.model_type)
@@ -556,6 +585,7 @@ def model_class(architecture: str) -> type[Any]:
     def save_pretrained(self: Any, *args: Any, remote_code: bool | None = None, **kwargs: Any) -> Any:
         if remote_code is not None:
             setattr(self.config, REMOTE_CODE, remote_code)
+        self._keys_to_ignore_on_save = set()  # what is made anew, such as positions, would be that of the dense width
         return base.save_pretrained(self, *args, **kwargs)
 
     __init__.__annotations__ = {}  # vLLM looks whether arguments are of their types, which are strings here

@@ -20,6 +20,10 @@ def layer_list_path(model: nn.Module, family: ModelFamily) -> str:
             f"{type(model).__name__} has an encoder and a decoder, whose first layers make the position bias of all "
             "others. Execution plans are for models with one stack of layers."
         )
+    if family.repeats(getattr(model, "config", None)) > 1:
+        raise UserError(
+            f"{type(model).__name__} runs one layer many times. Execution plans are for layers of their own."
+        )
     return family.prefix(model) + family.stacks[0].layers
 
 

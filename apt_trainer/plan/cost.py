@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from apt_trainer.models import HIDDEN, ModelFamily, Space, Sublayer
 from apt_trainer.models.base import base_layer, exists
+from apt_trainer.models.family import Positions
 
 Term = tuple[str, ...]
 """Names of the spaces whose counts are multiplied; the empty term is a constant."""
@@ -108,15 +109,24 @@ def flops_cost(
 
     The inputs of an encoder and of a decoder are taken to be of one length.
     """
-    tokens = batch_size * length
+    tokens, config = batch_size * length, getattr(model, "config", None)
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    cost = parameter_cost(
-        model, family, spaces, weigh=lambda name, p: 2.0 * tokens if p.dim() == 2 and id(p) not in tables else 0.0
-    )
+    positions, repeats = family.positions(config) or Positions(0, 0), family.repeats(config)
+    own, shared = (tuple(f".{name}.weight" for name in names) for names in (positions.own, positions.shared))
+
+    def weigh(name: str, parameter: nn.Parameter) -> float:
+        if parameter.dim() != 2 or id(parameter) in tables:
+            return 0.0
+        rows = positions.number if name.endswith(own) else tokens
+        rows += positions.number if name.endswith(shared) else 0
+        return 2.0 * repeats * rows
+
+    cost = parameter_cost(model, family, spaces, weigh=weigh)
     terms = {guard: dict(of_guard) for guard, of_guard in cost.terms.items()}
     for space in spaces:
         if space.kind == "heads":
-            scores = 2 * 2.0 * tokens * length * space.channels
+            compared = 2 * length + positions.products * positions.number
+            scores = 2.0 * repeats * tokens * compared * space.channels
             terms[space.name][(space.name,)] = terms[space.name].get((space.name,), 0.0) + scores
     return CostModel(terms)
 

@@ -147,7 +147,8 @@ class AdaptivePruner:
         elif self.importance.scored == "steps":
             model, family, spaces, refit = self.model, self.family, self.spaces, self.refit
             with nullcontext(loss_of) if refit is None else refit.beside_scores(loss_of, self.plan.counts) as run:
-                calibrate(model, family, spaces, self.importance, batches, run, self._reduce, self._processes)
+                weights, reduce = self.importance.class_weights, self._reduce
+                calibrate(model, family, spaces, self.importance, batches, run, reduce, self._processes, weights)
         self.importance.detach()
 
     @property
@@ -173,7 +174,7 @@ class AdaptivePruner:
         self._follow_schedule(step)
         self.observers.rest(not self.schedule.observes(step))
         event = self.schedule.in_window(step)
-        if event is not None and not self.scores_at_cuts:  # else there are no scores to fade by
+        if event is not None and not self.scores_at_cuts and self.refit is None:  # else units go at once
             if not self.masks.is_open:
                 self.masks.open(self.plan.counts, self.budget.limits.kinds)
             if step > self.schedule.start:
@@ -225,13 +226,18 @@ class AdaptivePruner:
     ) -> PruningEvent:
         """Carry ``decision`` out on the plain model; collective.
 
-        ``shared``: see ``EditLog``. ``rows``: what weights are refitted on, where the settings ask for that; None:
-        they are not.
+        ``shared``: see ``EditLog``. ``rows``: what weights are refitted on, where the settings ask for that; without,
+        they are not, and ``refit: true`` is a :class:`UserError`.
         """
+        cuts = decision.kind == "prune"
+        if cuts and rows is None and self.settings.refit:
+            raise UserError(
+                "refit: true solves for weights on rows of data. Give apply or step rows, or set it to null."
+            )
         self.observers.detach()
         log = EditLog(shared)
         self.masks.close()
-        if self.refit is not None and rows is not None and decision.kind == "prune":
+        if self.refit is not None and rows is not None and cuts:
             log.expect_ties(self.model)
             self.refit(self.plan, decision.plan, rows, self._reduce, log)
         survivors = apply_plan(self.model, self.family, self.spaces, self.plan, decision.plan, log)

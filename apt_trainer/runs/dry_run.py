@@ -167,7 +167,8 @@ def memory_estimate(model: PreTrainedModel, args: APTConfig, length: int, predic
         per_layer = hidden + per_layer // layers
     element = 2 if args.bf16 or args.fp16 else 4
     logits = args.train_batch_size * predicted * _vocabulary(model) * (element + _FLOAT32_PER_LOGIT * 4)
-    return weights + trained * (4 + _ADAM_BYTES) + tokens * per_layer * layers * element + logits
+    activations = tokens * per_layer * layers * family.repeats(model.config) * element
+    return weights + trained * (4 + _ADAM_BYTES) + activations + logits
 
 
 def _vocabulary(model: nn.Module) -> int:

@@ -1,4 +1,7 @@
-"""The formats that a run ends with: checked before anything loads, written and measured after the model is saved."""
+"""The formats that a run ends with: checked before anything loads, written and measured after the model is saved.
+
+One that fails does not keep the others from being written.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,14 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel
 from transformers.trainer_pt_utils import EvalLoopContainer
 
-from apt_trainer.errors import Retold, RunError, UserError, reason
+from apt_trainer.errors import Noted, Retold, RunError, UserError, reason
 from apt_trainer.settings.config import APTConfig
 from apt_trainer.store.events import write_json
 from apt_trainer.store.export import RECORD, export, is_timed, load_for_export, parse_format, target_of
 from apt_trainer.store.export.check import has_cache
 from apt_trainer.store.export.speed import compare_speed
 from apt_trainer.tasks import TaskData
+from apt_trainer.tasks.embedding import as_texts, embeddings_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,29 +58,52 @@ def export_all(args: APTConfig, dense: PreTrainedModel, data: TaskData, found: d
     in ONNX, and ``speed`` with ``measure_latency``. ``dense``: on the CPU in float32, for the speed.
 
     Raises:
-        RunError: one could not be written or measured; those before it are in ``found``.
+        RunError: some could not be written or measured; all others are in ``found``.
     """
     output = Path(str(args.output_dir))
     with _saved_before(output, "loading it for its exports failed", f"apt-trainer export {output} tries again"):
         model, tokenizer = load_for_export(str(output))
     folders = {name: output / FOLDER / name for name in args.export}
+    failed: list[str] = []
     for name, folder in folders.items():
-        form, quantize = parse_format(name)
-        again = f"apt-trainer export {output} --format {form}" + (f" --quantize {quantize}" if quantize else "")
-        with _saved_before(output, f"writing it as {name} failed", f"{again} --output DIR tries again"):
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that was ended here and goes on
-            found[name] = export(model, form, folder, quantize=quantize, tokenizer=tokenizer)
-            run = _encoder(model, folder, form, quantize)
-            if run is not None:
-                found[name]["task_metric"] = task_metric(run, data, args.per_device_eval_batch_size)
-    timed = {name: folder for name, folder in folders.items() if is_timed(found[name])}
+        with _told_at_the_end(failed, f"writing it as {name}"):
+            _export(name, folder, model, tokenizer, args, data, found)
+    timed = {name: folder for name, folder in folders.items() if name in found and is_timed(found[name])}
     if args.measure_latency and timed:
         sizes = args.latency_batch_sizes, args.latency_length, args.latency_new_tokens
-        with _saved_before(output, "timing its exports failed", f"they are in its folder {FOLDER}"):
+        with _told_at_the_end(failed, "timing its exports"):
             for name, speed in compare_speed(dense, model, timed, *sizes).items():
                 found[name]["speed"] = speed
-    for name, folder in folders.items():
-        write_json(folder / RECORD, found[name])
+    for name, record in found.items():
+        write_json(folders[name] / RECORD, record)
+    if failed:
+        again = [_command(output, name) for name in args.export if name not in found]
+        then = f"{' and '.join(again)} tries again" if again else f"what was exported is in its folder {FOLDER}"
+        raise RunError(_told(output, ", and ".join(failed), then))
+
+
+def _export(
+    name: str,
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    args: APTConfig,
+    data: TaskData,
+    found: dict[str, Any],
+) -> None:
+    """Write one format to ``folder``, and in ``found`` what was measured."""
+    form, quantize = parse_format(name)
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was ended here and goes on
+    found[name] = export(model, form, folder, quantize=quantize, tokenizer=tokenizer)
+    run = _encoder(model, folder, form, quantize)
+    if run is not None:
+        found[name]["task_metric"] = task_metric(run, data, args.per_device_eval_batch_size)
+
+
+def _command(output: Path, name: str) -> str:
+    """What exports the model in ``output`` as ``name`` by itself."""
+    form, quantize = parse_format(name)
+    return f"apt-trainer export {output} --format {form}{f' --quantize {quantize}' if quantize else ''} --output DIR"
 
 
 def _encoder(model: PreTrainedModel, folder: Path, form: str, quantize: str | None) -> Any:
@@ -91,9 +118,12 @@ def task_metric(run: Callable[[Mapping[str, Any]], Mapping[str, Any]], data: Tas
     predictions = EvalLoopContainer(do_nested_concat=True, padding_index=-100)
     labels = EvalLoopContainer(do_nested_concat=True, padding_index=-100)
     for batch in DataLoader(data.test, batch_size, collate_fn=data.collator):  # type: ignore[arg-type]
-        outputs = tuple(torch.from_numpy(values) for values in run(batch).values())
+        embeds = data.embedding_loss is not None
+        found = run(as_texts(batch) if embeds else batch).values()
         given = _one_or_all(tuple(batch[name] for name in _labels_in(batch)))
-        predicted = _one_or_all(outputs)
+        predicted = _one_or_all(tuple(torch.from_numpy(values) for values in found))
+        if embeds:
+            predicted = embeddings_of(predicted, batch)
         if data.preprocess_logits is not None:
             predicted = data.preprocess_logits(predicted, given)
         predictions.add(predicted)
@@ -115,9 +145,23 @@ def _saved_before(output: Path, failed: str, then: str) -> Retold:
 
     def retell(error: Exception) -> Exception:
         logger.error("After the model was saved:", exc_info=error)
-        return RunError(
-            f"The model is trained and saved in {output}, but {failed} ({reason(error)}). What had been measured is "
-            f"in metrics.json there; {then}."
-        )
+        return RunError(_told(output, f"{failed} ({reason(error)})", then))
 
     return Retold(retell)
+
+
+def _told_at_the_end(failed: list[str], what: str) -> Noted:
+    """Context for one of several exports: what fails there is noted in ``failed``, and the next one begins."""
+
+    def note(error: Exception) -> None:
+        logger.error("After the model was saved:", exc_info=error)
+        failed.append(f"{what} failed ({reason(error)})")
+
+    return Noted(note)
+
+
+def _told(output: Path, failed: str, then: str) -> str:
+    return (
+        f"The model is trained and saved in {output}, but {failed}. What had been measured is in metrics.json there; "
+        f"{then}."
+    )

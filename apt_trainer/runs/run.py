@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from transformers import EvalPrediction, set_seed
 
-from apt_trainer.errors import Retold, RunError, UserError, reason
+from apt_trainer.errors import Noted, Retold, RunError, UserError, reason
 from apt_trainer.evaluate.compare import measure_memory, measure_speed
 from apt_trainer.evaluate.harness import run_tasks
 from apt_trainer.evaluate.task_intervals import Intervals, score_intervals
 from apt_trainer.measure import PeakMemory, count_parameters, return_freed_memory, size_on_disk
 from apt_trainer.report.plots import plot_run
 from apt_trainer.report.tables import comparison_table, exports_table
+from apt_trainer.runs.exports import FOLDER as EXPORTS
 from apt_trainer.runs.exports import export_all
 from apt_trainer.runs.preflight import check_before_loading, check_installed, checkpoint_to_resume, finished_run
 from apt_trainer.runs.vocabulary import vocabulary_cut
@@ -36,14 +37,13 @@ from apt_trainer.settings import ModelSettings
 from apt_trainer.settings.packages import check_packages
 from apt_trainer.settings.recipe import Recipe, load_recipe
 from apt_trainer.store.events import EVENTS_FILE, METRICS_FILE, RECIPE_FILE, read_events, write_json
-from apt_trainer.store.hub import upload_card
 from apt_trainer.store.lock import FolderLock
-from apt_trainer.store.model_card import CARD_FILE
 from apt_trainer.store.pretrained import load_inputs, load_model, load_saved, load_teacher
 from apt_trainer.store.saved_model import dense_copy
 from apt_trainer.tasks import TaskData, keeps_sequences_apart
 from apt_trainer.tasks.base import ComputeMetrics
 from apt_trainer.tasks.trainer_options import data_options, set_task_arguments
+from apt_trainer.training.embedding_trainer import APTEmbeddingTrainer, PlainEmbeddingTrainer
 from apt_trainer.training.engines import engine_name
 from apt_trainer.training.engines.agreement import failing_together
 from apt_trainer.training.evaluation_loop import plain_trainer
@@ -123,15 +123,16 @@ def _train_prepared(
             f"packing: true, but in {type(model).__name__} packed sequences would see each other. Set packing: false."
         )
     start_parameters = count_parameters(model)
-    trainer = APTTrainer(
-        model,
-        args,
-        data.train,
+    trainer: Any = (APTTrainer if data.embedding_loss is None else APTEmbeddingTrainer)(
+        model=model,
+        args=args,
+        train_dataset=data.train,
         teacher=teacher,
         eval_dataset=data.validation,
         processing_class=tokenizer,
         **data_options(data, "validation"),
     )
+    trainer.uploads_after_training = False  # but below, with what is made of the model
     watch, engine = _watch_accuracy(trainer, data), engine_name(trainer)
     if lock is not None:
         _take_folder(output, recipe, lock, anew=resume_from is None)
@@ -140,9 +141,8 @@ def _train_prepared(
         result = trainer.train(resume_from_checkpoint=resume_from)
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
         peak = memory.above_start()
-        if not args.push_to_hub:  # else it was saved before it was uploaded
-            with finishing("saving the model"), failing_together():
-                trainer.save_model(str(output))
+        with finishing("saving the model"), failing_together():
+            trainer.save_model(str(output))
         dtype = trainer.model.dtype
         with _saved_in(output):
             predictions: list[EvalPrediction] = []
@@ -188,8 +188,7 @@ def _train_prepared(
         metrics["best_checkpoint"] = Path(trainer.state.best_model_checkpoint).name
     if watch is not None:
         metrics["time_to_accuracy"] = watch.record()
-    if trainer.is_world_process_zero():
-        _measure_and_export(metrics, recipe, trainer, tokenizer, data)
+    _measure_export_and_upload(metrics, recipe, trainer, tokenizer, data)
     return metrics
 
 
@@ -215,10 +214,24 @@ def _saved_in(output: Path) -> Retold:
     return Retold(retell)
 
 
+def _measure_export_and_upload(
+    metrics: dict[str, Any], recipe: Recipe, trainer: APTTrainer, tokenizer: Any, data: TaskData
+) -> None:
+    """What follows the save. The model is uploaded whatever else failed; all that did is raised at the end."""
+    failed: list[Exception] = []
+    with Noted(failed.append):
+        if trainer.is_world_process_zero():
+            _measure_and_export(metrics, recipe, trainer, tokenizer, data)
+    with Noted(failed.append):
+        trainer.upload_if_asked(saved=True, beside=Path(str(recipe.training.output_dir)) / EXPORTS)
+    if failed:
+        raise failed[0] if len(failed) == 1 else RunError(" ".join(map(str, failed))) from failed[0]
+
+
 def _measure_and_export(
     metrics: dict[str, Any], recipe: Recipe, trainer: APTTrainer, tokenizer: Any, data: TaskData
 ) -> None:
-    """What follows the save. Where it fails, all that had been measured is recorded all the same."""
+    """Where it fails, all that had been measured is recorded all the same."""
     args = recipe.training
     output = Path(str(args.output_dir))
     try:
@@ -230,7 +243,7 @@ def _measure_and_export(
     finally:
         with _saved_in(output):
             try:
-                _write_card(output, metrics, recipe, trainer)
+                _write_card(metrics, recipe, trainer)
             finally:
                 _write_records(output, metrics, trainer, data)
 
@@ -322,7 +335,7 @@ def evaluate(model: str | ModelSettings, recipe: Recipe | None = None) -> dict[s
     set_task_arguments(args, data, recipe.given)
     predictions: list[EvalPrediction] = []
     metrics = _keeping(data.metrics["test"], predictions)
-    trainer = plain_trainer(
+    trainer: Any = (plain_trainer if data.embedding_loss is None else PlainEmbeddingTrainer)(
         load_saved(settings, data),
         args,
         eval_dataset=data.test,
@@ -351,7 +364,7 @@ def _intervals(recipe: Recipe, data: TaskData, predictions: Sequence[EvalPredict
     compute, sums = data.metrics["test"], data.sums.get("test")
     if not predictions:
         return {}
-    return score_intervals(recipe.data.task, data.metric_name, predictions[0], compute, sums)
+    return score_intervals(recipe.data.task, data.metric_name, predictions[0], compute, sums, data.label_names)
 
 
 def recipe_of(path: Path) -> Recipe:
@@ -371,8 +384,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _write_card(output: Path, metrics: Mapping[str, Any], recipe: Recipe, trainer: APTTrainer) -> None:
-    """Put what was measured, the data and the recipe on the model card; with ``push_to_hub`` on the one there too."""
+def _write_card(metrics: Mapping[str, Any], recipe: Recipe, trainer: APTTrainer) -> None:
+    """Put what was measured, the data and the recipe on the model card."""
     results = f"On {metrics['evaluated_on']}:\n\n{comparison_table(metrics)}"
     if metrics.get("exports"):
         results += f"\n\n{exports_table(metrics)}"
@@ -381,8 +394,6 @@ def _write_card(output: Path, metrics: Mapping[str, Any], recipe: Recipe, traine
     public = name if name and not Path(name).exists() else None
     dataset = name or (Path(file).name if file else None)
     trainer.create_model_card(results=results, recipe=given, dataset_tags=public, dataset=dataset)
-    if trainer.args.push_to_hub:
-        upload_card(trainer.hub_model_id, output / CARD_FILE, trainer.args.hub_token, trainer.args.hub_revision)
 
 
 def _write_records(output: Path, metrics: Mapping[str, Any], trainer: APTTrainer, data: TaskData) -> None:

@@ -33,13 +33,15 @@ class Importance(ABC):
     takes in right before each cut; masks do not fade then. ``densities``: scores are already per cost (used by random
     choice). ``decay``: share of the old value that an average over updates keeps; set to 1 − 1/n at update n it
     becomes a plain mean. Rules without an average ignore it. ``class_weights``: of the labels in the loss, if any; set
-    by who trains.
+    by who trains. ``of_mean_loss``: an update is as large for few labels as for many, since gradients are those of a
+    mean loss, so that a mean over updates has to weigh them by their labels; False: it grows with the rows.
     """
 
     scored: Literal["weights", "steps", "cut"] = "steps"
     densities: bool = False
     decay: float = 0.0
     class_weights: ClassWeights | None = None
+    of_mean_loss: bool = False
 
     @classmethod
     def from_settings(cls, settings: PruningSettings, seed: int) -> Importance:

@@ -1,9 +1,10 @@
 """Scores of a model that does not train yet: one pass over rows of the training data (APT, for LLaMA: 256 rows).
 
 No parameter needs a gradient here: gradients start at the input of the first layer, so beside the weights there are
-only activations. Dropout is off, so that scores depend on the rows alone. The average over updates is a plain mean,
-which ranks units as the sum does, and leaves an outlier term its share whatever the number of batches. Not for making
-batches or computing a loss: both are given.
+only activations. Dropout is off, so that scores depend on the rows alone. The average over updates is a mean, which
+ranks units as the sum does, and leaves an outlier term its share whatever the number of batches. Each label counts
+alike, in the last batch, which may be short, and in a process that has fewer rows too. Not for making batches or
+computing a loss: both are given.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import nn
 from apt_trainer.errors import UserError
 from apt_trainer.models import ModelFamily, Space
 from apt_trainer.models.batch import real_tokens
+from apt_trainer.models.class_weights import ClassWeights
+from apt_trainer.models.shares import count
 from apt_trainer.scoring.base import Batch, Importance, Reduce
 
 NOT_FINITE = (
@@ -48,21 +51,29 @@ def calibrate(
     loss_of: Callable[[Batch], torch.Tensor],
     reduce: Reduce,
     processes: int,
+    weights: ClassWeights | None = None,
 ) -> None:
     """Show ``batches`` (None: no rows are left for this process) to ``importance``, which observes ``model`` already.
 
-    Raises :class:`UserError`, in all processes, when a loss is not finite.
+    ``weights``: of the labels in the loss, if any. Raises :class:`UserError`, in all processes, when a loss is not
+    finite.
     """
-    decay = importance.decay
-    total = torch.zeros((), device=next(model.parameters()).device)
+    decay, device = importance.decay, next(model.parameters()).device
+    total, seen = torch.zeros((), device=device), 0.0
     with _frozen(model, family, spaces):
-        for number, batch in enumerate(batches, start=1):
+        for batch in batches:
+            own = torch.zeros((), device=device)
             if batch is not None:
                 importance.set_tokens(real_tokens(batch, family))
                 loss = loss_of(batch)
-                loss.backward()
-                total += loss.detach().float()
-            importance.decay = 1 - 1 / number
+                own += count(batch, family, model, weights)[0]
+            labels = reduce(own.clone())  # of all processes
+            if batch is not None:  # without labels its loss is no number
+                torch.where(own == 0, 0.0, loss * (own * processes / labels.clamp_min(1e-9))).backward()
+                total += torch.where(own == 0, 0.0, loss.detach().float())
+            counted = float(labels) if importance.of_mean_loss else 1.0
+            seen += counted
+            importance.decay = 1 - counted / max(seen, 1e-9)
             importance.update(reduce, processes)
     importance.decay = decay
     if not bool(torch.isfinite(reduce(total))):

@@ -1,8 +1,8 @@
 """The residual stream before and after each sublayer, and how far it turns there: 1 − cos(X, Y) (LLM-Drop, eq. 1–6).
 
-Where all sublayers of a layer read its input (parallel residual), X is that input and Y = X + output; in a post-norm
-model Y is the stream after the norm. Not for averaging or choosing: ``scoring.cosine`` does so while a model trains,
-``scoring.sublayers.cosine`` for one that does not.
+Where all sublayers of a layer read its input (parallel residual), X is that input and Y = X + output, by what factor
+the config adds it; in a post-norm model Y is the stream after the norm. Not for averaging or choosing:
+``scoring.cosine`` does so while a model trains, ``scoring.sublayers.cosine`` for one that does not.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class ResidualStream:
     ) -> None:
         config: Any = model.config
         self._post_norm, self._parallel = family.post_norm, family.parallel(config)
+        self._multiplier = family.residual_multiplier(config)
         self._tell, self._active = tell, active
         self._stream: dict[Stack, torch.Tensor] = {}
         self._handles: list[RemovableHandle] = []
@@ -66,7 +67,7 @@ class ResidualStream:
             return
         before = self._stream[sublayer.stack]
         output = output.detach().reshape(before.shape)  # OPT runs its feed-forward on [tokens, hidden]
-        after = output if self._post_norm else before + output
+        after = output if self._post_norm else before + self._multiplier * output
         if not self._parallel:
             self._stream[sublayer.stack] = after
         self._tell(sublayer, before, after)

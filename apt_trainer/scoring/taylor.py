@@ -21,6 +21,8 @@ from apt_trainer.settings import PruningSettings
 class Taylor(Observing):
     """``decay``: of the moving average, per optimizer step."""
 
+    of_mean_loss = True
+
     def __init__(self, decay: float = 0.85) -> None:
         super().__init__()
         self.decay = decay

@@ -59,7 +59,8 @@ class DataSettings:
     task: str = setting(
         "classification",
         "classification, multi_label_classification, regression, token_classification, question_answering; for "
-        "decoders also language_modeling and instruction_tuning; for encoder-decoders summarization and translation.",
+        "encoders also embedding; for decoders also language_modeling and instruction_tuning; for encoder-decoders "
+        "summarization and translation.",
     )
     dataset_name: str | None = setting(None, "Data set on the hub, for example nyu-mll/glue.")
     dataset_config: str | None = setting(None, "Configuration of the hub data set, for example sst2.")
@@ -78,11 +79,28 @@ class DataSettings:
         None, "Column with the text, the tokens, the question or the source text; of a record, as translation.de."
     )
     text_pair_column: str | None = setting(None, "Column with the second text, or the context of a question.")
-    label_column: str = setting("label", "Column with the label or labels, the number, the tags or the answers.")
+    negative_column: str | None = setting(
+        None, "Column with a third text that is not like the first, as the second is (embedding, without scores)."
+    )
+    label_column: str = setting(
+        "label",
+        "Column with the label or labels (a list of names, or of 0 and 1 for each), the number or numbers, the tags "
+        "or the answers; of pairs of texts, where there is one, the score (embedding).",
+    )
+    label_columns: list[str] | None = setting(
+        None,
+        "Instead of label_column, one column for each label, of 0 and 1 (multi_label_classification), or for each "
+        "number (regression). They name the outputs of the model.",
+    )
     label_separator: str | None = setting(
         None, "Text between the labels of a row, where they are not a list (multi_label_classification)."
     )
-    drop_unlabeled: bool = setting(False, "Leave out rows whose label is empty (classification, regression).")
+    drop_unlabeled: bool = setting(
+        False,
+        "Leave out rows whose label is empty or null, or lacks one of several numbers or tags (classification, "
+        "multi_label_classification, where an empty list or text means no label and stays, regression, "
+        "token_classification).",
+    )
     class_weights: str | list[float] | None = setting(
         None,
         "What each label counts in the loss: balanced, or a number for each in the order of ids; for "
@@ -124,8 +142,9 @@ class DataSettings:
     )
     metric: str | None = setting(
         None,
-        "Metric to report; default by task: accuracy, f1_micro (multi_label_classification), pearson, f1 (tokens, "
-        "QA), perplexity (language_modeling, instruction_tuning), rougeL (summarization), bleu (translation).",
+        "Metric to report; default by task: accuracy, f1_micro (multi_label_classification), pearson, spearman or, "
+        "without scores, mrr (embedding), f1 (tokens, QA), perplexity (language_modeling, instruction_tuning), rougeL "
+        "(summarization), bleu (translation).",
     )
 
 

@@ -54,8 +54,9 @@ class PruningSettings:
     )
     refit: bool | None = setting(
         None,
-        "At a cut, solve the weights that read what is left for anew by least squares, on calibration_samples rows. "
-        "Default: at a cut before training alone.",
+        "At a cut, solve the weights that read what is left for anew by least squares, on calibration_samples rows; "
+        "units then go at once, without masks. Default: at a cut before training alone, where it wins; while an "
+        "encoder trains it did not (recipes/README.md).",
     )
     calibration_samples: int = setting(
         256, "Rows of the training data that score the units where pruning_time is before, or by nri. 256 (APT)."
@@ -81,7 +82,7 @@ class PruningSettings:
     mask_window: float = setting(
         200,
         "Steps before each event in which masks fade; at most the interval between events. 200 (official). None with "
-        "importance: nri.",
+        "importance: nri or refit.",
     )
     mask_step: float = setting(
         0.01, "Least change of a mask per step; raised so that a mask can fade within half a window. 0.01 (official)."

@@ -30,7 +30,7 @@ def _of(module: str, install: str | None = None) -> Package:
 
 TRL = _of("trl", "'apt-trainer[lm]'")
 ROUGE, BLEU = _of("rouge_score", "'apt-trainer[lm]'"), _of("sacrebleu", "'apt-trainer[lm]'")
-SENTENCE_TRANSFORMERS = _of("sentence_transformers", "sentence-transformers")
+SENTENCE_TRANSFORMERS = _of("sentence_transformers", "'apt-trainer[embedding]'")
 GGUF = _of("gguf", "'apt-trainer[lm]'")
 HARNESS = _of("lm_eval", "'apt-trainer[lm_eval]'")
 DEEPSPEED = _of("deepspeed", "'apt-trainer[deepspeed]'")
@@ -146,6 +146,8 @@ def _of_task(settings: Mapping[str, Any]) -> Iterator[tuple[str, Package]]:
     task = settings.get("task")
     if task in ("language_modeling", "instruction_tuning"):
         yield f"task: {task}", TRL
+    if task == "embedding":
+        yield f"task: {task}", SENTENCE_TRANSFORMERS
     metric = settings.get("metric") or _DEFAULT_METRICS.get(str(task))
     if task in _DEFAULT_METRICS and metric in _METRICS:
         yield f"metric: {metric} (task: {task})", _METRICS[metric]

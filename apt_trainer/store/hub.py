@@ -5,7 +5,7 @@ The hub gets what a save writes, and nothing of the run. Not for the model card 
 
 from __future__ import annotations
 
-import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -16,9 +16,7 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from apt_trainer.errors import Retold, RunError, UserError, reason
-
-logger = logging.getLogger(__name__)
+from apt_trainer.errors import Retold, UserError, reason
 
 STRATEGY = "end"
 """What can be uploaded: the finished model. A checkpoint of a run is none."""
@@ -99,12 +97,14 @@ def upload(repository: str, write: Callable[[Path], None], beside: Path, blockin
     return done
 
 
-def upload_card(repository: str | None, card: Path, token: str | None = None, revision: str | None = None) -> None:
-    """Replace the model card of ``repository``; where that fails, which costs no one a model, there is a warning."""
-    said = "Add what was measured to the model card"
-    options: dict[str, Any] = {"repo_id": repository, "token": token, "revision": revision, "commit_message": said}
-    try:
-        with Retold(lambda error: RunError(reason(error))):
-            HfApi().upload_file(path_or_fileobj=card, path_in_repo=card.name, **options)
-    except RunError as error:
-        logger.warning("The card in %s was not updated (%s); upload %s by hand.", repository, error, card)
+def put_beside(made: Path, folder: Path) -> None:
+    """Put what is in the folder ``made`` into ``folder`` under its name, without taking its room again where the file
+    system can."""
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:  # not on this file system
+            shutil.copy2(source, target)
+
+    shutil.copytree(made, folder / made.name, copy_function=link)

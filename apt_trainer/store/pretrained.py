@@ -215,10 +215,13 @@ def load_teacher(settings: ModelSettings, data: TaskData) -> PreTrainedModel:
     return model  # type: ignore[no-any-return]
 
 
-def check_teacher(settings: ModelSettings, data: TaskData, model: PreTrainedModel, tokenizer: Any) -> None:
-    """Raise :class:`UserError` for a teacher of ``settings`` that has other labels or another vocabulary than
-    ``model`` with its ``tokenizer``, or no head for the task; reads no weights. Without a tokenizer beside it, the
-    sizes of the vocabularies are compared."""
+def check_teacher(settings: ModelSettings, data: TaskData, model: PreTrainedModel, tokenizer: Any) -> PreTrainedModel:
+    """The teacher of ``settings`` on the meta device; reads no weights.
+
+    Raises:
+        UserError: it has other labels or another vocabulary than ``model`` with its ``tokenizer``, or no head for the
+            task. Without a tokenizer beside it, the sizes of the vocabularies are compared.
+    """
     source, config = source_of(settings), read_config(settings)
     ending = data.model_class.removeprefix("AutoModel")
     if ending in HEADS and config.architectures and not has_head(config, ending):
@@ -227,12 +230,12 @@ def check_teacher(settings: ModelSettings, data: TaskData, model: PreTrainedMode
             f"trained head for this task (…{ending}). Give a model that was fine-tuned for it."
         )
     with torch.device("meta"):
-        teacher = getattr(transformers, data.model_class).from_config(config)
-    match_teacher(model, teacher)
+        teacher: PreTrainedModel = getattr(transformers, data.model_class).from_config(config)
+    match_teacher(model, teacher, tokenizer)
     try:
         theirs = AutoTokenizer.from_pretrained(source.path, **_place(settings)).get_vocab()
     except (OSError, ValueError):
-        return
+        return teacher
     ours = tokenizer.get_vocab()
     other = sorted(token for token in ours if theirs.get(token) != ours[token])
     if other:
@@ -241,6 +244,7 @@ def check_teacher(settings: ModelSettings, data: TaskData, model: PreTrainedMode
             f"{len(other):,} of {len(ours):,} tokens have another number there, such as {other[0]!r}. Give a teacher "
             "with the same tokenizer."
         )
+    return teacher
 
 
 def load_saved(settings: ModelSettings, data: TaskData | None = None) -> PreTrainedModel:

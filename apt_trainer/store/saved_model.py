@@ -31,6 +31,7 @@ from apt_trainer.models.modeling_apt import (
     PREFIX,
     REMOTE_CODE,
     STUB_KINDS,
+    WEIGHTS,
     ConfigView,
     config_class,
     get_size,
@@ -83,14 +84,14 @@ def describe_structure(model: nn.Module, dense: nn.Module, family: ModelFamily, 
                 kept_units = list(value) if isinstance(value, tuple) else value
                 structure["attributes"].setdefault(path, {})[name] = kept_units
         if space.name == HIDDEN and len(plan.kept[HIDDEN]) < space.size:
-            structure["hidden"] = _hidden(family, len(plan.kept[HIDDEN]))
+            structure["hidden"] = _hidden(family, len(plan.kept[HIDDEN]), family.described_heads(dense))
     return structure
 
 
-def _hidden(family: ModelFamily, size: int) -> dict[str, Any]:
+def _hidden(family: ModelFamily, size: int, heads: Mapping[str, Head]) -> dict[str, Any]:
     """What a head of any kind has to know where hidden dimensions were cut to ``size``."""
-    heads = {ending: _sides(head) for ending, head in family.heads.items()}
-    return {"size": size, "reads": list(family.base_reads), "heads": heads}
+    sides = {ending: _sides(head) for ending, head in heads.items()}
+    return {"size": size, "reads": list(family.base_reads), "heads": sides}
 
 
 def _sides(head: Head) -> dict[str, list[str]]:
@@ -114,7 +115,7 @@ def _from_older_format(structure: Mapping[str, Any], architecture: str, family: 
     for name, shape in parts["parameters"].items():
         if name.removesuffix(".weight").endswith(family.embeddings):
             parts["parameters"][name] = [None, *shape[1:]]
-    return parts | {"hidden": _hidden(family, widths[0]) if widths else None}
+    return parts | {"hidden": _hidden(family, widths[0], family.heads) if widths else None}
 
 
 def _complete(config: Any) -> None:
@@ -179,6 +180,7 @@ def as_pruned(model: PreTrainedModel, family: ModelFamily, plan: PruningPlan, re
     becomes a stock model of a smaller config where that can say so (``stock``). ``remote_code``: other saves carry the
     code that loads them where this package is not installed.
     """
+    model.config.dtype = model.dtype  # a save leaves its name
     dense = _shape_of(model, model.config, "meta")
     structure = describe_structure(model, dense, family, plan)
     if hasattr(model.config, "apt_structure"):
@@ -216,7 +218,7 @@ def dense_shape(config: PreTrainedConfig) -> tuple[type[PreTrainedModel] | None,
         return None, copy.deepcopy(config)
     cls = getattr(transformers, architecture)
     values = config.to_dict()
-    for name in ("model_type", "auto_map"):
+    for name in ("model_type", "auto_map", WEIGHTS):
         values.pop(name, None)
     values["architectures"] = [architecture]
     stock = cls.config_class(**{name: value for name, value in values.items() if not name.startswith("apt_")})
@@ -237,6 +239,7 @@ def _shape_of(
 ) -> PreTrainedModel:
     """What the dense model of ``config`` is on ``device``, of the class and type of weights of ``model``."""
     cls, config = dense_shape(config)
+    config.dtype = model.dtype  # in what a config is saved as it is a name, which some modelling code cannot read
     default = torch.get_default_dtype()
     torch.set_default_dtype(model.dtype)
     try:

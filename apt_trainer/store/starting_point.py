@@ -7,7 +7,7 @@ pruned model says in its config which units it has left (``saved_model``). Not f
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def _kept(model: PreTrainedModel, spaces: Sequence[Space]) -> PruningPlan:
     """Units of the dense original that ``model`` has, which must be as many as its weights are made for."""
     packed, file = getattr(model.config, KEPT, None), Path(model.config._name_or_path) / PLAN_FILE
     if packed is not None:
-        plan = PruningPlan.unpacked(packed, spaces)
+        plan = PruningPlan.unpacked(_of_stacks(packed, spaces), spaces)
     elif file.is_file():  # version 0.1.0 kept them there alone
         plan = PruningPlan.from_json(read_json(file))
         plan.check_within(PruningPlan.dense(spaces))
@@ -86,6 +86,14 @@ def _kept(model: PreTrainedModel, spaces: Sequence[Space]) -> PruningPlan:
                 f"{len(units)}. It was changed after it was pruned; start from the model as its run saved it."
             )
     return plan
+
+
+def _of_stacks(packed: Any, spaces: Sequence[Space]) -> Any:
+    """What of a plan is for stacks that the model has: with another head it may have no decoder."""
+    if not isinstance(packed, Mapping):
+        return packed
+    stacks = {space.name.partition(".")[0] for space in spaces}
+    return {name: bits for name, bits in packed.items() if str(name).partition(".")[0] in stacks}
 
 
 def _counted_from_0(model: PreTrainedModel, space: Space) -> tuple[int, ...]:

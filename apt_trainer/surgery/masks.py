@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from apt_trainer.models import Space, Sublayer
+from apt_trainer.models.base import centres
 from apt_trainer.models.modeling_apt import STUBS, NoOp
 
 
@@ -87,7 +88,7 @@ class MaskStore:
             self._fading[name] = bool((value < 1).any())
 
     def _hook(self) -> None:
-        present = {path: module for path, module in self._model.named_modules() if hasattr(module, "weight")}
+        present = {path: module for path, module in self._model.named_modules() if not isinstance(module, NoOp)}
         for name, value in self._values.items():
             space = self._spaces[name]
             self._fading[name] = bool((value < 1).any())
@@ -169,10 +170,9 @@ def masked_norm(module: nn.Module, x: torch.Tensor, mask: torch.Tensor) -> torch
     """Norm of ``x`` [..., d] with statistics weighted by ``mask`` [d], zero where the mask is zero.
 
     With a mask of zeros and ones this equals the norm of the selected dimensions; with ones, the plain norm.
-    Any norm that is not ``nn.LayerNorm`` is taken to be of RMS type.
     """
     live = mask.sum().clamp_min(1e-6)  # heads that are normalised together may all be off
-    if isinstance(module, nn.LayerNorm):
+    if type(module) is nn.LayerNorm:
         x32 = x.float()
         mean = (x32 * mask).sum(-1, keepdim=True) / live
         centred = x32 - mean
@@ -180,6 +180,19 @@ def masked_norm(module: nn.Module, x: torch.Tensor, mask: torch.Tensor) -> torch
         weight = module.weight if module.weight is not None else 1.0
         bias = module.bias if module.bias is not None else 0.0
         return (centred * torch.rsqrt(variance + module.eps) * weight + bias) * mask
+    if centres(module):
+        return _masked_of_own_kind(module, x, mask, live)
     scale = (mask * (len(mask) / live)).sqrt()
     back = mask / scale.masked_fill(mask == 0, 1.0)
     return module.forward(x * scale.to(x.dtype)) * back.to(x.dtype)
+
+
+def _masked_of_own_kind(module: nn.Module, x: torch.Tensor, mask: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+    """The same by a norm that subtracts the mean and does not say how it uses its weights: it is called with what has
+    a mean of zero and, over all dimensions, the variance that the live ones have."""
+    mean = (x.float() * mask).sum(-1, keepdim=True) / live
+    scale = (len(mask) / live).sqrt()
+    normal = module.forward(((x.float() - mean) * mask * scale).to(x.dtype))
+    bias = getattr(module, "bias", None)
+    bias = torch.zeros_like(mask) if bias is None else bias
+    return ((normal - bias) / scale + bias) * mask

@@ -100,13 +100,12 @@ class EditLog:
 def slice_module(module: nn.Module, side: Side, index: torch.Tensor, path: str, log: EditLog) -> None:
     """Keep ``index`` of one side of ``module``. The default serves norms: one weight (and bias) of one dimension, or
     none at all."""
-    weight = module._parameters.get("weight")
-    is_norm = isinstance(module, nn.LayerNorm) if weight is None else len(shape_of(weight)) == 1
-    assert is_norm, f"{path}: {type(module).__name__} cannot be sliced"
+    is_norm = all(len(shape_of(p)) == 1 for p in module._parameters.values() if p is not None)
+    assert is_norm and not module._modules, f"{path}: {type(module).__name__} cannot be sliced"
     log.keep(module, path, "weight", 0, index)
     log.keep(module, path, "bias", 0, index)
-    if isinstance(module, nn.LayerNorm):
-        module.normalized_shape = (len(index),)
+    if hasattr(module, "normalized_shape"):
+        module.normalized_shape = (len(index),)  # type: ignore[assignment]
 
 
 @slice_module.register

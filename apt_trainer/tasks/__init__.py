@@ -19,6 +19,7 @@ from apt_trainer.models.labels import SEQUENCE_HEAD, TOKEN_HEAD
 from apt_trainer.settings import DataSettings, check_choices
 from apt_trainer.tasks import (
     classification,
+    embedding,
     instruction_tuning,
     language_modeling,
     question_answering,
@@ -28,7 +29,7 @@ from apt_trainer.tasks import (
 from apt_trainer.tasks.architecture import DECODER, ENCODER, ENCODER_DECODER, architecture_of
 from apt_trainer.tasks.base import FirstRows, TaskData
 from apt_trainer.tasks.generation_scores import ROUGE
-from apt_trainer.tasks.labels import KnownLabels, only_labelled
+from apt_trainer.tasks.labels import KnownLabels, lacks_label, lacks_labels, lacks_tags, one_column, only_labelled
 from apt_trainer.tasks.loading import read_parts, split_parts
 from apt_trainer.tasks.nested import with_fields
 from apt_trainer.tasks.packing import keeps_sequences_apart
@@ -47,7 +48,8 @@ class TaskKind:
 
     The first of ``metrics`` is the default. ``architectures``: the kinds of model that can learn it. ``settings``: the
     keys of DataSettings that no task without them in its list may set. ``head``: the ending of the classes of models
-    whose labels are those of the data.
+    whose labels are those of the data. ``lacks``: which rows ``drop_unlabeled`` leaves out. ``further``: scores beside
+    ``metrics`` that an evaluation tells.
     """
 
     metrics: tuple[str, ...]
@@ -57,9 +59,11 @@ class TaskKind:
     architectures: tuple[str, ...] = _ANY
     settings: tuple[str, ...] = ()
     head: str | None = None
+    lacks: Callable[[Any, bool], bool] | None = None
+    further: tuple[str, ...] = ()
 
 
-_OF_LABELS = ("class_weights", "drop_unlabeled")
+_OF_LABELS = ("class_weights", "drop_unlabeled", "label_separator", "label_columns")
 _OF_PROMPTS = (
     "prompt_column",
     "input_column",
@@ -80,24 +84,42 @@ TASK_KINDS = {
         classification.find_columns,
         classification.build_classification,
         stratified=True,
-        settings=_OF_LABELS,
+        settings=("class_weights", "drop_unlabeled"),
         head=SEQUENCE_HEAD,
+        lacks=lacks_label,
     ),
     "multi_label_classification": TaskKind(
         ("f1_micro", "f1_macro", "subset_accuracy"),
         classification.find_list_columns,
         classification.build_multi_label,
-        settings=("label_separator", "class_weights"),
+        settings=_OF_LABELS,
         head=SEQUENCE_HEAD,
+        lacks=lacks_labels,
     ),
     "regression": TaskKind(
         ("pearson", "spearman"),
-        classification.find_columns,
+        classification.find_number_columns,
         classification.build_regression,
-        settings=("drop_unlabeled",),
+        settings=("drop_unlabeled", "label_columns"),
+        head=SEQUENCE_HEAD,
+        lacks=lacks_label,
+        further=("mse",),
+    ),
+    "embedding": TaskKind(
+        (*embedding.SCORED, *embedding.UNSCORED),
+        embedding.find_columns,
+        embedding.build,
+        architectures=(ENCODER,),
+        settings=("negative_column",),
     ),
     "token_classification": TaskKind(
-        ("f1", "accuracy"), tokens.find_columns, tokens.build, settings=("class_weights",), head=TOKEN_HEAD
+        ("f1", "accuracy"),
+        tokens.find_columns,
+        tokens.build,
+        settings=("class_weights", "drop_unlabeled"),
+        head=TOKEN_HEAD,
+        lacks=lacks_tags,
+        further=("f1_macro", "f1_micro", "precision", "recall"),
     ),
     "question_answering": TaskKind(("f1", "exact_match"), question_answering.find_columns, question_answering.build),
     "language_modeling": TaskKind(
@@ -116,6 +138,7 @@ TASK_KINDS = {
         sequence_to_sequence.build_summarization,
         architectures=(ENCODER_DECODER,),
         settings=_OF_TARGETS,
+        further=("token_accuracy",),
     ),
     "translation": TaskKind(
         ("bleu", "chrf", "perplexity"),
@@ -123,6 +146,7 @@ TASK_KINDS = {
         sequence_to_sequence.build_translation,
         architectures=(ENCODER_DECODER,),
         settings=_OF_TARGETS,
+        further=("token_accuracy",),
     ),
 }
 
@@ -159,30 +183,32 @@ def load_task(
     _check_lengths(data, kind, tokenizer, max_positions)
     named = _named_columns(data)
     parts = {part: with_fields(rows, named) for part, rows in read_parts(data).items()}
-    if "drop_unlabeled" in kind.settings:
-        parts = {
-            part: only_labelled(rows, data.label_column, part, data.drop_unlabeled) for part, rows in parts.items()
-        }
+    parts, data = one_column(parts, data)
+    if kind.lacks is not None:
+        column, drop, lacks = data.label_column, data.drop_unlabeled, kind.lacks
+        parts = {part: only_labelled(rows, column, part, drop, lacks) for part, rows in parts.items()}
     columns = kind.find_columns(parts, data)
     splits = split_parts(
         parts, data, seed, seed if split_seed is None else split_seed, columns.label if kind.stratified else None
     )
     labelled = {} if kind.head is None else {"known": KnownLabels.of(config, kind.head, final=not trained)}
     task = kind.build(splits, columns, data, tokenizer, metric, **labelled)
-    return _finished(task, tokenizer, architecture)
+    return _finished(task, kind, tokenizer, architecture)
 
 
 def _named_columns(data: DataSettings) -> list[str]:
     """Columns that the settings name, alone or within a template."""
     named = [getattr(data, field.name) for field in dataclasses.fields(data) if field.name.endswith("_column")]
+    named += data.label_columns or ()
     for setting in ("template", "template_without_input"):
         template = getattr(data, setting)
         named += () if template is None else Template.parse(template, setting).columns
     return [name for name in named if name is not None]
 
 
-def _finished(task: TaskData, tokenizer: PreTrainedTokenizerBase, architecture: str) -> TaskData:
+def _finished(task: TaskData, kind: TaskKind, tokenizer: PreTrainedTokenizerBase, architecture: str) -> TaskData:
     changes: dict[str, Any] = {"metrics": _for_parts(task, task.metrics), "sums": _for_parts(task, task.sums)}
+    changes["score_names"] = (*kind.metrics, *kind.further)
     if architecture == DECODER and task.model_class == "AutoModelForSequenceClassification":
         # the model reads the last token that is no padding
         changes["model_kwargs"] = task.model_kwargs | {"pad_token_id": tokenizer.pad_token_id}
@@ -213,7 +239,7 @@ def _check_architecture(task: str, kind: TaskKind, architecture: str) -> None:
 
 def _check_settings(data: DataSettings, kind: TaskKind) -> None:
     defaults = DataSettings()
-    for name in (*_OF_PROMPTS, *_OF_TARGETS, *_OF_LABELS, "label_separator"):
+    for name in (*_OF_PROMPTS, *_OF_TARGETS, *_OF_LABELS, "negative_column"):
         if name not in kind.settings and getattr(data, name) != getattr(defaults, name):
             raise UserError(f"{name}={getattr(data, name)!r} has no meaning for task: {data.task}. Remove it.")
 

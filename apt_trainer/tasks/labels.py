@@ -9,16 +9,16 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, List, Value
 
 from apt_trainer.errors import UserError, unknown_choice
-from apt_trainer.models.labels import are_numbers, as_text, has_head, match_labels, names_of, shown
+from apt_trainer.models.labels import TRUTH, are_numbers, as_text, has_head, match_labels, names_of, shown
 from apt_trainer.settings import DataSettings
-from apt_trainer.tasks.base import IGNORED_LABEL, PART_NAMES
+from apt_trainer.tasks.base import IGNORED_LABEL, PART_NAMES, require_column
 
 logger = logging.getLogger(__name__)
 
@@ -82,14 +82,36 @@ def is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value)) or (not str(value).strip())
 
 
-def only_labelled(rows: Dataset, column: str, part: str, drop: bool) -> Dataset:
-    """The rows that have a label; raises :class:`UserError` with the numbers of the others unless ``drop``."""
+def lacks_label(value: Any, drops: bool) -> bool:
+    """Whether a cell holds no label or number, or a list of numbers lacks one of them."""
+    return is_blank(value) if not isinstance(value, list) else not value or any(map(is_blank, value))
+
+
+def lacks_labels(value: Any, drops: bool) -> bool:
+    """Whether a cell does not tell which labels a row has, if any: an empty list or text tells that there are none."""
+    if not isinstance(value, list):
+        return value is None or (isinstance(value, float) and math.isnan(value))
+    return any(map(is_blank, value)) and not any(isinstance(label, str) and label.strip() for label in value)
+
+
+def lacks_tags(value: Any, drops: bool) -> bool:
+    """Whether a word has no tag. A row without any goes where such rows are dropped; it may have no word either."""
+    return value is None or any(map(is_blank, value)) or (drops and not value)
+
+
+def only_labelled(
+    rows: Dataset, column: str, part: str, drop: bool, lacks: Callable[[Any, bool], bool] = lacks_label
+) -> Dataset:
+    """The rows of which no cell of ``column`` ``lacks`` a label; raises :class:`UserError` with the numbers of the
+    others unless ``drop``."""
     if column not in rows.column_names:
         return rows
-    blank = [row for row, value in enumerate(rows[column][:]) if is_blank(value)]
+    cells = rows[column][:]
+    blank = [row for row, value in enumerate(cells) if lacks(value, drop)]
     if not blank:
         return rows
-    where = f"label_column={column!r} of the {PART_NAMES[part]} data is empty in {len(blank)} of {len(rows)} rows"
+    empty = "is empty, or lacks a part," if any(isinstance(value, list) for value in cells) else "is empty"
+    where = f"label_column={column!r} of the {PART_NAMES[part]} data {empty} in {len(blank)} of {len(rows)} rows"
     if len(blank) == len(rows):
         raise UserError(f"{where}. Give labels.")
     if drop:
@@ -99,6 +121,40 @@ def only_labelled(rows: Dataset, column: str, part: str, drop: bool) -> Dataset:
     raise UserError(
         f"{where}: row {first} (counted from 0). Fill them, or set drop_unlabeled: true to leave them out."
     )
+
+
+def one_column(parts: Mapping[str, Dataset], data: DataSettings) -> tuple[dict[str, Dataset], DataSettings]:
+    """``parts`` and ``data`` with a column of lists of numbers, named after all ``label_columns``, instead of them."""
+    columns = data.label_columns
+    if columns is None:
+        return dict(parts), data
+    if not columns or len(set(columns)) < len(columns):
+        raise UserError(f"label_columns={columns} must name at least one column, and each of them once.")
+    if data.label_column != DataSettings.label_column or data.label_separator is not None:
+        other = "label_column" if data.label_separator is None else "label_separator"
+        raise UserError(f"Both label_columns and {other} were given. Give one of them.")
+    name = ", ".join(columns)
+    joined = {}
+    for part, rows in parts.items():
+        for column in columns:
+            require_column(rows, column, "label_columns", part)
+        cells = zip(*([_number(value, column, part) for value in rows[column][:]] for column in columns), strict=True)
+        others = rows.remove_columns(columns)
+        joined[part] = others.add_column(name, [list(row) for row in cells], feature=List(Value("float64")))  # type: ignore[arg-type]
+    return joined, replace(data, label_column=name)
+
+
+def _number(value: Any, column: str, part: str) -> float | None:
+    """None where there is none; text where a file has empty cells beside numbers."""
+    if is_blank(value):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        number = {name: float(i) for i, name in enumerate(TRUTH)}.get(str(value).strip().capitalize())
+    if number is None:
+        raise UserError(f"label_columns: {column!r} of the {PART_NAMES[part]} data holds {value!r}. Give numbers.")
+    return number
 
 
 def number_labels(

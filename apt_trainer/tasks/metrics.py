@@ -51,9 +51,32 @@ def predicted_labels(logits: np.ndarray) -> np.ndarray:
     return np.asarray(logits) >= 0
 
 
-def regression_scores(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Both [N]. A correlation with constant numbers is undefined and reported as 0."""
-    predicted, labels = np.asarray(predicted, dtype=np.float64), np.asarray(labels, dtype=np.float64)
+def regression_scores(predicted: np.ndarray, labels: np.ndarray, names: Sequence[str] = ()) -> dict[str, float]:
+    """Both [N], or [N, numbers]: then the mean over numbers and, as ``pearson_NAME``, the score of each.
+
+    ``names``: of the numbers, by default 0, 1, … A correlation with constant numbers is undefined and reported as 0.
+    """
+    predicted, labels = as_columns(predicted), as_columns(labels)
+    of_each = [_of_number(*columns) for columns in zip(predicted.T, labels.T, strict=True)]
+    scores = {score: float(np.mean([one[score] for one in of_each])) for score in of_each[0]}
+    if len(of_each) > 1:
+        for name, one in zip(number_names(names, len(of_each)), of_each, strict=True):
+            scores |= {f"{score}_{name}": value for score, value in one.items()}
+    return scores
+
+
+def as_columns(numbers: np.ndarray) -> np.ndarray:
+    """[N] or [N, numbers] as [N, numbers] float64."""
+    return np.asarray(numbers, dtype=np.float64).reshape(len(numbers), -1)
+
+
+def number_names(names: Sequence[str], width: int) -> tuple[str, ...]:
+    """``names`` of the ``width`` numbers of a regression, or 0, 1, … where they have none."""
+    return tuple(names) if len(names) == width else tuple(map(str, range(width)))
+
+
+def _of_number(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Both [N]."""
     varies = len(labels) > 1 and np.ptp(predicted) > 0 and np.ptp(labels) > 0
     return {
         "pearson": float(stats.pearsonr(predicted, labels).statistic) if varies else 0.0,

@@ -9,15 +9,17 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
+
 from apt_trainer.distillation.session import SelfDistillation
 from apt_trainer.errors import Retold, RunError, UserError, reason
 from apt_trainer.pruning.given_model import IN_USE
-from apt_trainer.store.hub import make_repository, upload
+from apt_trainer.store.hub import make_repository, put_beside, upload
 from apt_trainer.store.model_card import CARD_FILE, model_card
 from apt_trainer.store.rescue import how_to_load
 from apt_trainer.store.saved_model import as_pruned
 from apt_trainer.store.saving import save_pruned, write_model
-from apt_trainer.training import norms, reshape
+from apt_trainer.training import norms, positions, reshape
 from apt_trainer.training.checkpoints.best import BestWithinBudget
 from apt_trainer.training.engines import Engine, engine_of
 from apt_trainer.training.engines.agreement import failing_together, processes
@@ -40,6 +42,10 @@ class FinishedModel(BestWithinBudget):
     _finished: bool
     place: str
     """Path of the transformer in ``model``; "" where that is ``model`` itself."""
+    uploads_after_training = True
+    """Whether :meth:`train` ends with :meth:`upload_if_asked`; else the caller does that when all is made."""
+    _beside: Path | None = None
+    _card: ModelCard | None = None
 
     @property
     def transformer(self) -> Any:
@@ -63,8 +69,9 @@ class FinishedModel(BestWithinBudget):
         model is finished and saved, and the :class:`RunError` says where."""
         return Retold(self._keep)
 
-    def upload_if_asked(self) -> None:
-        """After training: with ``push_to_hub``, save and upload the model, once; collective."""
+    def upload_if_asked(self, saved: bool = False, beside: Path | None = None) -> None:
+        """After training: with ``push_to_hub``, save the model, unless it is ``saved`` in ``output_dir``, and upload
+        it, once, with the folder ``beside`` where there is one; collective."""
         if not self.args.push_to_hub:
             return
 
@@ -75,8 +82,10 @@ class FinishedModel(BestWithinBudget):
                 f"{self.hub_model_id} {self._output} --exclude 'checkpoint-*' '*.jsonl' 'runs/*'"
             )
 
+        self._beside = beside
         with failing_together():
-            self.save_model()
+            if not saved:
+                self.save_model()
             with Retold(retell):
                 self.push_to_hub()
 
@@ -103,9 +112,10 @@ class FinishedModel(BestWithinBudget):
         self.check_finite()
         self.pruner.detach()
         self.pruner.masks.close()
-        self.distillation.end(self.model)
+        self.distillation.end(self.transformer)
         self.model = reshape.finalize(self)
         norms.plain(self.model)
+        positions.make_exact(self.model)
         self.pruner.set_tune("full")
         if choose_best:
             self.load_best()
@@ -137,6 +147,10 @@ class FinishedModel(BestWithinBudget):
             else:
                 kept = self.pruner.kept_adapters
                 save_pruned(self.model, path, self.pruner.plan, self._saved_tokenizer(), start, kept)
+                self.write_beside(path)
+
+    def write_beside(self, folder: Path) -> None:
+        """Write what belongs to the finished model beyond itself to ``folder``, which holds it; by default nothing."""
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """As the Trainer's; raises :class:`UserError` on all processes where the hub cannot be written to."""
@@ -166,12 +180,20 @@ class FinishedModel(BestWithinBudget):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.hub_model_id = make_repository(self.args, token, private)
-        card = model_card(self.transformer, plan=self.pruner.plan, **kwargs)
+        card = self._card
+        if card is None or kwargs:
+            card = model_card(self.transformer, plan=self.pruner.plan, **kwargs)
+
+        def write(folder: Path) -> None:
+            start = self.pruner.origin.plan
+            write_model(self.model, folder, self.pruner.plan, self._saved_tokenizer(), card, start)
+            self.write_beside(folder)
+            if self._beside is not None and self._beside.is_dir():
+                put_beside(self._beside, folder)
+
         return upload(
             self.hub_model_id,
-            lambda folder: write_model(
-                self.model, folder, self.pruner.plan, self._saved_tokenizer(), card, self.pruner.origin.plan
-            ),
+            write,
             self._output,
             blocking,
             commit_message=commit_message,
@@ -186,8 +208,8 @@ class FinishedModel(BestWithinBudget):
         if self.is_world_process_zero() and not self.is_in_train:
             if "dataset_name" in kwargs:
                 kwargs["dataset"] = kwargs.pop("dataset_name")
-            card = model_card(self.transformer, *args, plan=self.pruner.plan, **kwargs)
-            card.save(self._output / CARD_FILE)
+            self._card = model_card(self.transformer, *args, plan=self.pruner.plan, **kwargs)
+            self._card.save(self._output / CARD_FILE)
 
     # ------------------------------------------------------------------ inside
 

@@ -222,7 +222,8 @@ class LabelPositions:
         assert self._taught is not None
         with torch.no_grad():
             taught = self._teacher(self._taught[chunk])
-        apart = token_divergence(logits, taught, self._temperature)
+        words = min(logits.shape[-1], taught.shape[-1])  # the rest fills a vocabulary up
+        apart = token_divergence(logits[:, :words], taught[:, :words], self._temperature)
         return of_labels, (apart * (targets != IGNORED)).sum()
 
 

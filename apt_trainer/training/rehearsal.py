@@ -64,6 +64,20 @@ def expected_bytes(pruner: AdaptivePruner) -> int:
     return dense - int(removed * named[0][1].element_size())
 
 
+def check_padding(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Raise :class:`UserError` where positions are counted from another padding token than the tokenizer's: its id
+    goes into the config when a run begins, so that the saved model would count other ones than the trained."""
+    pad = getattr(tokenizer, "pad_token_id", None)
+    for module in model.modules():
+        counted = getattr(module, "padding_idx", None)
+        if hasattr(module, "position_embeddings") and type(counted) is int and pad not in (None, counted):
+            raise UserError(
+                f"{type(model).__name__} counts positions from its padding token, {counted}, and the tokenizer pads "
+                f"with {tokenizer.pad_token!r}, {pad}. Give the tokenizer of the model, or set tokenizer.pad_token to "
+                f"the token of number {counted}."
+            )
+
+
 def rehearse(model: PreTrainedModel, output: Path, pruner: AdaptivePruner, tokenizer: Any) -> None:
     """Save ``model`` without its weights to a folder where ``output`` is or will be, which is removed again.
 
@@ -75,6 +89,7 @@ def rehearse(model: PreTrainedModel, output: Path, pruner: AdaptivePruner, token
             model_class(type(model).__name__)
         except ValueError as error:
             raise UserError(str(error)) from error
+    check_padding(model, tokenizer)
     check_output(output)
     check_room(output, pruner)
     accept_generation_config(model)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 import yaml
 from integration.factories import DEFAULTS, Rows, events_of
 from texts import save_dense, words
@@ -161,7 +162,8 @@ def test_a_target_that_leaves_nothing_names_the_largest_that_keeps_a_model(
         pruner(largest + 2e-4)
     kept = pruner(largest)
     counts = least_model(kept.spaces, kept.sublayers, kept.dense_plan, kept.budget.cost, kept.budget.limits)
-    assert kept.cost.total(counts) <= (1 - largest) * kept.cost.total(kept.dense_plan.counts) * (1 + 1e-9)
+    total = kept.budget.cost.total
+    assert total(counts) <= (1 - largest) * total(kept.dense_plan.counts) * (1 + 1e-9)
     for kind in ("attention", "mlp"):
         left = [counts[sublayer.space] > 0 for sublayer in kept.sublayers if sublayer.kind == kind]
         assert 3 * sum(left) >= len(left)
@@ -235,6 +237,28 @@ def test_a_number_that_cannot_be_meant_is_one_sentence_of_plan(
     assert cli.main(["plan", "--config", file]) == 2
     said = capsys.readouterr().err
     assert re.search(message, said) and said.count("\n") == 1 and key in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"label_names": ["label"]},
+            r"label_names=\['label'\], but a batch of this task holds .*labels.*label_column",
+        ),
+        ({"metric_for_best_model": "f2"}, "metric_for_best_model='f2' is not known.*loss, accuracy, f1"),
+        ({"metric_for_best_model": "eval_acuracy"}, "Did you mean 'accuracy'"),
+    ],
+)
+def test_a_name_that_no_batch_or_evaluation_has_is_one_sentence_of_plan(
+    classifier: Path, tmp_path: Path, changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, **changes}
+    assert cli.main(["plan", "--config", recipe_file(classifier, tmp_path, **changes)]) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said.splitlines()[-1]) and said.count("error:") == 1
+    good = {"label_names": ["labels"], "metric_for_best_model": "eval_f1_macro"}
+    assert cli.main(["plan", "--config", recipe_file(classifier, tmp_path, **{**changes, **good})]) == 0
 
 
 # ---------------------------------------------------------------------------- packages that are missing
@@ -416,7 +440,7 @@ def test_a_run_that_was_ended_before_its_first_checkpoint_is_begun_anew(
         distillation_end=20,
         save_strategy="no",
     )
-    command = [sys.executable, "-m", "apt_trainer", "train", "--config", long]
+    command = [warm.python(), "-m", "apt_trainer", "train", "--config", long]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True)
     until((tmp_path / "out/events.jsonl").exists, process)

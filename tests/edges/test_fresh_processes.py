@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import warm
 from datasets import Dataset
 from texts import word_tokenizer, words
 from tiny import logits, parts, random_plan, tiny_batch, tiny_model
@@ -37,28 +38,18 @@ def run_python(code: str, folder: Path) -> str:
     return done.stdout
 
 
-FORK = """
-import os, sys, traceback
-import torch  # which knows neither of the two; the rest is imported by each child anew
-for number, code in enumerate({cases!r}):
-    child = os.fork()
-    if child == 0:
-        try:
-            exec(code, {{}})
-        except BaseException:
-            print(f"case {{number}}: {{code}}", file=sys.stderr)
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)
-        os._exit(0)
-    if os.waitpid(child, 0)[1]:
-        sys.exit(1)
+NOTHING_YET = """import sys
+assert not {"apt_trainer", "peft", "transformers"} & set(sys.modules)
 """
 
 
 def run_each(cases: list[str], folder: Path) -> None:
-    """Run every piece of code in a child process in which neither transformers nor apt_trainer is imported."""
-    run_python(FORK.format(cases=cases), folder)
+    """Run every piece of code in a process in which neither transformers nor apt_trainer is imported yet."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    for case in cases:
+        command = [warm.python(warm.LIBRARIES), "-c", NOTHING_YET + case]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, f"{case}\n{done.stderr}"
 
 
 def cut(task: str = "ForSequenceClassification") -> PreTrainedModel:
@@ -117,6 +108,36 @@ def test_a_result_loads_in_any_order_of_imports(small: Path) -> None:
     run_each(cases, small)
 
 
+def test_a_stock_class_by_its_name_stops_instead_of_filling_weights_at_random(small: Path) -> None:
+    """With and without apt_trainer; what is gone as a whole would be made anew, with no more than a warning. A save by
+    the carried code says the same."""
+    stops = """
+    try:
+        BertForSequenceClassification.from_pretrained({0!r})
+    except OSError as error:
+        assert "load_with_apt_trainer" in str(error)
+    else:
+        raise AssertionError("it loaded")
+    """
+    code = """
+    from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
+    import sys
+    sys.modules["apt_trainer"] = None
+    model = AutoModelForSequenceClassification.from_pretrained("out/small", trust_remote_code=True)
+    model.save_pretrained("out/again")
+    """
+    before, after = (textwrap.dedent(part) for part in (code, stops))
+    first = "from transformers import BertForSequenceClassification\n"
+    run_each(
+        [
+            first + after.format("out/small"),
+            f"import apt_trainer\n{first}{after.format('out/small')}",
+            before + after.format("out/again"),
+        ],
+        small,
+    )
+
+
 def test_pickles_of_a_result_are_read(small: Path) -> None:
     import pickle
 
@@ -133,12 +154,11 @@ def test_the_python_of_the_readme_runs_each_in_its_own_process(tmp_path: Path) -
     assert re.findall(r"```python", RECIPES) == []
     save_dense(tmp_path / "model", "ForMaskedLM")
     texts, labels = [words(3, seed=i) for i in range(64)], [i % 2 for i in range(64)]
-    run_python(f"MODEL, TEXTS, LABELS = 'model', {texts!r}, {labels!r}\n{training}", tmp_path)
     in_a_sentence = re.search(r"`(AutoModel\w+\.from_pretrained\(\"out/small\"\))`", README)
     assert in_a_sentence is not None
     auto = in_a_sentence[1].partition(".")[0]
     sentence = f"import apt_trainer\nfrom transformers import {auto}\n{in_a_sentence[1]}"
-    run_each([loading, sentence], tmp_path)
+    run_each([f"MODEL, TEXTS, LABELS = 'model', {texts!r}, {labels!r}\n{training}", loading, sentence], tmp_path)
 
 
 def commands(text: str) -> list[list[str]]:

@@ -165,7 +165,7 @@ def test_push_to_hub_by_hand_uploads_the_model_with_what_its_card_is_told(tmp_pa
 
 def test_a_run_of_a_recipe_uploads_its_model_and_no_token_stays(tmp_path: Path, hub: Any) -> None:
     metrics = train(recipe(tmp_path, push_to_hub="true", hub_model_id="me/small", hub_token="hf_good"))
-    assert commits(hub) == 2 and metrics["sparsity"] >= 0.5  # the model, then its card with what was measured
+    assert commits(hub) == 1 and metrics["sparsity"] >= 0.5
     assert f"{metrics['task_metric']:.4f}" in hub.files["README.md"].decode()
     got, out = load_pruned(received(hub, tmp_path / "got")).eval(), load_pruned(tmp_path / "out").eval()
     batch = {"input_ids": torch.tensor([[5, 9, 7]])}
@@ -176,6 +176,31 @@ def test_a_run_of_a_recipe_uploads_its_model_and_no_token_stays(tmp_path: Path, 
     scores = evaluate(str(tmp_path / "out"))
     assert scores[f"{metrics['evaluated_on']}_accuracy"] == metrics["task_metric"]
     assert len(hub.asked) == asked
+
+
+def test_exports_are_uploaded_with_the_model_also_where_one_of_them_fails(tmp_path: Path, hub: Any) -> None:
+    (tmp_path / "out" / "export").mkdir(parents=True)
+    (tmp_path / "out" / "export" / "onnx").write_text("in the way")
+    asked = recipe(tmp_path, push_to_hub="true", hub_model_id="me/small", export="[onnx, onnx_int8]")
+    again = r"writing it as onnx failed .*not empty.*apt-trainer export .*out --format onnx --output DIR tries again"
+    with pytest.raises(RunError, match=again):
+        train(asked)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert list(metrics["exports"]) == ["onnx_int8"] and commits(hub) == 1
+    file = Path("export") / "onnx_int8" / metrics["exports"]["onnx_int8"]["file"]
+    got = received(hub, tmp_path / "got")
+    assert (got / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
+    load_pruned(got)
+
+
+def test_a_failing_export_and_a_failing_upload_are_both_told(tmp_path: Path, hub: Any) -> None:
+    (tmp_path / "out" / "export").mkdir(parents=True)
+    (tmp_path / "out" / "export" / "onnx").write_text("in the way")
+    asked = recipe(tmp_path, push_to_hub="true", hub_model_id="me/small", export="[onnx]")
+    hub.broken = "/preupload/"
+    with pytest.raises(RunError, match=r"writing it as onnx failed .* uploading it to me/small failed"):
+        train(asked)
+    load_pruned(tmp_path / "out")
 
 
 def test_an_upload_that_fails_leaves_the_model_here(tmp_path: Path, hub: Any) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 from integration.factories import config
+from scipy import stats
 from sklearn.metrics import f1_score
 from sklearn.utils.class_weight import compute_class_weight
 from texts import TOKENS, WORDS, word_tokenizer
@@ -30,9 +31,11 @@ from transformers import (
     PreTrainedModel,
     set_seed,
 )
+from transformers.utils import ModelOutput
 
 from apt_trainer import APTTrainer, UserError, load_pruned
 from apt_trainer.cli import main
+from apt_trainer.distillation.losses import prediction_loss
 from apt_trainer.evaluate.bootstrap import RESAMPLES
 from apt_trainer.evaluate.task_intervals import score_intervals
 from apt_trainer.runs import dry_run, run
@@ -389,11 +392,63 @@ def test_a_label_column_without_any_label(tmp_path: Path) -> None:
 
 def test_empty_and_ignored_tags_are_errors(tmp_path: Path) -> None:
     model = saved(BertModel(bert()), tmp_path / "model")
-    for tags, message in ((["O", ""], "neither may be empty"), ([0, -100], "holds -100.*Leave out each word")):
+    for tags, message in ((["O", ""], "lacks a part, in 4 of 4"), ([0, -100], "holds -100.*Leave out each word")):
         data = jsonl(tmp_path / "data.jsonl", [{"text": WORDS[:2], "label": tags}] * 4)
         words = ("--validation_file", data, "--task", "token_classification")
         with pytest.raises(UserError, match=message):
             dry_run.plan(recipe(tmp_path, model, data, *words))
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "missing", "left"),
+    [
+        ("multi_label_classification", [["a", "b"], None, [], ["b"]], "row 1, 5", [0, 2, 3]),
+        ("multi_label_classification", [[1.0, 0.0], [1.0, None], [0.0, 0.0], [0.0, 1.0]], "row 1, 5", [0, 2, 3]),
+        ("regression", [[1.0, 0.5], [None, 1.0], None, [2.0, 3.0]], "row 1, 2, 5", [0, 3]),
+        ("token_classification", [["A"], [""], None, ["B"]], "row 1, 2, 5", [0, 3]),
+    ],
+)
+def test_rows_that_lack_labels_are_left_out_of_every_task(
+    task: str, labels: list[Any], missing: str, left: list[int], tmp_path: Path
+) -> None:
+    """An empty list of labels is none: it says that a row has no label."""
+    rows: list[dict[str, Any]] = rows_of(labels, (0, 1, 2, 3))
+    if task == "token_classification":
+        rows = [row | {"text": row["text"].split()[:1]} for row in rows]
+    data = jsonl(tmp_path / "data.jsonl", rows)
+    model = saved(BertModel(bert()), tmp_path / "model")
+    words = ["--task", task, "--validation_file", data]
+    with pytest.raises(
+        UserError, match=f"lacks a part, in {24 - 6 * len(left)} of 24 rows: {missing}.*drop_unlabeled"
+    ):
+        dry_run.plan(recipe(tmp_path, model, data, *words))
+    asked = recipe(tmp_path, model, data, *words, "--drop_unlabeled")
+    assert f"{6 * len(left)} training rows" in dry_run.plan(asked)
+    found = run.load_inputs(asked.model, asked)[2].train["input_ids"][:4]
+    word = [row["text"] if task != "token_classification" else row["text"][0] for row in rows]
+    assert [ids[0] for ids in found] == [
+        word_tokenizer()(word[4 * i + j].split()[0])["input_ids"][0] for i in range(2) for j in left
+    ][:4]
+
+
+def test_an_empty_text_of_labels_is_no_label_and_null_is_none_given(tmp_path: Path) -> None:
+    data = jsonl(tmp_path / "data.jsonl", rows_of(["a|b", "", None, "b"], (0, 1, 2, 3)))
+    model = saved(BertModel(bert()), tmp_path / "model")
+    words = ["--task", "multi_label_classification", "--label_separator", "|", "--validation_file", data]
+    with pytest.raises(UserError, match="is empty in 6 of 24 rows: row 2"):
+        dry_run.plan(recipe(tmp_path, model, data, *words))
+    told = dry_run.plan(recipe(tmp_path, model, data, *words, "--drop_unlabeled"))
+    assert "18 training rows" in told and "b 12, a 6" in told
+
+
+def test_rows_without_tags_are_left_out(tmp_path: Path) -> None:
+    rows = [{"text": ["w0"], "label": ["A"]}, {"text": ["w1"], "label": ["B"]}, {"text": ["w2"], "label": []}] * 4
+    data = jsonl(tmp_path / "data.jsonl", rows)
+    model = saved(BertModel(bert()), tmp_path / "model")
+    words = ["--task", "token_classification", "--validation_file", data]
+    with pytest.raises(UserError, match="Row 2 .* 1 words in 'text' and 0 tags"):
+        dry_run.plan(recipe(tmp_path, model, data, *words))
+    assert "8 training rows" in dry_run.plan(recipe(tmp_path, model, data, *words, "--drop_unlabeled"))
 
 
 # ---------------------------------------------------------------------------- rows for analyze, drop, paint
@@ -411,6 +466,16 @@ def test_rows_for_scores_may_have_several_labels() -> None:
     lines = [json.dumps({"text": "w0", "label": label}) for label in (["mole", "zebra"], [], ["ant"])]
     labels = from_rows(lines, word_tokenizer(), several(), 8, 8).batches[0]["labels"]
     assert labels.tolist() == [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+
+
+def test_rows_for_scores_may_say_0_or_1_for_each_label() -> None:
+    for rows in ([[1, 0, 1], [0, 0, 0]], [[True, False, True], [False] * 3], [[1.0, 0.0, 1.0], [0.0] * 3]):
+        lines = [json.dumps({"text": "w0", "label": label}) for label in rows]
+        labels = from_rows(lines, word_tokenizer(), several(), 8, 8).batches[0]["labels"]
+        assert labels.tolist() == [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
+    lines = [json.dumps({"text": "w0", "label": label}) for label in ([1, 0, 1], [1])]
+    with pytest.raises(UserError, match=r"Row 1 has the labels \[1, 0, 1\], one twice.*3 times 0 or 1"):
+        from_rows(lines, word_tokenizer(), several(), 8, 8)
 
 
 def test_rows_for_scores_are_for_texts_as_a_whole() -> None:
@@ -531,6 +596,42 @@ def test_the_plan_refuses_a_teacher_that_does_not_fit(teacher: Any, message: str
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("rows", [(4, 0), (0, 4)], ids=["of the teacher", "of the student"])
+def test_a_vocabulary_may_be_padded(rows: tuple[int, int], tmp_path: Path) -> None:
+    """In Python with the tokenizer at hand, and from the command line."""
+    teacher, student = teacher_with(), BertModel(bert())
+    teacher.resize_token_embeddings(len(TOKENS) + rows[0])
+    student.resize_token_embeddings(len(TOKENS) + rows[1])
+    asked = plan_with_teacher(tmp_path, saved(teacher, tmp_path / "teacher"), "--max_steps", "4")
+    saved(student, tmp_path / "model")
+    dry_run.plan(asked)
+    assert run.train(asked)["train_steps"] == 4
+    small = teacher_with()
+    small.resize_token_embeddings(len(TOKENS) + rows[1])
+    args = config(tmp_path, distillation="model", teacher_name_or_path="given")
+    options: dict[str, Any] = {"teacher": teacher, "processing_class": word_tokenizer()}
+    APTTrainer(small, args, [{"input_ids": [4], "labels": 0}] * 20, **options)
+
+
+def test_words_that_only_one_vocabulary_has_are_not_taught() -> None:
+    generator = torch.Generator().manual_seed(0)
+    wide, narrow = torch.randn(2, 3, 9, generator=generator), torch.randn(2, 3, 7, generator=generator)
+    for student, teacher in ((wide, narrow), (narrow, wide)):
+        found = prediction_loss(ModelOutput(logits=student), ModelOutput(logits=teacher), 1.0)
+        own, taught = (F.log_softmax(logits[..., :7], -1) for logits in (student, teacher))
+        assert found.item() == pytest.approx((taught.exp() * (taught - own)).sum(-1).mean().item(), rel=1e-5)
+
+
+def test_more_tokens_than_the_teacher_knows_are_refused(tmp_path: Path) -> None:
+    tokenizer, teacher = word_tokenizer(), teacher_with()
+    teacher.resize_token_embeddings(len(TOKENS) - 4)
+    args = config(tmp_path, distillation="model", teacher_name_or_path="given")
+    with pytest.raises(UserError, match=r"teacher has 56 tokens and the model 60.*teacher.resize_token_embeddings"):
+        APTTrainer(
+            teacher_with(), args, [{"input_ids": [4], "labels": 0}] * 20, teacher=teacher, processing_class=tokenizer
+        )
+
+
 def test_a_teacher_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
     path = saved(fitted(), tmp_path / "teacher")
     file = tmp_path / "teacher" / "tokenizer.json"
@@ -589,6 +690,86 @@ def test_a_task_with_several_labels_a_row(separator: str | None, tmp_path: Path)
     assert again["validation_f1_macro"] == again["validation_f1_macro_low"] == 1.0
 
 
+def hot_rows(kind: str) -> list[dict[str, Any]]:
+    """:func:`several_rows` with 0 or 1 for each of NAMES, in one list or in one column each."""
+    rows = []
+    for row in several_rows():
+        values: list[Any] = [float(name in row["label"]) for name in NAMES]
+        if kind == "truth":
+            values = list(map(bool, values))
+        if kind == "text":
+            values = [str(int(value)) for value in values]
+        if kind == "columns":
+            rows.append({"text": row["text"], **dict(zip(NAMES, values, strict=True))})
+        else:
+            rows.append({"text": row["text"], "label": ", ".join(values) if kind == "text" else values})
+    return rows
+
+
+HOT = {"numbers": [], "truth": [], "text": ["--label_separator", ","], "columns": ["--label_columns", *NAMES[::-1]]}
+
+
+@pytest.mark.parametrize("kind", list(HOT))
+def test_0_and_1_for_each_label(kind: str, tmp_path: Path) -> None:
+    """By the order of the model's labels, or of the columns by their names; also in data where a label is absent."""
+    rows, words = hot_rows(kind), ["--task", "multi_label_classification", *HOT[kind]]
+    data = jsonl(tmp_path / "data.jsonl", rows)
+    without = jsonl(tmp_path / "without.jsonl", [row for i, row in enumerate(rows) if i % 8 < 4])  # the last label
+    known, fresh = saved(several(), tmp_path / "known"), saved(BertModel(bert()), tmp_path / "fresh")
+    for test in (data, without):
+        found = run.evaluate(known, recipe(tmp_path, known, data, "--validation_file", test, *words))
+        assert found["validation_subset_accuracy"] == 1.0
+    names = NAMES[::-1] if kind == "columns" else ["LABEL_0", "LABEL_1", "LABEL_2"]
+    told = ", ".join(f"{name} 24" for name in names)
+    asked = recipe(tmp_path, fresh, data, "--validation_file", data, *words)
+    assert f"labels       3 in the training rows: {told}" in dry_run.plan(asked)
+    labels = run.load_inputs(asked.model, asked)[2].train["labels"][:]
+    wanted = [[float(w >> bit & 1) for bit in ((2, 1, 0) if kind == "columns" else (0, 1, 2))] for w in range(8)]
+    assert labels[:8] == wanted
+
+
+def test_0_and_1_of_a_csv_file_with_a_column_for_each_label(tmp_path: Path) -> None:
+    """Trained, and measured again; a cell that is empty makes its row one without labels."""
+    lines = ["text,toxic,mild", *(f"{text_of(i % 4, i)},{i % 2},{i // 2 % 2}" for i in range(48))]
+    (tmp_path / "data.csv").write_text("\n".join([*lines, "w9,1,"]) + "\n")
+    model, data = saved(BertModel(bert()), tmp_path / "model"), str(tmp_path / "data.csv")
+    words = ["--task", "multi_label_classification", "--label_columns", "toxic", "mild", "--validation_file", data]
+    with pytest.raises(UserError, match="'toxic, mild' of the training data is empty, or lacks a part, in 1 of 49"):
+        dry_run.plan(recipe(tmp_path, model, data, *words))
+    assert run.train(recipe(tmp_path, model, data, *words, "--drop_unlabeled", *TO_LEARN))["task_metric"] == 1.0
+    assert AutoConfig.from_pretrained(tmp_path / "out").id2label == {0: "toxic", 1: "mild"}
+    assert run.evaluate(str(tmp_path / "out"))["validation_f1_macro"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("row", "words", "message"),
+    [
+        ({"label": [1, 0, 1, 0]}, [], "0 or 1 for 4 labels, and the model has 3: zebra, ant, mole"),
+        ({"a": 1, "b": 2}, ["--label_columns", "a", "b"], "hold 2, but say for each label whether .* Give 0 and 1"),
+        ({"a": 1, "b": "x"}, ["--label_columns", "a", "b"], "'b' of the training data holds 'x'. Give numbers"),
+        ({"ab": 1, "b": 1}, ["--label_columns", "b", "a"], "label_columns='a' is not a column .* Did you mean 'ab'"),
+        ({"a": 1}, ["--label_columns", "a", "a"], "must name at least one column, and each of them once"),
+        ({"a": 1}, ["--label_columns", "a", "--label_column", "a"], "Both label_columns and label_column were given"),
+        ({"a": 1, "b": 0}, ["--label_columns", "a", "b"], "labels that the model does not have"),
+    ],
+)
+def test_0_and_1_that_cannot_be_read(row: dict[str, Any], words: list[str], message: str, tmp_path: Path) -> None:
+    data = jsonl(tmp_path / "data.jsonl", [{"text": "w0", **row}, {"text": "w1", **row}])
+    model = saved(several(), tmp_path / "model")
+    words = ["--task", "multi_label_classification", "--validation_file", data, *words]
+    with pytest.raises(UserError, match=message):
+        run.evaluate(model, recipe(tmp_path, model, data, *words))
+
+
+def test_lists_of_0_and_1_of_different_lengths_are_an_error(tmp_path: Path) -> None:
+    model = saved(BertModel(bert()), tmp_path / "model")
+    for lists in ([[1, 0, 1], [1, 0]], [["1", "0", "1"], ["1", "0"]]):
+        data = jsonl(tmp_path / "data.jsonl", [{"text": "w0", "label": label} for label in lists])
+        words = ["--task", "multi_label_classification", "--validation_file", data]
+        with pytest.raises(UserError, match="names a label twice. If these are 0 and 1 .* all rows .* need as many"):
+            dry_run.plan(recipe(tmp_path, model, data, *words))
+
+
 def test_several_labels_survive_a_cut(tmp_path: Path) -> None:
     data = jsonl(tmp_path / "data.jsonl", several_rows())
     model = saved(BertModel(bert()), tmp_path / "model")
@@ -608,9 +789,10 @@ def test_several_labels_survive_a_cut(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("label", "words", "message"),
     [
-        ("a,b", [], "must hold a list of labels per row; .*label_separator: ','"),
+        ("a,b", [], "must hold a list of labels per row, or of 0 and 1.*label_separator: ','"),
         (["a", "b"], ["--label_separator", ","], "must hold text, as label_separator is set"),
-        ([1, 0, 1], [], r"row 0 of those used \(counted from 0\): \[1, 0, 1\] names a label twice"),
+        ([2, 0, 2], [], r"row 0 of those used \(counted from 0\): \[2, 0, 2\] names a label twice"),
+        ([0.3, 0.7], [], "0.3 is no label. Give names, numbers of labels, or 0 and 1 for each"),
         (["a", " "], [], "holds an empty label"),
         (["a"], [], "all training data has the label 'a'"),
     ],
@@ -678,6 +860,104 @@ def test_settings_of_labels_have_no_meaning_elsewhere(tmp_path: Path) -> None:
     for words in (["--label_separator", ","], ["--class_weights", "balanced"]):
         with pytest.raises(UserError, match="has no meaning for task: regression"):
             dry_run.plan(recipe(tmp_path, model, data, "--task", "regression", *words))
+
+
+# ---------------------------------------------------------------------------- several numbers a row
+
+
+def numbers_of(word: int) -> list[float]:
+    return [word / 2, 3.0 - word, float(word % 2)]
+
+
+SCALES = ("size", "price", "odd")
+
+
+@pytest.mark.parametrize("form", ["list", "columns", "csv"])
+def test_a_regression_of_several_numbers(form: str, tmp_path: Path) -> None:
+    """Each is measured, as scipy and scikit-learn do from the predictions of the saved model."""
+    lists = [(text_of(i % 4, i), numbers_of(i % 4)) for i in range(48)]
+    words = ["--task", "regression"]
+    if form == "csv":
+        data = str(tmp_path / "data.csv")
+        lines = [",".join([text, *map(str, numbers)]) for text, numbers in lists]
+        Path(data).write_text("\n".join([",".join(["text", *SCALES]), *lines]) + "\n")
+    elif form == "columns":
+        rows = [{"text": text, **dict(zip(SCALES, numbers, strict=True))} for text, numbers in lists]
+        data = jsonl(tmp_path / "data.jsonl", rows)
+    else:
+        data = jsonl(tmp_path / "data.jsonl", [{"text": text, "label": numbers} for text, numbers in lists])
+    if form != "list":
+        words += ["--label_columns", *SCALES]
+    model = saved(BertModel(bert()), tmp_path / "model")
+    learn = [word if word != "150" else "60" for word in TO_LEARN]
+    metrics = run.train(recipe(tmp_path, model, data, "--validation_file", data, *words, *learn))
+    small = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    assert small.config.problem_type == "regression" and small.config.num_labels == 3
+    inputs = word_tokenizer()([text for text, _ in lists], return_tensors="pt")
+    with torch.no_grad():
+        found = small(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.double().numpy()
+    wanted = np.array([numbers for _, numbers in lists])
+    names = SCALES if form != "list" else ("0", "1", "2")
+    scores = {name.removeprefix("validation_"): value for name, value in metrics["scores"].items()}
+    for i, name in enumerate(names):
+        assert scores[f"pearson_{name}"] == pytest.approx(
+            stats.pearsonr(found[:, i], wanted[:, i]).statistic, abs=1e-4
+        )
+        assert scores[f"mse_{name}"] == pytest.approx(((found - wanted)[:, i] ** 2).mean(), rel=1e-3, abs=1e-5)
+    for score in ("pearson", "spearman", "mse"):
+        assert scores[score] == pytest.approx(np.mean([scores[f"{score}_{name}"] for name in names]))
+    assert metrics["task_metric"] == scores["pearson"] > 0.5
+    again = run.evaluate(str(tmp_path / "out"))
+    for score in ("pearson", f"spearman_{names[1]}", f"mse_{names[2]}"):
+        low, value, high = (again[f"validation_{score}{end}"] for end in ("_low", "", "_high"))
+        assert low <= value <= high
+
+
+def test_numbers_are_matched_to_the_outputs_of_the_model_by_name(tmp_path: Path) -> None:
+    set_seed(1)
+    settings = bert(**named(SCALES), problem_type="regression")
+    model = fit(BertForSequenceClassification(settings), torch.tensor([numbers_of(word) for word in range(4)]))
+    rows = [{"text": text_of(i % 4, i), **dict(zip(SCALES, numbers_of(i % 4), strict=True))} for i in range(ROWS)]
+    path, data = saved(model, tmp_path / "model"), jsonl(tmp_path / "data.jsonl", rows)
+    words = ["--task", "regression", "--validation_file", data, "--label_columns"]
+    found = run.evaluate(path, recipe(tmp_path, path, data, *words, "odd", "size", "price"))
+    assert found["validation_mse"] < 0.1 and found["validation_pearson_price"] > 0.9
+    with pytest.raises(
+        UserError, match="are some of the numbers that the model predicts. Give .* each: size, price, odd"
+    ):
+        run.evaluate(path, recipe(tmp_path, path, data, *words, "odd", "size"))
+    other = jsonl(tmp_path / "other.jsonl", [row | {"weight": 1.0} for row in rows])
+    words = ["--task", "regression", "--validation_file", other, "--label_columns"]
+    with pytest.raises(UserError, match="labels that the model does not have: weight"):
+        run.evaluate(path, recipe(tmp_path, path, other, *words, "odd", "size", "weight"))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (([1.0, 2.0], [1.0]), r"holds \[1.0\] \(row 1 of those used\), but other rows 2 numbers"),
+        (([1.0, 2.0], [1.0, float("inf")]), "needs finite numbers"),
+        ((["a", "b"], ["a", "b"]), "needs finite numbers"),
+    ],
+)
+def test_several_numbers_that_cannot_be_read(labels: Sequence[Any], message: str, tmp_path: Path) -> None:
+    data = jsonl(tmp_path / "data.jsonl", rows_of(labels, (0, 1)))
+    model = saved(BertModel(bert()), tmp_path / "model")
+    with pytest.raises(UserError, match=message):
+        dry_run.plan(recipe(tmp_path, model, data, "--validation_file", data, "--task", "regression"))
+
+
+def test_a_number_is_none_that_is_ignored(tmp_path: Path) -> None:
+    """-100 marks what has no label among ids, and is a temperature elsewhere."""
+    model = BertForSequenceClassification(bert(num_labels=1))
+    batch = batch_of(torch.tensor([-100.0, 5.0, 7.0, -100.0]))
+    trainer = APTTrainer(model.eval(), config(tmp_path, per_device_eval_batch_size=3), examples(batch) * 5)
+    found = trainer.evaluate(trainer.train_dataset)["eval_loss"]
+    rows = [trainer.train_dataset[i]["labels"] for i in range(len(trainer.train_dataset))]
+    with torch.no_grad():
+        inputs = torch.stack([trainer.train_dataset[i]["input_ids"] for i in range(len(rows))])
+        logits = model(input_ids=inputs).logits[:, 0]
+    assert found == pytest.approx(F.mse_loss(logits, torch.stack(rows)).item(), rel=1e-4)
 
 
 # ---------------------------------------------------------------------------- weights of classes

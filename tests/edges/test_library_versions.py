@@ -1,6 +1,7 @@
 """Other versions of transformers, torch, PEFT, accelerate and DeepSpeed: what follows them, and what is refused.
 
-The whole suite runs with the newest versions; ``scripts/test_versions.sh`` runs a part of it with the oldest.
+The whole suite runs with the versions of ``constraints.txt``; ``scripts/test_versions.sh`` runs a part of it with the
+oldest, and with the newest.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import peft
 import pytest
 import torch
 import transformers
+import warm
 from integration.factories import make_trainer
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -278,24 +280,26 @@ def test_a_process_with_an_old_version_is_told_at_the_first_name_it_uses() -> No
         "import transformers; transformers.__version__ = '4.57.6'; import apt_trainer; "
         "from transformers import AutoConfig; from apt_trainer import APTTrainer"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=200)
+    done = subprocess.run(
+        [warm.python(warm.LIBRARIES), "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=200
+    )
     assert "UserError: transformers 4.57.6 cannot be used" in done.stderr.splitlines()[-1]
 
 
 def test_the_ranges_say_the_same_everywhere() -> None:
     """``pyproject.toml``, the versions that are pinned for the tests, and the table."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = {
-        r.name: r for r in map(Requirement, project["dependencies"] + project["optional-dependencies"]["deepspeed"])
-    }
-    newest, oldest = _pins("constraints.txt"), _pins("constraints.txt") | _pins("constraints-oldest.txt")
-    for package, tested in (versions.TESTED | versions.DEEPSPEED).items():
+    extras = project["optional-dependencies"]
+    asked = {r.name: r for r in map(Requirement, project["dependencies"] + extras["deepspeed"] + extras["embedding"])}
+    usual, newest, oldest = (_pins(f"constraints{end}.txt") for end in ("", "-newest", "-oldest"))
+    for package, tested in (versions.TESTED | versions.DEEPSPEED | versions.SENTENCE_TRANSFORMERS).items():
         bounds = {one.operator: one.version for one in asked[package].specifier}
         assert bounds[">="] == tested.oldest and bounds.get("<", tested.refused) == tested.refused
-        last = tested.newest if package != "torch" else "2.13"  # the last that has a build without CUDA
-        for pinned, end in ((newest, last), (oldest, tested.oldest)):
+        for pinned, end in ((usual | newest, tested.newest), (usual | oldest, tested.oldest)):
             length = len(Version(end).release)
             assert Version(pinned[package]).release[:length] == Version(end).release, package
+        assert Version(tested.oldest) <= Version(usual[package]) < Version(tested.refused)
+        assert Version(usual[package]) <= Version((usual | newest)[package])
 
 
 def _pins(file: str) -> dict[str, str]:

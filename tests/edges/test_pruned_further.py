@@ -7,13 +7,13 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm
 from integration.factories import (
     SHORT,
     Rows,
@@ -27,7 +27,7 @@ from integration.factories import (
 from integration.test_processes import two_processes
 from integration.test_zero import deepspeed_config
 from safetensors.torch import load_file, save_file
-from texts import save_dense, tiny_llama, words
+from texts import save_dense, tiny_llama, word_tokenizer, words
 from tiny import (
     FAMILY_NAMES,
     LANGUAGE_MODELS,
@@ -298,7 +298,7 @@ def test_what_was_pruned_twice_loads_in_a_new_process(starts: Callable[[str], Pa
     batch = {name: value for name, value in tiny_batch(trainer.model).items() if name != "labels"}
     save_file(batch, tmp_path / "batch.safetensors")
     paths = [str(tmp_path / name) for name in ("small", "batch.safetensors", "logits.safetensors")]
-    subprocess.run([sys.executable, "-c", READER, *paths], check=True)
+    subprocess.run([warm.python(), "-c", READER, *paths], check=True)
     expected = logits(trainer.model.eval(), batch)
     assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], expected)
 
@@ -438,6 +438,47 @@ def test_a_dropped_model_is_planned_trained_measured_and_trained_again(
     assert cli.main(["plan", *tuned]) == 0 and cli.main(["train", *tuned]) == 0
     again = json.loads((tmp_path / "two" / "out" / "metrics.json").read_text())
     assert again["sparsity"] == metrics["sparsity"] and again["sparsity_of_start"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "task"),
+    [
+        ("bert", "ForMaskedLM", "token_classification"),
+        ("gpt2", "ForCausalLM", "classification"),
+        ("t5", "ForConditionalGeneration", "token_classification"),
+    ],
+)
+def test_a_pruned_model_starts_a_task_with_another_head(
+    name: str, head: str, task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a dense checkpoint does: the body is that of the start, the head is made anew."""
+    tokenizer = word_tokenizer()
+    model = tiny_model(name, head, vocab_size=len(tokenizer), max_position_embeddings=32, pad_token_id=0)
+    family, spaces, dense = parts(model)
+    plan = random_plan(spaces, dense, seed=5, vanish=["layers.1.heads", "encoder.1.heads"])
+    apply_plan(model, family, spaces, dense, plan)
+    as_pruned(model, family, plan)
+    model.save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    one = task == "classification"
+    rows = [{"text": [f"w{i % 7}", "w9"], "label": ["A", "B"]} for i in range(24)]
+    if one:
+        rows = [{"text": f"w{i % 7} w9", "label": "AB"[i % 2]} for i in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--model_name_or_path", tmp_path / "start", "--train_file", tmp_path / "rows.jsonl", "--task", task]
+    given += ["--output_dir", tmp_path / "out", "--target_sparsity", "null", "--distillation", "none", "--use_cpu"]
+    given += ["--max_steps", "2", "--report_to", "none", "--measure_latency", "false", "--max_length", "8"]
+    given += ["--tune", "adapters", "--lora_r", "2", "--learning_rate", "1e-9"]
+    words_given = [str(word) for word in given]
+    assert cli.main(["plan", *words_given]) == 0
+    assert "of params removed before" in capsys.readouterr().out
+    assert cli.main(["train", *words_given]) == 0
+    small = load_pruned(tmp_path / "out")
+    assert type(small).__name__.endswith("ForSequenceClassification" if one else "ForTokenClassification")
+    ours, theirs = (m.base_model.state_dict() for m in (small, load_pruned(tmp_path / "start")))
+    shared = [path for path in ours if path in theirs]
+    assert len(shared) > 10 and all(gap(ours[path], theirs[path]) < 1e-6 for path in shared)
+    assert cli.main(["evaluate", str(tmp_path / "out")]) == 0
 
 
 def test_studies_of_a_dropped_model(dropped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

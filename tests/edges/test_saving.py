@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm
 from integration.factories import Rows, SaveAt, config, losses_of, make_trainer
+from integration.test_processes import two_processes
 from texts import tiny_llama, word_tokenizer
-from tiny import gap, logits, tiny_batch, tiny_model
+from tiny import LANGUAGE_MODELS, gap, logits, tiny_batch, tiny_model
 from transformers import BertForSequenceClassification, GenerationConfig, TrainerCallback
 
 import apt_trainer
@@ -106,6 +107,29 @@ def test_a_tokenizer_that_cannot_be_saved_stops_before_the_first_step(tmp_path: 
 
 class LocalBertForSequenceClassification(BertForSequenceClassification):
     """A class that no other program has."""
+
+
+def test_a_tokenizer_that_moves_positions_stops_before_the_first_step(tmp_path: Path) -> None:
+    """RoBERTa counts positions from the padding token; a run writes that of the tokenizer into the config."""
+    model, tokenizer = tiny_model("roberta"), word_tokenizer()
+    trainer = few(tmp_path, model, processing_class=tokenizer)
+    with pytest.raises(UserError, match=r"counts positions from its padding token, 1, and .* pads with '<pad>', 0"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    tokenizer.pad_token = "<s>"
+    few(tmp_path / "again", tiny_model("roberta"), processing_class=tokenizer).train()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "modernbert"])
+def test_a_model_that_was_brought_to_half_a_type_is_saved_as_it_trained(name: str, tmp_path: Path) -> None:
+    """Which rounds the frequencies of its positions too; a model that loads has them exact."""
+    model = tiny_model(name, LANGUAGE_MODELS[name]).to(torch.bfloat16)
+    trainer = few(tmp_path, model, Rows(task="text"))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "small"))
+    small, batch = load_pruned(tmp_path / "small", dtype="auto").eval(), tiny_batch(trainer.model)
+    assert small.dtype == torch.bfloat16
+    assert torch.equal(logits(trainer.model.eval(), batch), logits(small, batch))
 
 
 def test_a_class_that_no_program_could_load_stops_before_the_first_step(tmp_path: Path) -> None:
@@ -218,16 +242,12 @@ except RunError as error:
 """
 
 
-def in_processes(*words: str) -> str:
-    """What Python prints for ``words``, in a process of its own."""
-    environment = os.environ | {"PYTHONPATH": f"{TESTS}:{Path(apt_trainer.__file__).parents[1]}"}
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
 def test_a_full_disk_tells_both_places_and_a_second_try_works(tmp_path: Path) -> None:
-    printed = in_processes("-c", FULL, str(tmp_path))
+    environment = os.environ | {"PYTHONPATH": f"{TESTS}:{Path(apt_trainer.__file__).parents[1]}"}
+    command = [warm.python(), "-c", FULL, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    printed = done.stdout
     assert "could not be written elsewhere either" in printed and str(tmp_path) in printed
     assert not list(tmp_path.glob(f"{RESCUED}*"))
     load_pruned(tmp_path)
@@ -334,6 +354,7 @@ def test_a_metric_or_picture_that_fails_finds_the_model_saved(
         {"optim": "apollo_adamw", "optim_target_modules": ["query"]},
         {"optim": "lomo"},
         {"optim": "adalomo"},
+        {"debug": "underflow_overflow"},
         {"lr_scheduler_type": "greedy", "metric_for_best_model": "loss", "eval_strategy": "epoch"},
     ],
 )
@@ -434,6 +455,7 @@ def test_a_compiler_that_is_not_there_is_told_before_training(
 
 TWO = """
 import os, sys
+sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
 from apt_trainer.errors import RunError, UserError
 from apt_trainer.training.engines.agreement import failing_together
@@ -449,8 +471,8 @@ def told(call):
     try:
         call()
     except (UserError, RunError) as error:
-        name = f"{type(error).__name__}: {error}"
-        (folder / f"{call.__name__}{os.environ['RANK']}").write_text(name)
+        name = f"{{type(error).__name__}}: {{error}}"
+        (folder / f"{{call.__name__}}{{os.environ['RANK']}}").write_text(name)
 def rehearse():
     few(folder / "early", processing_class=unsaved_tokenizer(1) if first else None).train()
 def save():
@@ -460,15 +482,14 @@ def save():
         trainer.save_model()
 told(rehearse)
 told(save)
+os._exit(0)
 """
 
 
 @pytest.mark.distributed
 def test_two_processes_compile_and_fail_together(tmp_path: Path) -> None:
     """A tokenizer of the first process alone cannot be saved: before training, and after it."""
-    (tmp_path / "two.py").write_text(TWO)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    in_processes(*launcher, str(tmp_path / "two.py"), str(tmp_path))
+    two_processes(tmp_path, TWO, *(f"{name}{rank}" for name in ("rehearse", "save") for rank in (0, 1)))
     for rank in (0, 1):
         assert (tmp_path / f"rehearse{rank}").read_text().startswith("UserError: The finished model could")
         assert "rescued-" in (tmp_path / f"save{rank}").read_text()

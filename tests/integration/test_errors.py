@@ -13,7 +13,7 @@ import pytest
 import torch
 from texts import TOKENS, word_tokenizer, words
 from tiny import tiny_config, tiny_model
-from transformers import AutoModelForSequenceClassification, ElectraConfig, ElectraForSequenceClassification
+from transformers import AutoModelForSequenceClassification, XLNetConfig, XLNetForSequenceClassification
 
 from apt_trainer import APTConfig, APTTrainer, UserError
 from apt_trainer.runs import dry_run
@@ -104,9 +104,9 @@ def test_a_run_that_data_make_too_short_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_of_no_family_is_refused(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 16, "embedding_size": 16, "num_attention_heads": 4, "intermediate_size": 24}
-    model = ElectraForSequenceClassification(ElectraConfig(vocab_size=40, num_hidden_layers=1, **sizes))
-    with pytest.raises(UserError, match="'electra' has no ModelFamily. Supported: bert"):
+    sizes = {"d_model": 16, "n_head": 4, "d_inner": 24, "n_layer": 1}
+    model = XLNetForSequenceClassification(XLNetConfig(vocab_size=40, **sizes))
+    with pytest.raises(UserError, match="'xlnet' has no ModelFamily. Nearest is that of .*apt-trainer families"):
         make_trainer(tmp_path, model)
     assert _written(tmp_path) == []
 
@@ -341,8 +341,8 @@ def test_an_empty_file_has_no_rows(ready: Recipe, tmp_path: Path) -> None:
 
 
 def test_a_family_without_a_table_is_refused_before_data_are_read(ready: Recipe, tmp_path: Path) -> None:
-    config = ElectraConfig(vocab_size=60, hidden_size=16, num_attention_heads=2, intermediate_size=16)
-    ElectraForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    config = XLNetConfig(vocab_size=60, hidden_size=16, num_attention_heads=2, intermediate_size=16)
+    XLNetForSequenceClassification(config).save_pretrained(tmp_path / "model")
     (tmp_path / "rows.jsonl").write_text("no rows at all")
     _both_refuse(ready, "electra")
 

@@ -1,5 +1,5 @@
 """Two real processes: ``scripts/train.py`` under the launchers of others (torchrun, accelerate and deepspeed), and
-``apt-trainer train`` with the profiles that no other test starts."""
+``apt-trainer train`` with the profiles that no other test starts. Whatever a launcher starts does not start warm."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import math
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm
 from texts import TOKENS, save_dense, word_tokenizer, words
 from tiny import randomise
 from tokenizers import processors
@@ -101,7 +101,7 @@ def launched(launcher: Sequence[str], file: Path, *words: str) -> Path:
     variables |= {"HF_DATASETS_CACHE": str(file.parent / "cache"), "PYTHONPATH": str(ROOT)}
     command = [part.replace("PORT", port) for part in launcher]
     result = subprocess.run(
-        [sys.executable, *command, str(ROOT / "scripts" / "train.py"), "--config", str(file), *words],
+        [warm.python(), *command, str(ROOT / "scripts" / "train.py"), "--config", str(file), *words],
         env={**os.environ, **variables},
         cwd=file.parent,
         capture_output=True,
@@ -183,25 +183,35 @@ def trained(folder: Path, *words: str) -> tuple[dict[str, Any], dict[int, float]
     unset = ("ACCELERATE_USE_CPU", "DS_ACCELERATOR")
     environment = {name: value for name, value in os.environ.items() if name not in unset}
     environment |= {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "apt_trainer", "train", "--config", str(folder / "recipe.json"), *words]
+    command = [warm.python(), "-m", "apt_trainer", "train", "--config", str(folder / "recipe.json"), *words]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr[-4000:]
     output = Path(words[words.index("--output_dir") + 1])
     return json.loads((output / "metrics.json").read_text()), logged(output, "loss")
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, float]]:
+    """(folder of a recipe and its run "alone", of one process; the losses of that run)."""
+    folder = save_dense(tmp_path_factory.mktemp("profiles"), "")
+    rows = [{"prompt": words(5, seed), "completion": words(4, seed)} for seed in range(90)]
+    recipe(folder, rows, task="instruction_tuning", use_cpu=False)
+    metrics, losses = trained(
+        folder, "--use_cpu", "true", "--per_device_train_batch_size", "8", "--output_dir", str(folder / "alone")
+    )
+    assert metrics["engine"] == "one process" and len(losses) == 12
+    return folder, losses
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("profile", PROFILES)
-def test_a_profile_without_accelerators_gives_the_run_of_one_process(profile: str, tmp_path: Path) -> None:
-    save_dense(tmp_path, "")
-    rows = [{"prompt": words(5, seed), "completion": words(4, seed)} for seed in range(90)]
-    recipe(tmp_path, rows, task="instruction_tuning", use_cpu=False)
-    alone, losses = trained(
-        tmp_path, "--use_cpu", "true", "--per_device_train_batch_size", "8", "--output_dir", str(tmp_path / "alone")
-    )
-    metrics, others = trained(tmp_path, "--accelerate_config", profile, "--output_dir", str(tmp_path / "out"))
-    assert check_saved(tmp_path / "out") == metrics
-    assert (alone["engine"], metrics["engine"]) == ("one process", PROFILES[profile])
-    plans = [json.loads((tmp_path / name / "pruning_plan.json").read_text()) for name in ("alone", "out")]
+def test_a_profile_without_accelerators_gives_the_run_of_one_process(
+    profile: str, alone: tuple[Path, dict[int, float]]
+) -> None:
+    folder, losses = alone
+    metrics, others = trained(folder, "--accelerate_config", profile, "--output_dir", str(folder / profile))
+    assert check_saved(folder / profile) == metrics
+    assert metrics["engine"] == PROFILES[profile]
+    plans = [json.loads((folder / name / "pruning_plan.json").read_text()) for name in ("alone", profile)]
     assert plans[0] == plans[1]
-    assert others == pytest.approx(losses, rel=1e-5) and len(losses) == 12
+    assert others == pytest.approx(losses, rel=1e-5)

@@ -3,19 +3,18 @@ their checkpoints go on in each other."""
 
 from __future__ import annotations
 
-import gc
+import contextlib
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
-import runpy
 import socket
-import sys
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm
 from safetensors.torch import load_file
 from tiny import tiny_model
 from transformers import TrainerCallback
@@ -150,56 +149,35 @@ os._exit(0)
 """
 
 
-PRELOADED = [
-    "apt_trainer.runs.run",
-    "datasets",
-    "deepspeed",
-    "matplotlib",
-    "peft",
-    "sklearn",
-    "torch",
-    "transformers.trainer",
-]
-"""What takes long to import."""
-
-
 def two_processes(folder: Path, code: str, *results: str) -> None:
     """Let two processes run ``code`` with ``folder`` as argument; it must write the files ``results``.
 
-    They are forked from a process that has imported ``PRELOADED`` and done nothing else: starting Python takes longer
-    than most of these runs. Its environment is that of the first call. Launchers are in ``test_launchers``.
+    They start warm, as a launcher starts them: starting Python takes longer than most of these runs. Launchers are in
+    ``test_launchers``.
     """
     worker = folder / "worker.py"
     worker.write_text(code.format(root=str(ROOT), tests=str(Path(__file__).parents[1])))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    ranks = [context.Process(target=be_rank, args=(rank, port, worker, folder)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    multiprocessing.connection.wait([rank.sentinel for rank in ranks], timeout=280)
+    ranks = []
+    for rank in range(2):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        environment = os.environ | {name: str(number) for name, number in place.items()}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        with (folder / f"{rank}.log").open("w") as log:
+            command = [warm.python(), str(worker), str(folder)]
+            ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    end = time.monotonic() + 280
+    while all(rank.poll() is None for rank in ranks) and time.monotonic() < end:
+        time.sleep(0.02)
     for rank in ranks:  # once one has failed, the other waits for it in vain
-        rank.join(timeout=60)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            rank.wait(timeout=60)
         rank.kill()
-        rank.join()
     logs = "\n".join((folder / f"{rank}.log").read_text()[-4000:] for rank in range(2))
-    assert [rank.exitcode for rank in ranks] == [0, 0], logs
+    assert [rank.wait() for rank in ranks] == [0, 0], logs
     assert all((folder / name).exists() for name in results), logs
-
-
-def be_rank(rank: int, port: str, worker: Path, folder: Path) -> None:
-    """Run ``worker`` as a launcher starts it; what it prints goes to a file."""
-    log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ.update({name: str(number) for name, number in place.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1")
-    sys.argv = [str(worker), str(folder)]
-    gc.freeze()  # what was imported: runs collect garbage at every change of shape
-    runpy.run_path(str(worker), run_name="__main__")
 
 
 def _read(folder: Path, name: str, rank: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

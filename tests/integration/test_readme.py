@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -71,11 +69,3 @@ def test_the_files_it_names_exist() -> None:
     named = re.findall(r"(?:scripts|recipes)/[\w/.-]+\.\w+", README)
     assert named
     assert [path for path in named if not (ROOT / path).is_file()] == []
-
-
-def test_the_commands_it_names_answer() -> None:
-    for verb in VERBS:
-        done = subprocess.run(
-            [sys.executable, "-m", "apt_trainer", verb, "--help"], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0 and "usage: apt-trainer" in done.stdout

@@ -1,11 +1,12 @@
-"""GPT-2, GPT-NeoX (Pythia) and OPT: decoders with LayerNorm and a plain feed-forward.
+"""GPT-2, GPT-NeoX (Pythia), OPT and BioGPT: decoders with LayerNorm and a plain feed-forward.
 
 GPT-2 keeps its linears transposed and its projections fused in three parts; GPT-NeoX fuses them head by head and adds
-attention and feed-forward side by side; OPT has no module for its feed-forward.
+attention and feed-forward side by side; OPT and BioGPT have no module for their feed-forward.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from apt_trainer.models.base import Stub
@@ -176,5 +177,24 @@ OPT = ModelFamily(
         "ForCausalLM": _LM_HEAD,
         "ForSequenceClassification": _SCORE,
         "ForQuestionAnswering": _ANSWERS,
+    },
+)
+
+BIOGPT = replace(
+    OPT,
+    model_types=("biogpt",),
+    stacks=(replace(OPT.stacks[0], layers="layers", final_norms=("layer_norm",)),),
+    embeddings=("embed_tokens", "embed_positions"),
+    config_sizes={
+        "heads": ("num_attention_heads",),
+        "neurons": ("intermediate_size",),
+        "hidden": ("hidden_size",),
+        "layers": ("num_hidden_layers",),
+    },
+    unsupported=lambda config: None,
+    heads={
+        "ForCausalLM": Head(reads=("output_projection",), next_token=True),
+        "ForSequenceClassification": _SCORE,
+        "ForTokenClassification": _CLASSIFIER,
     },
 )

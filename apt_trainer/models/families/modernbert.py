@@ -1,6 +1,8 @@
-"""ModernBERT: a pre-norm encoder with rotary positions and fused projections."""
+"""ModernBERT and its decoder: pre-norm, with rotary positions and a fused feed-forward."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from apt_trainer.models.base import Stub
 from apt_trainer.models.family import Head, ModelFamily, StackTable, SublayerTable
@@ -45,5 +47,26 @@ MODERNBERT = ModelFamily(
         "ForMaskedLM": Head(
             reads=("head.dense", "decoder"), writes=("head.dense",), norms=("head.norm",), masked_token=True
         ),
+    },
+)
+
+DECODER = replace(
+    MODERNBERT,
+    model_types=("modernbert-decoder",),
+    stacks=(
+        StackTable(
+            "layers",
+            (replace(_ATTENTION, reads={"attn.q_proj": ("q",), "attn.k_proj": ("k",), "attn.v_proj": ("v",)}), _MLP),
+            stack="decoder",
+            embedding_norms=("embeddings.norm",),
+            final_norms=("final_norm",),
+        ),
+    ),
+    adapter_targets=("q_proj", "v_proj", "Wi"),
+    heads={
+        "ForCausalLM": Head(
+            reads=("lm_head.dense", "decoder"), writes=("lm_head.dense",), norms=("lm_head.norm",), next_token=True
+        ),
+        "ForSequenceClassification": _CLASSIFIER,
     },
 )

@@ -1,12 +1,14 @@
-"""T5 and mT5: an encoder and a decoder with one hidden space, three groups of heads, plain or gated feed-forward.
+"""T5, mT5 and UMT5: an encoder and a decoder with one hidden space, three groups of heads.
 
 The position bias is made by the first self-attention of each stack for all of its heads and handed from layer to
 layer; so that attention stays, its table keeps all columns, and an attention that lost heads picks its rows.
-The last cross-attention stays too, without which the decoder would not see the encoder.
+The last cross-attention stays too, without which the decoder would not see the encoder. In UMT5 each self-attention
+makes a bias of its own, so that any may go and the columns of its table go with the heads.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from apt_trainer.models.base import Stub
@@ -75,4 +77,22 @@ T5 = ModelFamily(
         "ForTokenClassification": Head(reads=("classifier",), trained=("classifier",)),
         "ForQuestionAnswering": Head(reads=("qa_outputs",), trained=("qa_outputs",)),
     },
+)
+
+_OWN = replace(
+    _SELF,
+    columns={"layer.0.SelfAttention.relative_attention_bias": ("u",)},
+    modules=("layer.0.SelfAttention", "layer.0.layer_norm"),
+    stubs=(Stub("layer.0.SelfAttention", "zero_attention"), Stub("layer.0.layer_norm", "pass_first", masked=False)),
+    sizes=_SELF.sizes[:2],
+    stays=None,
+)
+_OTHER = replace(_CROSS, stubs=(Stub("layer.1", "pass_attention"),), sizes=_CROSS.sizes[:2])
+UMT5 = replace(
+    T5,
+    model_types=("umt5",),
+    stacks=(
+        replace(T5.stacks[0], sublayers=(_OWN, T5.stacks[0].sublayers[1])),
+        replace(T5.stacks[1], sublayers=(_OWN, _OTHER, T5.stacks[1].sublayers[2])),
+    ),
 )

@@ -26,8 +26,10 @@ from apt_trainer.models.labels import (
     as_text,
     head_of,
     hot,
+    hot_width,
     match_labels,
     names_of,
+    of_hot,
     problem_type,
     shown,
 )
@@ -85,8 +87,8 @@ def from_text(
 def from_rows(
     lines: Sequence[str], tokenizer: Any, model: Any, samples: int, length: int, batch_size: int = 8
 ) -> Calibration:
-    """At most ``samples`` JSON lines with ``text`` and ``label``: a name or a number of a label of the model, a list
-    of them where a row may have several, or what a regression predicts."""
+    """At most ``samples`` JSON lines with ``text`` and ``label``: a name or a number of a label of the model; where a
+    row may have several, a list of them, or of 0 and 1 for each; or what a regression predicts."""
     if head_of(model) != SEQUENCE_HEAD:
         raise UserError(
             "Rows with a text and a label are for classification and regression of texts, and the model is a "
@@ -127,9 +129,15 @@ def _targets(labels: Sequence[Any], config: Any) -> torch.Tensor:
         return torch.tensor([_numbers(label, number, config) for number, label in enumerate(labels, start=1)])
     lists = [label if isinstance(label, list) else [label] for label in labels]
     names = names_of(config)
+    if problem == MULTI_LABEL and hot_width(lists) == len(names):
+        return torch.tensor([hot(of_hot(of_row), len(names)) for of_row in lists])
     found = sorted({as_text(label) for of_row in lists for label in of_row})
     ids = match_labels(found, names, found)
     for number, of_row in enumerate(lists, start=1):
+        if len(set(map(as_text, of_row))) < len(of_row):
+            raise UserError(
+                f"Row {number} has the labels {of_row}, one twice. Give each once, or {len(names)} times 0 or 1."
+            )
         for label in of_row:
             if ids is None and match_labels([as_text(label)], names, ()) is None:
                 raise UserError(

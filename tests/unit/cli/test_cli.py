@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
 from safetensors import SafetensorError
 
 from apt_trainer import cli
@@ -20,8 +21,8 @@ from apt_trainer.settings import known_settings
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 
-def run_cli(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "apt_trainer", *words]
+def run_cli(*words: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
+    command = [python, "-m", "apt_trainer", *words]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
 
 
@@ -65,7 +66,7 @@ def test_help_lists_every_setting_and_fits_the_terminal(monkeypatch):
 def test_user_error_has_no_traceback_and_exits_with_2(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("target_sparsty: 0.5\n")
-    done = run_cli("train", "--config", str(path))
+    done = run_cli("train", "--config", str(path), python=warm.python())
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.splitlines()[-1] == (
@@ -346,7 +347,7 @@ def test_ddp_cpu_starts_two_processes_that_train_together(tmp_path):
     )
     profile = launch.PROFILES / "ddp_cpu.yaml"
     environment = launch.launch_environment({"use_cpu": True}, 2) | {"PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(profile), str(script)]
+    command = [warm.python(), "-m", "accelerate.commands.launch", "--config_file", str(profile), str(script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "together: 2 gloo" in done.stdout

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import invariants
 import pytest
 import torch
 from test_families import a_plan, close, cut, generated, language_model, pruned_copy, same
@@ -31,6 +32,7 @@ from apt_trainer.measure import Latency, count_parameters, example_inputs
 from apt_trainer.models import FAMILIES, HIDDEN, Space, family_of
 from apt_trainer.models.batch import of_stack, predicted_tokens, real_tokens
 from apt_trainer.models.modeling_apt import BiasOfKeptHeads, ConfigView, ZeroAttention, get_size, set_size
+from apt_trainer.models.slots import layer_list_path
 from apt_trainer.plan.cost import parameter_cost
 from apt_trainer.plan.limits import Limits
 from apt_trainer.plan.pruning_plan import PruningPlan
@@ -48,8 +50,7 @@ OTHER_HEADS = [
 ]
 
 
-def test_every_family_has_a_tiny_model() -> None:
-    assert set(LANGUAGE_MODELS) | {"bert", "roberta", "xlm-roberta", "distilbert"} == set(FAMILIES)
+def test_every_head_of_a_language_model_is_built() -> None:
     assert len(OTHER_HEADS) == 38
     heads = {(name, ending) for name, family in FAMILIES.items() if name in LANGUAGE_MODELS for ending in family.heads}
     built = {(name, type(tiny_model(name, task)).__name__) for name, task in (*LANGUAGE_MODELS.items(), *OTHER_HEADS)}
@@ -448,3 +449,41 @@ def test_an_encoder_alone() -> None:
     _, spaces, dense = parts(model)
     assert {space.name.split(".")[0] for space in spaces} == {"encoder", HIDDEN}
     assert isinstance(spaces[0], Space) and dense.counts["encoder.0.heads"] == 4
+
+
+# ---------------------------------------------------------------------- DeBERTa and ALBERT
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"share_att_key": False}, {"share_att_key": False, "pos_att_type": ["c2p"]}, {"relative_attention": False}],
+)
+def test_flops_of_deberta_count_its_positions(changes: dict[str, Any]) -> None:
+    model = invariants.model_of("deberta-v2", **changes)
+    invariants.every_width_is_claimed(model)
+    invariants.masks_equal_the_cut(model, gone=True)
+    invariants.costs_are_real(model)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "reason"),
+    [
+        ("deberta-v2", {"conv_kernel_size": 3}, "without a convolution"),
+        ("deberta-v2", {"norm_rel_ebd": "none"}, "norm_rel_ebd: layer_norm"),
+        ("albert", {"num_hidden_groups": 3}, "one layer for all runs"),
+        ("stablelm", {"qk_layernorm": True}, "qk_layernorm=False"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm"),
+    ],
+)
+def test_what_a_table_does_not_describe_is_refused(model_type: str, changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        family_of(invariants.config_of(model_type, **changes))
+
+
+def test_a_layer_that_runs_many_times_is_one_space() -> None:
+    model = invariants.model_of("albert")
+    family, spaces, _ = parts(model)
+    assert [space.name for space in spaces] == ["layers.0.heads", "layers.0.neurons", HIDDEN]
+    assert family.repeats(model.config) == LAYERS
+    with pytest.raises(UserError, match="runs one layer many times"):
+        layer_list_path(model, family)

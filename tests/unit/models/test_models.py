@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import (
@@ -19,7 +21,7 @@ from tiny import (
     tiny_model,
 )
 from torch import nn
-from transformers import AutoModel, AutoModelForMultipleChoice, XLNetConfig
+from transformers import AutoModel, AutoModelForMultipleChoice, DiffLlamaConfig, XLNetConfig
 
 from apt_trainer.errors import UserError
 from apt_trainer.models import FAMILIES, HIDDEN, Slice, family_of
@@ -115,10 +117,17 @@ def test_task_heads_train(name: str, task: str) -> None:
     assert set(paths) == wanted
 
 
-def test_unknown_model_type_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match="'xlnet' has no ModelFamily.*bert.*distilbert.*roberta") as error:
+def test_an_unknown_model_type_is_told_what_sets_it_apart_from_the_nearest() -> None:
+    with pytest.raises(
+        UserError, match="'diffllama' has no ModelFamily. Nearest is that of llama, mistral, qwen2"
+    ) as told:
+        family_of(DiffLlamaConfig())
+    assert "they also have self_attn." in str(told.value) and f"the {len(FAMILIES)} model types" in str(told.value)
+    assert "apt_trainer/README.md, 'Add a model family'" in str(told.value)
+    with pytest.raises(UserError, match="'xlnet' has no ModelFamily. Nearest is .*its layers are not at"):
         family_of(XLNetConfig())
-    assert all(name in str(error.value) for name in FAMILIES)
+    with pytest.raises(UserError, match="'clap' has no ModelFamily. `apt-trainer families` lists"):
+        family_of(SimpleNamespace(model_type="clap"))
 
 
 @pytest.mark.parametrize("setting", ["is_decoder", "add_cross_attention"])

@@ -150,7 +150,8 @@ def test_an_average_keeps_the_decay_it_was_made_with() -> None:
         assert rule.decay == 0.7
 
 
-def test_taylor_is_a_mean_over_batches() -> None:
+def test_taylor_is_a_mean_over_rows() -> None:
+    """Those of a short last batch count as much as others."""
     model, found = tiny_model("bert"), []
     batches = batches_of(model)
     for some in (batches, *([batch] for batch in batches)):
@@ -158,19 +159,40 @@ def test_taylor_is_a_mean_over_batches() -> None:
         pruner.calibrate(some, lambda batch, pruner=pruner: pruner.model(**batch).loss)
         found.append(pruner.importance.scores(pruner.model))
     for space, values in found[0].items():
-        assert torch.allclose(values, sum(part[space] for part in found[1:]) / 3, rtol=1e-4)
+        mean = sum(size * part[space] for size, part in zip((4, 4, 2), found[1:], strict=True)) / 10
+        assert torch.allclose(values, mean, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_taylor_scores_do_not_depend_on_batches_and_processes(name: str) -> None:
+    """In llama rows have labels of different number."""
+    rows = [batch for size in (1,) * 5 for batch in batches_of(tiny_model(name, FAMILIES[name]), (3,))]
+    whole = {key: torch.cat([row[key] for row in rows])[:7] for key in rows[0]}
+    if name == "llama":
+        whole["labels"] = whole["labels"].clone()
+        whole["labels"][::2, 3:] = -100
+    found = []
+    for sizes in ([7], [3, 4], [1, 6], [2, 2, 2, 1]):
+        pruner = pruner_of(tiny_model(name, FAMILIES[name]), importance=Taylor(0.85))
+        parts_of = [
+            dict(zip(whole, part, strict=True)) for part in zip(*(v.split(sizes) for v in whole.values()), strict=True)
+        ]
+        pruner.calibrate(parts_of, lambda batch, pruner=pruner: pruner.model(**batch).loss)
+        found.append(pruner.importance.scores(pruner.model))
+    for scores in found[1:]:
+        assert all(torch.allclose(values, scores[space], rtol=1e-3) for space, values in found[0].items())
 
 
 def test_a_process_without_rows_takes_part_in_the_reduction() -> None:
     model, calls = tiny_model("bert"), []
     pruner = pruner_of(model, outlier_term=False)
-    pruner.start(pruner.schedule, 0, lambda tensor: calls.append(len(tensor.shape)) or tensor, 2)
+    pruner.start(pruner.schedule, 0, lambda tensor: calls.append(len(tensor.shape)) or 2 * tensor, 2)
     first, second, _ = batches_of(model)
     pruner.calibrate([first, second, None], lambda batch: model(**batch).loss)
-    assert calls == [1, 1, 1, 0]  # three updates and the loss
+    assert calls == [0, 1, 0, 1, 0, 1, 0]  # labels and an update, three times, and the loss
     expected = salience_by_hand(pruner, [first, second])
     for space, values in pruner.importance.scores(model).items():
-        assert torch.allclose(values, expected[space] * 2 / 3 / 2, rtol=1e-3, atol=1e-6)
+        assert torch.allclose(values, expected[space] * 2 / 3 * 2, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

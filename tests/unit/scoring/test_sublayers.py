@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 
+import invariants
 import pytest
 import torch
 from texts import model_and_data, save_dense, tiny_llama, word_tokenizer, words
@@ -181,6 +182,15 @@ def test_cosine_equals_its_definition(name: str) -> None:
             assert score == pytest.approx(expected[unit.kind, unit.layer], abs=1e-6), unit
     assert found.tokens == {units.stacks[0]: int(batch["attention_mask"].sum())}
     assert hooks(model) == 0 and len(set(found.scores.values())) == 9
+
+
+def test_cosine_scales_what_is_added_as_the_model_does() -> None:
+    model = invariants.model_of("granite")
+    batch, units = tiny_batch(model), find_units(model)
+    assert model.config.residual_multiplier == 0.5
+    expected = expected_scores("llama", model, batch)  # whose modules have the same names
+    for unit, score in cosine_scores(model, units, [batch]).scores.items():
+        assert score == pytest.approx(expected[unit.kind, unit.layer], abs=1e-6), unit
 
 
 def test_cosine_of_two_stacks_counts_the_tokens_of_each() -> None:
@@ -750,7 +760,7 @@ def test_analyze_stops_and_goes_on(saved: Path, tmp_path: Path, monkeypatch: pyt
     assert cli.main(words_) == 130 and not (out / "scores.json").exists()
     assert cli.main(words_) == 2 and "--resume" in capsys.readouterr().err
     other = [word if word != "8" else "9" for word in words_]
-    assert cli.main([*other, "--resume"]) == 2 and "other data" in capsys.readouterr().err
+    assert cli.main([*other, "--resume"]) == 2 and "another model, data or tasks" in capsys.readouterr().err
     assert cli.main([*words_, "--resume"]) == 0
     found = json.loads((out / "scores.json").read_text())
     units = len(found["units"])
@@ -996,7 +1006,7 @@ def test_a_family_without_a_table_is_told_before_weights_load(
     more = {"drop": ["--count", "1"], "curve": ["--test", str(saved / "text.txt")]}.get(verb, [])
     assert cli.main([verb, *place, "--output", str(out), *more]) == 2
     error = capsys.readouterr().err
-    assert "model_type 'gpt_bigcode' has no ModelFamily. Supported: " in error and not out.exists()
+    assert "model_type 'gpt_bigcode' has no ModelFamily. Nearest is " in error and not out.exists()
 
 
 def test_a_model_that_breaks_down_is_not_written(saved: Path, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -17,6 +17,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import warm
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -89,12 +90,19 @@ def ablate(*words: str) -> tuple[int, str, str]:
     return code, output.getvalue(), errors.getvalue()
 
 
+def ablate_warm(*words: str) -> tuple[int, str, str]:
+    """As ``ablate``; the runs of the study start warm."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", warm.python())
+        return ablate(*words)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """Folder with a study of two variants and one seed that has run, and what was printed."""
     folder = tmp_path_factory.mktemp("study")
     make_base(folder)
-    code, output, errors = ablate("--study", write_study(folder, baseline="lora"), "--jobs", "2")
+    code, output, errors = ablate_warm("--study", write_study(folder, baseline="lora"), "--jobs", "2")
     assert code == 0, errors + "".join(path.read_text() for path in folder.rglob("*.log"))
     return folder, output
 
@@ -191,7 +199,7 @@ def test_a_killed_run_continues_and_a_failed_one_is_reported(copy):
     broken.mkdir(parents=True)
     (broken / "left.over").touch()  # killed before the first checkpoint
     study = write_study(copy, variants=VARIANTS | {"broken": {"lora_target_modules": ["nothing"]}})
-    code, output, errors = ablate("--study", study, "--jobs", "2")
+    code, output, errors = ablate_warm("--study", study, "--jobs", "2")
     assert code == 1
     assert errors.startswith("3 runs, 1 of them finished earlier\n")
     assert "failed: broken, seed 1" in errors

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_ablation import ablate
+from test_ablation import ablate, ablate_warm
 from texts import save_dense, words
 
 from apt_trainer import load_pruned
@@ -48,7 +48,7 @@ def finished(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     """Folder, path and printed table of a study of drops that has run."""
     folder = tmp_path_factory.mktemp("study")
     study = write(folder, drops(saved), KINDS, command="drop", metrics=METRICS, baseline="attention")
-    code, output, errors = ablate("--study", study, "--jobs", "2")
+    code, output, errors = ablate_warm("--study", study, "--jobs", "2")
     assert code == 0, errors + "".join(path.read_text() for path in folder.rglob("*.log"))
     return folder / "out", study, output
 
@@ -81,7 +81,7 @@ def test_a_drop_that_was_stopped_goes_on(finished: tuple[Path, str, str], monkey
     (folder / "impact.jsonl").write_text(_progress(report))
     run = runner.subprocess.Popen
     monkeypatch.setattr(runner.subprocess, "Popen", lambda words, **more: started.append(words) or run(words, **more))
-    code, _, errors = ablate("--study", study)
+    code, _, errors = ablate_warm("--study", study)
     assert code == 0, errors
     assert started[0][-1] == "--resume"
     again = json.loads((folder / "metrics.json").read_text())
@@ -98,7 +98,7 @@ def test_a_study_of_plans(saved: Path, tmp_path: Path) -> None:
     variants = {"full": {"methods": []}, "skip": {"methods": ["skip"]}}
     metrics = ["perplexity.value", "affected"]
     study = write(tmp_path, base(saved, starts=[0]), variants, command="paint", metrics=metrics, baseline="full")
-    code, output, errors = ablate("--study", study, "--jobs", "2")
+    code, output, errors = ablate_warm("--study", study, "--jobs", "2")
     assert code == 0, errors + "".join(path.read_text() for path in tmp_path.rglob("*.log"))
     full, skip = (record["metrics"] for record in read_results([str(tmp_path / "out")]))
     assert full["plans"]["full"]["perplexity"] == full["perplexity"]
