@@ -72,6 +72,8 @@ def told(output: str, record: Mapping[str, Any]) -> str:
         said.append(f"same prediction in {record['same_prediction']:.1%}")
     if "greedy_tokens_equal" in record:
         said.append(f"greedy tokens {'equal' if record['greedy_tokens_equal'] else 'differ'}")
+    if "bytes_in_full" in record:
+        written += f", {format_bytes(record['bytes_in_full'])} of it weights that changed otherwise than by adapters"
     alone = "" if record["loaded_by"] == "apt_trainer" else " in a process without apt_trainer"
     return f"{written}\nloaded by {record['loaded_by']}{alone}: {', '.join(said)}"
 

@@ -242,8 +242,10 @@ def _measure_and_export(
             export_all(args, dense_copy(trainer.model, "cpu").float(), data, metrics["exports"])
     finally:
         with _saved_in(output):
-            _write_card(metrics, recipe, trainer)
-            _write_records(output, metrics, trainer, data)
+            try:
+                _write_card(metrics, recipe, trainer)
+            finally:
+                _write_records(output, metrics, trainer, data)
 
 
 def _measure_further(metrics: dict[str, Any], recipe: Recipe, trainer: APTTrainer, tokenizer: Any) -> None:

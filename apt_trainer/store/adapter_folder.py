@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ ADAPTERS_FILE = "apt_adapters.safetensors"
 """Beside a whole model: the adapters that were merged into it."""
 WEIGHTS_FILE = "apt_difference.safetensors"
 """Of a folder without the whole model: adapters, and other weights."""
+OPTIONS = ("attn_implementation", "cache_dir", "local_files_only", "token")
 _ADAPTER, _WEIGHT = "adapter/", "weight/"
 
 
@@ -49,11 +50,10 @@ def save_adapters(adapters: Mapping[str, Tensor], model: PreTrainedModel, folder
 
 
 @torch.no_grad()
-def write_difference(model: PreTrainedModel, source: Path, folder: Path) -> dict[str, Any]:
+def write_difference(model: PreTrainedModel, source: Path, folder: Path) -> None:
     """Write what sets ``model``, loaded from ``source``, apart from its base to ``folder``.
 
-    Returns {"base", "bytes_of_adapters", "bytes_in_full"}. Raises :class:`UserError` where ``source`` holds no
-    adapters, or their base is not at hand.
+    Raises :class:`UserError` where ``source`` holds no adapters, or their base is not at hand.
     """
     if not (source / ADAPTERS_FILE).is_file():
         raise UserError(
@@ -61,7 +61,7 @@ def write_difference(model: PreTrainedModel, source: Path, folder: Path) -> dict
         )
     adapters, metadata = _read(source / ADAPTERS_FILE)
     plan = PruningPlan.from_json(read_json(source / PLAN_FILE))
-    dtype = _dtype(model.config if model.config.dtype is None else read_json_object(source / CONFIG_NAME))
+    dtype = _dtype(read_json_object(source / CONFIG_NAME))
     base, revision = metadata.get("base", ""), metadata.get("revision") or None
     own = _config_of_base(base, revision, source)
     built, digest = _built(base, revision, own, model.config, dtype, source)
@@ -82,8 +82,12 @@ def write_difference(model: PreTrainedModel, source: Path, folder: Path) -> dict
     write_json(folder / CONFIG_NAME, described)
     write_json(folder / PLAN_FILE, plan.to_json())
     write_json(folder / DIFFERENCE, {"format_version": 1, "base": base, "revision": revision, "sha256": digest})
-    sizes = {"bytes_of_adapters": _bytes(adapters.values()), "bytes_in_full": _bytes(changed.values())}
-    return {"base": base, **sizes}
+
+
+def bytes_in_full(folder: Path) -> int:
+    """Bytes of the weights in ``folder`` that did not change by an adapter: heads, norms, what was refitted."""
+    tensors, _ = _read(folder / WEIGHTS_FILE)
+    return sum(value.numel() * value.element_size() for value in _part(tensors, _WEIGHT).values())
 
 
 @torch.no_grad()
@@ -94,11 +98,16 @@ def load_difference(folder: Path, base: str | Path | None = None, dtype: Any = "
         folder: what :func:`write_difference` made.
         base: where the base is now; default: where it was.
         dtype: of the result; default: that of the whole model.
-        options: for loading the base, such as ``attn_implementation`` or ``token``.
+        options: for loading the base: any of :data:`OPTIONS`.
 
     Raises:
-        UserError: the folder is damaged, or the base is missing or is another.
+        UserError: the folder is damaged, or the base is missing or is another; or another option.
     """
+    unknown = [name for name in options if name not in OPTIONS]
+    if unknown:
+        raise UserError(
+            f"{folder} is an adapter, which loads with base, dtype, {', '.join(OPTIONS)}; not {unknown[0]}."
+        )
     record = read_json_object(folder / DIFFERENCE)
     named = {name: record.get(name) for name in ("base", "sha256")}
     if record.get("format_version") != 1 or not all(isinstance(value, str) for value in named.values()):
@@ -108,8 +117,9 @@ def load_difference(folder: Path, base: str | Path | None = None, dtype: Any = "
     revision = record.get("revision") if base is None else None
     name = str(base or named["base"])
     own = _config_of_base(name, revision, folder)
+    of_base = [value for key, value in own.to_dict().items() if key.endswith(("layers", "layer"))]
+    layers = max((value for value in of_base if type(value) is int), default=0)
     for sizes in (described, described.get(DENSE_SIZES)):
-        layers = max(value for key, value in own.to_dict().items() if key.endswith(("layers", "layer")) and value)
         check_counts(folder, sizes if isinstance(sizes, dict) else {}, layers)
 
     def retell(error: Exception) -> Exception:
@@ -156,7 +166,7 @@ def _built(
     with Retold(lambda error: UserError(f"{folder} is damaged: its config is that of no model ({reason(error)}).")):
         cls, stock = dense_shape(with_dense_sizes(config))
         cls = cls or getattr(transformers, (config.architectures or [""])[0])
-        check_needed(folder, numbers_of(folder, cls, stock), PACKED * numbers_of(Path(base), cls, own))
+    check_needed(folder, numbers_of(folder, cls, stock), PACKED * numbers_of(Path(base), cls, own))
     if hasattr(config, POST_NORM_POLICY):
         setattr(stock, POST_NORM_POLICY, getattr(config, POST_NORM_POLICY))
     options |= {"dtype": dtype, "ignore_mismatched_sizes": True, "output_loading_info": True, "revision": revision}
@@ -195,12 +205,11 @@ def _is_close(one: Tensor, other: Tensor) -> bool:
     return float((one.float() - other.float()).abs().max()) <= step
 
 
-def _dtype(described: Any) -> torch.dtype:
-    """The type of weights that a config, or what is read from its file, tells."""
-    found = described.get("dtype") if isinstance(described, dict) else described.dtype
-    dtype = getattr(torch, str(found or "float32").removeprefix("torch."), None)
+def _dtype(described: Mapping[str, Any]) -> torch.dtype:
+    """The type of weights that is read from the file of a config."""
+    dtype = getattr(torch, str(described.get("dtype") or "float32"), None)
     if not isinstance(dtype, torch.dtype):
-        raise UserError(f"The config has dtype={found!r}, which is no type of weights.")
+        raise UserError(f"The config has dtype={described.get('dtype')!r:.60}, which is no type of weights.")
     return dtype
 
 
@@ -215,7 +224,3 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(value.numel() * value.element_size() for value in tensors)

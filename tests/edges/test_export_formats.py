@@ -12,6 +12,7 @@ import torch
 from integration.factories import SHORT, Rows, make_trainer
 from integration.test_pruned_before import BEFORE
 from safetensors.torch import load_file
+from texts import word_tokenizer
 from tiny import gap, parts, random_plan, tiny_model
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
@@ -194,6 +195,18 @@ def test_what_vllm_cannot_hold_is_refused(family: str, task: str, form: str, sai
     with pytest.raises(UserError, match="Leave --style out"):
         export(tiny_model("llama", "ForCausalLM", attention_bias=False), form, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("family", "told", "longest"), [("bert", None, 20), ("roberta", None, 18), ("bert", 7, 7)])
+def test_the_tokenizer_tells_the_longest_input(family: str, told: int | None, longest: int, tmp_path: Path) -> None:
+    """FastEmbed and others ask it. RoBERTa counts positions from its padding token on, which is 1."""
+    model, tokenizer = cut(family, "ForSequenceClassification"), word_tokenizer()
+    model.config.apt_remote_code = False  # so that no process is started to check it
+    if told is not None:
+        tokenizer.model_max_length = told
+    export(model, "hf", tmp_path / "hf", tokenizer=tokenizer)
+    described = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert described["model_max_length"] == longest
 
 
 def test_a_folder_without_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -147,7 +147,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_loads(
 ) -> None:
     encoder = recipe(tmp_path, "bert", "classification")
     for names, message in (
-        (["tflite"], "export='tflite' is not known. Choose one of: onnx, gguf"),
+        (["tflite"], "export='tflite' is not known. Choose one of: onnx, openvino, gguf"),
         (["onnx_int4"], "int8"),
         (["gguf_q8_0"], "cannot be written as GGUF.*--format onnx"),
     ):

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE, VERY_LARGE_INTEGER
 
 from apt_trainer.errors import RunError, UserError, unknown_choice
 from apt_trainer.settings import ModelSettings
 from apt_trainer.settings.packages import check_packages
-from apt_trainer.store.events import write_json
+from apt_trainer.store.events import read_json_object, write_json
 from apt_trainer.store.pretrained import find_source, load_saved
 
 TARGETS = {
@@ -139,7 +140,7 @@ def export(
         folder = staging / "export"
         target.write(model, tokenizer, folder, quantize)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            _save_tokenizer(tokenizer, model, folder)
         record: dict[str, Any] = {
             "format": form,
             "quantize": quantize,
@@ -159,6 +160,18 @@ def export(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return record
+
+
+def _save_tokenizer(tokenizer: Any, model: PreTrainedModel, folder: Path) -> None:
+    """Write ``tokenizer``, with the longest input of ``model`` where it tells none: consumers ask it for that."""
+    tokenizer.save_pretrained(folder)
+    longest, file = getattr(model.config, "max_position_embeddings", None), folder / TOKENIZER_CONFIG_FILE
+    if longest is None or tokenizer.model_max_length < VERY_LARGE_INTEGER or not file.is_file():
+        return
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            longest -= module.padding_idx + 1  # positions are counted from there
+    write_json(file, read_json_object(file) | {"model_max_length": longest})
 
 
 def load_for_export(path: str, tokenizer: Any = None) -> tuple[PreTrainedModel, Any]:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from apt_trainer.errors import UserError
-from apt_trainer.store.adapter_folder import WEIGHTS_FILE, load_difference, write_difference
+from apt_trainer.store.adapter_folder import WEIGHTS_FILE, bytes_in_full, load_difference, write_difference
 from apt_trainer.store.export.check import batches
 
 QUANTIZATIONS: tuple[str, ...] = ()
@@ -45,4 +45,5 @@ def compare(model: PreTrainedModel, tokenizer: Any, folder: Path, quantize: str 
                 largest = max(largest, float((ours - theirs).abs().max()))
                 scale = max(scale, float(ours.abs().max()))
     numbers = {"loaded_by": "apt_trainer", "largest_difference": largest, "largest_output": scale}
+    numbers["bytes_in_full"] = bytes_in_full(folder)
     return numbers | {"equal": largest <= TOLERANCE * max(1.0, scale)}

@@ -1,6 +1,6 @@
 """Whether the JSON parts of a checkpoint say what a run writes there, and no size that its tensors do not have.
 
-Not for whether they fit the run that reads them, which the reader finds out (``training.resume``).
+Not for whether they fit the run that reads them, which the reader finds out (``resume``).
 """
 
 from __future__ import annotations

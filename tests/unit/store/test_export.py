@@ -223,7 +223,7 @@ def test_tokens_per_second_of_llama_cpp(
 
 def test_names_of_formats() -> None:
     assert parse_format("onnx_int8") == ("onnx", "int8") and parse_format("gguf_q4_k_m") == ("gguf", "q4_k_m")
-    with pytest.raises(UserError, match="onnx, gguf"):
+    with pytest.raises(UserError, match="onnx, openvino, gguf"):
         parse_format("tflite")
     with pytest.raises(UserError, match="int8"):
         parse_format("onnx_q8_0")
