@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from apt_trainer.store.painted_model import paint
     from apt_trainer.store.saved_model import load_pruned
     from apt_trainer.training.any_trainer import (
+        APTCrossEncoderTrainer,
         APTDPOTrainer,
         APTRewardTrainer,
         APTSentenceTransformerTrainer,
@@ -31,12 +32,14 @@ if TYPE_CHECKING:
         with_pruning,
     )
     from apt_trainer.training.inside import load_pruned_into
+    from apt_trainer.training.session import PruningSession
     from apt_trainer.training.trainer import APTTrainer
 
 __version__ = "0.1.0"
 
 _HOME = {
     "APTConfig": "settings.config",
+    "APTCrossEncoderTrainer": "training.any_trainer",
     "APTDPOTrainer": "training.any_trainer",
     "APTRewardTrainer": "training.any_trainer",
     "APTSFTTrainer": "training.any_trainer",
@@ -49,6 +52,7 @@ _HOME = {
     "ModelFamily": "models",
     "Plan": "settings.execution_plan",
     "PruningPlan": "plan.pruning_plan",
+    "PruningSession": "training.session",
     "UserError": "errors",
     "load_pruned": "store.saved_model",
     "load_pruned_into": "training.inside",
@@ -60,6 +64,7 @@ __all__ = [
     "FAMILIES",
     "IMPORTANCES",
     "APTConfig",
+    "APTCrossEncoderTrainer",
     "APTDPOTrainer",
     "APTRewardTrainer",
     "APTSFTTrainer",
@@ -70,6 +75,7 @@ __all__ = [
     "ModelFamily",
     "Plan",
     "PruningPlan",
+    "PruningSession",
     "UserError",
     "load_pruned",
     "load_pruned_into",

@@ -28,4 +28,4 @@ if ((${#left_out[@]})); then
     printf -v chosen '%s and ' "${left_out[@]}"
     set -- -m "${chosen% and }" "$@"
 fi
-pytest -n 2 "$@"
+pytest -n 2 --dist worksteal "$@" # the tests of a module stay together, and so do its fixtures

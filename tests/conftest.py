@@ -1,4 +1,4 @@
-"""One thread per test process, the same random numbers in every test, and quick garbage collection."""
+"""One thread per test process, the same random numbers in every test, quick garbage collection, long tests first."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ import warm
 torch.set_num_threads(1)
 warm.remember_what_is_installed()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it starts in the background
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules with tests that take long come first: at the end no test process waits long for another."""
+    long = {item.path for item in items for name in ("distributed", "slow") if item.get_closest_marker(name)}
+    items.sort(key=lambda item: item.path not in long)
 
 
 def pytest_collection_finish() -> None:

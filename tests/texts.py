@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from tiny import randomise
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from apt_trainer.settings.shipped import TASKS
@@ -35,6 +35,18 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     return PreTrainedTokenizerFast(tokenizer_object=core, **special)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE as GPT-2 has it, with merges learnt from a few words."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<end>", "<pad>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    raw.train_from_iterator(["the cat sat on the mat"] * 9 + ["return the matter"] * 9, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", pad_token="<pad>")
 
 
 def words(count: int, seed: int = 0) -> str:

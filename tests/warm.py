@@ -1,9 +1,10 @@
-"""Python processes that start warm: forked from one, the server, that has imported what takes seconds to import.
+"""Python processes that start warm: forked from one, a server, that has imported what takes seconds to import.
 
 ``python()`` is the path of a program to be started in place of ``sys.executable``, where a test is about what the
 process does and not about how Python starts or what is imported first. It is a real process: it takes ``-m MODULE``,
 ``-c CODE`` or a script with their words, an environment, a folder and open files; it passes on the signals that it
-gets, dies with its child and ends as its child ends. There is one server per test process, which ends with it.
+gets, dies with its child and ends as its child ends. ``python(LIBRARIES)`` starts where nothing of this project, of
+transformers or of PEFT is imported. A test process has one server of each kind, which ends with it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import traceback
 import types
 from pathlib import Path
 
-IMPORTED = (
+ALL = (
     "apt_trainer.runs.run",
     "datasets",
     "deepspeed",
@@ -38,7 +39,15 @@ IMPORTED = (
     "torch",
     "transformers.trainer",
 )
-"""What takes long to import."""
+LIBRARIES = (
+    "accelerate",
+    "datasets",
+    "scipy.optimize",
+    "sklearn.metrics",
+    "torch._dynamo",
+    "torch.distributed.tensor",
+)
+"""What transformers and PEFT import, without the two."""
 
 CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
@@ -59,7 +68,7 @@ sys.exit(code)
 
 
 @functools.cache
-def python() -> str:
+def python(imported: tuple[str, ...] = ALL) -> str:
     """Path of the program; the first call starts the server, in the environment of that call."""
     folder = tempfile.TemporaryDirectory(prefix="warm-")
     address = str(Path(folder.name) / "socket")
@@ -69,7 +78,7 @@ def python() -> str:
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listening.bind(address)
     listening.listen(64)
-    words = [sys.executable, __file__, str(listening.fileno())]
+    words = [sys.executable, __file__, str(listening.fileno()), *imported]
     server = subprocess.Popen(words, stdin=subprocess.PIPE, pass_fds=[listening.fileno()], start_new_session=True)
     listening.close()
 
@@ -89,9 +98,9 @@ def remember_what_is_installed() -> None:
 # ---------------------------------------------------------------------- the server
 
 
-def _serve(listening: socket.socket) -> None:
+def _serve(listening: socket.socket, imported: list[str]) -> None:
     """Fork a keeper for each client until standard input is closed."""
-    for name in IMPORTED:
+    for name in imported:
         importlib.import_module(name)
     remember_what_is_installed()
     gc.collect()
@@ -140,7 +149,8 @@ def _run(words: list[str], environment: dict[str, str], folder: str) -> int:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    sys.path[1:1] = [path for path in environment.get("PYTHONPATH", "").split(":") if path not in ("", *sys.path)]
+    sys.path[0] = ""  # in place of the folder of this file
+    sys.path[1:1] = [path for path in environment.get("PYTHONPATH", "").split(":") if path not in sys.path]
     code: object = 0
     try:
         _main(words)
@@ -165,7 +175,7 @@ def _main(words: list[str]) -> None:
         sys.path[0], sys.argv = os.getcwd(), rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     elif what == "-c":
-        sys.path[0], sys.argv = "", ["-c", *rest[1:]]
+        sys.argv = ["-c", *rest[1:]]
         module = sys.modules["__main__"] = types.ModuleType("__main__")
         exec(compile(rest[0], "<string>", "exec"), module.__dict__)
     else:
@@ -175,4 +185,4 @@ def _main(words: list[str]) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _serve(socket.socket(fileno=int(sys.argv[1])))
+    _serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])

@@ -17,8 +17,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         required=True,
-        choices=["onnx", "gguf"],
-        help="onnx: encoders and decoders, for onnxruntime and browsers; gguf: LLaMA, Mistral, Qwen, for llama.cpp",
+        choices=["onnx", "openvino", "gguf", "hf", "adapter"],
+        help="onnx: encoders and decoders, for onnxruntime and browsers; openvino: the same, for Intel; gguf: LLaMA, "
+        "Mistral, Qwen, for llama.cpp; hf: for transformers, or vLLM with --style; adapter: what is not in the dense "
+        "base, of a run with keep_adapters, for load_pruned",
+    )
+    parser.add_argument(
+        "--style",
+        choices=["per_layer_config", "decilm"],
+        help="with --format hf, for vLLM: per_layer_config, transformers' standard (--model-impl transformers); "
+        "decilm, vLLM's own class for LLaMA and Mistral",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to make")
     parser.add_argument(
@@ -30,16 +38,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens per sequence or prompt, with --speed")
     parser.add_argument("--new_tokens", type=int, default=32, help="tokens that are decoded, with --speed")
     parser.add_argument(
-        "--quantize", metavar="KIND", help="int8 (onnx); f16, q8_0, q5_0, q4_0, q4_k_m, q5_k_m or q6_k (gguf)"
+        "--quantize",
+        metavar="KIND",
+        help="int8 (onnx, openvino); f16, q8_0, q5_0, q4_0, q4_k_m, q5_k_m or q6_k (gguf)",
     )
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from apt_trainer.store.export import export
+    from apt_trainer.errors import UserError
+    from apt_trainer.store.export import export, is_timed
 
-    record = export(args.path, args.format, args.output, quantize=args.quantize)
+    if args.style is not None and args.format != "hf":
+        raise UserError(f"--style {args.style} is for --format hf. Leave one of them out.")
+    record = export(args.path, args.style or args.format, args.output, quantize=args.quantize)
     print(told(args.output, record))
-    if args.speed and record["loaded_by"] is not None:
+    if args.speed and is_timed(record):
         print(f"\n{_timed(args)}")
     return 0
 
@@ -55,10 +68,12 @@ def told(output: str, record: Mapping[str, Any]) -> str:
             "(pip install 'apt-trainer[export]')."
         )
     said = [f"largest difference {record['largest_difference']:.2g} of {record['largest_output']:.3g}"]
-    said.append(f"same prediction in {record['same_prediction']:.1%}")
+    if "same_prediction" in record:
+        said.append(f"same prediction in {record['same_prediction']:.1%}")
     if "greedy_tokens_equal" in record:
         said.append(f"greedy tokens {'equal' if record['greedy_tokens_equal'] else 'differ'}")
-    return f"{written}\nloaded by {record['loaded_by']} in a process without apt_trainer: {', '.join(said)}"
+    alone = "" if record["loaded_by"] == "apt_trainer" else " in a process without apt_trainer"
+    return f"{written}\nloaded by {record['loaded_by']}{alone}: {', '.join(said)}"
 
 
 def _timed(args: argparse.Namespace) -> str:

@@ -1,4 +1,5 @@
-"""Distances between student and teacher: predictions (KL or squared error) and hidden states (squared error).
+"""Distances between student and teacher: predictions (KL or squared error), embeddings (cosine) and hidden states
+(squared error).
 
 Computed in float32, over real tokens only. Not for weighing the losses against the task loss, nor for choosing which
 layers meet. Source: APT, Sec. 4.4, where padding was counted in.
@@ -81,6 +82,17 @@ def _hide(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Positions [B, S] outside ``mask`` get no probability; finite, because 0·(inf − inf) is not 0."""
     logits = logits.float()
     return logits if mask is None else logits.masked_fill(mask == 0, torch.finfo(torch.float32).min / 1e4)
+
+
+def embedding_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean of 1 − cos(student, teacher) over the last dimension of two [..., d]; scalar float32.
+
+    The mean runs over all that the other dimensions count, or where ``mask`` [...] is 1.
+    """
+    apart = 1.0 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)
+    if mask is None:
+        return apart.mean()
+    return apart.masked_fill(mask == 0, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 def layer_outputs(output: ModelOutput, stack: Stack = "encoder") -> tuple[torch.Tensor, ...]:

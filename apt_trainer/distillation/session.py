@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from apt_trainer.distillation.layer_map import match_layers, sample_teacher_layers
-from apt_trainer.distillation.losses import layer_loss, layer_outputs, prediction_loss
+from apt_trainer.distillation.losses import embedding_loss, layer_loss, layer_outputs, prediction_loss
 from apt_trainer.distillation.teacher import Teacher
 from apt_trainer.distillation.transform import HiddenTransform
 from apt_trainer.models import HIDDEN, ModelFamily, Stack
@@ -26,6 +26,9 @@ from apt_trainer.settings import MethodSettings
 from apt_trainer.surgery.slicing import Edit, Edits, Grow, Keep
 from apt_trainer.surgery.tuning import TRANSFORM
 from apt_trainer.tensors.partitioned import is_partitioned
+
+Pooling = Callable[[torch.Tensor, Mapping[str, Any]], torch.Tensor]
+"""From hidden states [B, S, d] and the inputs of their pass to embeddings [B, d]."""
 
 
 class SelfDistillation:
@@ -39,10 +42,15 @@ class SelfDistillation:
         teacher: nn.Module | None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         label_order: Sequence[int] | None = None,
+        pooling: Pooling | None = None,
+        layers: bool = True,
     ) -> None:
         """``num_hidden``: the student's hidden dimensions; ``autocast``: mixed precision of the teacher's forward;
-        ``label_order``: where in the teacher's logits the student's labels are, None: at the same places."""
+        ``label_order``: where in the teacher's logits the student's labels are, None: at the same places.
+        ``pooling``: what becomes of the hidden states of a student without logits, None: each token is compared.
+        ``layers``: whether hidden states within the student can be compared."""
         self.settings, self.seed, self.num_student, self.autocast = settings, seed, num_hidden, autocast
+        self.pooling, self._has_layers = pooling, layers
         self.teacher = Teacher(num_hidden) if teacher is None else Teacher.external(teacher, label_order=label_order)
 
     @property
@@ -52,7 +60,8 @@ class SelfDistillation:
 
     @property
     def uses_layers(self) -> bool:
-        return self.settings.layer_weight > 0 and self.settings.distillation_layer_map != "none"
+        s = self.settings
+        return self._has_layers and s.layer_weight > 0 and s.distillation_layer_map != "none"
 
     def snapshot_due(self, schedule: Schedule, step: int) -> bool:
         """At the start of pruning and after each event but the last: always when no unit is masked."""
@@ -88,12 +97,15 @@ class SelfDistillation:
         """Weighted sum of prediction and layer loss for one micro-batch; scalar float32.
 
         ``outputs`` are the student's, ``teacher`` is what :meth:`teach` gave; ``difference``: of their predictions,
-        where it is known and the two have no logits. The layer loss is the mean over the
+        where it is known and the two have no logits. Without, embeddings are what is predicted. The layer loss is the
+        mean over the
         stacks of ``alive``, each with pairs of its own. All means are weighed by their ``shares``; without, the batch
         stands alone.
         """
         s, tokens, shares = self.settings, real_tokens(inputs, family), shares or Shares.whole(family)
-        if difference is None:
+        if difference is None and not ("logits" in outputs or "start_logits" in outputs):
+            difference = self._embedding_loss(inputs, outputs, teacher, of_stack(tokens, family.stacks[-1].stack))
+        elif difference is None:
             predicted = predicted_tokens(inputs, family, student)
             per_row = "logits" in outputs and outputs["logits"].dim() == 2
             problem = problem_type(student.config, inputs.get("labels")) if per_row else None
@@ -116,6 +128,18 @@ class SelfDistillation:
             apart = layer_loss(ours, theirs, pairs, transform, mask, normalise)
             distance = distance + shares.tokens[stack] * apart / len(alive)
         return loss + s.layer_weight * distance
+
+    def _embedding_loss(
+        self, inputs: Mapping[str, Any], outputs: Any, teacher: Any, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Of a student without logits: its embeddings beside the teacher's, in the hidden dimensions it has left."""
+        ours, theirs = outputs["last_hidden_state"], teacher["last_hidden_state"]
+        if ours.shape[-1] != theirs.shape[-1]:
+            assert self.teacher.hidden_index is not None, "an external teacher of another width"
+            theirs = theirs.index_select(-1, self.teacher.hidden_index.to(theirs.device))
+        if self.pooling is None:
+            return embedding_loss(ours, theirs, mask)
+        return embedding_loss(self.pooling(ours, inputs), self.pooling(theirs, inputs))
 
     # ------------------------------------------------------------------ shape changes
 

@@ -67,8 +67,11 @@ def freeze(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def _embedding_width(model: Any) -> int:
-    return int(shape_of(model.get_input_embeddings().weight)[1])
+def hidden_width(model: Any) -> int:
+    """Hidden dimensions of a transformer: what its config says or, if it was pruned, the width of its embeddings."""
+    if hasattr(model.config, "apt_structure"):
+        return int(shape_of(model.get_input_embeddings().weight)[1])
+    return int(model.config.hidden_size)
 
 
 def _hooks_of(module: nn.Module) -> list[dict[int, Any]]:
@@ -101,12 +104,11 @@ class Teacher:
     def external(
         cls, model: nn.Module, num_hidden: int | None = None, label_order: Sequence[int] | None = None
     ) -> Teacher:
-        """Another model as teacher, frozen in place; ``num_hidden`` is by default what its config says or, if it was
-        pruned, the width of its embeddings. ``label_order``: as :func:`match_teacher` gives it; logits are brought
+        """Another model as teacher, frozen in place; ``num_hidden`` is by default its :func:`hidden_width`.
+        ``label_order``: as :func:`match_teacher` gives it; logits are brought
         into the student's order."""
         if num_hidden is None:
-            pruned = hasattr(model.config, "apt_structure")
-            num_hidden = _embedding_width(model) if pruned else int(model.config.hidden_size)  # type: ignore[union-attr]
+            num_hidden = hidden_width(model)
         teacher = cls(num_hidden)
         teacher.model, teacher.hidden_index, teacher.is_external = freeze(model), None, True
         teacher._label_order = None if label_order is None else torch.tensor(label_order)
@@ -171,7 +173,7 @@ class Teacher:
         a decoder makes its inputs of them."""
         assert self.model is not None, "there is no snapshot yet"
         assert not any(p.requires_grad for p in self.model.parameters()), "a shared weight trains: call own() before"
-        labels = [] if self._makes_inputs_of_labels(inputs) else find_labels(type(self.model))
+        labels = [] if self._makes_inputs_of_labels(inputs) else ["labels", *find_labels(type(self.model))]
         kept = {name: value for name, value in inputs.items() if name not in labels}
         output: ModelOutput = self.model(**kept, output_hidden_states=output_hidden_states, return_dict=True)
         if self._label_order is not None:

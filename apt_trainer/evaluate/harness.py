@@ -36,6 +36,11 @@ class TaskOptions:
     num_fewshot: int | None = None
     batch_size: int = 1
 
+    def described(self) -> dict[str, Any] | None:
+        """What the scores depend on; None without tasks."""
+        options = {"tasks": list(self.tasks), "limit": self.limit, "num_fewshot": self.num_fewshot}
+        return options if self.tasks else None
+
     def run_tasks(self, model: PreTrainedModel, tokenizer: Any, seed: int = 0) -> dict[str, dict[str, Any]]:
         """As :func:`run_tasks`."""
         options = (self.task_path, self.limit, self.num_fewshot, self.batch_size)

@@ -14,6 +14,7 @@ from transformers import EvalPrediction
 
 from apt_trainer.evaluate.bootstrap import CELLS, RESAMPLES, Interval, interval_of, mean_interval, summed_intervals
 from apt_trainer.tasks.base import ComputeMetrics, first_output
+from apt_trainer.tasks.embedding import SCORED, similarities
 from apt_trainer.tasks.generation_scores import ROUGE
 from apt_trainer.tasks.metrics import as_columns, number_names
 from apt_trainer.tasks.summed_scores import SummedScores
@@ -47,6 +48,9 @@ def score_intervals(
         return token_intervals(np.asarray(outputs, dtype=np.float64))
     if task == "classification":
         return classification_intervals(np.asarray(outputs), np.asarray(prediction.label_ids))
+    if task == "embedding":
+        found = regression_intervals(similarities(prediction), np.ravel(prediction.label_ids))
+        return {name: found[name] for name in SCORED}
     if task == "regression":
         return regression_intervals(np.asarray(outputs), np.asarray(prediction.label_ids), names)
     if task == "summarization":

@@ -36,6 +36,7 @@ TESTED = {
 """What every use needs. ``pyproject.toml`` says the same, ``scripts/constraints*.txt`` pin the two ends."""
 
 DEEPSPEED = {"deepspeed": Tested("0.19.8", "0.19.8", "1")}
+SENTENCE_TRANSFORMERS = {"sentence-transformers": Tested("6.2", "6.2", "7")}
 
 
 def installed(package: str) -> str | None:

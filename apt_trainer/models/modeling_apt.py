@@ -15,6 +15,7 @@ apt_trainer is not installed. So it imports torch and transformers only.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,8 @@ CLASS_PREFIX = "Apt"
 CODE_FILE = "modeling_apt.py"
 DENSE = "apt_per_layer"
 """In memory only: what the config of a model with an execution plan says about its layers."""
+CODE_HASH = "apt_code_sha256"
+"""Attribute of a config: that of the copy of this file beside it."""
 REMOTE_CODE = "apt_remote_code"
 """Attribute of a config: whether a save writes this file too; it does where that is absent."""
 WEIGHTS, NOT_STOCK = "transformers_weights", "load_with_apt_trainer.load_pruned.safetensors"
@@ -478,7 +481,7 @@ def config_class(model_type: str) -> type[Any]:
         code = Path(save_directory) / CODE_FILE
         if carries_code(self):
             code.parent.mkdir(parents=True, exist_ok=True)
-            code.write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
+            code.write_bytes(own_code().encode())
         else:
             code.unlink(missing_ok=True)
         return base.save_pretrained(self, save_directory, *args, **kwargs)
@@ -497,10 +500,11 @@ def _saved_form(config: Any, base: Any) -> dict[str, Any]:
     if names:  # set at each save, to that of the whole model or of its base
         values["apt_base_architecture"] = names[0]
         values["architectures"] = [CLASS_PREFIX + name for name in names]
-    values.pop("auto_map", None)
+    for name in ("auto_map", CODE_HASH):
+        values.pop(name, None)
     values[WEIGHTS] = NOT_STOCK
     if carries_code(config):
-        values["auto_map"] = auto_map(base)
+        values |= {"auto_map": auto_map(base), CODE_HASH: sha256(own_code())}
     _teach_peft(base.model_type)
     return values
 
@@ -514,6 +518,16 @@ def carries_code(config: Any) -> bool:
     """Whether a save of ``config`` writes this file: unless told not to, and where it is enough to load the model."""
     wanted = getattr(config, REMOTE_CODE, True) and getattr(config, "apt_structure", None) is not None
     return bool(wanted) and getattr(config, "apt_plan", None) is None
+
+
+@cache
+def own_code() -> str:
+    """The text of this file."""
+    return Path(__file__).read_bytes().decode()
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _teach_peft(model_type: str) -> None:
@@ -574,6 +588,7 @@ def model_class(architecture: str) -> type[Any]:
         self._keys_to_ignore_on_save = set()  # what is made anew, such as positions, would be that of the dense width
         return base.save_pretrained(self, *args, **kwargs)
 
+    __init__.__annotations__ = {}  # vLLM looks whether arguments are of their types, which are strings here
     namespace = {"config_class": own_config, "__init__": __init__, "from_pretrained": from_pretrained}
     namespace |= {"save_pretrained": save_pretrained, "register_for_auto_class": _already_registered}
     return type(architecture, (base,), namespace | {"__module__": __name__})

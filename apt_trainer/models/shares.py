@@ -58,7 +58,8 @@ def count(
     theirs and all numbers float32.
     """
     stacks = [table.stack for table in family.stacks]
-    labels, tokens, rows = inputs.get("labels"), real_tokens(inputs, family), _positions(inputs, stacks[0])[:, 0]
+    labels, tokens = inputs.get("labels"), real_tokens(inputs, family)
+    rows = _positions(inputs, stacks[0]).flatten(1)[:, 0]
     counted = None
     if labels is not None and not labels.is_floating_point():  # else numbers, of which none is ignored
         counted = (labels[:, 1:] if family.head(model).next_token else labels) != IGNORED
@@ -84,5 +85,7 @@ def _positions(inputs: Mapping[str, Any], stack: Stack) -> torch.Tensor:
         return inputs["input_ids"]  # type: ignore[no-any-return]
     if inputs.get("inputs_embeds") is not None:
         return inputs["inputs_embeds"][..., 0]  # type: ignore[no-any-return]
-    first = next(value for value in inputs.values() if torch.is_tensor(value) and value.dim() > 0)
-    return first.reshape(len(first), -1)[:, :1]  # tokens go by other names: rows alone are counted
+    for value in inputs.values():  # tokens go by other names: rows alone are counted
+        if torch.is_tensor(value) and value.dim() > 0:
+            return value.reshape(len(value), -1)[:, :1]
+    return torch.zeros(next(len(value) for value in inputs.values() if isinstance(value, list)), 1)  # texts

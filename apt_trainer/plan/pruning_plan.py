@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,15 +112,26 @@ class PruningPlan:
     def unpacked(cls, packed: Any, spaces: Sequence[Space]) -> PruningPlan:
         """The plan that :meth:`packed` gave; raises :class:`UserError` for anything else."""
         kept = dict(cls.dense(spaces).kept)
-        try:
-            for name, bits in packed.items():
-                digits = f"{int(bits, 16):b}"[::-1]
-                kept[name] = tuple(unit for unit, digit in enumerate(digits) if digit == "1")
-        except (AttributeError, TypeError, ValueError) as error:
-            raise UserError(f"The config does not tell which units are left ({error}); it is damaged.") from error
-        if kept.keys() != {space.name for space in spaces}:
-            raise UserError("The config names units that its model does not have; it is damaged.")
+        if not isinstance(packed, Mapping):
+            raise UserError(f"The config does not tell which units are left ({packed!r:.60}); it is damaged.")
+        for name, bits in packed.items():
+            if name not in kept:
+                raise UserError(f"The config names units of {name!r:.60}, which its model does not have.")
+            if not isinstance(bits, str) or re.fullmatch("[0-9a-f]+", bits) is None:
+                raise UserError(f"The config does not tell which units of {name} are left ({bits!r:.60}).")
+            number, size = int(bits, 16), len(kept[name])
+            if number >> size:
+                raise UserError(f"The config keeps units of {name} beyond the {size} of the dense model.")
+            kept[name] = tuple(unit for unit in range(size) if number >> unit & 1)
         return cls(kept)
+
+    def check_within(self, other: PruningPlan) -> None:
+        """Raise :class:`UserError` unless this plan names the spaces of ``other`` and keeps no further units."""
+        if self.kept.keys() != other.kept.keys():
+            raise UserError("The pruning plan names other parts than the model has; it belongs to another model.")
+        for name, units in self.kept.items():
+            if not set(units) <= set(other.kept[name]):
+                raise UserError(f"The pruning plan keeps units of {name} that the model does not have.")
 
 
 def _is_sorted_units(units: Any) -> bool:

@@ -112,6 +112,7 @@ class AdaptivePruner:
         self.seconds: dict[str, list[float]] | None = None
         self.growth = RankGrowth(model, self.family, self.spaces, self.sublayers, settings)
         self.tune = settings.tune
+        self.kept_adapters: dict[str, torch.Tensor] | None = None
         self.set_tune(self.tune)
         self.masks = MaskStore(model, self.spaces, self.sublayers)
         of_units = not settings.prunes_before
@@ -173,7 +174,7 @@ class AdaptivePruner:
         self._follow_schedule(step)
         self.observers.rest(not self.schedule.observes(step))
         event = self.schedule.in_window(step)
-        if event is not None and not self.scores_at_cuts:  # else there are no scores to fade by
+        if event is not None and not self.scores_at_cuts and self.refit is None:  # else units go at once
             if not self.masks.is_open:
                 self.masks.open(self.plan.counts, self.budget.limits.kinds)
             if step > self.schedule.start:
@@ -225,13 +226,18 @@ class AdaptivePruner:
     ) -> PruningEvent:
         """Carry ``decision`` out on the plain model; collective.
 
-        ``shared``: see ``EditLog``. ``rows``: what weights are refitted on, where the settings ask for that; None:
-        they are not.
+        ``shared``: see ``EditLog``. ``rows``: what weights are refitted on, where the settings ask for that; without,
+        they are not, and ``refit: true`` is a :class:`UserError`.
         """
+        cuts = decision.kind == "prune"
+        if cuts and rows is None and self.settings.refit:
+            raise UserError(
+                "refit: true solves for weights on rows of data. Give apply or step rows, or set it to null."
+            )
         self.observers.detach()
         log = EditLog(shared)
         self.masks.close()
-        if self.refit is not None and rows is not None and decision.kind == "prune":
+        if self.refit is not None and rows is not None and cuts:
             log.expect_ties(self.model)
             self.refit(self.plan, decision.plan, rows, self._reduce, log)
         survivors = apply_plan(self.model, self.family, self.spaces, self.plan, decision.plan, log)
@@ -246,9 +252,15 @@ class AdaptivePruner:
     def set_tune(self, tune: str) -> None:
         """Change what trains; "full" merges the adapters into the base weights first."""
         if tune == "full" and self.tune != "full":
-            lora.merge_adapters(self.model)
+            self.merge_adapters()
         self.tune = tune
         set_trainable(self.model, self.family, tune, self.settings, norm_paths(self.spaces))
+
+    def merge_adapters(self) -> None:
+        """Add the adapters to the base weights; with ``keep_adapters`` they are in ``kept_adapters`` from then on."""
+        if self.settings.keep_adapters:
+            self.kept_adapters = lora.adapter_state(self.model)
+        lora.merge_adapters(self.model)
 
     def detach(self) -> None:
         """Take every observing hook out of the model (masks excepted)."""
@@ -355,6 +367,7 @@ def give_shapes(
     if description.get("start", start.digest()) != start.digest():
         raise UserError("The checkpoint does not fit the model: its run began with one of other units. Give that one.")
     plan = PruningPlan.from_json(description["plan"])
+    plan.check_within(start)
     apply_plan(model, family, spaces, start, plan)
     lora.grow_to(model, description["ranks"])
     if description["tune"] == "full":

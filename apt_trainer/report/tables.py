@@ -36,8 +36,9 @@ def comparison_table(metrics: Mapping[str, Any], with_flops: bool = False) -> st
     """Set the pruned model beside the dense one.
 
     Args:
-        metrics: Content of ``metrics.json``. Read keys: ``task_metric`` (pruned), ``task_metric_dense``,
-            ``metric_name``; ``block_params``, ``total_params``, ``disk_bytes`` each also with ``_dense``;
+        metrics: Content of ``metrics.json``. Read keys: ``task_metric`` (pruned), ``task_metric_dense``, both with the
+            ends of their interval, ``task_metric_low`` …; ``metric_name``; ``block_params``, ``total_params``,
+            ``disk_bytes`` each also with ``_dense``;
             ``latency_ms`` = {"dense" | "pruned": {batch size: {"median_ms", "iqr_ms"}}}, ``sequences_per_second`` with
             numbers in their place; ``generation`` and
             ``inference_memory`` as :func:`apt_trainer.evaluate.compare.benchmark` gives them; ``train_seconds`` and
@@ -53,6 +54,9 @@ def comparison_table(metrics: Mapping[str, Any], with_flops: bool = False) -> st
         ("parameters in total", "total_params", format_count),
     ]
     rows = [_compared(label, metrics.get(f"{key}_dense"), metrics.get(key), form) for label, key, form in measures]
+    for column, end in (("dense", "_dense"), ("pruned", "")):
+        ends = (metrics.get(f"task_metric_low{end}"), metrics.get(f"task_metric_high{end}"))
+        rows[0][column] += "" if ends[0] is None else f" ({_format_interval(ends)})"
     rows.append(_disk_row(metrics))
     if with_flops:
         rows.append(_compared("FLOPs, one forward", metrics.get("flops_dense"), metrics.get("flops"), format_count))

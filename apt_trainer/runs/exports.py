@@ -16,14 +16,14 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel
 from transformers.trainer_pt_utils import EvalLoopContainer
 
-from apt_trainer.errors import Noted, Retold, RunError, reason
+from apt_trainer.errors import Noted, Retold, RunError, UserError, reason
 from apt_trainer.settings.config import APTConfig
 from apt_trainer.store.events import write_json
-from apt_trainer.store.export import RECORD, export, load_for_export, parse_format, target_of
-from apt_trainer.store.export.onnx import has_cache
-from apt_trainer.store.export.onnx_session import OnnxModel
+from apt_trainer.store.export import RECORD, export, is_timed, load_for_export, parse_format, target_of
+from apt_trainer.store.export.check import has_cache
 from apt_trainer.store.export.speed import compare_speed
 from apt_trainer.tasks import TaskData
+from apt_trainer.tasks.embedding import as_texts, embeddings_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,21 @@ def check_exports(args: APTConfig, model: PreTrainedModel, tokenizer: Any) -> No
     """Raise :class:`UserError` for a format that cannot hold what becomes of ``model`` (on any device)."""
     for name in args.export:
         form, quantize = parse_format(name)
+        _check_settings(form, args)
         target_of(form).refuse(model, tokenizer, quantize, cut=args.prunes and args.shape != "uniform")
+
+
+def _check_settings(form: str, args: APTConfig) -> None:
+    """Raise :class:`UserError` for a format that needs another setting."""
+    if form == "adapter" and not args.keep_adapters:
+        raise UserError("export: [adapter] needs the adapters as they were. Set keep_adapters: true.")
+    if form == "per_layer_config" and args.prunes and "hidden" in args.prune_targets:
+        raise UserError(
+            "export: [per_layer_config] tells heads and neurons of each layer, but prune_targets names hidden "
+            "dimensions too. Set prune_targets: [heads, neurons]."
+        )
+    if form == "decilm" and not args.remote_code:
+        raise UserError("export: [decilm] is read by the code in its folder. Leave remote_code: false out.")
 
 
 def export_all(args: APTConfig, dense: PreTrainedModel, data: TaskData, found: dict[str, Any]) -> None:
@@ -54,9 +68,7 @@ def export_all(args: APTConfig, dense: PreTrainedModel, data: TaskData, found: d
     for name, folder in folders.items():
         with _told_at_the_end(failed, f"writing it as {name}"):
             _export(name, folder, model, tokenizer, args, data, found)
-    timed = {
-        name: folder for name, folder in folders.items() if name in found and found[name]["loaded_by"] is not None
-    }
+    timed = {name: folder for name, folder in folders.items() if name in found and is_timed(found[name])}
     if args.measure_latency and timed:
         sizes = args.latency_batch_sizes, args.latency_length, args.latency_new_tokens
         with _told_at_the_end(failed, "timing its exports"):
@@ -83,8 +95,8 @@ def _export(
     form, quantize = parse_format(name)
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was ended here and goes on
     found[name] = export(model, form, folder, quantize=quantize, tokenizer=tokenizer)
-    if not has_cache(model):
-        run = OnnxModel(folder / found[name]["file"], torch.get_num_threads())
+    run = _encoder(model, folder, form, quantize)
+    if run is not None:
         found[name]["task_metric"] = task_metric(run, data, args.per_device_eval_batch_size)
 
 
@@ -94,14 +106,24 @@ def _command(output: Path, name: str) -> str:
     return f"apt-trainer export {output} --format {form}{f' --quantize {quantize}' if quantize else ''} --output DIR"
 
 
+def _encoder(model: PreTrainedModel, folder: Path, form: str, quantize: str | None) -> Any:
+    """What is in ``folder`` as a function of its inputs; None for a decoder, or where nothing here runs it."""
+    if has_cache(model) or not target_of(form).IS_RUN:
+        return None
+    return target_of(form).load(folder, quantize, 0, torch.get_num_threads())
+
+
 def task_metric(run: Callable[[Mapping[str, Any]], Mapping[str, Any]], data: TaskData, batch_size: int) -> float:
     """The metric of a task on its test rows; ``run``: from a batch to the outputs of an encoder, numpy arrays."""
     predictions = EvalLoopContainer(do_nested_concat=True, padding_index=-100)
     labels = EvalLoopContainer(do_nested_concat=True, padding_index=-100)
     for batch in DataLoader(data.test, batch_size, collate_fn=data.collator):  # type: ignore[arg-type]
-        outputs = tuple(torch.from_numpy(values) for values in run(batch).values())
+        embeds = data.embedding_loss is not None
+        found = run(as_texts(batch) if embeds else batch).values()
         given = _one_or_all(tuple(batch[name] for name in _labels_in(batch)))
-        predicted = _one_or_all(outputs)
+        predicted = _one_or_all(tuple(torch.from_numpy(values) for values in found))
+        if embeds:
+            predicted = embeddings_of(predicted, batch)
         if data.preprocess_logits is not None:
             predicted = data.preprocess_logits(predicted, given)
         predictions.add(predicted)

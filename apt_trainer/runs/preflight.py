@@ -38,6 +38,7 @@ from apt_trainer.training.checkpoints.state import check_complete
 from apt_trainer.training.checkpoints.whole import GOES_ON, checkpoints_in, find_whole, last_whole
 from apt_trainer.training.compiled import compile_options
 from apt_trainer.training.engines.optimizer_class import check_optimizer
+from apt_trainer.training.inside import check_embeddings
 from apt_trainer.training.rehearsal import check_output, rehearse
 
 _LANGUAGE_MODELS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
@@ -90,7 +91,8 @@ def check_before_loading(recipe: Recipe, config: Any, data: TaskData, tokenizer:
         settings.sparsity_metric = "params"
     model = build_model(config, data, "meta", recipe.model.dtype)
     if args.teacher_name_or_path is not None:
-        check_teacher(recipe.model.of(args.teacher_name_or_path), data, model, tokenizer)
+        teacher = check_teacher(recipe.model.of(args.teacher_name_or_path), data, model, tokenizer)
+        check_embeddings(model, teacher, args)
     check_exports(args, model, tokenizer)
     rehearse(model, Path(str(args.output_dir)), AdaptivePruner(model, settings), tokenizer)
 

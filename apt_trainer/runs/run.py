@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from transformers import EvalPrediction, set_seed
 from apt_trainer.errors import Noted, Retold, RunError, UserError, reason
 from apt_trainer.evaluate.compare import measure_memory, measure_speed
 from apt_trainer.evaluate.harness import run_tasks
-from apt_trainer.evaluate.task_intervals import score_intervals
+from apt_trainer.evaluate.task_intervals import Intervals, score_intervals
 from apt_trainer.measure import PeakMemory, count_parameters, return_freed_memory, size_on_disk
 from apt_trainer.report.plots import plot_run
+from apt_trainer.report.tables import comparison_table, exports_table
 from apt_trainer.runs.exports import FOLDER as EXPORTS
 from apt_trainer.runs.exports import export_all
 from apt_trainer.runs.preflight import check_before_loading, check_installed, checkpoint_to_resume, finished_run
@@ -40,7 +41,9 @@ from apt_trainer.store.lock import FolderLock
 from apt_trainer.store.pretrained import load_inputs, load_model, load_saved, load_teacher
 from apt_trainer.store.saved_model import dense_copy
 from apt_trainer.tasks import TaskData, keeps_sequences_apart
+from apt_trainer.tasks.base import ComputeMetrics
 from apt_trainer.tasks.trainer_options import data_options, set_task_arguments
+from apt_trainer.training.embedding_trainer import APTEmbeddingTrainer, PlainEmbeddingTrainer
 from apt_trainer.training.engines import engine_name
 from apt_trainer.training.engines.agreement import failing_together
 from apt_trainer.training.evaluation_loop import plain_trainer
@@ -53,7 +56,7 @@ logger = logging.getLogger(__name__)
 
 PLOT_FILE = "run.png"
 _SECRET = ("hub_token",)
-_COMPARED = ("task_metric", "train_seconds", "peak_memory_bytes")
+_COMPARED = ("task_metric", "task_metric_low", "task_metric_high", "train_seconds", "peak_memory_bytes")
 _DENSE: dict[str, Any] = {
     "target_sparsity": None,
     "distillation": "none",
@@ -120,10 +123,10 @@ def _train_prepared(
             f"packing: true, but in {type(model).__name__} packed sequences would see each other. Set packing: false."
         )
     start_parameters = count_parameters(model)
-    trainer = APTTrainer(
-        model,
-        args,
-        data.train,
+    trainer: Any = (APTTrainer if data.embedding_loss is None else APTEmbeddingTrainer)(
+        model=model,
+        args=args,
+        train_dataset=data.train,
         teacher=teacher,
         eval_dataset=data.validation,
         processing_class=tokenizer,
@@ -142,8 +145,10 @@ def _train_prepared(
             trainer.save_model(str(output))
         dtype = trainer.model.dtype
         with _saved_in(output):
-            trainer.compute_metrics = data.metrics["test"]
+            predictions: list[EvalPrediction] = []
+            trainer.compute_metrics = _keeping(data.metrics["test"], predictions)
             scores = trainer.evaluate(data.test, metric_key_prefix=data.test_name)
+            intervals = _intervals(recipe, data, predictions) if trainer.is_world_process_zero() else {}
     if args.bf16_full_eval or args.fp16_full_eval:  # they leave it in theirs; what follows is for what was saved
         trainer.model.to(dtype)
     metrics = {
@@ -172,6 +177,8 @@ def _train_prepared(
         "engine": engine,
         "versions": versions(),
     } | _of_start(trainer, start_parameters)
+    if data.metric_name in intervals:
+        metrics["task_metric_low"], metrics["task_metric_high"] = intervals[data.metric_name]
     metrics |= {f"{name}_dense": dense[name] for name in _COMPARED if name in dense}
     if vocabulary:
         metrics["vocabulary"] = vocabulary
@@ -235,6 +242,7 @@ def _measure_and_export(
             export_all(args, dense_copy(trainer.model, "cpu").float(), data, metrics["exports"])
     finally:
         with _saved_in(output):
+            _write_card(metrics, recipe, trainer)
             _write_records(output, metrics, trainer, data)
 
 
@@ -324,12 +332,8 @@ def evaluate(model: str | ModelSettings, recipe: Recipe | None = None) -> dict[s
     args.report_to, args.push_to_hub = [], False
     set_task_arguments(args, data, recipe.given)
     predictions: list[EvalPrediction] = []
-
-    def metrics(prediction: EvalPrediction) -> dict[str, float]:
-        predictions.append(prediction)
-        return data.metrics["test"](prediction)
-
-    trainer = plain_trainer(
+    metrics = _keeping(data.metrics["test"], predictions)
+    trainer: Any = (plain_trainer if data.embedding_loss is None else PlainEmbeddingTrainer)(
         load_saved(settings, data),
         args,
         eval_dataset=data.test,
@@ -338,11 +342,27 @@ def evaluate(model: str | ModelSettings, recipe: Recipe | None = None) -> dict[s
     )
     scores = trainer.evaluate(metric_key_prefix=data.test_name)
     scores = {name: value for name, value in scores.items() if isinstance(value, float)}
-    task, compute, sums = recipe.data.task, data.metrics["test"], data.sums.get("test")
-    intervals = score_intervals(task, data.metric_name, predictions[0], compute, sums, data.label_names)
-    for name, (low, high) in intervals.items():
+    for name, (low, high) in _intervals(recipe, data, predictions).items():
         scores |= {f"{data.test_name}_{name}_low": low, f"{data.test_name}_{name}_high": high}
     return scores
+
+
+def _keeping(metrics: ComputeMetrics, predictions: list[EvalPrediction]) -> ComputeMetrics:
+    """``metrics``, which put what they are given into ``predictions`` too."""
+
+    def kept(prediction: EvalPrediction) -> dict[str, float]:
+        predictions.append(prediction)
+        return metrics(prediction)
+
+    return kept
+
+
+def _intervals(recipe: Recipe, data: TaskData, predictions: Sequence[EvalPrediction]) -> Intervals:
+    """95 % confidence intervals of the scores on the test rows, as far as one is known."""
+    compute, sums = data.metrics["test"], data.sums.get("test")
+    if not predictions:
+        return {}
+    return score_intervals(recipe.data.task, data.metric_name, predictions[0], compute, sums, data.label_names)
 
 
 def recipe_of(path: Path) -> Recipe:
@@ -360,6 +380,18 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _write_card(metrics: Mapping[str, Any], recipe: Recipe, trainer: APTTrainer) -> None:
+    """Put what was measured, the data and the recipe on the model card."""
+    results = f"On {metrics['evaluated_on']}:\n\n{comparison_table(metrics)}"
+    if metrics.get("exports"):
+        results += f"\n\n{exports_table(metrics)}"
+    given = {key: value for key, value in recipe.given.items() if key not in _SECRET}
+    name, file = recipe.data.dataset_name, recipe.data.train_file
+    public = name if name and not Path(name).exists() else None
+    dataset = name or (Path(file).name if file else None)
+    trainer.create_model_card(results=results, recipe=given, dataset_tags=public, dataset=dataset)
 
 
 def _write_records(output: Path, metrics: Mapping[str, Any], trainer: APTTrainer, data: TaskData) -> None:

@@ -11,7 +11,7 @@ import copy
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 FOLDER, RECORD = "vocabulary", "vocabulary.json"
 USED = "used"
 _LINES = 1000
-_OF_TOKENS = ("input_ids", "labels", "decoder_input_ids")
 
 
 @contextmanager
@@ -108,7 +107,9 @@ def _make(recipe: Recipe, folder: Path, weights: bool) -> None:
     if (folder / RECORD).is_file() and json.loads((folder / RECORD).read_text(encoding="utf-8"))["of"] == made_of:
         return
     shutil.rmtree(folder, ignore_errors=True)
-    counts = count_tokens(_rows(data.train))
+    counts = count_tokens(_rows(data.train, "input_ids"))
+    if config.is_encoder_decoder:  # whose labels are a text of their own
+        counts = _added(counts, count_tokens(_rows(data.train, "labels")))
     if isinstance(asked, str) and asked != USED:
         counts = _added(counts, count_tokens(_encoded(tokenizer, _texts(asked, "vocabulary"))))
     kept = choose_tokens(tokenizer, counts, asked if isinstance(asked, int) else None)
@@ -126,8 +127,8 @@ def _make(recipe: Recipe, folder: Path, weights: bool) -> None:
     _, _, again = load_inputs(recipe.model.of(str(folder / "model")), recipe)
     record |= {
         "of": made_of,
-        "validation_tokens_before": sum(map(len, data.validation["input_ids"])),
-        "validation_tokens": sum(map(len, again.validation["input_ids"])),
+        "validation_tokens_before": sum(map(len, _rows(data.validation, "input_ids"))),
+        "validation_tokens": sum(map(len, _rows(again.validation, "input_ids"))),
         "training_rows_changed": _changed(data.train, again.train, kept),
     }
     write_json(folder / RECORD, record)
@@ -163,16 +164,16 @@ def _bytes(model: Any) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def _rows(rows: Dataset) -> Iterator[Iterable[int]]:
-    """Token ids of tokenised ``rows``, labels included where they are tokens of a row."""
-    for name in _OF_TOKENS:
-        if name in rows.column_names and hasattr(rows.features[name], "feature"):
-            yield from rows[name]
+def _rows(rows: Dataset, column: str) -> Iterator[list[int]]:
+    """Token ids of each row; where a row is several texts, of all of them."""
+    for row in rows[column]:
+        yield [number for text in row for number in text] if row and isinstance(row[0], list) else row
 
 
 def _changed(before: Dataset, after: Dataset, kept: Sequence[int]) -> int:
     """How many rows are split otherwise."""
-    pairs = zip(before["input_ids"], after["input_ids"], strict=False)  # packed rows can be more than they were
+    # packed rows can be more than they were
+    pairs = zip(_rows(before, "input_ids"), _rows(after, "input_ids"), strict=False)
     return sum([kept[number] for number in new] != old for old, new in pairs)
 
 

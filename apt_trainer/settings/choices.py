@@ -12,6 +12,7 @@ TASKS = (
     "classification",
     "multi_label_classification",
     "regression",
+    "embedding",
     "token_classification",
     "question_answering",
     "language_modeling",

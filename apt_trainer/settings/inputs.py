@@ -59,7 +59,8 @@ class DataSettings:
     task: str = setting(
         "classification",
         "classification, multi_label_classification, regression, token_classification, question_answering; for "
-        "decoders also language_modeling and instruction_tuning; for encoder-decoders summarization and translation.",
+        "encoders also embedding; for decoders also language_modeling and instruction_tuning; for encoder-decoders "
+        "summarization and translation.",
     )
     dataset_name: str | None = setting(None, "Data set on the hub, for example nyu-mll/glue.")
     dataset_config: str | None = setting(None, "Configuration of the hub data set, for example sst2.")
@@ -78,10 +79,13 @@ class DataSettings:
         None, "Column with the text, the tokens, the question or the source text; of a record, as translation.de."
     )
     text_pair_column: str | None = setting(None, "Column with the second text, or the context of a question.")
+    negative_column: str | None = setting(
+        None, "Column with a third text that is not like the first, as the second is (embedding, without scores)."
+    )
     label_column: str = setting(
         "label",
         "Column with the label or labels (a list of names, or of 0 and 1 for each), the number or numbers, the tags "
-        "or the answers.",
+        "or the answers; of pairs of texts, where there is one, the score (embedding).",
     )
     label_columns: list[str] | None = setting(
         None,
@@ -138,8 +142,9 @@ class DataSettings:
     )
     metric: str | None = setting(
         None,
-        "Metric to report; default by task: accuracy, f1_micro (multi_label_classification), pearson, f1 (tokens, "
-        "QA), perplexity (language_modeling, instruction_tuning), rougeL (summarization), bleu (translation).",
+        "Metric to report; default by task: accuracy, f1_micro (multi_label_classification), pearson, spearman or, "
+        "without scores, mrr (embedding), f1 (tokens, QA), perplexity (language_modeling, instruction_tuning), rougeL "
+        "(summarization), bleu (translation).",
     )
 
 

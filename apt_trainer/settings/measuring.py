@@ -25,7 +25,8 @@ class MeasureSettings:
     export: list[str] = setting(
         [],
         "Formats in which the finished model is also written, to export/NAME in output_dir, and measured: onnx, "
-        "onnx_int8, gguf, gguf_f16, gguf_q8_0, gguf_q5_0, gguf_q4_0, gguf_q4_k_m, gguf_q5_k_m, gguf_q6_k.",
+        "onnx_int8, openvino, openvino_int8, gguf, gguf_f16, gguf_q8_0, gguf_q5_0, gguf_q4_0, gguf_q4_k_m, "
+        "gguf_q5_k_m, gguf_q6_k; adapter, with keep_adapters.",
     )
     reference_metric: float | None = setting(
         None, "Metric of full fine-tuning on the validation data: the run records when its finished shape comes near."

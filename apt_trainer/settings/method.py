@@ -54,8 +54,9 @@ class PruningSettings:
     )
     refit: bool | None = setting(
         None,
-        "At a cut, solve the weights that read what is left for anew by least squares, on calibration_samples rows. "
-        "Default: at a cut before training alone.",
+        "At a cut, solve the weights that read what is left for anew by least squares, on calibration_samples rows; "
+        "units then go at once, without masks. Default: at a cut before training alone, where it wins; while an "
+        "encoder trains it did not (recipes/README.md).",
     )
     calibration_samples: int = setting(
         256, "Rows of the training data that score the units where pruning_time is before, or by nri. 256 (APT)."
@@ -81,7 +82,7 @@ class PruningSettings:
     mask_window: float = setting(
         200,
         "Steps before each event in which masks fade; at most the interval between events. 200 (official). None with "
-        "importance: nri.",
+        "importance: nri or refit.",
     )
     mask_step: float = setting(
         0.01, "Least change of a mask per step; raised so that a mask can fade within half a window. 0.01 (official)."
@@ -145,6 +146,9 @@ class AdapterSettings:
         True,
         "In half precision, keep the input of each RMS norm for the backward pass instead of its float32 copy, and "
         "normalise again there: the same numbers in less memory.",
+    )
+    keep_adapters: bool = setting(
+        False, "Save the adapters beside the model too, as they were before they were merged: for export: [adapter]."
     )
 
 
@@ -279,6 +283,11 @@ def _check_adapters(s: AdapterSettings) -> None:
         all(order[a] <= order[b] for a, b in zip(modes, modes[1:], strict=False)),
         "tune, tune_after_pruning and tune_after_distillation can only widen (adapters, adapters_and_norms, full), "
         f"but were given as {' → '.join(modes)}.",
+    )
+    _require(
+        not s.keep_adapters or "full" not in modes,
+        "keep_adapters: true keeps what is added to frozen weights, but tune: full trains all weights. Use tune: "
+        "adapters or adapters_and_norms, or leave keep_adapters out.",
     )
 
 

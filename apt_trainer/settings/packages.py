@@ -30,7 +30,7 @@ def _of(module: str, install: str | None = None) -> Package:
 
 TRL = _of("trl", "'apt-trainer[lm]'")
 ROUGE, BLEU = _of("rouge_score", "'apt-trainer[lm]'"), _of("sacrebleu", "'apt-trainer[lm]'")
-SENTENCE_TRANSFORMERS = _of("sentence_transformers", "sentence-transformers")
+SENTENCE_TRANSFORMERS = _of("sentence_transformers", "'apt-trainer[embedding]'")
 GGUF = _of("gguf", "'apt-trainer[lm]'")
 HARNESS = _of("lm_eval", "'apt-trainer[lm_eval]'")
 DEEPSPEED = _of("deepspeed", "'apt-trainer[deepspeed]'")
@@ -42,6 +42,8 @@ _EXPORTS = {
     "onnx": (_of("onnx", _EXPORT), _of("onnxscript", _EXPORT), _of("onnxruntime", _EXPORT)),
     "gguf": (_of("gguf", _EXPORT),),
 }
+_EXPORTS["openvino"] = (*_EXPORTS["onnx"][:2], _of("openvino", _EXPORT))
+_EXPORTS["openvino_int8"] = (*_EXPORTS["openvino"], _of("nncf", _EXPORT))
 _QUANTIZE = {"int8": TORCHAO, "int4": TORCHAO, "llm_int8": BITSANDBYTES, "nf4": BITSANDBYTES}
 _METRICS = {name: ROUGE for name in ("rouge1", "rouge2", "rougeL", "rougeLsum")} | {"bleu": BLEU, "chrf": BLEU}
 _DEFAULT_METRICS = {"summarization": "rougeL", "translation": "bleu"}
@@ -135,13 +137,17 @@ def _of_optimizer(name: str) -> list[Package]:
 
 def _of_exports(names: Iterable[str]) -> Iterator[tuple[str, Package]]:
     for name in names:
-        yield from ((f"export: {name}", package) for package in _EXPORTS.get(name.partition("_")[0], ()))
+        yield from (
+            (f"export: {name}", package) for package in _EXPORTS.get(name) or _EXPORTS.get(name.partition("_")[0], ())
+        )
 
 
 def _of_task(settings: Mapping[str, Any]) -> Iterator[tuple[str, Package]]:
     task = settings.get("task")
     if task in ("language_modeling", "instruction_tuning"):
         yield f"task: {task}", TRL
+    if task == "embedding":
+        yield f"task: {task}", SENTENCE_TRANSFORMERS
     metric = settings.get("metric") or _DEFAULT_METRICS.get(str(task))
     if task in _DEFAULT_METRICS and metric in _METRICS:
         yield f"metric: {metric} (task: {task})", _METRICS[metric]

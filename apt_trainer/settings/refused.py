@@ -33,6 +33,11 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         bool,
         "replaces modules whose shapes change, and leaves out the logits that distillation compares. Remove it",
     ),
+    (
+        "debug",
+        lambda given: any("underflow_overflow" in str(getattr(one, "value", one)) for one in given),
+        "hooks every module, and some are replaced. Remove it: a loss that is not finite ends a run by itself",
+    ),
     ("parallelism_config", lambda given: given is not None, "splits single weights, whose shapes change. Remove it"),
 )
 """(name, whether a value is refused, why and what to do)."""

@@ -58,10 +58,34 @@ def truncate_after(path: str | Path, step: int) -> int:
         Number of records dropped.
     """
     records = read_events(path)
+    for number, record in enumerate(records, start=1):
+        if type(record.get("step")) is not int:
+            raise UserError(f"{path}: record {number} has no step that is a number. Repair or delete it.")
     kept = [record for record in records if record["step"] <= step]
     if len(kept) < len(records):
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
     return len(records) - len(kept)
+
+
+def read_json(path: str | Path) -> Any:
+    """What a JSON file says; raises :class:`UserError` for anything else, such as a name that is given twice."""
+    try:
+        return parse_json(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON file, or is damaged ({_first_line(error)}).") from error
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """As :func:`read_json`, for a file whose content has to be an object."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds {type(found).__name__} instead of a JSON object.")
+    return found
+
+
+def parse_json(data: bytes) -> Any:
+    """What JSON says; ValueError or RecursionError for anything else, such as a name that is given twice."""
+    return json.loads(data.decode(), object_pairs_hook=_named_once)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -84,6 +108,19 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    named: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in named:
+            raise ValueError(f"{name!r} is given twice")
+        named[name] = value
+    return named
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
 def _split_torn_line(data: bytes) -> tuple[bytes, bytes]:
     """Split into what is complete and an incomplete last line (empty where there is none).
 
@@ -94,16 +131,16 @@ def _split_torn_line(data: bytes) -> tuple[bytes, bytes]:
     if not last:
         return kept, b""
     try:
-        json.loads(last)
-    except ValueError:  # malformed JSON, or bytes that are no text
+        parse_json(last)
+    except (ValueError, RecursionError):  # malformed JSON, or bytes that are no text
         return kept, last
     return data, b""
 
 
 def _parse(line: bytes, source: Path, number: int) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-    except ValueError:
+        record = parse_json(line)
+    except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
         raise UserError(

@@ -7,12 +7,14 @@ cannot be cut and are refused before they load. Not for the format of pruned mod
 from __future__ import annotations
 
 import copy
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GgufConfig, PreTrainedModel
 
@@ -23,7 +25,7 @@ from apt_trainer.settings import CHOICES, DataSettings, ModelSettings, resolve_p
 from apt_trainer.settings.packages import TOKENIZERS, require
 from apt_trainer.settings.recipe import Recipe
 from apt_trainer.store.saved_model import OF_HUB, dense_shape, load_pruned, model_class
-from apt_trainer.store.stock import with_dense_sizes
+from apt_trainer.store.stock import DENSE_SIZES, with_dense_sizes
 from apt_trainer.tasks import TaskData, architecture_of, load_task
 
 GGUF = ".gguf"
@@ -213,10 +215,13 @@ def load_teacher(settings: ModelSettings, data: TaskData) -> PreTrainedModel:
     return model  # type: ignore[no-any-return]
 
 
-def check_teacher(settings: ModelSettings, data: TaskData, model: PreTrainedModel, tokenizer: Any) -> None:
-    """Raise :class:`UserError` for a teacher of ``settings`` that has other labels or another vocabulary than
-    ``model`` with its ``tokenizer``, or no head for the task; reads no weights. Without a tokenizer beside it, the
-    sizes of the vocabularies are compared."""
+def check_teacher(settings: ModelSettings, data: TaskData, model: PreTrainedModel, tokenizer: Any) -> PreTrainedModel:
+    """The teacher of ``settings`` on the meta device; reads no weights.
+
+    Raises:
+        UserError: it has other labels or another vocabulary than ``model`` with its ``tokenizer``, or no head for the
+            task. Without a tokenizer beside it, the sizes of the vocabularies are compared.
+    """
     source, config = source_of(settings), read_config(settings)
     ending = data.model_class.removeprefix("AutoModel")
     if ending in HEADS and config.architectures and not has_head(config, ending):
@@ -225,12 +230,12 @@ def check_teacher(settings: ModelSettings, data: TaskData, model: PreTrainedMode
             f"trained head for this task (…{ending}). Give a model that was fine-tuned for it."
         )
     with torch.device("meta"):
-        teacher = getattr(transformers, data.model_class).from_config(config)
+        teacher: PreTrainedModel = getattr(transformers, data.model_class).from_config(config)
     match_teacher(model, teacher, tokenizer)
     try:
         theirs = AutoTokenizer.from_pretrained(source.path, **_place(settings)).get_vocab()
     except (OSError, ValueError):
-        return
+        return teacher
     ours = tokenizer.get_vocab()
     other = sorted(token for token in ours if theirs.get(token) != ours[token])
     if other:
@@ -239,6 +244,7 @@ def check_teacher(settings: ModelSettings, data: TaskData, model: PreTrainedMode
             f"{len(other):,} of {len(ours):,} tokens have another number there, such as {other[0]!r}. Give a teacher "
             "with the same tokenizer."
         )
+    return teacher
 
 
 def load_saved(settings: ModelSettings, data: TaskData | None = None) -> PreTrainedModel:
@@ -246,7 +252,7 @@ def load_saved(settings: ModelSettings, data: TaskData | None = None) -> PreTrai
     source = source_of(settings)
     config = read_config(settings)
     options = _weights(settings, source)
-    if getattr(config, "apt_base_architecture", None):
+    if getattr(config, "apt_base_architecture", None) or (data is None and hasattr(config, DENSE_SIZES)):
         return _from_hub(load_pruned, source, **options)  # type: ignore[no-any-return]
     return _from_hub(_saved_class(config, source, data).from_pretrained, source, **options)  # type: ignore[no-any-return]
 
@@ -354,6 +360,16 @@ def _place(settings: ModelSettings) -> dict[str, Any]:
     return options | {"trust_remote_code": settings.trust_remote_code}
 
 
+# no such files, an argument that the model does not take, content that is damaged in some way …
+_UNREADABLE: tuple[type[Exception], ...] = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    SafetensorError,
+)
+_UNREADABLE += (StrictDataclassError, TypeError, ValueError, struct.error)
 _HAS_A_SETTING = {
     "revision": "model_revision",
     "trust_remote_code": "the setting of that name",
@@ -382,7 +398,7 @@ def _from_hub(load: Any, source: Source, **options: Any) -> Any:
         return load(source.path, **options)
     except UserError:
         raise
-    except (OSError, ImportError, ValueError, TypeError, SafetensorError) as error:
-        # no such files, unreadable content, an argument that the model does not take …
+    except _UNREADABLE as error:
         name = source.path if source.gguf_file is None else str(Path(source.path) / source.gguf_file)
-        raise UserError(f"{name} could not be loaded: {str(error).strip().splitlines()[0]}") from error
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{name} could not be loaded: {said[0]}") from error

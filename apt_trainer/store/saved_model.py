@@ -12,7 +12,6 @@ says which no-ops those of gone sublayers are to be (``models.family``). Not for
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
@@ -22,10 +21,9 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from wrapt import LazyObjectProxy
 
-from apt_trainer.errors import UserError
+from apt_trainer.errors import Retold, UserError, reason
 from apt_trainer.libraries.private_names import check_names
 from apt_trainer.models import FAMILIES, HIDDEN, Head, ModelFamily, family_of, modeling_apt
 from apt_trainer.models.modeling_apt import (
@@ -42,12 +40,15 @@ from apt_trainer.models.modeling_apt import (
 )
 from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.settings.execution_plan import Plan, plan_from_json
+from apt_trainer.store.claims import OF_DENSE, check_folder, check_sizes
 from apt_trainer.store.stock import DENSE_SIZES, become_stock, with_dense_sizes
 
 if TYPE_CHECKING:  # this module is imported as soon as AutoConfig is, which must not wait for modelling code
     from transformers import PreTrainedConfig, PreTrainedModel
 
 KEPT = "apt_kept"
+DIFFERENCE = "apt_base.json"
+"""File of a folder that holds no whole model but what sets one apart from its base (``adapter_folder``)."""
 _SIZES = ("in_features", "out_features", "embedding_dim", "normalized_shape", "nf", "nx")
 OF_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Arguments of ``from_pretrained`` that say where files are, whatever they hold."""
@@ -254,7 +255,8 @@ def load_pruned(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     Args:
         path: Folder, or name on the hub.
         kwargs: As for ``from_pretrained`` of an Auto class: ``revision``, ``token``, ``cache_dir``, ``subfolder``,
-            ``dtype``, ``device_map``, values of the config such as ``output_hidden_states``, and so on.
+            ``dtype``, ``device_map``, values of the config such as ``output_hidden_states``, and so on. ``base``:
+            where the dense base of an exported adapter is, unless it is where it was.
 
     Returns:
         The model; with ``output_loading_info=True`` a tuple of it and a dictionary, as Auto classes do.
@@ -263,13 +265,17 @@ def load_pruned(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         UserError: ``path`` holds no complete pruned model, or cannot be reached.
     """
     check_names("loading")
-    _check_folder(Path(path), kwargs.get("subfolder") or "")
+    if (Path(path) / DIFFERENCE).is_file():
+        from apt_trainer.store.adapter_folder import load_difference
+
+        return load_difference(Path(path), **kwargs)  # type: ignore[no-any-return]
+    check_folder(Path(path), kwargs.get("subfolder") or "")
     wants_info = kwargs.pop("output_loading_info", False)
     try:
         config = kwargs.get("config")
         if not isinstance(config, transformers.PreTrainedConfig):
             hub = {name: kwargs[name] for name in OF_HUB if name in kwargs}
-            config = transformers.AutoConfig.from_pretrained(path if config is None else config, **hub)
+            config = _read_config(path if config is None else config, hub)
         architecture = getattr(config, "apt_base_architecture", None)
         names = config.architectures or []
         if architecture is None and not (names and hasattr(config, DENSE_SIZES)):
@@ -278,6 +284,10 @@ def load_pruned(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         cls = getattr(transformers, names[0]) if architecture is None else model_class(architecture)
         if not isinstance(config, cls.config_class):
             raise UserError(f"{path} is damaged: it says it is a {architecture}, with a {type(config).__name__}.")
+        folder = Path(path) / (kwargs.get("subfolder") or "")
+        check_sizes(folder, cls, config)
+        if architecture is not None:
+            check_sizes(folder, *dense_shape(config), most=OF_DENSE)
         model, info = cls.from_pretrained(path, **options)
     except UserError:
         raise
@@ -296,21 +306,12 @@ def load_pruned(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     return (model, info) if wants_info else model
 
 
-def _check_folder(path: Path, subfolder: str) -> None:
-    """Raise :class:`UserError` for a folder without a model, or with weights outside of it. A path that is none, of
-    one or two parts, is a name on the hub."""
-    is_path = path.is_absolute() or len(path.parts) > 2 or path.parts[:1] in ((".",), ("..",), ("~",))
-    if not path.exists() and not is_path:
-        return
-    folder = path / subfolder
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no config.json. Give the folder that a run wrote its model to.")
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file():
-        try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{index} is damaged or incomplete: {error!r}.") from error
-        outside = sorted(str(name) for name in named if not isinstance(name, str) or Path(name).name != name)
-        if outside:
-            raise UserError(f"{index} names {outside[0]}, which is outside of the folder.")
+def _read_config(path: Any, hub: dict[str, Any]) -> Any:
+    """The config in ``path``; raises :class:`UserError` for values that no config of its class has."""
+
+    def retell(error: Exception) -> Exception:
+        same = isinstance(error, (OSError, UserError))  # which says itself where it looked
+        return error if same else UserError(f"The config of {path} is damaged ({reason(error)}).")
+
+    with Retold(retell):
+        return transformers.AutoConfig.from_pretrained(path, **hub)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 
 from apt_trainer.measure.latency import example_inputs
 from apt_trainer.plan.pruning_plan import PLAN_FILE, PruningPlan
+from apt_trainer.store.adapter_folder import ADAPTERS_FILE, save_adapters
 from apt_trainer.store.events import write_json
 from apt_trainer.store.model_card import CARD_FILE, model_card
 from apt_trainer.store.rescue import rescuing
@@ -28,11 +30,17 @@ STAGING, REPLACED = ".saving-", ".replaced-"
 
 
 def save_pruned(
-    model: PreTrainedModel, path: Path, plan: PruningPlan, tokenizer: Any = None, start: PruningPlan | None = None
+    model: PreTrainedModel,
+    path: Path,
+    plan: PruningPlan,
+    tokenizer: Any = None,
+    start: PruningPlan | None = None,
+    adapters: Mapping[str, torch.Tensor] | None = None,
 ) -> float:
     """Write the finished model, plan and tokenizer to ``path`` and check that it reloads.
 
-    ``start``: what there was before this run, where that matters (``PruningPlan.to_json``).
+    ``start``: what there was before this run, where that matters (``PruningPlan.to_json``). ``adapters``: what was
+    merged into ``model``, to be kept beside it.
     Written to a temporary folder beside it first and checked there, then moved; if anything fails, an older model in
     ``path`` stays whole and ``model`` is kept elsewhere (``rescue``). What a save that was killed left there is
     removed. Returns the largest difference of logits between ``model`` and the reloaded one on a random batch; raises
@@ -41,15 +49,26 @@ def save_pruned(
     with rescuing(model, path, plan):
         path.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
-        return _save(model, path, plan, tokenizer, start)
+        return _save(model, path, plan, tokenizer, start, adapters)
 
 
-def _save(model: PreTrainedModel, path: Path, plan: PruningPlan, tokenizer: Any, start: PruningPlan | None) -> float:
+def _save(
+    model: PreTrainedModel,
+    path: Path,
+    plan: PruningPlan,
+    tokenizer: Any,
+    start: PruningPlan | None,
+    adapters: Mapping[str, torch.Tensor] | None,
+) -> float:
     staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=path))
     try:
         write_model(model, staging, plan, tokenizer, start=start)
+        if adapters is not None:
+            save_adapters(adapters, model, staging)
         difference = reload_difference(model, staging)
         move_in(staging, path)
+        if adapters is None:
+            (path / ADAPTERS_FILE).unlink(missing_ok=True)  # those of another model
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return difference
@@ -69,7 +88,7 @@ def write_model(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     write_json(folder / PLAN_FILE, plan.to_json(start))
-    (card or model_card(model)).save(folder / CARD_FILE)
+    (card or model_card(model, plan=plan)).save(folder / CARD_FILE)
 
 
 def remove_leftovers(path: Path) -> None:

@@ -6,7 +6,6 @@ pruned model says in its config which units it has left (``saved_model``). Not f
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from apt_trainer.models.base import exists, linear_shape
 from apt_trainer.models.family import POST_NORM_POLICY
 from apt_trainer.models.modeling_apt import get_size
 from apt_trainer.plan.pruning_plan import PLAN_FILE, PruningPlan
+from apt_trainer.store.events import read_json
 from apt_trainer.store.saved_model import KEPT, dense_copy
 
 _log = logging.getLogger(__name__)
@@ -70,7 +70,8 @@ def _kept(model: PreTrainedModel, spaces: Sequence[Space]) -> PruningPlan:
     if packed is not None:
         plan = PruningPlan.unpacked(_of_stacks(packed, spaces), spaces)
     elif file.is_file():  # version 0.1.0 kept them there alone
-        plan = PruningPlan.from_json(json.loads(file.read_text(encoding="utf-8")))
+        plan = PruningPlan.from_json(read_json(file))
+        plan.check_within(PruningPlan.dense(spaces))
     else:
         _log.warning(
             f"The pruned model does not say which units of its dense original it has, nor is there a {PLAN_FILE} "

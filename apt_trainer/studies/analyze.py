@@ -114,7 +114,7 @@ def _stored_cosine(at: Loaded, folder: Path, watch: Watch) -> CosineScores:
     """Scores and similarities, which are kept in ``folder`` once the pass is over."""
     assert at.calibration is not None
     by_name = {unit.name: unit for unit in at.units.members}
-    for event in read_progress(at, folder):
+    for event in read_progress(at, folder).earlier:
         if "cosine" in event:
             return CosineScores(
                 {by_name[name]: score for name, score in event["cosine"].items()},

@@ -25,10 +25,11 @@ from apt_trainer.scoring.sublayers.loss import exp_loss, loss_name, refuse_broke
 from apt_trainer.scoring.sublayers.units import Unit
 from apt_trainer.scoring.sublayers.windows import Calibration
 from apt_trainer.settings import ModelSettings
-from apt_trainer.store.events import append_event, read_events, write_json
+from apt_trainer.store.events import write_json
 from apt_trainer.studies.choices import COSTS, CURVE_KINDS, DEFAULT_CURVE_KINDS, METHODS, NO_COSINE, STRATEGIES
 from apt_trainer.studies.held_out import no_loss_on_text
 from apt_trainer.studies.inputs import REMOVE_NORM, DataRequest, Loaded, check_folder, prepare, stored_losses
+from apt_trainer.studies.journal import Journal
 from apt_trainer.studies.metrics import sdr, sdr_relative
 from apt_trainer.studies.plan_scores import measured
 from apt_trainer.studies.select import (
@@ -170,7 +171,7 @@ def measure_curves(
     results = _Results(at, request, held_out, folder / RESULTS_FILE)
     refuse_broken(results.loss(()), loss_name(at.model, at.units))
     folder.mkdir(parents=True, exist_ok=True)
-    results.write()
+    results.journal.write()
     points = list(_points(at, request, rankings, results, _Rankers(at, folder, watch)))
     for point in watch(points, "drops"):
         results.loss(point.units)
@@ -232,32 +233,18 @@ def _ordered(
 
 
 class _Results:
-    """Orders and measurements, kept in a file one by one, those of an earlier run included.
-
-    Nothing is written before :meth:`write`.
-    """
+    """Orders and measurements, those in the ``journal`` included."""
 
     def __init__(self, at: Loaded, request: CurveRequest, test: Calibration, file: Path) -> None:
-        self._at, self._request, self._test, self._file = at, request, test, file
-        tasks = {"tasks": list(request.tasks), "limit": request.limit, "num_fewshot": request.num_fewshot}
+        self._at, self._request, self._test = at, request, test
         same = at.described() | {
             "test": {"rows": test.rows, "length": test.length, "sha256": test.sha256},
             "protect": list(request.protect),
-            "lm_eval": tasks if request.tasks else None,
+            "lm_eval": request.described(),
         }
-        events = read_events(file)
-        if events and events[0] != same:
-            raise UserError(f"{file} is of another model, data or tasks. Remove it, or give what it was started with.")
-        self._lines = [] if events else [same]
+        self.journal = Journal(file, same)
         self._labels = {at.units.label(unit): unit for unit in at.units.every}
-        self._known: dict[Any, Any] = {_key(event): event["value"] for event in events[1:]}
-        self._record: Callable[[dict[str, Any]], None] = self._lines.append
-
-    def write(self) -> None:
-        """Write what was held back, and from now on at once."""
-        self._record = lambda line: append_event(self._file, line)
-        for line in self._lines:
-            self._record(line)
+        self._known: dict[Any, Any] = {_key(event): event["value"] for event in self.journal.earlier}
 
     def order(self, of: tuple[str, str, int], ordered: Callable[[], tuple[Unit, ...]]) -> tuple[Unit, ...]:
         """Units in the order ``of`` a curve; a stored one that is long enough is taken."""
@@ -301,7 +288,7 @@ class _Results:
         return self._known[_key(line)]
 
     def _keep(self, line: dict[str, Any]) -> None:
-        self._record(line)
+        self.journal.add(line)
         self._known[_key(line)] = line["value"]
 
 

@@ -22,7 +22,6 @@ from apt_trainer.scoring.sublayers.units import Units, find_units
 from apt_trainer.scoring.sublayers.windows import Calibration, from_rows, from_text
 from apt_trainer.settings import ModelSettings, resolve_path
 from apt_trainer.settings.choices import POST_NORM_POLICIES
-from apt_trainer.store.events import append_event, read_events
 from apt_trainer.store.pretrained import (
     choose_device,
     load_saved,
@@ -31,6 +30,7 @@ from apt_trainer.store.pretrained import (
     read_config,
     refuse_quantised,
 )
+from apt_trainer.studies.journal import Journal
 
 PROGRESS_FILE = "impact.jsonl"
 LONGEST_WINDOW = 512
@@ -174,18 +174,14 @@ def check_folder(output: str, resume: bool, progress: str = PROGRESS_FILE) -> Pa
     return folder
 
 
-def read_progress(at: Loaded, folder: Path) -> list[dict[str, Any]]:
+def read_progress(at: Loaded, folder: Path) -> Journal:
     """What earlier runs on the same model and data kept in ``folder``, which from now on can be resumed.
 
     Raises :class:`UserError` where they were on others.
     """
-    file, same = folder / PROGRESS_FILE, at.described()
-    events = read_events(file)
-    if events and events[0] != same:
-        raise UserError(f"{file} is of another model or other data. Remove it, or give what it was started with.")
-    if not events:
-        append_event(file, same)
-    return events[1:]
+    journal = Journal(folder / PROGRESS_FILE, at.described())
+    journal.write()
+    return journal
 
 
 def stored_losses(at: Loaded, folder: Path, analysed: Mapping[Key, float] | None = None) -> Losses:
@@ -197,11 +193,12 @@ def stored_losses(at: Loaded, folder: Path, analysed: Mapping[Key, float] | None
     """
     assert at.calibration is not None
     file = folder / PROGRESS_FILE
-    events = [event for event in read_progress(at, folder) if "without" in event]
+    journal = read_progress(at, folder)
+    events = [event for event in journal.earlier if "without" in event]
     known = dict(analysed or {}) | {tuple(event["without"]): _from_json(event["loss"]) for event in events}
 
     def record(key: Key, value: float) -> None:
-        append_event(file, {"without": list(key), "loss": value if math.isfinite(value) else None})
+        journal.add({"without": list(key), "loss": value if math.isfinite(value) else None})
 
     losses = Losses(at.model, at.units, at.calibration.batches, known, record)
     try:

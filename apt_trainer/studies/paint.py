@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from apt_trainer.scoring.sublayers.cosine import Watch, cosine_scores, unwatched
 from apt_trainer.scoring.sublayers.loss import exp_loss, loss_name, loss_sums, refuse_broken
 from apt_trainer.settings import ModelSettings
 from apt_trainer.settings.execution_plan import Plan, full, plan_from_json, read_plan
-from apt_trainer.store.events import METRICS_FILE, append_event, read_events, write_json
+from apt_trainer.store.events import METRICS_FILE, write_json
 from apt_trainer.store.painted_model import paint
 from apt_trainer.store.saving import save_pruned
 from apt_trainer.studies.classes import layer_classes
 from apt_trainer.studies.held_out import loss_with_interval, mean_of_tasks, no_loss_on_text
 from apt_trainer.studies.inputs import DataRequest, Loaded, check_folder, prepare
+from apt_trainer.studies.journal import Journal
 from apt_trainer.studies.named_plans import METHODS, Point, sweep_points
 from apt_trainer.studies.plan_scores import benchmarks_of, measured, summarise
 
@@ -92,7 +93,7 @@ def paint_sweep(
     whole = results.of(points[0])
     if at.calibration is not None:
         refuse_broken(whole["loss"], loss_name(at.model, at.units))
-    results.write()
+    results.journal.write()
     missing: dict[Any, Point] = {}
     for point in points:
         if not results.knows(point):
@@ -147,24 +148,15 @@ def _layers(at: Loaded) -> int:
 
 
 class _Results:
-    """Measurements by what a plan executes, kept in a file one by one, those of an earlier run included.
-
-    Nothing is written before :meth:`write`.
-    """
+    """Measurements by what a plan executes, those in the ``journal`` included."""
 
     def __init__(self, at: Loaded, request: PaintRequest, file: Path) -> None:
-        self._at, self._request, self._file = at, request, file
-        tasks = {"tasks": list(request.tasks), "limit": request.limit, "num_fewshot": request.num_fewshot}
-        self._same = at.described() | {"lm_eval": tasks if request.tasks else None}
-        events = read_events(file)
-        if events and events[0] != self._same:
-            raise UserError(f"{file} is of another model, data or tasks. Remove it, or give what it was started with.")
-        self._lines = [] if events else [self._same]
+        self._at, self._request = at, request
+        self.journal = Journal(file, at.described() | {"lm_eval": request.described()})
         layers = _layers(at)
         self._known: dict[Any, dict[str, Any]] = {
-            plan_from_json(event["plan"], at.model_type, layers).executions: event for event in events[1:]
+            plan_from_json(event["plan"], at.model_type, layers).executions: event for event in self.journal.earlier
         }
-        self._record: Callable[[dict[str, Any]], None] = self._lines.append
 
     def knows(self, point: Point) -> bool:
         return point.plan.executions in self._known
@@ -175,15 +167,9 @@ class _Results:
             started = time.perf_counter()
             found = self._measure(point.plan)
             line = {"name": point.name, "text": str(point.plan), "plan": point.plan.to_json(self._at.model_type)}
-            self._record(line | found | {"seconds": round(time.perf_counter() - started, 3)})
+            self.journal.add(line | found | {"seconds": round(time.perf_counter() - started, 3)})
             self._known[point.plan.executions] = found
         return self._known[point.plan.executions]
-
-    def write(self) -> None:
-        """Write what was held back, and from now on at once."""
-        self._record = lambda line: append_event(self._file, line)
-        for line in self._lines:
-            self._record(line)
 
     def _measure(self, plan: Plan) -> dict[str, Any]:
         at, request = self._at, self._request

@@ -17,10 +17,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from apt_trainer.errors import UserError
+from apt_trainer.models.base import linear_shape
 from apt_trainer.surgery.slicing import EditLog
 from apt_trainer.tensors.partitioned import numel_of, parameter_like, shape_of, whole, whole_modules
 
 ADAPTER = "default"
+SCALING = "scaling"
 
 
 def insert_adapters(
@@ -142,6 +144,40 @@ def grow_rank(path: str, layer: LoraLayer, rank: int, generator: torch.Generator
     a.out_features = b.in_features = rank
     layer.r[ADAPTER] = rank
     layer.lora_alpha[ADAPTER] = layer.scaling[ADAPTER] * rank
+
+
+def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What :func:`merge_adapters` is going to add, on the CPU: ``PATH.A`` [rank, in] and ``PATH.B`` [out, rank] of
+    every adapted linear, and ``scaling``, which all share."""
+    state = {}
+    for path, layer in adapters(model):
+        for part, side in (("A", layer.lora_A), ("B", layer.lora_B)):
+            state[f"{path}.{part}"] = side[ADAPTER].weight.detach().to("cpu", copy=True).contiguous()
+        state[SCALING] = torch.tensor(layer.scaling[ADAPTER], dtype=torch.float64)
+    return state
+
+
+@torch.no_grad()
+def merge_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Add what :func:`adapter_state` gave to the weights of ``model``, as :func:`merge_adapters` does.
+
+    Raises :class:`UserError` for adapters that do not fit.
+    """
+    paths = [name.removesuffix(".A") for name in state if name.endswith(".A")]
+    linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    for path in paths:
+        rows, columns = linear_shape(model.get_submodule(path)) if path in linears else (0, 0)
+        rank = len(state[f"{path}.A"])
+        sides = [list(state[name].shape) for name in (f"{path}.A", f"{path}.B") if name in state]
+        if rank == 0 or sides != [[rank, columns], [rows, rank]] or state.get(SCALING, state[f"{path}.A"]).dim():
+            raise UserError(f"The adapter of {path} does not fit the model.")
+    if not paths:
+        return
+    insert_of_ranks(model, {path: len(state[f"{path}.A"]) for path in paths}, 1, float(state[SCALING]))
+    for path, layer in adapters(model):
+        layer.lora_A[ADAPTER].weight.copy_(state[f"{path}.A"])
+        layer.lora_B[ADAPTER].weight.copy_(state[f"{path}.B"])
+    merge_adapters(model)
 
 
 @torch.no_grad()

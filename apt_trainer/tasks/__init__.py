@@ -19,6 +19,7 @@ from apt_trainer.models.labels import SEQUENCE_HEAD, TOKEN_HEAD
 from apt_trainer.settings import DataSettings, check_choices
 from apt_trainer.tasks import (
     classification,
+    embedding,
     instruction_tuning,
     language_modeling,
     question_answering,
@@ -103,6 +104,13 @@ TASK_KINDS = {
         head=SEQUENCE_HEAD,
         lacks=lacks_label,
         further=("mse",),
+    ),
+    "embedding": TaskKind(
+        (*embedding.SCORED, *embedding.UNSCORED),
+        embedding.find_columns,
+        embedding.build,
+        architectures=(ENCODER,),
+        settings=("negative_column",),
     ),
     "token_classification": TaskKind(
         ("f1", "accuracy"),
@@ -231,7 +239,7 @@ def _check_architecture(task: str, kind: TaskKind, architecture: str) -> None:
 
 def _check_settings(data: DataSettings, kind: TaskKind) -> None:
     defaults = DataSettings()
-    for name in (*_OF_PROMPTS, *_OF_TARGETS, *_OF_LABELS):
+    for name in (*_OF_PROMPTS, *_OF_TARGETS, *_OF_LABELS, "negative_column"):
         if name not in kind.settings and getattr(data, name) != getattr(defaults, name):
             raise UserError(f"{name}={getattr(data, name)!r} has no meaning for task: {data.task}. Remove it.")
 

@@ -49,6 +49,8 @@ class TaskData:
     other. ``sums``: what ``metrics`` sums over rows, for their intervals; empty where a row alone has its score.
     ``label_counts``: how often each label occurs in ``train``; ``class_weights``: what each counts in the loss.
     ``score_names``: of all that ``metrics`` may give, where a name may go on with that of a label.
+    ``embedding_loss``: where a row is several texts that the model embeds, from embeddings [B, d] of each of them and
+    labels [B] to a scalar.
     """
 
     train: Dataset
@@ -71,6 +73,7 @@ class TaskData:
     label_counts: Mapping[str, int] = field(default_factory=dict)
     class_weights: tuple[float, ...] | None = None
     score_names: tuple[str, ...] = ()
+    embedding_loss: Callable[[list[torch.Tensor], torch.Tensor], torch.Tensor] | None = None
 
 
 def parts_of(rows: Mapping[str, Dataset]) -> dict[str, Any]:

@@ -42,13 +42,13 @@ logger = logging.getLogger(__name__)
 
 def find_columns(parts: dict[str, Dataset], data: DataSettings) -> Columns:
     """Check the columns of every part; the text column may be left open where only one fits."""
-    return _columns(parts, data, _is_label, "one label or number per row, all of one type")
+    return _columns(parts, data, is_label, "one label or number per row, all of one type")
 
 
 def find_number_columns(parts: dict[str, Dataset], data: DataSettings) -> Columns:
     """As :func:`find_columns`, with a number or a list of numbers per row."""
     return _columns(
-        parts, data, lambda f: _is_label(f) or _is_list_of_labels(f), "a number, or a list of them, per row"
+        parts, data, lambda f: is_label(f) or _is_list_of_labels(f), "a number, or a list of them, per row"
     )
 
 
@@ -206,7 +206,7 @@ def build_regression(
     """One number per row, or several, as they stand: they are neither scaled nor shifted."""
     if data.class_weights is not None:
         raise UserError("class_weights has no meaning for task: regression. Remove it.")
-    numbers = {part: _numbers(rows, columns.label, part) for part, rows in splits.parts.items()}
+    numbers = {part: numbers_of(rows, columns.label, part, "regression") for part, rows in splits.parts.items()}
     if "test" in numbers and set(numbers["test"].flat) == {-1.0} and -1.0 not in numbers["train"]:
         raise UserError(
             f"label_column={columns.label!r} of the test data holds only -1, which marks hidden labels. "
@@ -310,16 +310,18 @@ def _warn_of_blank(texts: Sequence[str], columns: Columns, part: str) -> None:
         )
 
 
-def _is_label(feature: Any) -> bool:
+def is_label(feature: Any) -> bool:
     return isinstance(feature, ClassLabel | Value)
 
 
 def _is_list_of_labels(feature: Any) -> bool:
-    return _is_label(getattr(feature, "feature", None))
+    return is_label(getattr(feature, "feature", None))
 
 
-def _numbers(rows: Dataset, column: str, part: str) -> np.ndarray:
-    """[rows, numbers] float64, of one number or a list of them per row."""
+def numbers_of(rows: Dataset, column: str, part: str, task: str) -> np.ndarray:
+    """[rows, numbers] float64, of one number or a list of them per row; :class:`UserError` for one that is not
+    finite."""
+    advice = ", or use task: classification" if task == "regression" else ""
     numbers: list[list[float]] = []
     for row, value in enumerate(rows[column][:]):
         try:
@@ -328,9 +330,7 @@ def _numbers(rows: Dataset, column: str, part: str) -> np.ndarray:
             of_row = [math.nan]
         where = f"label_column={column!r} of the {PART_NAMES[part]} data holds {value!r} (row {row} of those used)"
         if not all(map(math.isfinite, of_row)):
-            raise UserError(
-                f"{where}, but task: regression needs finite numbers. Correct the data, or use task: classification."
-            )
+            raise UserError(f"{where}, but task: {task} needs finite numbers. Correct the data{advice}.")
         if numbers and len(of_row) != len(numbers[0]):
             raise UserError(f"{where}, but other rows {len(numbers[0])} numbers. Give as many in each row.")
         numbers.append(of_row)

@@ -52,10 +52,12 @@ def _check_names(args: APTConfig, data: TaskData) -> None:
 def data_options(data: TaskData, part: str) -> dict[str, Any]:
     """What a Trainer is told of the data when it evaluates on ``part``, "validation" or "test".
 
-    ``class_weights``, for the Trainers of this package, are there where the task has some.
+    ``class_weights`` and ``embedding_loss``, for the Trainers of this package, are there where the task has some.
     """
-    weights = {} if data.class_weights is None else {"class_weights": data.class_weights}
-    return weights | {
+    given: dict[str, Any] = {} if data.class_weights is None else {"class_weights": data.class_weights}
+    if data.embedding_loss is not None:
+        given["embedding_loss"] = data.embedding_loss
+    return given | {
         "data_collator": data.collator,
         "compute_metrics": data.metrics[part],
         "preprocess_logits_for_metrics": data.preprocess_logits,

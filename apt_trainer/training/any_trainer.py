@@ -12,6 +12,7 @@ from typing import Any
 from transformers import Seq2SeqTrainer, Trainer
 
 from apt_trainer.errors import UserError
+from apt_trainer.libraries import versions
 from apt_trainer.settings.config import joined
 from apt_trainer.settings.packages import SENTENCE_TRANSFORMERS, TRL, Package, require
 from apt_trainer.training.trainer import APTTrainer, PruningMixin
@@ -22,6 +23,7 @@ READY_MADE: dict[str, tuple[Package, str]] = {
     "APTDPOTrainer": (TRL, "DPOTrainer"),
     "APTRewardTrainer": (TRL, "RewardTrainer"),
     "APTSentenceTransformerTrainer": (SENTENCE_TRANSFORMERS, "SentenceTransformerTrainer"),
+    "APTCrossEncoderTrainer": (SENTENCE_TRANSFORMERS, "CrossEncoderTrainer"),
 }
 """Name → package, and class in it."""
 
@@ -67,4 +69,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     package, trainer_class = READY_MADE[name]
     require(package, name)
+    if package is SENTENCE_TRANSFORMERS:
+        versions.check_versions(versions.SENTENCE_TRANSFORMERS)
     return with_pruning(getattr(import_module(package.modules[0]), trainer_class))

@@ -93,8 +93,8 @@ class BetweenSteps:
             self._change_shape(decision, step, started)
         if distillation.snapshot_due(trainer.schedule, step):
             self._offer_snapshot(step)
-        if distillation.transform_due(trainer.model, trainer.schedule, step):
-            runtime.reshape(trainer, lambda: distillation.keep_transform(trainer.model, trainer.schedule, step))
+        if distillation.transform_due(trainer.transformer, trainer.schedule, step):
+            runtime.reshape(trainer, lambda: distillation.keep_transform(trainer.transformer, trainer.schedule, step))
 
     # ------------------------------------------------------------------ changes of shape
 
@@ -120,7 +120,7 @@ class BetweenSteps:
             with trainer.calibration.apart():
                 event = trainer.pruner.apply(decision, step, distillation.teacher.parameter_ids(), trainer.calibration)
             edits: Edits = {prefix + name: of for name, of in event.edits.items()}
-            return edits | distillation.follow(trainer.model, event.survivors, growth)
+            return edits | distillation.follow(trainer.transformer, event.survivors, growth)
 
         reshape = runtime.reshape if trainer.live_dataloader is not None else runtime.reshape_first
         reshape(trainer, change)
@@ -149,7 +149,7 @@ class BetweenSteps:
         loss = self._heldout_loss()
         agree("the loss on held-out data", step, loss)
         engine_of(trainer).settle()
-        if distillation.offer(trainer.model, loss):
+        if distillation.offer(trainer.transformer, loss):
             restore_forward(distillation.teacher.model)
             self.teacher_shape = trainer.pruner.state()[0]
             self._write_record(trainer.pruner.describe(step, "teacher") | {"heldout_loss": loss})

@@ -47,5 +47,5 @@ class CalibrationRows:
         """Task loss of the plain model. Gradients in float16 would need the scaler of accelerate."""
         trainer = self._trainer
         autocast = nullcontext() if trainer.args.fp16 else trainer.accelerator.autocast()
-        with autocast, trainer.micro_batches.telling_tokens(trainer.pruner.set_scored_tokens):
+        with autocast, trainer.micro_batches.telling_tokens(trainer.pruner.set_scored_tokens, batch):
             return trainer.compute_loss(trainer.model, dict(batch))  # type: ignore[no-any-return]

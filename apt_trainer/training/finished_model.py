@@ -9,6 +9,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
+
 from apt_trainer.distillation.session import SelfDistillation
 from apt_trainer.errors import Retold, RunError, UserError, reason
 from apt_trainer.pruning.given_model import IN_USE
@@ -17,7 +19,7 @@ from apt_trainer.store.model_card import CARD_FILE, model_card
 from apt_trainer.store.rescue import how_to_load
 from apt_trainer.store.saved_model import as_pruned
 from apt_trainer.store.saving import save_pruned, write_model
-from apt_trainer.training import norms, reshape
+from apt_trainer.training import norms, positions, reshape
 from apt_trainer.training.checkpoints.best import BestWithinBudget
 from apt_trainer.training.engines import Engine, engine_of
 from apt_trainer.training.engines.agreement import failing_together, processes
@@ -43,6 +45,7 @@ class FinishedModel(BestWithinBudget):
     uploads_after_training = True
     """Whether :meth:`train` ends with :meth:`upload_if_asked`; else the caller does that when all is made."""
     _beside: Path | None = None
+    _card: ModelCard | None = None
 
     @property
     def transformer(self) -> Any:
@@ -53,6 +56,10 @@ class FinishedModel(BestWithinBudget):
 
     def rehearse(self) -> None:
         """Before training: raise :class:`UserError`, on all processes, where the finished model could not be saved."""
+        if self.place and self.args.keep_adapters:
+            raise UserError(
+                f"keep_adapters: true is for a transformer, but {type(self.model).__name__} holds one. Leave it out."
+            )
         with failing_together():
             if self.args.should_save:
                 rehearse(self.transformer, self._output, self.pruner, self._saved_tokenizer())
@@ -105,9 +112,10 @@ class FinishedModel(BestWithinBudget):
         self.check_finite()
         self.pruner.detach()
         self.pruner.masks.close()
-        self.distillation.end(self.model)
+        self.distillation.end(self.transformer)
         self.model = reshape.finalize(self)
         norms.plain(self.model)
+        positions.make_exact(self.model)
         self.pruner.set_tune("full")
         if choose_best:
             self.load_best()
@@ -137,7 +145,12 @@ class FinishedModel(BestWithinBudget):
             if self.place:
                 save_around(self.model, self.place, path, self.pruner.plan, self._saved_tokenizer(), start)
             else:
-                save_pruned(self.model, path, self.pruner.plan, self._saved_tokenizer(), start)
+                kept = self.pruner.kept_adapters
+                save_pruned(self.model, path, self.pruner.plan, self._saved_tokenizer(), start, kept)
+                self.write_beside(path)
+
+    def write_beside(self, folder: Path) -> None:
+        """Write what belongs to the finished model beyond itself to ``folder``, which holds it; by default nothing."""
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """As the Trainer's; raises :class:`UserError` on all processes where the hub cannot be written to."""
@@ -167,11 +180,14 @@ class FinishedModel(BestWithinBudget):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.hub_model_id = make_repository(self.args, token, private)
-        card = model_card(self.transformer, **kwargs)
+        card = self._card
+        if card is None or kwargs:
+            card = model_card(self.transformer, plan=self.pruner.plan, **kwargs)
 
         def write(folder: Path) -> None:
             start = self.pruner.origin.plan
             write_model(self.model, folder, self.pruner.plan, self._saved_tokenizer(), card, start)
+            self.write_beside(folder)
             if self._beside is not None and self._beside.is_dir():
                 put_beside(self._beside, folder)
 
@@ -186,12 +202,14 @@ class FinishedModel(BestWithinBudget):
         )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card of the finished model to ``output_dir``; arguments as the Trainer's, or as TRL's. In a run,
-        where TRL asks for one at each checkpoint, there is none to describe."""
+        """Write the card of the finished model to ``output_dir``; arguments as the Trainer's, or as TRL's, and
+        ``results`` and ``recipe`` of :func:`~apt_trainer.store.model_card.model_card`. In a run, where TRL asks for
+        one at each checkpoint, there is none to describe."""
         if self.is_world_process_zero() and not self.is_in_train:
             if "dataset_name" in kwargs:
                 kwargs["dataset"] = kwargs.pop("dataset_name")
-            model_card(self.transformer, *args, **kwargs).save(self._output / CARD_FILE)
+            self._card = model_card(self.transformer, *args, plan=self.pruner.plan, **kwargs)
+            self._card.save(self._output / CARD_FILE)
 
     # ------------------------------------------------------------------ inside
 

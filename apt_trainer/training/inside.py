@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftMixedModel, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from apt_trainer.distillation.teacher import hidden_width
 from apt_trainer.errors import UserError
 from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.settings.engines import wants_deepspeed
@@ -55,11 +59,6 @@ def check_inside(model: nn.Module, place: str, args: Any) -> None:
     if not place:
         return
     where = f"The transformer is inside of {type(model).__name__}, at {place!r}"
-    if args.distillation != "none":
-        raise UserError(
-            f"{where}, whose outputs are not compared with those of a teacher (distillation={args.distillation!r}). "
-            "Set distillation: none."
-        )
     inner = model.get_submodule(place)
     if args.prunes and "hidden" in args.prune_targets and inner.base_model is inner:  # type: ignore[union-attr]
         raise UserError(
@@ -70,6 +69,58 @@ def check_inside(model: nn.Module, place: str, args: Any) -> None:
         raise UserError(
             f"{where}, which DeepSpeed and FSDP are not supported with. Train in one process or under DDP."
         )
+
+
+def check_embeddings(model: nn.Module, teacher: nn.Module, args: Any) -> None:
+    """Raise :class:`UserError` where ``model`` has no logits, so that its hidden states are compared with those of a
+    ``teacher``, and these are of another width, or will be."""
+    if model.base_model is not model:
+        return
+    ours, theirs = hidden_width(model), hidden_width(teacher)
+    if ours != theirs:
+        raise UserError(
+            f"The teacher has {theirs} hidden dimensions and the model {ours}, but without logits they are compared "
+            "by their embeddings. Give a teacher of equal width, or set distillation: self."
+        )
+    if args.prunes and "hidden" in args.prune_targets:
+        raise UserError(
+            "prune_targets has hidden, but without logits the model is compared with its teacher by its embeddings, "
+            "whose width has to stay. Set prune_targets: [heads, neurons], or distillation: self."
+        )
+
+
+@contextmanager
+def watched_forward(
+    transformer: nn.Module, before: Callable[..., Any], after: Callable[..., Any] | None = None
+) -> Iterator[None]:
+    """Within it, each pass of ``transformer`` is seen as by hooks: ``before`` (module, args, kwargs) may give other
+    arguments, ``after`` (module, args, outputs) other outputs. Its ``forward`` is replaced, since what is round it may
+    call that by itself, as sentence-transformers does, and then no hook is called.
+    """
+    own = transformer.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = before(transformer, args, kwargs) or (args, kwargs)
+        outputs = own(*args, **kwargs)
+        other = None if after is None else after(transformer, args, outputs)
+        return outputs if other is None else other
+
+    with replaced(transformer, forward=forward):
+        yield
+
+
+def pooling_of(model: nn.Module, place: str) -> Callable[[torch.Tensor, Mapping[str, Any]], torch.Tensor] | None:
+    """What ``model``, of sentence-transformers, makes of the hidden states of the transformer at ``place``: from them
+    [B, S, d] and the inputs of their pass to [B, d]. None where it has no module that pools them."""
+    pools = [child for child in model.children() if hasattr(child, "pooling_mode")] if place else []
+    if not pools:
+        return None
+
+    def pool(hidden: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
+        pooled: torch.Tensor = pools[0]({**inputs, "token_embeddings": hidden})["sentence_embedding"]
+        return pooled
+
+    return pool
 
 
 def save_around(
@@ -135,3 +186,16 @@ def without_own_groups(options: dict[str, Any], model: nn.Module) -> dict[str, A
             "example CosineSimilarityLoss or MultipleNegativesRankingLoss."
         )
     return {name: value for name, value in options.items() if name != "optimizer_dict"}
+
+
+@contextmanager
+def replaced(owner: Any, **methods: Callable[..., Any]) -> Iterator[None]:
+    """Within it, ``owner`` has ``methods`` instead of those of its class."""
+    before = {name: owner.__dict__[name] for name in methods if name in owner.__dict__}
+    owner.__dict__.update(methods)
+    try:
+        yield
+    finally:
+        for name in methods:
+            owner.__dict__.pop(name, None)
+        owner.__dict__.update(before)

@@ -3,7 +3,7 @@
 ``get_batch_samples``, ``training_step`` and ``compute_loss`` may be overridden, without a call of ``super()`` too:
 while an epoch runs all three are wrapped from outside. Micro-batches are counted as they are fetched. The loss of the
 task is what ``compute_loss`` returns, once per micro-batch, weighed by its share. The distance to the teacher is taken
-where the student is run: hooks on the model see what it is given, which the teacher is given too, and what it gives.
+where the student is run: what it is given is seen, which the teacher is given too, and what it gives.
 What cannot work is an error at the first micro-batch. Not for the losses themselves (``step_losses``,
 ``distillation``).
 """
@@ -14,6 +14,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,16 +27,18 @@ from apt_trainer.errors import UserError
 from apt_trainer.models.batch import Tokens, real_tokens
 from apt_trainer.training.engines import engine_of
 from apt_trainer.training.fused_head import FUSED, with_log_probs
+from apt_trainer.training.inside import replaced, watched_forward
 from apt_trainer.training.label_logits import LabelLogits, LabelPositions
 
 _NO_DATA = ("output_hidden_states", "output_attentions", "return_dict", "use_cache", "num_items_in_batch", FUSED)
 """Arguments of a forward pass that say what is wanted of it."""
 _TOKENS = ("input_ids", "inputs_embeds", "attention_mask")
 
-_COMPARED = {"logits", "start_logits", "log_probs"}
+_COMPARED = {"logits", "start_logits", "log_probs", "last_hidden_state"}
 """Outputs by which a student can be compared with its teacher; log_probs: where logits can be had (``fused_head``)."""
 
 
+@dataclass
 class Pass:
     """A forward pass of the student: its ``inputs`` by name, its ``outputs``, and those of the teacher, ``taught``.
     ``fused_labels``: of one that was to give their log-probabilities alone."""
@@ -71,7 +74,7 @@ class MicroBatches:
         """Within it, the trainer's methods do the method's part too."""
         trainer = self.trainer
         fetch, step = (partial(self._fetch, trainer.get_batch_samples), partial(self._step, trainer.training_step))
-        with _replaced(trainer, get_batch_samples=fetch, training_step=step):
+        with replaced(trainer, get_batch_samples=fetch, training_step=step):
             yield
 
     # ------------------------------------------------------------------ the three methods
@@ -95,7 +98,7 @@ class MicroBatches:
         trainer, self._computed = self.trainer, 0
         trainer.last_inputs = dict(inputs)
         compiled = trainer.compiled.running(trainer.model, trainer.pruner.is_hooked)
-        with compiled, _replaced(trainer, compute_loss=partial(self._loss, trainer.compute_loss)):
+        with compiled, replaced(trainer, compute_loss=partial(self._loss, trainer.compute_loss)):
             loss: torch.Tensor = own(trainer.model_wrapped, inputs, *args, **kwargs)
         if self._computed == 0:
             raise UserError(
@@ -125,8 +128,9 @@ class MicroBatches:
         num_items_in_batch = losses.labels() if counts else num_items_in_batch
         positions = self._label_logits.positions(given, mu > 0.0)
         losing = nullcontext() if positions is None else positions.of_student(trainer.transformer)
-        with self._watched(given, mu > 0.0, positions) as seen, losing:
+        with self._watched(given, mu > 0.0, positions) as passes, losing:
             result = own(model, inputs, return_outputs, num_items_in_batch)
+        seen = passes[0] if passes else Pass()
         loss, outputs = result if isinstance(result, tuple) else (result, seen.outputs)
         self._check_pass(loss, seen)
         if not self._normalised:
@@ -137,9 +141,13 @@ class MicroBatches:
         if mu > 0.0:
             pruner, known = trainer.pruner, None if positions is None else positions.distance
             alive, family = pruner.plan.alive_layers(pruner.sublayers), pruner.family
-            distance = trainer.distillation.loss(
-                seen.inputs, seen.outputs, seen.taught, trainer.model, family, alive, step, shares, known
-            )
+            apart = [
+                trainer.distillation.loss(
+                    one.inputs, one.outputs, one.taught, trainer.transformer, family, alive, step, shares, known
+                )
+                for one in passes
+            ]
+            distance = torch.stack(apart).mean()
             parts["distillation_loss"] = distance
             loss = mu * distance + (1 - mu) * loss
         if trainer.args.distillation != "none" and self._computed == 0:
@@ -152,76 +160,86 @@ class MicroBatches:
     # ------------------------------------------------------------------ what the student is given and gives
 
     @contextmanager
-    def _watched(self, given: Mapping[str, Any], teaches: bool, positions: LabelPositions | None) -> Iterator[Pass]:
-        """Within it, the first forward pass of the student that trains is seen. ``teaches``: the teacher runs before
-        it; not during it, when a parameter that the two share can be on its way to the device (ZeRO-3).
-        ``positions``: where alone the two make logits."""
-        trainer, seen = self.trainer, Pass()
+    def _watched(
+        self, given: Mapping[str, Any], teaches: bool, positions: LabelPositions | None = None
+    ) -> Iterator[list[Pass]]:
+        """Within it, the first forward pass of the student that trains is seen, and of a transformer inside of the
+        model all: one for each text of a row. ``teaches``: the teacher runs before each; not during it, when a
+        parameter that the two share can be on its way to the device (ZeRO-3). ``positions``: where alone the two make
+        logits."""
+        trainer = self.trainer
+        passes: list[Pass] = []
         names = _names_of_arguments(type(trainer.transformer))  # type: ignore[arg-type]
+        at_hand: Pass | None = None
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if seen.inputs is not None or not (torch.is_grad_enabled() and trainer.model.training):
+            nonlocal at_hand
+            if (passes and not trainer.place) or not (torch.is_grad_enabled() and trainer.model.training):
                 return None
             called = dict(zip(names, args, strict=False)) | kwargs
-            seen.inputs = _with_labels(called, given)
+            inputs = _with_labels(called, given)
+            at_hand = Pass(inputs)
+            passes.append(at_hand)
             if any(called.get(name) is not given.get(name) for name in _TOKENS):
-                trainer.pruner.set_tokens(real_tokens(seen.inputs, trainer.pruner.family))
+                trainer.pruner.set_tokens(real_tokens(inputs, trainer.pruner.family))
             if not teaches:
                 return None
             engine_of(trainer).settle()
             with nullcontext() if positions is None else positions.of_teacher():
-                seen.taught = trainer.distillation.teach(seen.inputs)
+                at_hand.taught = trainer.distillation.teach(inputs)
             if kwargs.get(FUSED):  # without labels: the loss is the trainer's to compute
-                seen.fused_labels = called["labels"]
+                at_hand.fused_labels = called["labels"]
                 kwargs = {name: value for name, value in kwargs.items() if name not in (FUSED, "labels")}
             return args, kwargs | ({"output_hidden_states": True} if trainer.distillation.uses_layers else {})
 
         def after(module: nn.Module, args: tuple[Any, ...], outputs: Any) -> Any:
-            if seen.inputs is None or seen.outputs is not None:
+            nonlocal at_hand
+            seen, at_hand = at_hand, None
+            if seen is None:
                 return None
             seen.outputs = outputs
             return None if seen.fused_labels is None else with_log_probs(outputs, seen.fused_labels)
 
-        student = trainer.transformer if trainer.place else trainer.model_wrapped
-        handles = [
-            student.register_forward_pre_hook(before, prepend=True, with_kwargs=True),  # before an engine's own
-            student.register_forward_hook(after),
-        ]
-        try:
-            with self.telling_tokens(trainer.pruner.set_tokens):
-                yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
+        if trainer.place:
+            with watched_forward(trainer.transformer, before, after):
+                yield passes
+        else:
+            student = trainer.model_wrapped
+            handles = [
+                student.register_forward_pre_hook(before, prepend=True, with_kwargs=True),  # before an engine's own
+                student.register_forward_hook(after),
+            ]
+            try:
+                yield passes
+            finally:
+                for handle in handles:
+                    handle.remove()
 
     @contextmanager
-    def telling_tokens(self, tell: Callable[[Tokens], None]) -> Iterator[None]:
-        """Within it, a transformer that is inside of the model, and may be run several times for a batch, says for
-        each pass which tokens are real."""
-        trainer = self.trainer
-        if not trainer.place:
+    def telling_tokens(self, tell: Callable[[Tokens], None], given: Mapping[str, Any]) -> Iterator[None]:
+        """Within it, for scoring a model that does not train, each pass of the transformer says which tokens are real,
+        where these are not those of the batch ``given``: several texts a row are one batch to it, or, inside of a
+        model, one pass each."""
+        trainer, ids = self.trainer, given.get("input_ids")
+        if not trainer.place and (ids is None or ids.dim() < 3):
             yield
             return
         names = _names_of_arguments(type(trainer.transformer))  # type: ignore[arg-type]
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             called = dict(zip(names, args, strict=False)) | kwargs
-            tell(real_tokens(called, trainer.pruner.family))
+            if any(called.get(name) is not given.get(name) for name in _TOKENS):
+                tell(real_tokens(called, trainer.pruner.family))
 
-        handle = trainer.transformer.register_forward_pre_hook(before, with_kwargs=True)
-        try:
+        with watched_forward(trainer.transformer, before):
             yield
-        finally:
-            handle.remove()
 
     # ------------------------------------------------------------------ errors
 
     def _check_names(self, batch: Mapping[str, Any]) -> None:
         """Tokens must be there, and labels where snapshots are chosen by their loss on held-out rows."""
         trainer = self.trainer
-        if trainer.place:
-            return
-        if not any(name in batch for name in _TOKENS[:2]):
+        if not trainer.place and not any(name.endswith(_TOKENS[:2]) for name in batch):  # chosen_input_ids too
             raise UserError(
                 f"A batch has no input_ids, but only {', '.join(sorted(batch)) or 'nothing'}. Look at data_collator "
                 "and at remove_unused_columns, which takes out what the model's forward does not name."
@@ -229,9 +247,11 @@ class MicroBatches:
         chooses = trainer.heldout_dataset is not None and trainer.distillation.settings.distillation == "self"
         missing = [name for name in trainer.label_names if batch.get(name) is None]
         by_labels = trainer.trainer_class.prediction_step in (Trainer.prediction_step, Seq2SeqTrainer.prediction_step)
-        if chooses and missing and by_labels:
+        unnamed = not (trainer.label_names or trainer.can_return_loss)
+        if chooses and by_labels and (missing or unnamed):
+            lacking = "names nothing" if unnamed else "are not all"
             raise UserError(
-                f"label_names={trainer.label_names} are not all in a batch, which has {', '.join(sorted(batch))}; "
+                f"label_names={trainer.label_names} {lacking} in a batch, which has {', '.join(sorted(batch))}; "
                 "without them no loss of held-out rows is computed, by which the teacher is chosen. Set label_names "
                 "to the labels of the batch, or distillation: none."
             )
@@ -293,16 +313,3 @@ def _with_labels(called: Mapping[str, Any], given: Mapping[str, Any]) -> dict[st
     if "labels" not in inputs and given.get("labels") is not None and sizes[0] == sizes[1]:
         inputs["labels"] = given["labels"]
     return inputs
-
-
-@contextmanager
-def _replaced(owner: Any, **methods: Callable[..., Any]) -> Iterator[None]:
-    """Within it, ``owner`` has ``methods`` instead of those of its class."""
-    before = {name: owner.__dict__[name] for name in methods if name in owner.__dict__}
-    owner.__dict__.update(methods)
-    try:
-        yield
-    finally:
-        for name in methods:
-            owner.__dict__.pop(name, None)
-        owner.__dict__.update(before)

@@ -36,8 +36,8 @@ from apt_trainer.settings.engines import check_launch, wants_deepspeed
 from apt_trainer.settings.fsdp import wants_fsdp
 from apt_trainer.settings.packages import check_packages
 from apt_trainer.store.hub import check_upload
+from apt_trainer.training import positions, trackers
 from apt_trainer.training import reshape as runtime
-from apt_trainer.training import trackers
 from apt_trainer.training.between_steps import BetweenSteps
 from apt_trainer.training.calibration import CalibrationRows
 from apt_trainer.training.callback import MethodCallback
@@ -54,7 +54,7 @@ from apt_trainer.training.engines.state import State
 from apt_trainer.training.finished_model import FinishedModel
 from apt_trainer.training.fused_head import let_copies_own
 from apt_trainer.training.given_adapters import adopt
-from apt_trainer.training.inside import check_inside, place_of_transformer
+from apt_trainer.training.inside import check_embeddings, check_inside, place_of_transformer, pooling_of
 from apt_trainer.training.micro_batch import MicroBatches
 from apt_trainer.training.own_optimizer import OwnOptimizer
 from apt_trainer.training.reference import check_reference
@@ -77,7 +77,8 @@ class PruningMixin(FinishedModel):
 
     Args:
         importance: a scoring rule of the user's own, instead of ``args.importance``.
-        teacher: a fine-tuned model of the same task, where ``args.distillation`` is "model".
+        teacher: a fine-tuned model of the same task, where ``args.distillation`` is "model". Without logits, as of an
+            embedding model, embeddings are compared with the teacher's.
         heldout_dataset: data on which snapshots of the student are chosen as teacher. By default
             ``args.heldout_fraction`` of the training data is split off for it when needed.
         class_weights: what each label counts in the loss (:class:`~apt_trainer.models.class_weights.ClassWeights`).
@@ -138,11 +139,15 @@ class PruningMixin(FinishedModel):
         if given.get("peft_config") is not None:
             inner = model.get_submodule(place_of_transformer(model))
             settings = self.args = adopt(given.pop("peft_config"), settings, inner)
-        self._given = importance, teacher
         tokenizer = given.get("processing_class")
-        self._label_order = None if teacher is None else match_teacher(model, teacher, tokenizer)
         self.place = place_of_transformer(model)
         check_inside(model, self.place, settings)
+        self._label_order = None
+        if teacher is not None:
+            teacher = teacher.get_submodule(place_of_transformer(teacher))  # type: ignore[assignment]
+            self._label_order = match_teacher(model.get_submodule(self.place), teacher, tokenizer)
+            check_embeddings(model.get_submodule(self.place), teacher, settings)
+        self._given = importance, teacher
         if self.place:
             settings = self.args = copy.copy(settings)
             settings.ddp_find_unused_parameters = True  # what is round a transformer may leave its pooler out
@@ -261,7 +266,7 @@ class PruningMixin(FinishedModel):
         teacher = None if self.distillation.teacher.is_external else self.distillation.teacher.model
         weights = None if teacher is None else engine_of(self).weights_to_save(teacher)
         shape = None if teacher is None else self.between_steps.teacher_shape
-        return TrainingState(description, tensors, self.distillation.state(self.model), weights, shape)
+        return TrainingState(description, tensors, self.distillation.state(self.transformer), weights, shape)
 
     # ------------------------------------------------------------------ inside
 
@@ -278,6 +283,7 @@ class PruningMixin(FinishedModel):
         """All that belongs to one run of ``model``, whose pruner is made."""
         args, teacher = self.args, self._given[1]
         runtime.own_storage(self.model)
+        positions.make_exact(self.model)
         self.distillation = SelfDistillation(
             args,
             self.pruner.plan.counts[HIDDEN],
@@ -285,6 +291,8 @@ class PruningMixin(FinishedModel):
             None if teacher is None else engine_of(self).place_teacher(teacher),
             self.accelerator.autocast,
             self._label_order,
+            getattr(self, "pooling", None) or pooling_of(self.model, self.place),
+            layers=not self.place,
         )
         self.between_steps = BetweenSteps(self)
         self.schedule = self._make_schedule()
@@ -343,7 +351,7 @@ class PruningMixin(FinishedModel):
         if resume_from_checkpoint is None:
             if self.pruner.settings.prunes_before:
                 self.between_steps.prune_before_training(max_steps)
-            self.distillation.keep_transform(self.model, self.schedule, 0)
+            self.distillation.keep_transform(self.transformer, self.schedule, 0)
         else:
             if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # else the loop has done so
                 self._load_from_checkpoint(resume_from_checkpoint)
@@ -352,7 +360,7 @@ class PruningMixin(FinishedModel):
         engine_of(self).wrap(self.model)
         _, self.live_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
         runtime.begin(self)
-        self.distillation.teacher.join(self.model, engine_of(self).one_dtype)
+        self.distillation.teacher.join(self.transformer, engine_of(self).one_dtype)
         if resume_from_checkpoint is not None:
             engine_of(self).import_whole(state)
             runtime.set_schedule(self, schedule)
@@ -376,7 +384,12 @@ class PruningMixin(FinishedModel):
 
 
 def _check_splitting(data: Any, args: Any) -> None:
-    """Raise :class:`UserError` where ``data`` have no length and that is in the way."""
+    """Raise :class:`UserError` where rows are to be held out of ``data`` that are several, or have no length."""
+    if isinstance(data, Mapping) and args.heldout_rows(1) > 0:
+        raise UserError(
+            "train_dataset holds several data sets, of which no rows are split off to choose the teacher on. Give "
+            "heldout_dataset, or set distillation: none."
+        )
     if has_length(data):
         return
     args.total_steps(None)

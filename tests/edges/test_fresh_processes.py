@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import warm
 from datasets import Dataset
 from texts import word_tokenizer, words
 from tiny import logits, parts, random_plan, tiny_batch, tiny_model
@@ -37,29 +38,18 @@ def run_python(code: str, folder: Path) -> str:
     return done.stdout
 
 
-FORK = """
-import os, sys, traceback
-import accelerate, datasets, scipy.optimize, sklearn.metrics, torch._dynamo, torch.distributed.tensor
-assert not {{"apt_trainer", "peft", "transformers"}} & set(sys.modules)  # these are imported by each child anew
-for number, code in enumerate({cases!r}):
-    child = os.fork()
-    if child == 0:
-        try:
-            exec(code, {{}})
-        except BaseException:
-            print(f"case {{number}}: {{code}}", file=sys.stderr)
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)
-        os._exit(0)
-    if os.waitpid(child, 0)[1]:
-        sys.exit(1)
+NOTHING_YET = """import sys
+assert not {"apt_trainer", "peft", "transformers"} & set(sys.modules)
 """
 
 
 def run_each(cases: list[str], folder: Path) -> None:
-    """Run every piece of code in a child process in which neither transformers nor apt_trainer is imported."""
-    run_python(FORK.format(cases=cases), folder)
+    """Run every piece of code in a process in which neither transformers nor apt_trainer is imported yet."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    for case in cases:
+        command = [warm.python(warm.LIBRARIES), "-c", NOTHING_YET + case]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, f"{case}\n{done.stderr}"
 
 
 def cut(task: str = "ForSequenceClassification") -> PreTrainedModel:

@@ -166,10 +166,12 @@ def test_push_to_hub_by_hand_uploads_the_model_with_what_its_card_is_told(tmp_pa
 def test_a_run_of_a_recipe_uploads_its_model_and_no_token_stays(tmp_path: Path, hub: Any) -> None:
     metrics = train(recipe(tmp_path, push_to_hub="true", hub_model_id="me/small", hub_token="hf_good"))
     assert commits(hub) == 1 and metrics["sparsity"] >= 0.5
+    assert f"{metrics['task_metric']:.4f}" in hub.files["README.md"].decode()
     got, out = load_pruned(received(hub, tmp_path / "got")).eval(), load_pruned(tmp_path / "out").eval()
     batch = {"input_ids": torch.tensor([[5, 9, 7]])}
     assert torch.equal(logits(got, batch), logits(out, batch))
-    assert "hf_good" not in "".join(file.read_text() for file in (tmp_path / "out").glob("*.json"))
+    written = [*(tmp_path / "out").glob("*.json"), tmp_path / "out" / "README.md"]
+    assert "hf_good" not in "".join(file.read_text() for file in written)
     asked = len(hub.asked)
     scores = evaluate(str(tmp_path / "out"))
     assert scores[f"{metrics['evaluated_on']}_accuracy"] == metrics["task_metric"]

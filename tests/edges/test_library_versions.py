@@ -21,6 +21,7 @@ import peft
 import pytest
 import torch
 import transformers
+import warm
 from integration.factories import make_trainer
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -279,18 +280,19 @@ def test_a_process_with_an_old_version_is_told_at_the_first_name_it_uses() -> No
         "import transformers; transformers.__version__ = '4.57.6'; import apt_trainer; "
         "from transformers import AutoConfig; from apt_trainer import APTTrainer"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=200)
+    done = subprocess.run(
+        [warm.python(warm.LIBRARIES), "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=200
+    )
     assert "UserError: transformers 4.57.6 cannot be used" in done.stderr.splitlines()[-1]
 
 
 def test_the_ranges_say_the_same_everywhere() -> None:
     """``pyproject.toml``, the versions that are pinned for the tests, and the table."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = {
-        r.name: r for r in map(Requirement, project["dependencies"] + project["optional-dependencies"]["deepspeed"])
-    }
+    extras = project["optional-dependencies"]
+    asked = {r.name: r for r in map(Requirement, project["dependencies"] + extras["deepspeed"] + extras["embedding"])}
     usual, newest, oldest = (_pins(f"constraints{end}.txt") for end in ("", "-newest", "-oldest"))
-    for package, tested in (versions.TESTED | versions.DEEPSPEED).items():
+    for package, tested in (versions.TESTED | versions.DEEPSPEED | versions.SENTENCE_TRANSFORMERS).items():
         bounds = {one.operator: one.version for one in asked[package].specifier}
         assert bounds[">="] == tested.oldest and bounds.get("<", tested.refused) == tested.refused
         for pinned, end in ((usual | newest, tested.newest), (usual | oldest, tested.oldest)):

@@ -162,7 +162,8 @@ def test_code_in_a_folder_is_not_run_where_the_package_is(tmp_path: Path, monkey
     for trust in (None, True, False):
         model = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=trust)
         assert type(model).__module__ == modeling_apt.__name__
-    model = load_pruned(tmp_path, trust_remote_code=True)
+    with pytest.raises(UserError, match="not the file that was saved with the model"):
+        load_pruned(tmp_path, trust_remote_code=True)
     model.save_pretrained(tmp_path / "again")
     assert "this was run" not in (tmp_path / "again" / "modeling_apt.py").read_text()
 

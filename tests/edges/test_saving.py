@@ -14,7 +14,7 @@ import warm
 from integration.factories import Rows, SaveAt, config, losses_of, make_trainer
 from integration.test_processes import two_processes
 from texts import tiny_llama, word_tokenizer
-from tiny import gap, logits, tiny_batch, tiny_model
+from tiny import LANGUAGE_MODELS, gap, logits, tiny_batch, tiny_model
 from transformers import BertForSequenceClassification, GenerationConfig, TrainerCallback
 
 import apt_trainer
@@ -118,6 +118,18 @@ def test_a_tokenizer_that_moves_positions_stops_before_the_first_step(tmp_path: 
     assert trainer.state.global_step == 0
     tokenizer.pad_token = "<s>"
     few(tmp_path / "again", tiny_model("roberta"), processing_class=tokenizer).train()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "modernbert"])
+def test_a_model_that_was_brought_to_half_a_type_is_saved_as_it_trained(name: str, tmp_path: Path) -> None:
+    """Which rounds the frequencies of its positions too; a model that loads has them exact."""
+    model = tiny_model(name, LANGUAGE_MODELS[name]).to(torch.bfloat16)
+    trainer = few(tmp_path, model, Rows(task="text"))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "small"))
+    small, batch = load_pruned(tmp_path / "small", dtype="auto").eval(), tiny_batch(trainer.model)
+    assert small.dtype == torch.bfloat16
+    assert torch.equal(logits(trainer.model.eval(), batch), logits(small, batch))
 
 
 def test_a_class_that_no_program_could_load_stops_before_the_first_step(tmp_path: Path) -> None:
@@ -342,6 +354,7 @@ def test_a_metric_or_picture_that_fails_finds_the_model_saved(
         {"optim": "apollo_adamw", "optim_target_modules": ["query"]},
         {"optim": "lomo"},
         {"optim": "adalomo"},
+        {"debug": "underflow_overflow"},
         {"lr_scheduler_type": "greedy", "metric_for_best_model": "loss", "eval_strategy": "epoch"},
     ],
 )

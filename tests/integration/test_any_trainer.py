@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import math
 import pickle
@@ -196,25 +197,40 @@ def test_what_a_class_under_the_method_overrides_is_followed(tmp_path: Path) -> 
     assert trainer.optimizer.param_groups[0]["lr"] != trainer.args.learning_rate
 
 
-def test_a_model_without_logits_is_not_trained_without_its_teacher(tmp_path: Path) -> None:
-    class Measures(Trainer):
-        def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            outputs = model(input_ids=inputs["input_ids"])
-            loss = (outputs.last_hidden_state.mean((1, 2)) - inputs["labels"]).square().mean()
-            return (loss, outputs) if return_outputs else loss
+class Measures(Trainer):
+    """Of a model without logits."""
 
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        loss = (outputs.last_hidden_state.mean((1, 2)) - inputs["labels"]).square().mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_a_model_without_logits_learns_from_the_hidden_states_of_its_teacher(tmp_path: Path) -> None:
     made = with_pruning(Measures)
-    for distillation in ({}, PLAIN):
-        args = made.Config(str(tmp_path), **{**SETTINGS, "remove_unused_columns": False, **distillation})
+    targets = {"prune_targets": ["hidden"], "remove_unused_columns": False, "target_sparsity": 0.3}
+    for named in (None, ["labels"]):  # no argument of the model's forward is a label
+        args = made.Config(str(tmp_path), **{**SETTINGS, **targets, "label_names": named})
         trainer = made(tiny_model("bert").bert, args, train_dataset=Rows(64))
-        if distillation:
-            trainer.train()
-            assert trainer.pruner.sparsity() >= 0.4
-        else:
-            with pytest.raises(UserError, match="gives last_hidden_state, pooler_output, but no logits"):
+        if named is None:
+            with pytest.raises(
+                UserError, match=r"label_names=\[\] names nothing in a batch, which has attention_mask"
+            ):
                 trainer.train()
+            continue
+        trainer.train()
+    assert trainer.pruner.plan.counts["hidden"] < WIDTH and trainer.pruner.sparsity() >= 0.3
+    assert events_of(tmp_path, "teacher") and {len(values) for values in losses_of(trainer).values()} == {2, 3}
+
+
+def test_a_teacher_of_embeddings_has_to_be_as_wide(tmp_path: Path) -> None:
+    made = with_pruning(Measures)
+    args = made.Config(str(tmp_path), **{**SETTINGS, "distillation": "model", "teacher_name_or_path": "x"})
+    given = {"train_dataset": Rows(64), "teacher": tiny_model("bert").bert}
+    with pytest.raises(UserError, match=r"whose width has to stay. Set prune_targets: \[heads, neurons\]"):
+        made(tiny_model("bert").bert, args, **given)
 
 
 # ---------------------------------------------------------------------------- a transformer inside
@@ -237,7 +253,7 @@ class Pooled(nn.Module):
         )
 
 
-INSIDE: dict[str, Any] = {**PLAIN, "prune_targets": ["heads", "neurons"]}
+INSIDE: dict[str, Any] = {"prune_targets": ["heads", "neurons"]}
 
 
 def pooled(folder: Path, steps: tuple[int, ...] = (), **changes: Any) -> Any:
@@ -248,7 +264,7 @@ def pooled(folder: Path, steps: tuple[int, ...] = (), **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"tune_after_pruning": "full"}, {"pruning_time": "before", "pruning_start": None}]
+    "changes", [{}, {"tune_after_pruning": "full"}, {**PLAIN, "pruning_time": "before", "pruning_start": None}]
 )
 def test_a_transformer_inside_of_a_users_module_is_cut(changes: dict[str, Any], tmp_path: Path) -> None:
     trainer = pooled(tmp_path / "run", **changes)
@@ -286,9 +302,6 @@ def test_state_of_an_optimizer_follows_a_cut_inside(tmp_path: Path) -> None:
 
 
 def test_what_does_not_go_with_a_transformer_inside_is_an_error_at_the_start(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"inside of Pooled, at 'encoder', whose outputs are not compared"):
-        pooled(tmp_path, distillation="self", distillation_end=7)
-
     with pytest.raises(UserError, match=r"reads its hidden states, so their number has to stay"):
         pooled(tmp_path, prune_targets=["hidden"])
 
@@ -300,49 +313,6 @@ def test_what_does_not_go_with_a_transformer_inside_is_an_error_at_the_start(tmp
     made = with_pruning(Trainer)
     with pytest.raises(UserError, match=r"Two holds 2 transformers \(left, right\)"):
         made(Two(), made.Config(str(tmp_path), **{**SETTINGS, **INSIDE}), train_dataset=Rows(64))
-
-
-def sentences(folder: Path, steps: tuple[int, ...] = (), loss: str = "CosineSimilarityLoss", **changes: Any) -> Any:
-    library = pytest.importorskip("sentence_transformers")
-    from sentence_transformers.sentence_transformer import losses, modules
-
-    if not (folder.parent / "dense").exists():
-        tiny_model("bert", vocab_size=60).bert.save_pretrained(folder.parent / "dense")
-        word_tokenizer().save_pretrained(folder.parent / "dense")
-    word = modules.Transformer(str(folder.parent / "dense"), max_seq_length=16)
-    model = library.SentenceTransformer(modules=[word, modules.Pooling(WIDTH, "mean")], device="cpu")
-    rows = [{"a": words(4 + row % 4, row), "b": words(5, row + 70), "score": row % 10 / 10} for row in range(48)]
-    if loss == "MultipleNegativesRankingLoss":
-        rows = [{"a": row["a"], "b": row["b"]} for row in rows]
-    set_seed(3)
-    trainer_class = apt_trainer.APTSentenceTransformerTrainer
-    args = trainer_class.Config(str(folder), **{**SETTINGS, **INSIDE, **changes})
-    data, made = Dataset.from_list(rows), getattr(losses, loss)(model)
-    return trainer_class(model, args=args, train_dataset=data, loss=made, callbacks=[SaveAt(steps)])
-
-
-@pytest.mark.parametrize("loss", ["CosineSimilarityLoss", "MultipleNegativesRankingLoss", "CoSENTLoss"])
-def test_an_embedding_model_is_pruned_and_loads_with_equal_embeddings(loss: str, tmp_path: Path) -> None:
-    trainer = sentences(tmp_path / "run", (4,), loss)
-    trainer.train()
-    assert trainer.pruner.sparsity() >= 0.4
-    trainer.save_model(str(tmp_path / "model"))
-    texts = [words(6, row) for row in range(4)]
-    loaded = type(trainer.model)(str(tmp_path / "model"), device="cpu")
-    assert torch.equal(
-        trainer.model.encode(texts, convert_to_tensor=True), loaded.encode(texts, convert_to_tensor=True)
-    )
-    assert type(loaded[0].auto_model).__name__ == "AptBertModel"
-    resumed = sentences(tmp_path / "resumed", (), loss)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
-    weights = weights_of(resumed.model)
-    assert all(torch.equal(value, weights[name]) for name, value in weights_of(trainer.model).items())
-
-
-def test_an_embedding_model_is_pruned_before_training(tmp_path: Path) -> None:
-    trainer = sentences(tmp_path / "run", pruning_time="before", pruning_start=None, calibration_samples=16)
-    trainer.train()
-    assert trainer.pruner.sparsity() >= 0.4 and events_of(tmp_path / "run", "prune")[0]["loss_before"] is not None
 
 
 # ---------------------------------------------------------------------------- TRL: SFT
@@ -523,6 +493,42 @@ def test_a_reward_model_is_pruned(tmp_path: Path) -> None:
     loaded, ids = load_pruned(tmp_path / "model"), torch.arange(4, 16)[None]
     assert torch.equal(trainer.model.eval()(input_ids=ids).logits, loaded(input_ids=ids).logits)
     assert trainer.pruner.sparsity() >= 0.4
+
+
+LABELLED = [
+    {"prompt": row["prompt"], "completion": row["chosen" if number % 2 else "rejected"], "label": bool(number % 2)}
+    for number, row in enumerate(PAIRS)
+]
+
+
+def preferring(folder: Path, name: str, model: Any = None, options: Any = None, **changes: Any) -> Any:
+    """KTO, which compares with a reference, or ORPO, which has none."""
+    module = importlib.import_module("trl" if name == "KTOTrainer" else "trl.experimental.orpo")
+    trainer_class, rows = with_pruning(getattr(module, name)), LABELLED if name == "KTOTrainer" else PAIRS
+    set_seed(3)
+    args = trainer_class.Config(str(folder), **{**SETTINGS, **changes})
+    given = {"processing_class": tokenizer(), "train_dataset": Dataset.from_list(rows), **(options or {})}
+    return trainer_class(model or tiny_llama(), args=args, **given)
+
+
+@pytest.mark.parametrize("name", ["KTOTrainer", "ORPOTrainer"])
+def test_other_preferences_are_learnt_while_pruning(name: str, tmp_path: Path) -> None:
+    kto: dict[str, Any] = {"precompute_ref_log_probs": True} if name == "KTOTrainer" else {}
+    trainer = preferring(tmp_path / "run", name, **kto)
+    trainer.train()
+    losses = losses_of(trainer)
+    assert {len(values) for values in losses.values()} == {2, 3}
+    assert all(math.isfinite(value) for values in losses.values() for value in values)
+    assert_reloads(trainer, tmp_path / "model")
+    if kto:
+        with pytest.raises(UserError, match=r"none was given. Set precompute_ref_log_probs=True"):
+            preferring(tmp_path / "none", name)
+
+
+@pytest.mark.parametrize("name", ["GRPOTrainer", "RLOOTrainer"])
+def test_a_class_that_generates_is_an_error_when_the_class_is_made(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name} generates with the model while it trains, which is not supported"):
+        with_pruning(getattr(importlib.import_module("trl"), name))
 
 
 # ---------------------------------------------------------------------------- two processes

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from tiny import tiny_model
 
 import apt_trainer
@@ -134,7 +135,7 @@ def test_the_rank_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.slow
 @pytest.mark.parametrize(("engine", "faults"), [("ddp", ["step", "save"]), ("zero3", ["event"])])
 def test_killed_runs_end_equal(engine: str, faults: list[str]) -> None:
-    script = [sys.executable, str(ROOT / "scripts/fault_test.py"), "--engine", engine, "--processes", "2"]
+    script = [warm.python(), str(ROOT / "scripts/fault_test.py"), "--engine", engine, "--processes", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
         [*script, "--kills", "0", "--seed", "2", "--faults", *faults],

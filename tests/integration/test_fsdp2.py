@@ -6,12 +6,12 @@ import functools
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm
 from safetensors.torch import load_file
 from tiny import tiny_model
 from transformers import TrainerCallback
@@ -228,7 +228,7 @@ def test_the_profile_trains_one_process_too(single: tuple[Path, APTTrainer], tmp
     checkpoint is found and loaded."""
     worker = tmp_path / "worker.py"
     worker.write_text((START + ALONE).format(root=str(ROOT), tests=str(Path(__file__).parents[1])))
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    launcher = [warm.python(), "-m", "accelerate.commands.launch", "--num_processes", "1"]
     subprocess.run(
         [*launcher, "--config_file", str(PROFILES / "fsdp2.yaml"), str(worker), str(tmp_path)],
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},

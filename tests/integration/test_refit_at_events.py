@@ -14,9 +14,11 @@ from transformers import TrainerCallback
 
 from apt_trainer import APTTrainer
 from apt_trainer.errors import UserError
+from apt_trainer.settings import MethodSettings
 from apt_trainer.surgery.slicing import Grow, Keep, NewValues
 from apt_trainer.training.engines import engine_of
 from apt_trainer.training.engines.state import MASTER, State, follow
+from apt_trainer.training.session import PruningSession
 from integration.factories import (
     GLOBAL_BATCH,
     SHORT,
@@ -36,7 +38,7 @@ from integration.test_processes import two_processes
 from integration.test_pruned_before import doubled
 from integration.test_zero import deepspeed_config
 
-REFIT: dict[str, Any] = {**SHORT, "refit": True, "mask_window": 0, "calibration_samples": 20, "max_grad_norm": 1.0}
+REFIT: dict[str, Any] = {**SHORT, "refit": True, "calibration_samples": 20, "max_grad_norm": 1.0}
 FULL: dict[str, Any] = {"tune": "full", "rank_growth": "none"}
 EVENTS = (5, 8)
 PHASES: dict[str, dict[str, Any]] = {"adapters": {}, "full": FULL}
@@ -57,7 +59,13 @@ def test_a_cut_of_what_others_can_say_loses_nearly_nothing_while_training(phase:
         folder, model = tmp_path / str(refit), tiny_model("bert")
         options = {"importance": Fixed(doubled(model))}
         changes = {"refit": refit, "target_sparsity": 0.1, "round_to": 1, "prune_targets": ["neurons"]}
-        changes |= {"learning_rate": 1e-5, "num_pruning_events": 1, "pruning_start": 0, "pruning_end": 3}
+        changes |= {
+            "learning_rate": 1e-5,
+            "num_pruning_events": 1,
+            "pruning_start": 0,
+            "pruning_end": 3,
+            "mask_window": 0,
+        }
         trainer = make_trainer(folder, model, Rows(40), options, **{**REFIT, **PHASES[phase], **changes})
         trainer.train()
         (record,) = events_of(folder, "prune")
@@ -70,6 +78,7 @@ def test_survivors_get_new_values_and_keep_their_moments(phase: str, tmp_path: P
     before, after = Recorder(EVENTS), Recorder(EVENTS)
     trainer, _ = run_of(tmp_path, {"callbacks": [before]}, **PHASES[phase])
     events = watch(trainer, before, after)
+    trainer.pruner.masks.open = None  # type: ignore[assignment, method-assign]  # units go at once
     trainer.train()
     events = [event for event in events if event.kind == "prune"]
     assert [event.step for event in events] == list(EVENTS)
@@ -218,3 +227,9 @@ def test_every_engine_applies_new_values_as_one_process(
 def test_rows_of_several_data_sets_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="train_dataset holds several data sets"):
         make_trainer(tmp_path, tiny_model("bert"), {"one": Rows(20)}, {"heldout_dataset": Rows(8)}, **REFIT)
+
+
+def test_a_refit_without_rows_is_refused(tmp_path: Path) -> None:
+    settings = MethodSettings(target_sparsity=0.3, refit=True, distillation="none", prune_targets=["neurons"])
+    with pytest.raises(UserError, match="refit: true solves for weights on batches"):
+        PruningSession(tiny_model("bert"), settings, 10, torch.optim.AdamW)

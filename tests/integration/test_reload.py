@@ -7,12 +7,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm
 from tiny import FAMILY_NAMES, TASKS, logits, tiny_batch, tiny_model
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
@@ -121,7 +121,7 @@ torch.save(model(input_ids=torch.arange(4, 12)[None]).logits.detach(), sys.argv[
 
 def test_a_process_without_this_package_fails_loudly_and_with_it_loads(copied: Path, tmp_path: Path) -> None:
     result = subprocess.run(
-        [sys.executable, "-c", PLAIN, str(copied), str(tmp_path / "logits.pt")],
+        [warm.python(warm.LIBRARIES), "-c", PLAIN, str(copied), str(tmp_path / "logits.pt")],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         cwd=tmp_path,
         stdin=subprocess.DEVNULL,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm
 from texts import TOKENS, word_tokenizer, words
 from tiny import ALL_TASKS, LANGUAGE_MODELS, parts, tiny_batch, tiny_config, tiny_model
 from transformers import PreTrainedModel
@@ -120,7 +120,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
         finished(model, plan).save_pretrained(root / name)
         torch.save(given_to(model), root / name / "given.pt")
     classes = json.dumps({name: ALL_TASKS[task].__name__ for name, task in FAMILIES.items()})
-    done = subprocess.run([sys.executable, "-c", STOCK, str(root), classes], capture_output=True, text=True)
+    done = subprocess.run(
+        [warm.python(warm.LIBRARIES), "-c", STOCK, str(root), classes], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return root
 

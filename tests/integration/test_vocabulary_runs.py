@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from texts import TOKENS, WORDS, save_dense
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,6 +19,7 @@ from apt_trainer.cli import main
 from apt_trainer.errors import UserError
 from apt_trainer.runs.dry_run import plan
 from apt_trainer.runs.run import evaluate, train
+from apt_trainer.runs.vocabulary import _rows
 from apt_trainer.settings.recipe import Recipe, load_recipe
 from integration.factories import weights_of
 from integration.test_launchers import recipe
@@ -117,3 +119,15 @@ def test_the_verb_cuts_a_finished_model(tmp_path: Path, capsys: pytest.CaptureFi
     assert torch.equal(logits[0][..., : len(USED) + SPECIAL], logits[1])
     assert main(["vocabulary", *words]) == 2
     assert "is not empty. Choose another folder." in capsys.readouterr().err
+
+
+def test_all_texts_of_a_row_count(tmp_path: Path) -> None:
+    save_dense(tmp_path, "")
+    rows = [{"text": " ".join(USED[:9]), "label": name} for name in ("a", "b") * 8]
+    several = [{**row, "second": WORDS[30]} for row in rows]
+    given = {"task": "classification", "text_column": "text", "text_pair_column": "second", "vocabulary": "used"}
+    dense = {"output_dir": str(tmp_path / "out"), "model_name_or_path": str(tmp_path / "model")}
+    told = plan(load_recipe(str(recipe(tmp_path, several, **given, **dense))))
+    assert f"vocabulary   {9 + 1 + SPECIAL} of" in told
+    nested = Dataset.from_dict({"input_ids": [[[7, 8], [9]], [[7], [7]]]})
+    assert [list(row) for row in _rows(nested, "input_ids")] == [[7, 8, 9], [7, 7]]

@@ -18,7 +18,16 @@ from apt_trainer.settings.packages import check_packages
 from apt_trainer.store.events import write_json
 from apt_trainer.store.pretrained import find_source, load_saved
 
-TARGETS = {"onnx": "apt_trainer.store.export.onnx", "gguf": "apt_trainer.store.export.gguf"}
+TARGETS = {
+    "onnx": "apt_trainer.store.export.onnx",
+    "openvino": "apt_trainer.store.export.openvino",
+    "gguf": "apt_trainer.store.export.gguf",
+    "adapter": "apt_trainer.store.export.adapter",
+    "hf": "apt_trainer.store.export.hf",
+    "per_layer_config": "apt_trainer.store.export.per_layer_config",
+    "decilm": "apt_trainer.store.export.decilm",
+}
+_OF_WEIGHTS = (".bin", ".data", ".gguf", ".onnx", ".safetensors")
 RECORD = "export.json"
 """What was written and how it was checked, beside the exported model."""
 
@@ -40,6 +49,8 @@ class Target(Protocol):
     """A module of this package."""
 
     QUANTIZATIONS: tuple[str, ...]
+    IS_RUN: bool
+    """Whether :meth:`load` gives a run time of its own, whose speed and metric can be measured."""
 
     def refuse(self, model: PreTrainedModel, tokenizer: Any, quantize: str | None, cut: bool = False) -> None:
         """Raise :class:`UserError` for a model that the format cannot hold, with the nearest thing that works.
@@ -64,7 +75,7 @@ class Target(Protocol):
 
 def parse_format(name: str) -> tuple[str, str | None]:
     """(format, quantisation) of ``onnx_int8``, ``gguf_q8_0``, ``onnx`` …; raises :class:`UserError`."""
-    form, _, quantize = name.partition("_")
+    form, _, quantize = (name, "", "") if name in TARGETS else name.partition("_")
     if form not in TARGETS:
         raise unknown_choice("export", name, [*TARGETS])
     check_quantization(form, quantize or None)
@@ -83,6 +94,11 @@ def target_of(form: str) -> Target:
     if form not in TARGETS:
         raise unknown_choice("format", form, [*TARGETS])
     return importlib.import_module(TARGETS[form])  # type: ignore[return-value]
+
+
+def is_timed(record: Mapping[str, Any]) -> bool:
+    """Whether speed can be measured of what ``record`` (that of :func:`export`) tells of."""
+    return record["loaded_by"] is not None and target_of(record["format"]).IS_RUN
 
 
 def export(
@@ -111,7 +127,7 @@ def export(
     """
     target, output = target_of(form), Path(output)
     check_quantization(form, quantize)
-    check_packages({"export": [form]})
+    check_packages({"export": [f"{form}_{quantize}" if quantize else form]})
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not empty. Give a folder that is to be made.")
     if not isinstance(model, PreTrainedModel):
@@ -129,7 +145,7 @@ def export(
             "quantize": quantize,
             "file": str(target.file_of(folder, quantize).relative_to(folder)),
         }
-        record |= {"bytes": target.file_of(folder, quantize).stat().st_size}
+        record |= {"bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.suffix in _OF_WEIGHTS)}
         record |= target.compare(model, tokenizer, folder, quantize)
         if record["loaded_by"] is not None and not record["equal"]:
             raise RunError(

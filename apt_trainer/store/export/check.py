@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from apt_trainer.errors import RunError
+from apt_trainer.models import family_of
 
 NEW_TOKENS = 12
 TOLERANCE = 1e-3
@@ -19,7 +23,8 @@ TOLERANCE = 1e-3
 
 
 def batches(model: PreTrainedModel, left: bool = False) -> list[dict[str, Tensor]]:
-    """``input_ids`` and ``attention_mask`` [batch, length] of several shapes; one is padded (``left``: in front)."""
+    """``input_ids`` and ``attention_mask`` [batch, length] of several shapes; one is padded (``left``: in front).
+    Where there is a decoder of its own, ``decoder_input_ids`` too."""
     longest = getattr(model.config, "max_position_embeddings", None) or 64
     generator, found = torch.Generator().manual_seed(0), []
     for rows, length in ((1, 3), (1, 33), (3, 17)):
@@ -35,7 +40,56 @@ def batches(model: PreTrainedModel, left: bool = False) -> list[dict[str, Tensor
             mask[row, gone] = 0
             ids[row, gone] = pad if isinstance(pad, int) else 0
         found.append({"input_ids": ids, "attention_mask": mask})
+        if model.config.is_encoder_decoder:
+            found[-1]["decoder_input_ids"] = ids[:, :3].clone()
     return found
+
+
+def has_cache(model: PreTrainedModel) -> bool:
+    """Whether ``model`` generates token by token."""
+    return family_of(model.config).head(model).next_token
+
+
+def compare_logits(model: PreTrainedModel, runner: Path, what: Path, quantize: str | None) -> dict[str, Any]:
+    """Logits of several shapes with padding and, of a decoder, greedy tokens with the cache: ``model`` in this process
+    beside ``what`` in one of its own, where ``runner`` answers (``onnx_session.main`` says how)."""
+    cached = has_cache(model)
+    asked = {
+        f"{i}.{name}": value for i, batch in enumerate(batches(model, left=cached)) for name, value in batch.items()
+    }
+    prompt = prompt_of(model)
+    asked |= {"prompt": prompt, "new_tokens": torch.tensor([NEW_TOKENS])}
+    with tempfile.TemporaryDirectory() as place:
+        request, answer = Path(place) / "request.safetensors", Path(place) / "answer.safetensors"
+        save_file(asked, request)
+        run_alone(runner, what, request, answer)
+        found = load_file(answer)
+    largest, scale, agreeing = 0.0, 0.0, []
+    for i, batch in enumerate(batches(model, left=cached)):
+        expected = _expected(model, batch)
+        for name in [name.partition(".")[2] for name in found if name.startswith(f"{i}.")]:
+            of_tokens = (
+                expected[name].shape[:2] == batch["attention_mask"].shape and not model.config.is_encoder_decoder
+            )
+            real = batch["attention_mask"].bool() if of_tokens and expected[name].ndim == 3 else slice(None)
+            ours, theirs = expected[name][real], found[f"{i}.{name}"][real]
+            largest, scale = max(largest, float((ours - theirs).abs().max())), max(scale, float(ours.abs().max()))
+            agreeing.append((ours.argmax(-1) == theirs.argmax(-1)).float().flatten())
+    numbers: dict[str, Any] = {"largest_difference": largest, "largest_output": scale}
+    numbers["same_prediction"] = float(torch.cat(agreeing).mean())
+    equal = largest <= TOLERANCE * max(scale, 1.0)
+    if "generated" in found:
+        numbers["greedy_tokens_equal"] = found["generated"].tolist() == greedy(model, prompt)
+        equal = equal and numbers["greedy_tokens_equal"]
+    return numbers | {"equal": equal or quantize is not None}
+
+
+@torch.no_grad()
+def _expected(model: PreTrainedModel, batch: dict[str, Tensor]) -> Any:
+    extra = {}
+    if "position_ids" in inspect.signature(model.forward).parameters and has_cache(model):
+        extra["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    return model(**batch, **extra, return_dict=True)
 
 
 def prompt_of(model: PreTrainedModel) -> Tensor:

@@ -30,6 +30,7 @@ from apt_trainer.store.export.check import NEW_TOKENS, TOLERANCE, greedy, prompt
 from apt_trainer.store.export.gguf_session import GgufModel
 from apt_trainer.store.export.gguf_tokenizer import Nowhere, add_tokenizer
 
+IS_RUN = True
 QUANTIZATIONS = ("f16", "q8_0", "q4_0", "q5_0", "q4_k_m", "q5_k_m", "q6_k")
 _BY_TOOL = {"q4_k_m": "Q4_K_M", "q5_k_m": "Q5_K_M", "q6_k": "Q6_K"}
 BLOCK = 32

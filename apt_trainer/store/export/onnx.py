@@ -1,8 +1,9 @@
 """ONNX: encoders as a function of their inputs, decoders with a key-value cache whose layers may differ in width.
 
 The folder is laid out as transformers.js, optimum, sentence-transformers and FastEmbed read it: ``onnx/model.onnx``
-(one file), ``onnx/model_quantized.onnx`` with 8-bit weights, a stock ``config.json`` and the tokenizer. It holds no
-other weights, so that no loader takes the config for that of a dense model.
+(one file), ``onnx/model_quantized.onnx`` with 8-bit weights, a stock ``config.json`` and the tokenizer; of a decoder
+also what onnxruntime-genai reads. It holds no other weights, so that no loader takes the config for that of a dense
+model.
 """
 
 from __future__ import annotations
@@ -12,27 +13,30 @@ import copy
 import inspect
 import io
 import logging
-import tempfile
+import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from apt_trainer.errors import UserError
 from apt_trainer.models import family_of
 from apt_trainer.models.modeling_apt import NoOp
 from apt_trainer.models.slots import set_slot, slot_holders
-from apt_trainer.store.export.check import NEW_TOKENS, TOLERANCE, batches, greedy, prompt_of, run_alone
+from apt_trainer.store.events import write_json
+from apt_trainer.store.export.check import compare_logits, has_cache
 from apt_trainer.store.export.onnx_session import PAST, PRESENT, OnnxModel
 from apt_trainer.store.saved_model import dense_shape
 
 OPSET = 18
+GENAI, MODULES = "genai_config.json", "modules.json"
 FOLDER, PLAIN, QUANTIZED = "onnx", "model.onnx", "model_quantized.onnx"
+IS_RUN = True
 QUANTIZATIONS = ("int8",)
 RUNNER = Path(__file__).with_name("onnx_session.py")
 
@@ -58,10 +62,71 @@ def write(model: PreTrainedModel, tokenizer: Any, folder: Path, quantize: str | 
     target = folder / FOLDER
     target.mkdir(parents=True)
     plain = target / PLAIN
-    _trace(model, tokenizer, plain)
+    trace(model, tokenizer, plain)
     if quantize is not None:
         _quantize(plain, target / QUANTIZED)
         plain.unlink()
+    write_config(model, folder)
+    if has_cache(model):
+        write_json(folder / GENAI, _genai_config(model, file_of(folder, quantize)))
+    _copy_pooling(Path(str(model.config._name_or_path)), folder)
+
+
+def _copy_pooling(source: Path, folder: Path) -> None:
+    """What sentence-transformers reads beside a model, where the saved folder has it: modules, pooling, prompts."""
+    listed = source / MODULES
+    if not listed.is_file():
+        return
+    shutil.copy(listed, folder)
+    for file in source.glob("*sentence*.json"):
+        shutil.copy(file, folder)
+    for config in source.glob(f"*_*/{CONFIG_NAME}"):
+        (folder / config.parent.name).mkdir()
+        shutil.copy(config, folder / config.parent.name)
+
+
+def _genai_config(model: PreTrainedModel, file: Path) -> dict[str, Any]:
+    """What onnxruntime-genai reads of a decoder; each attention that is left has its slot of the cache."""
+    config = model.config
+    example, _ = _decoder(copy.deepcopy(model).float().eval())
+    keys = [value for name, value in example.items() if name.endswith(".key")]
+    special = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    end = special["eos_token_id"]
+    decoder = {
+        "filename": f"{file.parent.name}/{file.name}",
+        "session_options": {"provider_options": []},
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": keys[0].shape[1],
+        "head_size": keys[0].shape[3],
+        "num_hidden_layers": len(keys),
+        "inputs": {
+            **{name: name for name in ("input_ids", "attention_mask", "position_ids")},
+            "past_key_names": f"{PAST}%d.key",
+            "past_value_names": f"{PAST}%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": f"{PRESENT}%d.key",
+            "present_value_names": f"{PRESENT}%d.value",
+        },
+    }
+    length = getattr(config, "max_position_embeddings", None) or 2048
+    described = {
+        "type": "llama",
+        "context_length": length,
+        "vocab_size": config.vocab_size,
+        **{name: value if value is not None else end if end is not None else 0 for name, value in special.items()},
+        "decoder": decoder,
+    }
+    return {
+        "model": described,
+        "search": {"do_sample": False, "max_length": length, "past_present_share_buffer": False},
+    }
+
+
+def write_config(model: PreTrainedModel, folder: Path) -> None:
+    """Write the stock config, for consumers that look up labels and special tokens there."""
     _, config = dense_shape(model.config)
     config.architectures = [_stock_name(model)]
     config.save_pretrained(folder)
@@ -69,45 +134,12 @@ def write(model: PreTrainedModel, tokenizer: Any, folder: Path, quantize: str | 
 
 def compare(model: PreTrainedModel, tokenizer: Any, folder: Path, quantize: str | None) -> dict[str, Any]:
     """Logits of several shapes with padding and, of a decoder, greedy tokens with the cache; by onnxruntime."""
-    cached = has_cache(model)
-    asked = {
-        f"{i}.{name}": value for i, batch in enumerate(batches(model, left=cached)) for name, value in batch.items()
-    }
-    prompt = prompt_of(model)
-    asked |= {"prompt": prompt, "new_tokens": torch.tensor([NEW_TOKENS])}
-    with tempfile.TemporaryDirectory() as place:
-        request, answer = Path(place) / "request.safetensors", Path(place) / "answer.safetensors"
-        save_file(asked, request)
-        run_alone(RUNNER, file_of(folder, quantize), request, answer)
-        found = load_file(answer)
-    largest, scale, agreeing = 0.0, 0.0, []
-    for i, batch in enumerate(batches(model, left=cached)):
-        expected = _expected(model, batch)
-        for name in [name.partition(".")[2] for name in found if name.startswith(f"{i}.")]:
-            real = batch["attention_mask"].bool() if expected[name].ndim == 3 else slice(None)
-            ours, theirs = expected[name][real], found[f"{i}.{name}"][real]
-            largest, scale = max(largest, float((ours - theirs).abs().max())), max(scale, float(ours.abs().max()))
-            agreeing.append((ours.argmax(-1) == theirs.argmax(-1)).float().flatten())
-    numbers: dict[str, Any] = {"loaded_by": "onnxruntime", "largest_difference": largest, "largest_output": scale}
-    numbers["same_prediction"] = float(torch.cat(agreeing).mean())
-    equal = largest <= TOLERANCE * max(scale, 1.0)
-    if "generated" in found:
-        numbers["greedy_tokens_equal"] = found["generated"].tolist() == greedy(model, prompt)
-        equal = equal and numbers["greedy_tokens_equal"]
-    return numbers | {"equal": equal or quantize is not None}
+    return compare_logits(model, RUNNER, file_of(folder, quantize), quantize) | {"loaded_by": "onnxruntime"}
 
 
 def load(folder: Path, quantize: str | None, length: int, threads: int) -> OnnxModel:
     """Run what is in ``folder`` by onnxruntime; any ``length`` will do."""
     return OnnxModel(file_of(folder, quantize), threads)
-
-
-@torch.no_grad()
-def _expected(model: PreTrainedModel, batch: dict[str, Tensor]) -> Any:
-    extra = {}
-    if "position_ids" in inspect.signature(model.forward).parameters and has_cache(model):
-        extra["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    return model(**batch, **extra, return_dict=True)
 
 
 def input_names(model: PreTrainedModel, tokenizer: Any) -> list[str]:
@@ -121,7 +153,8 @@ def input_names(model: PreTrainedModel, tokenizer: Any) -> list[str]:
     return [name for name in made if name in taken]
 
 
-def _trace(model: PreTrainedModel, tokenizer: Any, file: Path) -> None:
+def trace(model: PreTrainedModel, tokenizer: Any, file: Path) -> None:
+    """Write ``model`` as ONNX to ``file``."""
     model = copy.deepcopy(model).float().eval().to("cpu")
     model.set_attn_implementation("eager")
     if has_cache(model):
@@ -133,7 +166,7 @@ def _trace(model: PreTrainedModel, tokenizer: Any, file: Path) -> None:
     plain = [value for name, value in example.items() if name not in past]
     arguments = (*plain, [example[name] for name in past]) if past else (*plain,)
     shapes = (*dynamic[: len(plain)], dynamic[len(plain) :]) if past else (*dynamic,)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         outputs = list(wrapper(*arguments))
         program = torch.onnx.export(
             wrapper,
@@ -205,11 +238,6 @@ class _Decoder(nn.Module):
         return (found.logits, *(part for layer in cache.layers for part in (layer.keys, layer.values)))
 
 
-def has_cache(model: PreTrainedModel) -> bool:
-    """Whether ``model`` generates token by token."""
-    return family_of(model.config).head(model).next_token
-
-
 def _encoder(model: PreTrainedModel, names: Sequence[str]) -> tuple[dict[str, Tensor], _Encoder]:
     ids = torch.arange(10).reshape(2, 5) % max(2, model.config.vocab_size - 1) + 1
     values = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
@@ -262,7 +290,7 @@ def _quantize(source: Path, target: Path) -> None:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     prepared = target.with_suffix(".prepared")
-    with _quiet():
+    with quiet():
         quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
         quantize_dynamic(str(prepared), str(target), weight_type=QuantType.QInt8, per_channel=True)
     prepared.unlink()
@@ -278,7 +306,7 @@ def _bytes(model: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporter tells its progress and its own deprecations, which say nothing about the result."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)

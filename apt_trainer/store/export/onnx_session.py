@@ -1,9 +1,9 @@
-"""Runs an exported ONNX model by onnxruntime alone.
+"""Runs an exported ONNX model by onnxruntime alone, or an OpenVINO model by OpenVINO alone.
 
 As a script it answers a request in a process of its own, which cannot import apt_trainer: so an export is checked
 where it will be served. Nothing of apt_trainer is imported here.
 
-    python -I onnx_session.py MODEL.onnx REQUEST.safetensors ANSWER.safetensors
+    python -I onnx_session.py MODEL REQUEST.safetensors ANSWER.safetensors      (MODEL: .onnx or .xml)
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,11 +36,19 @@ class OnnxModel:
         options.intra_op_num_threads, options.log_severity_level = threads, 3
         options.add_session_config_entry("session.force_spinning_stop", "1")  # idle threads leave the cores to others
         self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        self.inputs = {value.name: value for value in self.session.get_inputs()}
-        self.outputs = [value.name for value in self.session.get_outputs()]
+        self._describe(
+            {value.name: value for value in self.session.get_inputs()},
+            [value.name for value in self.session.get_outputs()],
+        )
 
-        self.has_cache = any(name.startswith(PAST) for name in self.inputs)
+    def _describe(self, inputs: dict[str, Any], outputs: list[str]) -> None:
+        """``inputs``: by name what has their ``shape``, in which a number of heads is a number."""
+        self.inputs, self.outputs = inputs, outputs
+        self.has_cache = any(name.startswith(PAST) for name in inputs)
         self.largest_batch: int | None = None
+
+    def _run(self, given: dict[str, np.ndarray]) -> list[np.ndarray]:
+        return self.session.run(None, given)  # type: ignore[no-any-return]
 
     def __call__(self, batch: Mapping[str, Any], past: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
         """Every output by name, for ``input_ids`` [batch, length] and what goes with them.
@@ -58,7 +67,7 @@ class OnnxModel:
             if name.startswith(PAST):
                 empty = (rows, value.shape[1], 0, value.shape[3])
                 given[name] = np.zeros(empty, np.float32) if past is None else past[name.replace(PAST, PRESENT)]
-        return dict(zip(self.outputs, self.session.run(None, given), strict=True))
+        return dict(zip(self.outputs, self._run(given), strict=True))
 
     def generate(self, prompt: np.ndarray, new_tokens: int) -> list[int]:
         """The ``new_tokens`` most likely tokens after ``prompt`` [1, length], one at a time with the cache."""
@@ -88,12 +97,37 @@ class OnnxModel:
             yield ids[:, 0]
 
 
+class OpenVinoModel(OnnxModel):
+    """As :class:`OnnxModel`, of an ``.xml`` file whose weights lie beside it.
+
+    Args:
+        file: the ``.xml`` file.
+        threads: of one inference; 0 leaves it to OpenVINO.
+    """
+
+    def __init__(self, file: str | Path, threads: int = 0) -> None:
+        import openvino
+
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}  # else bfloat16 where it is fast
+        if threads:
+            settings["INFERENCE_NUM_THREADS"] = str(threads)
+        self.compiled = openvino.compile_model(str(file), "CPU", settings)
+        inputs = {}
+        for port in self.compiled.inputs:
+            shape = [side.get_length() if side.is_static else None for side in port.partial_shape]
+            inputs[port.get_any_name()] = SimpleNamespace(shape=shape)
+        self._describe(inputs, [port.get_any_name() for port in self.compiled.outputs])
+
+    def _run(self, given: dict[str, np.ndarray]) -> list[np.ndarray]:
+        return list(self.compiled(given).values())
+
+
 def main(model: str, request: str, answer: str) -> None:
     """Answer each batch of ``request`` (tensors named ``NUMBER.INPUT``) by ``NUMBER.OUTPUT``; ``prompt`` and
     ``new_tokens`` by ``generated``."""
     from safetensors.numpy import load_file, save_file
 
-    asked, run = load_file(request), OnnxModel(model)
+    asked, run = load_file(request), (OpenVinoModel if model.endswith(".xml") else OnnxModel)(model)
     batches: dict[str, dict[str, np.ndarray]] = {}
     for name, value in asked.items():
         number, dot, rest = name.partition(".")

@@ -26,7 +26,7 @@ from apt_trainer.measure.latency import (
     take_turns,
 )
 from apt_trainer.store.export import RECORD, Running, target_of
-from apt_trainer.store.export.onnx import has_cache
+from apt_trainer.store.export.check import has_cache
 
 DENSE, PRUNED = "dense", "pruned"
 _Call = Callable[[], Sequence[float]]

@@ -70,7 +70,7 @@ def load_weights(path: Path, model: nn.Module, pruner: AdaptivePruner) -> bool:
     if described["ranks"]:
         lora.insert_of_ranks(pruner.model, described["ranks"], pruner.settings.lora_r, pruner.settings.lora_alpha)
     state.load_training_weights(path / state.WEIGHTS_FILE, model, leave_out=TRANSFORM)
-    lora.merge_adapters(pruner.model)
+    pruner.merge_adapters()
     return True
 
 

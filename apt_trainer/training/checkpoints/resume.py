@@ -32,13 +32,13 @@ def load_run(trainer: Any, path: Path) -> tuple[Mapping[str, Any], dict[str, tor
     teacher = None if shape is None else _load_teacher(trainer, path, shape)
     trainer.distillation.restore(described["distillation"], teacher)
     trainer.pruner.restore_shapes(described["pruner"])
-    trainer.distillation.restore_transform(described["distillation"], trainer.model)
+    trainer.distillation.restore_transform(described["distillation"], trainer.transformer)
     state.load_training_weights(path / state.WEIGHTS_FILE, trainer.model)
     return described["pruner"], tensors, shape
 
 
 def _load_teacher(trainer: Any, path: Path, shape: dict[str, Any]) -> nn.Module:
-    teacher, pruner = copy.deepcopy(trainer.model), trainer.pruner
+    teacher, pruner = copy.deepcopy(trainer.transformer), trainer.pruner
     give_shapes(teacher, pruner.family, pruner.spaces, pruner.plan, shape)
     teacher = engine_of(trainer).place_teacher(freeze(teacher))
     state.load_training_weights(path / state.TEACHER_FILE, teacher)

@@ -6,7 +6,6 @@ here. The optimizer is ``training.engines.optimizer_file``'s; a finished model i
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,8 +19,9 @@ from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 
 from apt_trainer.errors import UserError
-from apt_trainer.store.events import write_json
+from apt_trainer.store.events import parse_json, read_json_object, write_json
 from apt_trainer.store.saving import remove_leftovers
+from apt_trainer.training.checkpoints.form import check_state
 from apt_trainer.training.engines import optimizer_file
 from apt_trainer.training.engines.agreement import processes
 
@@ -83,8 +83,7 @@ def read_training_state(path: Path) -> tuple[Mapping[str, Any], dict[str, torch.
 def read_description(path: Path) -> Mapping[str, Any]:
     """JSON part of a checkpoint of which only the weights are wanted; raises :class:`UserError` when it is none."""
     _require(path, *OF_WEIGHTS)
-    described: Mapping[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-    return described
+    return _described(path)
 
 
 def check_complete(path: Path) -> Mapping[str, Any]:
@@ -95,7 +94,7 @@ def check_complete(path: Path) -> Mapping[str, Any]:
         found = damage(file)
         if found is not None:
             raise UserError(f"{file} is damaged ({found}), so {path.name} cannot be used. Resume from an older one.")
-    described: Mapping[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    described = _described(path)
     if described["teacher_shape"] is not None:
         _require(path, TEACHER_FILE)
     # The first process can have ended its part while another has not written its random state yet.
@@ -110,15 +109,21 @@ def damage(file: Path) -> str | None:
         return "missing"
     try:
         if file.suffix == ".json":
-            json.loads(file.read_text(encoding="utf-8"))
+            parse_json(file.read_bytes())
         elif file.suffix == ".safetensors":
             with safe_open(file, framework="pt"):
                 pass
         elif file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file):
             return "cut off"
-    except (ValueError, SafetensorError) as error:
+    except (ValueError, RecursionError, SafetensorError) as error:
         return str(error).splitlines()[0]
     return None
+
+
+def _described(path: Path) -> Mapping[str, Any]:
+    described = read_json_object(path / STATE_FILE)
+    check_state(described, path / STATE_FILE, path / WEIGHTS_FILE)
+    return {"teacher_shape": None} | described
 
 
 def load_training_weights(file: Path, model: nn.Module, leave_out: str | None = None) -> None:

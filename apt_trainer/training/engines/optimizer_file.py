@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from apt_trainer.errors import UserError
+from apt_trainer.store.events import read_json
+from apt_trainer.training.checkpoints.form import check_optimizer
 from apt_trainer.training.engines import engine_of
 from apt_trainer.training.engines.state import STEP, State
 
@@ -55,13 +57,14 @@ def read_optimizer(folder: Path) -> tuple[State, dict[str, Any]]:
         UserError: a file is damaged.
     """
     try:
-        described = json.loads((folder / NUMBERS_FILE).read_text())
+        described = read_json(folder / NUMBERS_FILE)
         tensors = load_file(folder / TENSORS_FILE)
-    except (json.JSONDecodeError, SafetensorError) as error:
+    except SafetensorError as error:
         raise UserError(f"The optimizer in {folder} is damaged ({error}). Resume from an older checkpoint.") from error
+    check_optimizer(described, folder / NUMBERS_FILE)
     state: State = {}
     for path, tensor in tensors.items():
-        key, name = path.split("/", 1)
+        key, _, name = path.partition("/")
         state.setdefault(name, {})[key] = tensor
     for key, of_key in described["numbers"].items():
         for name, number in of_key.items():

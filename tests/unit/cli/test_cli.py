@@ -347,7 +347,7 @@ def test_ddp_cpu_starts_two_processes_that_train_together(tmp_path):
     )
     profile = launch.PROFILES / "ddp_cpu.yaml"
     environment = launch.launch_environment({"use_cpu": True}, 2) | {"PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(profile), str(script)]
+    command = [warm.python(), "-m", "accelerate.commands.launch", "--config_file", str(profile), str(script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "together: 2 gloo" in done.stdout

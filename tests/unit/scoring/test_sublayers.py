@@ -760,7 +760,7 @@ def test_analyze_stops_and_goes_on(saved: Path, tmp_path: Path, monkeypatch: pyt
     assert cli.main(words_) == 130 and not (out / "scores.json").exists()
     assert cli.main(words_) == 2 and "--resume" in capsys.readouterr().err
     other = [word if word != "8" else "9" for word in words_]
-    assert cli.main([*other, "--resume"]) == 2 and "other data" in capsys.readouterr().err
+    assert cli.main([*other, "--resume"]) == 2 and "another model, data or tasks" in capsys.readouterr().err
     assert cli.main([*words_, "--resume"]) == 0
     found = json.loads((out / "scores.json").read_text())
     units = len(found["units"])

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from texts import byte_tokenizer
 from tiny import parts, random_plan, tiny_batch, tiny_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from apt_trainer import UserError
@@ -43,15 +43,7 @@ def cut(family: str, task: str, vanish: tuple[str, ...] = (), **extra: object) -
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE as GPT-2 has it, with merges learnt from a few words."""
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<end>", "<pad>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    raw.train_from_iterator(["the cat sat on the mat"] * 9 + ["return the matter"] * 9, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", pad_token="<pad>")
+    return byte_tokenizer()
 
 
 @pytest.mark.parametrize(("family", "task"), ENCODERS)
