@@ -29,7 +29,7 @@ from apt_trainer.models import FAMILIES
 from apt_trainer.models.nearest import difference
 
 TABLES_TRIED = 3
-MOST_BYTES = 12 << 30
+MOST_BYTES = 8 << 30
 MOST_SECONDS = 120
 
 

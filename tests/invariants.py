@@ -89,6 +89,7 @@ _OWN: dict[str, dict[str, object]] = {
     },
     "electra": {"embedding_size": 12},
     "gptj": {"rotary_dim": 4},
+    "gemma4_text": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "global_head_dim": 10},
     "granite": {"residual_multiplier": 0.5, "embedding_multiplier": 2.0, "logits_scaling": 3.0},
     "helium": {"hidden_size": 32, "head_dim": 4},
     "hyperclovax": {"residual_multiplier": 0.5, "use_post_norm": True},
@@ -201,11 +202,11 @@ def masks_equal_the_cut(model: PreTrainedModel, *kinds: str, gone: bool = False)
     assert hooks(model) == number and torch.equal(logits(model, batch), before)
     apply_plan(model, family, spaces, dense, plan)
     after, narrow = logits(model, batch), hidden_states(model, batch)
-    assert close(masked, after), f"masks and cut differ by {gap(masked, after)}"
+    assert close(masked, after, within=1e-4), f"masks and cut differ by {gap(masked, after)}"
     assert gap(before, after) > 1e-3, "the cut changes nothing"
     live = list(plan.kept[HIDDEN])
     for ours, theirs in zip(wide, narrow, strict=True):
-        assert close(ours[..., live], theirs), "hidden states differ"
+        assert close(ours[..., live], theirs, within=1e-4), "hidden states differ"
 
 
 def zeroed_outputs_equal_the_cut(model: PreTrainedModel) -> None:

@@ -199,6 +199,19 @@ GEMMA = _family(
     targets=_TARGETS,
 )
 
+
+_BEYOND_GEMMA3 = ("hidden_size_per_layer_input", "num_kv_shared_layers", "attention_k_eq_v", "enable_moe_block")
+
+
+def _as_dense_gemma4(config: Any) -> str | None:
+    given = [name for name in _BEYOND_GEMMA3 if getattr(config, name, None)]
+    if given:
+        return f"it is supported without {', '.join(given)}, which its table does not describe"
+    return None
+
+
+GEMMA4 = replace(GEMMA, model_types=("gemma4_text", "gemma4_unified_text"), unsupported=_as_dense_gemma4)
+
 # Norms after each sublayer, and queries and keys of all heads normalised together.
 _ATTENTION_BEFORE_NORM = replace(
     ATTENTION,
