@@ -149,7 +149,7 @@ def test_losses_before_and_after_are_those_of_one_batch(run: Run) -> None:
 def test_ranks_grow_at_the_events_within_the_budget_of_the_dense_model(run: Run) -> None:
     records, pruner = events_of(run.folder), run.trainer.pruner
     dense = before(run.folder / "dense", run.name).pruner
-    widths = dense._adapter_widths(pruner.plan)
+    widths = dense.growth.widths(pruner.plan)
     sizes = [sum(rank * widths[path] for path, rank in record["ranks"].items()) for record in records]
     assert pruner.growth.parameters_at_start == dense.adapter_parameters_at_start
     assert set(records[0]["ranks"].values()) == {2}
