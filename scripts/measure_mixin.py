@@ -81,10 +81,11 @@ def main() -> None:
             made(kind, config, settings, turn, args, folder)
             for (kind, config, settings), turn in zip(kinds, turns, strict=True)
         ]
-        beside = threading.Thread(target=trainers[0].train, daemon=True)
-        beside.start()
-        trainers[1].train()  # in the main thread, where signals are handled
-        beside.join()
+        threads = [threading.Thread(target=trainer.train) for trainer in trainers]  # the main one allocates otherwise
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     plain, ours = (turn.seconds[WARM_UP:] for turn in turns)
     ratios = [b / a for a, b in zip(plain, ours, strict=True)]
     drawn = random.Random(0)

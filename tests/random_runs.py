@@ -89,7 +89,10 @@ def draw(number: int) -> tuple[str, str, dict[str, Any], float]:
         settings["distillation_end"] = None
     if when == "before":
         settings |= {"pruning_start": None, "distillation": "none", "distillation_end": None, "mask_window": 0}
-    return family, task, settings, choose.choice([0.0, 0.1])
+    dropout = choose.choice([0.0, 0.1])
+    if choose.random() < 0.3:
+        settings["refit"] = True
+    return family, task, settings, dropout
 
 
 def trainer_of(
