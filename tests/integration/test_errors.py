@@ -341,10 +341,10 @@ def test_an_empty_file_has_no_rows(ready: Recipe, tmp_path: Path) -> None:
 
 
 def test_a_family_without_a_table_is_refused_before_data_are_read(ready: Recipe, tmp_path: Path) -> None:
-    config = XLNetConfig(vocab_size=60, hidden_size=16, num_attention_heads=2, intermediate_size=16)
+    config = XLNetConfig(vocab_size=60, d_model=16, n_head=2, d_head=8, d_inner=16, n_layer=1)
     XLNetForSequenceClassification(config).save_pretrained(tmp_path / "model")
     (tmp_path / "rows.jsonl").write_text("no rows at all")
-    _both_refuse(ready, "electra")
+    _both_refuse(ready, "xlnet")
 
 
 def test_weights_that_are_cut_off_are_refused(ready: Recipe, tmp_path: Path) -> None:

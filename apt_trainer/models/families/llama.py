@@ -210,7 +210,13 @@ def _as_dense_gemma4(config: Any) -> str | None:
     return None
 
 
-GEMMA4 = replace(GEMMA, model_types=("gemma4_text", "gemma4_unified_text"), unsupported=_as_dense_gemma4)
+# Its config says the width of a head layer by layer, so that none says that of equal layers.
+GEMMA4 = replace(
+    GEMMA,
+    model_types=("gemma4_text", "gemma4_unified_text"),
+    unsupported=_as_dense_gemma4,
+    config_sizes={},
+)
 
 # Norms after each sublayer, and queries and keys of all heads normalised together.
 _ATTENTION_BEFORE_NORM = replace(
