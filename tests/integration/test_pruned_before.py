@@ -151,10 +151,10 @@ def test_ranks_grow_at_the_events_within_the_budget_of_the_dense_model(run: Run)
     dense = before(run.folder / "dense", run.name).pruner
     widths = dense.growth.widths(pruner.plan)
     sizes = [sum(rank * widths[path] for path, rank in record["ranks"].items()) for record in records]
-    assert pruner.growth.parameters_at_start == dense.adapter_parameters_at_start
+    assert pruner.growth.parameters_at_start == dense.growth.parameters_at_start
     assert set(records[0]["ranks"].values()) == {2}
-    assert sizes[0] < sizes[1] < sizes[2] <= 4 * dense.adapter_parameters_at_start
-    assert sizes[1] <= 2.5 * dense.adapter_parameters_at_start
+    assert sizes[0] < sizes[1] < sizes[2] <= 4 * dense.growth.parameters_at_start
+    assert sizes[1] <= 2.5 * dense.growth.parameters_at_start
 
 
 def test_the_result_reloads_with_equal_outputs(run: Run) -> None:
