@@ -28,7 +28,8 @@ from apt_trainer.settings import resolve_path
 WARM_UP = 10
 """Steps of each that are not counted."""
 DRAWS = 2000
-NOTHING: dict[str, Any] = {"target_sparsity": None, "tune": "full", "rank_growth": "none", "distillation": "none"}
+NOTHING: dict[str, Any] = {"target_sparsity": None, "distillation": "none"}
+NOTHING |= {"tune": "full", "tune_embeddings": True, "rank_growth": "none"}
 
 
 class Turns(TrainerCallback):
@@ -108,6 +109,8 @@ def main() -> None:
 def made(kind: Any, config: Any, settings: dict[str, Any], turn: Turns, args: argparse.Namespace, folder: str) -> Any:
     """A trainer of ``kind`` that waits for its ``turn``."""
     model = AutoModelForSequenceClassification.from_pretrained(resolve_path(args.model), num_labels=2)
+    for parameter in model.parameters():  # as the method does: in the file that was read they may lie unaligned
+        parameter.data = parameter.data.clone()
     training = config(
         folder,
         max_steps=args.steps + WARM_UP,
