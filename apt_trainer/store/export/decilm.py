@@ -24,6 +24,7 @@ from apt_trainer.store.export import hf
 from apt_trainer.store.export.check import compare_logits
 from apt_trainer.store.export.gguf import architecture_of, head_size
 from apt_trainer.store.export.hf import IS_RUN, QUANTIZATIONS, file_of
+from apt_trainer.store.export.per_layer_config import HEADS
 from apt_trainer.store.saved_model import dense_shape
 
 __all__ = ["IS_RUN", "QUANTIZATIONS", "compare", "file_of", "refuse", "write"]
@@ -37,7 +38,8 @@ def refuse(model: PreTrainedModel, tokenizer: Any, quantize: str | None, cut: bo
     hf.refuse(model, tokenizer, quantize, cut)
     config, reason = model.config, None
     if "deci" not in family_of(config).gguf.get(_type(config), ()):
-        reason = f"its layers are not those of LLaMA. {_INSTEAD}"
+        alike = family_of(config).config_sizes.get("heads") == HEADS
+        reason = f"its layers are not those of LLaMA. {_INSTEAD if alike else 'Leave --style out.'}"
     elif getattr(config, "attention_bias", False) or _has_biases(model):
         reason = f"its attentions have biases. {_INSTEAD}"
     elif not hasattr(config, "apt_structure") and not cut:

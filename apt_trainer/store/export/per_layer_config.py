@@ -66,8 +66,10 @@ def write(model: PreTrainedModel, tokenizer: Any, folder: Path, quantize: str | 
     described["allow_global_per_layer_attribute_access"] = True  # the dense sizes, by which the layers are built
     write_json(folder / CONFIG_NAME, described)
     weights = {name: value.detach() for name, value in model.named_parameters()}
-    zeros = {name: torch.zeros(value.shape, dtype=model.dtype) for name, value in shape.named_parameters()}
-    save_torch_state_dict({name: weights.get(name, zero) for name, zero in zeros.items()}, folder)
+    for name, value in shape.named_parameters():
+        if name not in weights:
+            weights[name] = torch.zeros(value.shape, dtype=model.dtype)
+    save_torch_state_dict(weights, folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
 

@@ -66,6 +66,8 @@ def test_decoders_in_onnx_generate_with_their_cache(family: str, tmp_path: Path)
     run = OnnxModel(tmp_path / "onnx" / "onnx" / "model.onnx")
     heads = [run.inputs[name].shape[1] for name in run.inputs if name.endswith(".key")]
     assert len(heads) == 2, "the layer without attention has no slot"
+    described = json.loads((tmp_path / "onnx" / "genai_config.json").read_text())["model"]["decoder"]
+    assert described["num_hidden_layers"] == 2 and described["num_key_value_heads"] == heads[0]
     prompt, decode = run.seconds({"input_ids": torch.ones(2, 5, dtype=torch.long).numpy()}, 3)
     assert prompt > 0 and decode > 0
 
@@ -79,6 +81,9 @@ def from_command_line(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, s
     """(folder with the saved ``classifier`` in ``model`` and its export in ``onnx``, what was printed)."""
     folder, printed = tmp_path_factory.mktemp("classifier"), io.StringIO()
     classifier().save_pretrained(folder / "model")
+    (folder / "model" / "1_Pooling").mkdir()
+    for file in ("modules.json", "1_Pooling/config.json"):  # as sentence-transformers has them
+        (folder / "model" / file).write_text("[]")
     command = ["export", str(folder / "model"), "--format", "onnx", "--output", str(folder / "onnx")]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr("apt_trainer.store.export.speed.MAX_SECONDS", 0.0)
@@ -93,6 +98,7 @@ def test_a_classifier_from_the_command_line(
     record = json.loads((folder / "onnx" / RECORD).read_text())
     assert record["equal"] and record["largest_difference"] < 1e-4 * record["largest_output"]
     assert "loaded by onnxruntime in a process without apt_trainer" in printed
+    assert (folder / "onnx" / "modules.json").is_file() and (folder / "onnx" / "1_Pooling" / "config.json").is_file()
     assert f"{record['speed']['speedup']['export']['2']['forward']:.2f} ×" in printed
     assert main(["export", str(folder / "model"), "--format", "onnx", "--output", str(folder / "onnx")]) == 2
     assert "not empty" in capsys.readouterr().err
