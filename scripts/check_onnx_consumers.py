@@ -1,6 +1,6 @@
 """Loads exported ONNX folders by programs that are not in the test suite: what they compute is compared.
 
-    python scripts/check_onnx_consumers.py --venv /tmp/venv-onnx [--only genai fastembed sentence_transformers]
+    python scripts/check_onnx_consumers.py --venv out/venv-onnx [--only genai fastembed sentence_transformers]
 
 Makes the environment at ``--venv`` if it is not there. FastEmbed and sentence-transformers (``backend="onnx"``,
 through optimum, which wants a transformers below 4.58) embed a text with an uneven encoder; onnxruntime-genai

@@ -1,6 +1,6 @@
 """Runs an unevenly cut decoder in vLLM's CPU build, in both styles of ``apt-trainer export --format hf``.
 
-    python scripts/check_vllm.py --venv /tmp/venv-vllm
+    python scripts/check_vllm.py --venv out/venv-vllm
 
 Makes the environment at ``--venv`` if it is not there (a download of some 500 MB) and compares greedy tokens with
 those of the same model in transformers. Exits with 1 where they differ. Beside the test suite, since vLLM is large and
