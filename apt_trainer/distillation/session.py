@@ -98,19 +98,22 @@ class SelfDistillation:
 
         ``outputs`` are the student's, ``teacher`` is what :meth:`teach` gave; ``difference``: of their predictions,
         where it is known and the two have no logits. Without, embeddings are what is predicted. The layer loss is the
-        mean over the
-        stacks of ``alive``, each with pairs of its own. All means are weighed by their ``shares``; without, the batch
-        stands alone.
+        mean over the stacks of ``alive``, each with pairs of its own. All means are weighed by their ``shares``;
+        without, the batch stands alone.
         """
         s, tokens, shares = self.settings, real_tokens(inputs, family), shares or Shares.whole(family)
+        share = shares.predictions
         if difference is None and not ("logits" in outputs or "start_logits" in outputs):
-            difference = self._embedding_loss(inputs, outputs, teacher, of_stack(tokens, family.stacks[-1].stack))
+            last = family.stacks[-1].stack
+            difference = self._embedding_loss(inputs, outputs, teacher, of_stack(tokens, last))
+            if self.pooling is None:  # a mean over tokens
+                share = shares.tokens[last]
         elif difference is None:
             predicted = predicted_tokens(inputs, family, student)
             per_row = "logits" in outputs and outputs["logits"].dim() == 2
             problem = problem_type(student.config, inputs.get("labels")) if per_row else None
             difference = prediction_loss(outputs, teacher, s.distillation_temperature, predicted, problem)
-        loss = s.prediction_weight * shares.predictions * difference
+        loss = s.prediction_weight * share * difference
         if not self.uses_layers:
             return loss
         transform, normalise = getattr(student, TRANSFORM), not family.post_norm

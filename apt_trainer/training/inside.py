@@ -54,6 +54,17 @@ def place_of_transformer(model: Any) -> str:
     return found[0] if found else ""
 
 
+def unwrap_in_losses(losses: Any, model: nn.Module) -> None:
+    """Where modules of ``losses``, one or several by name, run a wrapper of an engine round ``model``, let them run
+    ``model`` itself. sentence-transformers puts the wrapper there, and once it is there no other one: after a change
+    of shape processes would go on without averaging their gradients."""
+    for loss in losses.values() if isinstance(losses, Mapping) else (losses,):
+        for module in list(loss.modules()) if isinstance(loss, nn.Module) else ():
+            for name, child in list(module.named_children()):
+                if getattr(child, "module", None) is model:
+                    setattr(module, name, model)
+
+
 def check_inside(model: nn.Module, place: str, args: Any) -> None:
     """Raise :class:`UserError` for what does not go with a transformer that is inside of ``model``, at ``place``."""
     if not place:

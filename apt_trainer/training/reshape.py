@@ -32,6 +32,7 @@ from apt_trainer.training.engines import engine_of
 from apt_trainer.training.engines.agreement import agree
 from apt_trainer.training.engines.base import plain_optimizer
 from apt_trainer.training.engines.state import State, add_masters, ages
+from apt_trainer.training.inside import unwrap_in_losses
 
 
 class LiveModel:
@@ -159,6 +160,7 @@ def _rebuild(trainer: Any, model: nn.Module, schedule: dict[str, Any]) -> None:
     accelerator._schedulers.clear()
     model.__dict__.pop("_is_accelerate_prepared", None)
     trainer.model = trainer.model_wrapped = model
+    unwrap_in_losses(getattr(trainer, "loss", None), model)
     trainer.optimizer = trainer.lr_scheduler = trainer.deepspeed = None
     trainer._mixed_mesh_grads = None
     engine_of(trainer).wrap(model)
