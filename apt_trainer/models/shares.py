@@ -60,10 +60,12 @@ def count(
     stacks = [table.stack for table in family.stacks]
     labels, tokens = inputs.get("labels"), real_tokens(inputs, family)
     rows = _positions(inputs, stacks[0]).flatten(1)[:, 0]
-    counted = None
-    if labels is not None and not labels.is_floating_point():  # else numbers, of which none is ignored
+    counted, places = None, rows
+    if labels is not None and labels.is_floating_point():  # numbers, of which none is ignored
+        places = labels
+    elif labels is not None:
         counted = (labels[:, 1:] if family.head(model).next_token else labels) != IGNORED
-    numbers = [_number(counted, rows), _number(None, rows)]
+    numbers = [_number(counted, places), _number(None, rows)]
     if has_label_per_token(inputs):
         numbers[1] = _number(predicted_tokens(inputs, family, model), inputs["labels"])
     numbers += (_number(of_stack(tokens, stack), _positions(inputs, stack)) for stack in stacks)

@@ -216,13 +216,13 @@ def test_tensors_of_another_place(folder: Path) -> None:
 def test_code_that_was_changed(folder: Path) -> None:
     """That of another version, of which the config tells, is no change."""
     code, config = folder / "modeling_apt.py", json.loads((folder / "config.json").read_text())
-    code.write_text(code.read_text() + "\nprint('more')\n")
+    code.write_text(code.read_text() + "\nprint('run me')\n")
     with pytest.raises(UserError, match="modeling_apt.py is not the file that was saved with the model"):
         load_pruned(folder)
     other = config | {"apt_code_sha256": hashlib.sha256(code.read_bytes()).hexdigest()}
     (folder / "config.json").write_text(json.dumps(other))
     load_pruned(folder).save_pretrained(folder)
-    assert "more" not in code.read_text() and json.loads((folder / "config.json").read_text()) == config
+    assert "run me" not in code.read_text() and json.loads((folder / "config.json").read_text()) == config
 
 
 # ---------------------------------------------------------------------------- plans, records, checkpoints

