@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import signal
 
@@ -32,3 +33,9 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_steady_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test asserts a time, and beside another test process none would be steady before 20 seconds are over."""
+    monkeypatch.setattr("apt_trainer.measure.latency.STEADY", math.inf)
