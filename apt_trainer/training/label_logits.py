@@ -1,9 +1,9 @@
 """Losses of a causal language model from its logits where labels are, a chunk of positions at a time.
 
-A completion has labels at a part of its positions, and a vocabulary is wide: logits of all positions, their copies in
-float32 and their gradients are much of the time and most of the memory of a small decoder. Here the head runs on the
-hidden states before a label only, in chunks, and each chunk's gradient with regard to these is computed at once, so
-that [positions, vocabulary] never exists as a whole. The losses are those that the model and
+A completion has labels at a part of its positions, and a vocabulary is wide: logits of the others, their copies in
+float32 and their gradients are made for nothing. Here the head runs on the hidden states before a label only, in
+chunks, and each chunk's gradient with regard to these is computed at once, so that [positions, vocabulary] never
+exists as a whole. The losses are those that the model and
 :func:`~apt_trainer.distillation.losses.prediction_loss` would give, of student and teacher alike.
 
 What a model does with its logits after its head (a soft cap, a scale) is found by a trial, and a model that does
