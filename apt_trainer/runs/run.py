@@ -84,7 +84,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     With ``resume_from_checkpoint: auto`` a run that has finished is not run again.
 
     Raises :class:`UserError` before weights load or anything is written when the recipe cannot work, or while another
-    run writes to ``output_dir``.
+    run writes to ``output_dir``. A smaller ``vocabulary`` is made before most of that can be told.
     """
     if recipe.training.process_index > 0:
         return _train(recipe, None)
