@@ -13,7 +13,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,9 @@ def _make(recipe: Recipe, folder: Path, weights: bool) -> None:
     tokenizer = load_tokenizer(recipe.model)
     check_tokenizer(tokenizer)
     _, config, data = load_inputs(recipe.model, recipe)
-    made_of = {"asked": asked, "data": data.fingerprint, "model": recipe.model.model_name_or_path, "weights": weights}
+    teacher = recipe.training.teacher_name_or_path
+    settings = {**asdict(recipe.model), **asdict(recipe.data), "seed": recipe.training.seed}
+    made_of = json.loads(json.dumps([settings, teacher, data.fingerprint, weights], default=str))
     if (folder / RECORD).is_file() and json.loads((folder / RECORD).read_text(encoding="utf-8"))["of"] == made_of:
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -115,15 +117,14 @@ def _make(recipe: Recipe, folder: Path, weights: bool) -> None:
     kept = choose_tokens(tokenizer, counts, asked if isinstance(asked, int) else None)
     small = cut_tokenizer(tokenizer, kept)
     record = _write(recipe.model, tokenizer, small, kept, folder / "model", weights)
-    teacher = recipe.training.teacher_name_or_path
     if teacher is not None:
-        settings = recipe.model.of(teacher)
-        if load_tokenizer(settings).get_vocab() != tokenizer.get_vocab():
+        of_teacher = recipe.model.of(teacher)
+        if load_tokenizer(of_teacher).get_vocab() != tokenizer.get_vocab():
             raise UserError(
                 f"teacher_name_or_path={teacher!r} has another tokenizer than the model, so its vocabulary cannot be "
                 "cut alike. Give a teacher with the same tokenizer, or leave vocabulary out."
             )
-        _write(settings, tokenizer, small, kept, folder / "teacher", weights)
+        _write(of_teacher, tokenizer, small, kept, folder / "teacher", weights)
     _, _, again = load_inputs(recipe.model.of(str(folder / "model")), recipe)
     record |= {
         "of": made_of,

@@ -45,7 +45,7 @@ class Logits(NamedTuple):
 
 
 def find_logits(model: Any) -> Logits | None:
-    """How ``model`` makes its logits, None where that is not by a head at its end; two forward passes of two tokens.
+    """How ``model`` makes its logits, None where that is not by a head at its end; one forward pass of two tokens.
 
     The head is made to give numbers of all sizes, and what the model makes of them is compared.
     """
