@@ -19,6 +19,7 @@ from apt_trainer.errors import RunError, UserError
 from apt_trainer.libraries.versions import check_versions
 
 VERBS = {
+    "init": "apt_trainer.cli.init",
     "train": "apt_trainer.cli.train",
     "plan": "apt_trainer.cli.plan",
     "evaluate": "apt_trainer.cli.evaluate",

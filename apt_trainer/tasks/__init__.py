@@ -28,6 +28,7 @@ from apt_trainer.tasks import (
 )
 from apt_trainer.tasks.architecture import DECODER, ENCODER, ENCODER_DECODER, architecture_of
 from apt_trainer.tasks.base import FirstRows, TaskData
+from apt_trainer.tasks.empty_texts import only_with_text
 from apt_trainer.tasks.generation_scores import ROUGE
 from apt_trainer.tasks.labels import KnownLabels, lacks_label, lacks_labels, lacks_tags, one_column, only_labelled
 from apt_trainer.tasks.loading import read_parts, split_parts
@@ -183,6 +184,7 @@ def load_task(
     _check_lengths(data, kind, tokenizer, max_positions)
     named = _named_columns(data)
     parts = {part: with_fields(rows, named) for part, rows in read_parts(data).items()}
+    parts = only_with_text(parts, data) if data.drop_empty_texts else parts
     parts, data = one_column(parts, data)
     if kind.lacks is not None:
         column, drop, lacks = data.label_column, data.drop_unlabeled, kind.lacks

@@ -127,11 +127,11 @@ def _of_messages(parts: dict[str, Dataset], messages: str, of_prompts: list[str]
         )
     for part, rows in parts.items():
         kind = "a list of messages, each with role and content"
-        check_column(rows, messages, "messages_column", part, _is_conversation, kind)
+        check_column(rows, messages, "messages_column", part, is_conversation, kind)
     return PromptColumns(messages=messages)
 
 
-def _is_conversation(feature: Any) -> bool:
+def is_conversation(feature: Any) -> bool:
     inner = getattr(feature, "feature", None)
     return isinstance(inner, dict) and ({"role", "content"} <= set(inner) or {"from", "value"} <= set(inner))
 
