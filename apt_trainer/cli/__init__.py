@@ -22,6 +22,8 @@ VERBS = {
     "init": "apt_trainer.cli.init",
     "train": "apt_trainer.cli.train",
     "plan": "apt_trainer.cli.plan",
+    "predict": "apt_trainer.cli.predict",
+    "chat": "apt_trainer.cli.chat",
     "evaluate": "apt_trainer.cli.evaluate",
     "benchmark": "apt_trainer.cli.benchmark",
     "export": "apt_trainer.cli.export",

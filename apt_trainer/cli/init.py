@@ -17,8 +17,8 @@ TAKES_SETTINGS = True
 
 _DATA = (
     "Say where the data are with --train_file FILE (csv, tsv, json, jsonl, parquet, txt, or a folder of texts with a "
-    "sub-folder for each label) or --dataset_name NAME. Any other key of a recipe is taken over, and what the data are "
-    "is guessed with it: --label_column, --task …"
+    "sub-folder for each label) or --dataset_name NAME. Any other key of a recipe is taken over, and what the data "
+    "are is guessed with it: --label_column, --task …"
 )
 
 

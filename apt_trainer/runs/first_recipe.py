@@ -32,7 +32,7 @@ from apt_trainer.store.pretrained import build_model, load_config, load_tokenize
 from apt_trainer.tasks import TaskData, architecture_of, load_task
 from apt_trainer.tasks.architecture import DECODER, ENCODER_DECODER
 from apt_trainer.tasks.guess import Guess, guess
-from apt_trainer.tasks.loading import PLAIN_TEXT, read_parts
+from apt_trainer.tasks.loading import FILE_FORMATS, PLAIN_TEXT, read_parts
 
 _SAMPLE = 2000  # training rows whose length is measured
 _LONGEST = 2048  # tokens; longer texts have to be asked for
@@ -114,7 +114,7 @@ def first_recipe(model: ModelSettings, given: Mapping[str, Any], name: str | Non
     facts = _Facts(
         architecture=architecture,
         task=found.settings["task"],
-        rows=max(1, round(len(task.train) * max(1.0, len(rows) / _SAMPLE))),
+        rows=_to_train_on(found.settings, len(rows), len(task.train)),
         lengths=np.array([len(ids) for ids in _rows_of_ids(task.train["input_ids"][:])]),
         target_lengths=np.array([len(ids) for ids in task.train["labels"][:]])
         if architecture == ENCODER_DECODER and task.model_class == "AutoModelForSeq2SeqLM"
@@ -162,6 +162,15 @@ def _measured(found: Guess, tokenizer: Any, config: Any, limit: int) -> TaskData
     settings = {key: value for key, value in found.settings.items() if key != "packing"}
     data = DataSettings(**{**settings, **lengths})
     return load_task(data, tokenizer, 0, config=config, architecture=architecture_of(config))
+
+
+def _to_train_on(settings: Mapping[str, Any], rows: int, measured: int) -> int:
+    """How many of ``rows`` are trained on, about, where ``measured`` are made of the first ones."""
+    held_out = 0.0
+    for part, default in (("validation", DataSettings.validation_fraction), ("test", DataSettings.test_fraction)):
+        if f"{part}_file" not in settings and "dataset_name" not in settings:
+            held_out += settings.get(f"{part}_fraction", default)
+    return max(1, round(measured * max(1.0, rows * (1 - held_out) / _SAMPLE)))
 
 
 def _rows_of_ids(rows: Iterable[Any]) -> Iterable[Sequence[int]]:
@@ -338,14 +347,20 @@ def _measurement(facts: _Facts) -> list[Line]:
 
 def _output(model: ModelSettings, found: Guess) -> list[Line]:
     data = found.settings.get("train_file") or found.settings.get("dataset_name") or "run"
-    path = str(model.model_name_or_path).rstrip("/").removeprefix("package:")
-    words = (Path(path).stem if path.endswith(".gguf") else Path(path).name, Path(str(data).rstrip("/")).stem)
-    name = "_".join(re.sub(r"[^\w.-]+", "-", word) for word in words)
+    path = str(model.model_name_or_path).removeprefix("package:")
+    name = "_".join(re.sub(r"[^\w.-]+", "-", _short_name(each)) for each in (path, str(data)))
     return [
         ("output_dir", f"out/{name}", "the finished model and all records"),
         ("logging_steps", 10, ""),
         ("report_to", "none", "tensorboard, wandb …"),
     ]
+
+
+def _short_name(path: str) -> str:
+    """The last part of a path that says something."""
+    place = Path(path.rstrip("/"))
+    name = place.stem if place.suffix in (".gguf", *FILE_FORMATS, PLAIN_TEXT) else place.name
+    return place.parent.name if name in ("model", "train", "data") and place.parent.name else name
 
 
 def _checks_of(facts: _Facts) -> list[str]:
@@ -424,8 +439,9 @@ def _yaml(value: Any) -> str:
         return value if plain and not value.startswith("-") else json.dumps(value, ensure_ascii=False)
     if isinstance(value, list):
         return f"[{', '.join(map(_yaml, value))}]"
-    if isinstance(value, float) and 0 < abs(value) < 1e-3:
-        return f"{value:g}".replace("e-0", "e-")
+    if isinstance(value, float) and 0 < abs(value) < 0.01:
+        number, _, power = f"{value:e}".partition("e")
+        return f"{number.rstrip('0').rstrip('.')}e{int(power)}"
     return json.dumps(value, ensure_ascii=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
 from collections.abc import Iterator
@@ -10,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from test_before_the_first_step import FILM
 from texts import tiny_llama, word_tokenizer
-from tiny import tiny_config
+from tiny import tiny_config, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerFast, pipeline
 
-from apt_trainer import cli
+from apt_trainer import cli, load_pruned
 from apt_trainer.settings.recipe import load_recipe
 
 SHORT = ["--max_steps", "6", "--measure_latency", "false", "--use_cpu", "--disable_tqdm", "--eval_strategy", "no"]
@@ -151,3 +153,183 @@ def test_a_recipe_that_lacks_a_package_is_written_all_the_same(
     assert cli.main(["init", *words, "--output", "lacks.yaml"]) == 2
     assert "The recipe is written, but a run of it would not start yet." in capsys.readouterr().err
     assert Path("lacks.yaml").is_file()
+
+
+# ---------------------------------------------------------------------------- predictions
+
+
+def predicted(words: list[str], capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    capsys.readouterr()
+    assert cli.main(["predict", *words]) == 0, capsys.readouterr().err
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_pruned_classifier_tells_labels_of_texts_and_files(
+    inside: Path, classifier_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The column is that of the run; numbers are those of the model called by hand."""
+    first, second = predicted([str(classifier_run), "--text", "a good film", "😀"], capsys)
+    assert first["Review"] == "a good film" and (first["row"], second["row"]) == (0, 1)
+    tokenizer = AutoTokenizer.from_pretrained(classifier_run)
+    model = load_pruned(str(classifier_run)).eval()
+    with torch.no_grad():
+        shares = model(**tokenizer("a good film", return_tensors="pt")).logits.softmax(-1)[0]
+    assert list(first["scores"]) == [model.config.id2label[i] for i in shares.argsort(descending=True).tolist()]
+    assert first["label"] == model.config.id2label[int(shares.argmax())]
+    assert first["score"] == pytest.approx(float(shares.max()), abs=1e-6)
+    assert sum(first["scores"].values()) == pytest.approx(1.0, abs=1e-5)
+    words = [str(classifier_run), "--file", "reviews.csv", "--batch_size", "7", "--output", "told.jsonl"]
+    assert cli.main(["predict", *words]) == 0
+    rows = [json.loads(line) for line in Path("told.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["row"] for row in rows] == [*range(60)] and rows[12] == {"row": 12, "Review": "", "error": "no text"}
+    assert rows[33]["Review"].endswith("\nand left")
+    alone = predicted([str(classifier_run), "--text", rows[8]["Review"]], capsys)[0]
+    assert alone["score"] == pytest.approx(rows[8]["score"], abs=1e-6)
+    Path("lines.txt").write_text("a good film\na bad film\n", encoding="utf-8")
+    assert len(predicted([str(classifier_run), "--file", "lines.txt"], capsys)) == 2
+
+
+def save(model: Any, folder: Path, tokenizer: str = "encoder") -> str:
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+def test_models_that_nobody_pruned_tell_what_a_pipeline_tells(
+    inside: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    texts = ["a good film", "the bad film a good film"]
+    sequence = save(tiny_model("bert"), tmp_path / "sequence")
+    theirs = pipeline("text-classification", sequence, top_k=None)(texts)
+    for one, other in zip(predicted([sequence, "--text", *texts], capsys), theirs, strict=True):
+        assert one["scores"] == pytest.approx({each["label"]: each["score"] for each in other}, abs=1e-5)
+    tokens = save(tiny_model("bert", "ForTokenClassification"), tmp_path / "tokens")
+    theirs = pipeline("token-classification", tokens)(texts[0])
+    (one,) = predicted([tokens, "--text", texts[0]], capsys)
+    assert [(tag["word"], tag["label"]) for tag in one["tags"]] == [(tag["word"], tag["entity"]) for tag in theirs]
+    assert [tag["score"] for tag in one["tags"]] == pytest.approx([float(tag["score"]) for tag in theirs], abs=1e-5)
+    plain = save(tiny_model("bert", "ForQuestionAnswering"), tmp_path / "answers")
+    (one,) = predicted([plain, "--text", "good film", "--text_pair", texts[1], "--doc_stride", "4"], capsys)
+    assert one["answer"] in texts[1]
+
+
+def test_several_labels_and_numbers(inside: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for problem in ("multi_label_classification", "regression"):
+        model = tiny_model("bert", problem_type=problem)
+        path = save(model, tmp_path / problem)
+        (told,) = predicted([path, "--text", "a good film", "--text_pair", "the film"], capsys)
+        inputs = AutoTokenizer.from_pretrained(path)("a good film", return_tensors="pt")
+        with torch.no_grad():
+            logits = model(**inputs).logits[0]
+        if problem == "regression":
+            assert list(told["values"].values()) != pytest.approx(logits.tolist(), abs=1e-5)  # of both texts
+            (told,) = predicted([path, "--text", "a good film"], capsys)
+            assert list(told["values"].values()) == pytest.approx(logits.tolist(), abs=1e-5)
+        else:
+            (told,) = predicted([path, "--text", "a good film"], capsys)
+            assert told["labels"] == [f"LABEL_{i}" for i, value in enumerate(logits.tolist()) if value > 0]
+            assert told["scores"]["LABEL_1"] == pytest.approx(float(logits[1].sigmoid()), abs=1e-5)
+
+
+def test_embeddings_of_a_plain_encoder_and_of_sentence_transformers(
+    inside: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules
+
+    path = save(BertModel.from_pretrained("encoder"), tmp_path / "plain")
+    plain = predicted([path, "--text", "a good film", "bad"], capsys)
+    parts = [modules.Transformer("encoder"), modules.Pooling(16, "cls")]
+    SentenceTransformer(modules=parts).save(str(tmp_path / "cls"))
+    theirs = SentenceTransformer(str(tmp_path / "cls")).encode(["a good film", "bad"])
+    ours = predicted([str(tmp_path / "cls"), "--text", "a good film", "bad"], capsys)
+    assert [row["embedding"] for row in ours] == [pytest.approx(row.tolist(), abs=1e-5) for row in theirs]
+    SentenceTransformer(modules=[modules.Transformer("encoder"), modules.Pooling(16, "mean")]).save(
+        str(tmp_path / "m")
+    )
+    theirs = SentenceTransformer(str(tmp_path / "m")).encode(["a good film", "bad"], normalize_embeddings=True)
+    assert [row["embedding"] for row in plain] == [pytest.approx(row.tolist(), abs=1e-5) for row in theirs]
+    (both,) = predicted([path, "--text", "a good film", "--text_pair", "bad"], capsys)
+    assert both["similarity"] == pytest.approx(float(theirs[0] @ theirs[1]), abs=1e-5)
+
+
+def test_what_cannot_be_predicted_is_said(inside: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    masked = save(tiny_model("bert", "ForMaskedLM"), tmp_path / "masked")
+    classifier = save(tiny_model("bert"), tmp_path / "classifier")
+    for words, said in (
+        ([masked, "--text", "a"], "BertForMaskedLM, which has not been trained to tell anything of a text"),
+        ([classifier, "--file", "reviews.csv", "--text_column", "Revue"], "Did you mean 'Review'?"),
+        ([classifier, "--text", "a", "b", "--text_pair", "c"], "2 texts and 1 second texts were given"),
+        ([classifier, "--text", "a", "--seed", "1"], "seed says nothing about model or data"),
+    ):
+        assert cli.main(["predict", *words]) == 2
+        assert said in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------- what language models write
+
+
+@pytest.fixture(scope="module")
+def chat_run(place: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        words = ["--model", "decoder", "--train_file", "chats.jsonl", "--output", "chats.yaml"]
+        assert cli.main(["init", *words]) == 0
+        assert cli.main(["train", "--config", "chats.yaml", *SHORT]) == 0
+    return place / "out/decoder_chats"
+
+
+def test_a_pruned_decoder_converses_and_goes_on_from_texts(
+    inside: Path, chat_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokens are those that ``generate`` of transformers takes one by one."""
+    model, tokenizer = load_pruned(str(chat_run)).eval(), AutoTokenizer.from_pretrained(chat_run)
+
+    def greedy(text: str, number: int) -> str:
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        length = ids.shape[1]
+        for _ in range(number):
+            with torch.no_grad():
+                ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+            if int(ids[0, -1]) == model.generation_config.eos_token_id:
+                break
+        return tokenizer.decode(ids[0, length:], skip_special_tokens=True).strip()
+
+    expected = greedy("<s> user w3 w1 <s> assistant", 5)
+    (told,) = predicted([str(chat_run), "--text", "w3 w1", "--max_new_tokens", "5"], capsys)
+    assert told["generated"] == expected
+    assert cli.main(["chat", str(chat_run), "--prompt", "w3 w1", "--max_new_tokens", "5"]) == 0
+    assert capsys.readouterr().out.strip() == expected
+    monkeypatch.setattr("sys.stdin", io.StringIO("w3 w1\nw2\n\n"))
+    assert cli.main(["chat", str(chat_run), "--max_new_tokens", "5"]) == 0
+    second = greedy(f"<s> user w3 w1 <s> assistant {expected} </s> <s> user w2 <s> assistant", 5)
+    assert [line.strip() for line in capsys.readouterr().out.splitlines()] == [expected, second]
+
+
+def test_a_batch_of_prompts_is_written_as_each_alone(
+    inside: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = save(tiny_llama(), tmp_path / "plain", "decoder")
+    words = [path, "--use_chat_template", "false", "--max_new_tokens", "6"]
+    prompts = ["w1 w2 w3 w4", "w5", "w6 w7"]
+    together = predicted([*words, "--text", *prompts], capsys)
+    alone = [predicted([*words, "--text", prompt], capsys)[0] for prompt in prompts]
+    assert [row["generated"] for row in together] == [row["generated"] for row in alone]
+    (tmp_path / "asked.jsonl").write_text('{"q": "w1 w2", "a": "w9"}\n')
+    template = ["--template", "{q} w8 {a}", "--file", str(tmp_path / "asked.jsonl")]
+    (told,) = predicted([*words, *template], capsys)
+    assert told["generated"] == predicted([*words, "--text", "w1 w2 w8"], capsys)[0]["generated"] and "a" not in told
+
+
+def test_what_does_not_converse_is_said(
+    inside: Path, classifier_run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert cli.main(["chat", str(classifier_run), "--prompt", "a"]) == 2
+    assert "BertForSequenceClassification, which does not converse" in capsys.readouterr().err
+    tiny_llama().save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    assert cli.main(["chat", str(tmp_path), "--prompt", "a"]) == 2
+    assert "has no chat template, so it was not trained to converse" in capsys.readouterr().err
+    path = save(tiny_llama(), tmp_path / "long", "decoder")
+    assert cli.main(["predict", path, "--text", "w1 " * 40]) == 2
+    assert "leaves no room within the 32 positions of the model" in capsys.readouterr().err
