@@ -162,14 +162,16 @@ def load_task(
     architecture: str | None = None,
     config: Any = None,
     trained: bool = True,
+    rows: Mapping[str, Dataset] | None = None,
 ) -> TaskData:
     """Read, split and tokenise the data of one run; the same arguments give the same rows in the same order.
 
     ``seed`` picks the rows that max_train_samples keeps; ``split_seed`` (default: ``seed``) picks the rows held out of
     the training data; ``max_positions`` is the longest input of the model in tokens; ``architecture`` is that of
     :func:`architecture_of` (not given: any that fits the task). ``config``: of the model, whose label ids are used
-    where it has the labels of the data; if it is not going to be ``trained``, it has to have them. A tokenizer
-    without padding token gets its end-of-text token for a decoder. Raises :class:`UserError`.
+    where it has the labels of the data; if it is not going to be ``trained``, it has to have them. ``rows``: of parts
+    ("train", "validation", "test") that are not to be read. A tokenizer without padding token gets its end-of-text
+    token for a decoder. Raises :class:`UserError`.
     """
     check_choices(data)
     kind = TASK_KINDS[data.task]
@@ -183,7 +185,7 @@ def load_task(
     _give_padding(tokenizer, architecture)
     _check_lengths(data, kind, tokenizer, max_positions)
     named = _named_columns(data)
-    parts = {part: with_fields(rows, named) for part, rows in read_parts(data).items()}
+    parts = {part: with_fields(rows, named) for part, rows in read_parts(data, rows or {}).items()}
     parts = only_with_text(parts, data) if data.drop_empty_texts else parts
     parts, data = one_column(parts, data)
     if kind.lacks is not None:

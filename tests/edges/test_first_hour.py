@@ -13,14 +13,28 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from datasets import Dataset
+from integration.factories import DEFAULTS, Rows, make_trainer
+from integration.factories import SHORT as SHORT_RUN
 from test_before_the_first_step import FILM
 from texts import tiny_llama, word_tokenizer
 from tiny import tiny_config, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerFast, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertModel,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
-from apt_trainer import cli, load_pruned
+from apt_trainer import APTConfig, APTTrainer, DataSettings, UserError, cli, load_pruned
 from apt_trainer.settings.recipe import load_recipe
+from apt_trainer.store.pretrained import load_inputs
+from apt_trainer.tasks import load_task
+from apt_trainer.tasks.loading import read_file
+from apt_trainer.tasks.trainer_options import set_task_arguments
 
 SHORT = ["--max_steps", "6", "--measure_latency", "false", "--use_cpu", "--disable_tqdm", "--eval_strategy", "no"]
 
@@ -333,3 +347,77 @@ def test_what_does_not_converse_is_said(
     path = save(tiny_llama(), tmp_path / "long", "decoder")
     assert cli.main(["predict", path, "--text", "w1 " * 40]) == 2
     assert "leaves no room within the 32 positions of the model" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------- from Python as from a recipe
+
+
+def test_rows_as_people_have_them_train_in_python_as_in_a_recipe(inside: Path, tmp_path: Path) -> None:
+    """Conversations, templates and labels that are strings: token by token what a recipe makes of the same file."""
+    reviews = read_file("reviews.csv", "train_file", "classification")
+    of_reviews = {"text_column": "Review", "label_column": "verdict", "max_length": 16}
+    of_reviews |= {"drop_empty_texts": True, "drop_unlabeled": True}
+    chats = Dataset.from_list(
+        [json.loads(line) for line in Path("chats.jsonl").read_text().splitlines() if "w2" in line]
+    )
+    asked = Dataset.from_dict({"q": [f"w{i}" for i in range(20)], "a": [f"w{i + 1}" for i in range(20)]})
+    chats.to_json(tmp_path / "chats.jsonl")
+    asked.to_json(tmp_path / "asked.jsonl")
+    decoder, encoder = AutoModelForCausalLM, AutoModelForSequenceClassification
+    for rows, file, cls, settings in (
+        (reviews, "reviews.csv", encoder, of_reviews),
+        (chats, str(tmp_path / "chats.jsonl"), decoder, {"task": "instruction_tuning", "max_length": 16}),
+        (asked, str(tmp_path / "asked.jsonl"), decoder,
+         {"task": "instruction_tuning", "max_length": 16, "template": "w9 {q} w8 {a}"}),
+    ):  # fmt: skip
+        folder = "encoder" if cls is encoder else "decoder"
+        labels = {"num_labels": 3} if cls is encoder else {}
+        model, tokenizer = cls.from_pretrained(folder, **labels), AutoTokenizer.from_pretrained(folder)
+        args = APTConfig(str(tmp_path / folder), **DEFAULTS | SHORT_RUN | {"distillation": "none"})
+        trainer = APTTrainer(model, args, rows, processing_class=tokenizer, data=DataSettings(**settings))
+        recipe = load_task(DataSettings(train_file=file, **settings), tokenizer, args.seed, config=model.config)
+        assert trainer.train_dataset[:] == recipe.train[:] and trainer.eval_dataset[:] == recipe.validation[:]
+    trainer.train()
+    assert f"eval_{recipe.metric_name}" in trainer.evaluate()
+    assert trainer.args is not args and trainer.model.config.model_type == "llama"
+
+
+def test_what_does_not_fit_in_python_is_said(inside: Path, tmp_path: Path) -> None:
+    rows = read_file("reviews.csv", "train_file", "classification")
+    settings = {"text_column": "Review", "label_column": "verdict", "max_length": 16, "drop_empty_texts": True}
+    data = DataSettings(**settings, drop_unlabeled=True)
+    args = APTConfig(str(tmp_path), **DEFAULTS)
+    tokenizer = AutoTokenizer.from_pretrained("encoder")
+    two = AutoModelForSequenceClassification.from_pretrained("encoder", num_labels=2)
+    with pytest.raises(UserError, match="2 outputs, and the data need 3.*num_labels=3"):
+        APTTrainer(two, args, rows, processing_class=tokenizer, data=data)
+    with pytest.raises(UserError, match="takes a tokenizer. Give processing_class too"):
+        APTTrainer(two, args, rows, data=data)
+    with pytest.raises(UserError, match="verdict' of the training data is empty in 1 of 59 rows: row 7"):
+        APTTrainer(two, args, rows, processing_class=tokenizer, data=DataSettings(**settings))
+
+
+def test_a_run_that_gets_no_better_ends_after_the_last_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is better by so much: two evaluations after that at step 8, where the last units go, the run ends."""
+    waits = {"early_stopping_patience": 2, "early_stopping_threshold": 1e9, "eval_strategy": "steps", "eval_steps": 1}
+    options = {"eval_dataset": Rows(8)}
+    trainer = make_trainer(tmp_path, tiny_model("bert"), options=options, **SHORT_RUN | waits)
+    trainer.train()
+    assert trainer.state.global_step == 10 and trainer.pruner.sparsity() >= 0.5
+    assert "Training ends at step 10 of 12: eval_loss has not got better in 2 evaluations" in caplog.text
+    for changes, said in (
+        ({"eval_strategy": "no"}, "early_stopping_patience needs evaluations"),
+        ({"early_stopping_patience": 0}, "early_stopping_patience=0 must be at least 1"),
+        ({"pruning_end": 12}, "early_stopping_patience counts evaluations after the last change of shape"),
+    ):
+        with pytest.raises(UserError, match=said):
+            make_trainer(tmp_path, tiny_model("bert"), options=options, **SHORT_RUN | waits | changes)
+
+
+def test_a_recipe_watches_the_metric_of_its_task(inside: Path) -> None:
+    words = ["--model_name_or_path", "encoder", "--train_file", "reviews.csv", "--text_column", "Review"]
+    words += ["--label_column", "verdict", "--drop_unlabeled", "--max_length", "16", "--eval_strategy", "epoch"]
+    recipe = load_recipe(None, [*words, "--early_stopping_patience", "2", "--output_dir", "out/watches", "--use_cpu"])
+    _, _, data = load_inputs(recipe.model, recipe)
+    set_task_arguments(recipe.training, data, recipe.given)
+    assert recipe.training.metric_for_best_model == "accuracy" and recipe.training.greater_is_better is True
