@@ -416,7 +416,16 @@ def test_a_run_that_gets_no_better_ends_after_the_last_cut(tmp_path: Path, caplo
 
 def test_a_recipe_watches_the_metric_of_its_task(inside: Path) -> None:
     words = ["--model_name_or_path", "encoder", "--train_file", "reviews.csv", "--text_column", "Review"]
-    words += ["--label_column", "verdict", "--drop_unlabeled", "--max_length", "16", "--eval_strategy", "epoch"]
+    words += [
+        "--label_column",
+        "verdict",
+        "--drop_unlabeled",
+        "--drop_empty_texts",
+        "--max_length",
+        "16",
+        "--eval_strategy",
+        "epoch",
+    ]
     recipe = load_recipe(None, [*words, "--early_stopping_patience", "2", "--output_dir", "out/watches", "--use_cpu"])
     _, _, data = load_inputs(recipe.model, recipe)
     set_task_arguments(recipe.training, data, recipe.given)
