@@ -46,7 +46,8 @@ SHORT = ["--max_steps", "6", "--measure_latency", "false", "--use_cpu", "--disab
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny encoder in ``encoder``, a tiny decoder in ``decoder``, and files as people have them."""
+    """Tiny models (``encoder``, the same as a SentenceTransformer ``compares``, ``decoder``) and files as people have
+    them."""
     folder = tmp_path_factory.mktemp("hour")
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(FILM)}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -61,6 +62,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tokenizer.save_pretrained(folder / "decoder")
     tiny_llama().save_pretrained(folder / "decoder")
+    shutil.copytree(folder / "encoder", folder / "compares")
+    (folder / "compares" / "modules.json").write_text("[]")
+    pairs = [f"good film {i},bad film {i},{i / 7}" for i in range(40)]
+    (folder / "pairs.csv").write_text("\n".join(["sentence1,sentence2,score", *pairs]))
     _write_reviews(folder / "reviews.csv")
     _write_chats(folder / "chats.jsonl")
     return folder
@@ -147,16 +152,10 @@ def test_each_form_of_data_has_a_recipe_that_can_be_run(
     inside: Path, model: str, file: str, expected: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """``init`` tries its recipe, as ``plan`` does."""
-    Path("pairs.csv").write_text(
-        "sentence1,sentence2,score\n" + "".join(f"good film {i},bad film {i},{i / 7}\n" for i in range(40))
-    )
     Path("prose.txt").write_text("".join(f"w{i % 50} w{i % 7} w3\n" for i in range(4000)))
     for i in range(20):
         Path("texts", str(i % 2)).mkdir(parents=True, exist_ok=True)
         Path("texts", str(i % 2), f"{i}.txt").write_text(f"a good film {i}")
-    if model == "compares" and not Path(model).exists():
-        shutil.copytree("encoder", model)
-        Path(model, "modules.json").write_text("[]")
     assert cli.main(["init", "--model", model, "--train_file", file, "--output_dir", f"out/{model}{file}"]) == 0
     said = capsys.readouterr()
     given = yaml.safe_load(said.out)
