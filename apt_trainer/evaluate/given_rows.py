@@ -36,6 +36,7 @@ OF_LABELS = {
     REGRESSION: "regression",
 }
 OF_SENTENCE_TRANSFORMERS = "modules.json"
+_OF_FORM = {"messages_column", "prompt_column", "completion_column", "template", "use_chat_template"}
 _LONGEST = 100_000  # what tokenizers without a limit say is more
 
 
@@ -121,6 +122,9 @@ def data_settings(model: ModelSettings, config: Any, tokenizer: Any, given: Mapp
         recipe = json.loads(file.read_text(encoding="utf-8"))
         values = {name: value for name, value in recipe.items() if name in known}
         values.setdefault("task", DataSettings.task)
+        unnamed = values["task"] == "instruction_tuning" and not _OF_FORM & set(values)
+        if unnamed and getattr(tokenizer, "chat_template", None):
+            values["messages_column"] = MESSAGES[0]  # those that are taken where no column is named
     else:
         longest = (tokenizer.model_max_length, max_positions(config) or _LONGEST, _LONGEST)
         values = {"task": _task_of(config, str(model.model_name_or_path)), "max_length": min(longest)}

@@ -136,6 +136,9 @@ def test_keys_that_are_given_stand_and_what_cannot_be_told_is_asked(
     assert "### as asked\nweight_decay: 0.1\n" in said.out and "labels       3 in the training rows" in said.err
     assert cli.main(["init", *words, "--label_column", "verdit"]) == 2
     assert "Did you mean 'verdict'?" in capsys.readouterr().err
+    Path("latin.csv").write_bytes("text,label\nna\xefve,good\nfilm,bad\n".encode("latin-1"))
+    assert cli.main(["init", *words[:2], "--train_file", "latin.csv"]) == 2
+    assert "Save it in UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -386,6 +389,18 @@ def test_rows_as_people_have_them_train_in_python_as_in_a_recipe(inside: Path, t
     assert trainer.args is not args and trainer.model.config.model_type == "llama"
 
 
+def test_the_example_of_the_recipes_page_runs(inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "recipes/README.md").read_text(encoding="utf-8").split("## A recipe for data of your own")[1]
+    tokenizer = AutoTokenizer.from_pretrained("decoder")
+    rows = Dataset.from_dict({"question": [f"w{i}" for i in range(20)], "answer": [f"w{i + 1}" for i in range(20)]})
+    space = {"model": tiny_llama(max_position_embeddings=512), "tokenizer": tokenizer, "rows": rows}
+    monkeypatch.chdir(tmp_path)
+    exec(compile(page.split("```python\n")[1].split("```")[0], "README.md", "exec"), space)
+    trainer: Any = space["trainer"]
+    assert trainer.args.early_stopping_patience == 3 and len(trainer.eval_dataset) == 2
+    assert tokenizer.decode([i for i in trainer.train_dataset[0]["labels"] if i >= 0]).endswith("</s>")
+
+
 def test_what_does_not_fit_in_python_is_said(inside: Path, tmp_path: Path) -> None:
     rows = read_file("reviews.csv", "train_file", "classification")
     settings = {"text_column": "Review", "label_column": "verdict", "max_length": 16, "drop_empty_texts": True}
@@ -397,6 +412,8 @@ def test_what_does_not_fit_in_python_is_said(inside: Path, tmp_path: Path) -> No
         APTTrainer(two, args, rows, processing_class=tokenizer, data=data)
     with pytest.raises(UserError, match="takes a tokenizer. Give processing_class too"):
         APTTrainer(two, args, rows, data=data)
+    with pytest.raises(UserError, match="train_dataset is list. With data it has to be a datasets.Dataset"):
+        APTTrainer(two, args, rows.to_list(), processing_class=tokenizer, data=data)
     with pytest.raises(UserError, match="verdict' of the training data is empty in 1 of 59 rows: row 7"):
         APTTrainer(two, args, rows, processing_class=tokenizer, data=DataSettings(**settings))
 
