@@ -155,6 +155,11 @@ def _first(values: Any, number: int) -> Any:
 
 def require_column(rows: Dataset, column: str, setting: str, part: str) -> None:
     """Raise :class:`UserError` with the nearest name where ``column`` is missing from one part."""
+    check_name(rows, column, f"{setting}={column!r} is not a column of the {PART_NAMES[part]} data.", setting)
+
+
+def check_name(rows: Dataset, column: str, told: str, setting: str = "text_column") -> None:
+    """Raise :class:`UserError` where ``rows`` have no such column: what is ``told``, their columns, the nearest."""
     if column in rows.column_names:
         return
     names = names_with_fields(rows)
@@ -163,10 +168,7 @@ def require_column(rows: Dataset, column: str, setting: str, part: str) -> None:
     record = column.partition(".")[0]
     if record != column and record in names and not any(name.startswith(f"{record}.") for name in names):
         hint = f" Not every row of {record!r} is a record with the same fields."
-    raise UserError(
-        f"{setting}={column!r} is not a column of the {PART_NAMES[part]} data. "
-        f"Its columns are: {', '.join(names)}.{hint}"
-    )
+    raise UserError(f"{told} Its columns are: {', '.join(names)}.{hint}")
 
 
 def is_text(feature: Any) -> bool:
