@@ -31,6 +31,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
@@ -54,8 +55,19 @@ from apt_trainer.surgery.cutting import apply_plan
 from apt_trainer.surgery.masks import MaskStore
 from apt_trainer.surgery.slicing import EditLog
 
-AUTO = (AutoModelForSeq2SeqLM, AutoModelForMaskedLM, AutoModelForCausalLM, AutoModelForSequenceClassification)
-HEAD_CLASSES = (AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModelForQuestionAnswering)
+AUTO = (
+    AutoModelForSeq2SeqLM,
+    AutoModelForMaskedLM,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForImageClassification,
+)
+HEAD_CLASSES = (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoModelForQuestionAnswering,
+    AutoModelForImageClassification,
+)
 WIDTH, NEURONS = 16, 20
 _COMMON: dict[str, object] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size"), WIDTH),
@@ -66,6 +78,9 @@ _COMMON: dict[str, object] = {
     **dict.fromkeys(("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner"), NEURONS),
     **dict.fromkeys(("hidden_dim", "d_ff"), NEURONS),
     **dict.fromkeys(("head_dim", "d_kv"), 6),
+    "image_size": 6,
+    "patch_size": 2,
+    "mlp_ratio": 2,
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 20,
     "pad_token_id": 1,
@@ -93,6 +108,20 @@ _OWN: dict[str, dict[str, object]] = {
     "granite": {"residual_multiplier": 0.5, "embedding_multiplier": 2.0, "logits_scaling": 3.0},
     "helium": {"hidden_size": 32, "head_dim": 4},
     "hyperclovax": {"residual_multiplier": 0.5, "use_post_norm": True},
+    "deit": {"architectures": ["DeiTForImageClassification"]},  # or no Auto class chooses among its classes
+    "dinov2_with_registers": {"num_register_tokens": 5},
+    "siglip": {
+        "vision_config": {
+            "hidden_size": WIDTH,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": HEADS,
+            "intermediate_size": NEURONS,
+            "image_size": 6,
+            "patch_size": 2,
+            "vision_use_head": False,
+        },
+        "text_config": {"num_hidden_layers": 1, "vocab_size": VOCABULARY},
+    },
     "rembert": {"input_embedding_size": 12, "output_embedding_size": 14},
     "roformer": {"embedding_size": 12},
     "stablelm": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},

@@ -156,6 +156,11 @@ def adapted(model: PreTrainedModel, rank: int = 3, everywhere: bool = False) -> 
 def tiny_batch(model: PreTrainedModel, padded: bool = True, size: int = 4, length: int = 7) -> dict[str, torch.Tensor]:
     """Batch with labels; ``padded`` ends the sequences at different lengths."""
     generator = torch.Generator().manual_seed(3)
+    if model.main_input_name == "pixel_values":
+        config = getattr(model.config, "vision_config", model.config)
+        shape = (size, config.num_channels, config.image_size, config.image_size)
+        labels = torch.randint(model.config.num_labels, (size,), generator=generator)
+        return {"pixel_values": torch.randn(shape, generator=generator), "labels": labels}
     ids = torch.randint(4, VOCABULARY, (size, length), generator=generator)
     mask = torch.ones_like(ids)
     if padded:

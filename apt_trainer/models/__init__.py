@@ -38,6 +38,7 @@ from apt_trainer.models.families.modernbert import DECODER, MODERNBERT
 from apt_trainer.models.families.mpnet import MPNET
 from apt_trainer.models.families.parallel import COHERE, GPTJ, PHI
 from apt_trainer.models.families.t5 import T5, UMT5
+from apt_trainer.models.families.vit import DEIT, DINOV2, DINOV2_WITH_REGISTERS, IJEPA, SIGLIP, VIT
 from apt_trainer.models.family import Head, ModelFamily, StackTable, SublayerTable
 from apt_trainer.models.nearest import nearest
 
@@ -90,6 +91,12 @@ _TABLES = (
     BART,
     BLENDERBOT_SMALL,
     MBART,
+    VIT,
+    IJEPA,
+    DEIT,
+    DINOV2,
+    DINOV2_WITH_REGISTERS,
+    SIGLIP,
 )
 
 FAMILIES: dict[str, ModelFamily] = {name: family for family in _TABLES for name in family.model_types}

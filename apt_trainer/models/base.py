@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 Kind = Literal["heads", "neurons", "hidden"]
 Side = Literal["in", "out"]
@@ -169,8 +170,19 @@ def base_layer(module: nn.Module) -> nn.Module:
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features) of a linear, with or without an adapter round it."""
+    """(out_features, in_features) of a linear, with or without an adapter round it; channels of a convolution."""
     weight = base_layer(module).weight
     assert isinstance(weight, torch.Tensor)
-    rows, columns = weight.shape
-    return (columns, rows) if type(base_layer(module)).__name__ == "Conv1D" else (rows, columns)
+    rows, columns = weight.shape[:2]
+    return (columns, rows) if isinstance(base_layer(module), Conv1D) else (rows, columns)
+
+
+def unit_dim(module: nn.Module, parameter: torch.Tensor, side: Side) -> int | None:
+    """Dimension of ``parameter``, one of ``module`` itself, that belongs to ``side``; None where it has no such one.
+
+    Linears and convolutions have two sides. All else (norms, embeddings, tokens and positions) is along its last.
+    """
+    if parameter.dim() == 1 or not isinstance(module, nn.Linear | nn.Conv2d | Conv1D):
+        return parameter.dim() - 1 if side == "out" else None
+    first = "in" if isinstance(module, Conv1D) else "out"
+    return 0 if side == first else 1

@@ -94,6 +94,7 @@ class StackTable:
 class Head:
     """What a task head reads from (and writes to) the hidden space, by the ending of the model's class name.
 
+    ``reads`` names twice what reads two vectors of the hidden space side by side.
     ``next_token``: position t predicts the label of t + 1. ``masked_token``: tokens behind a mask are predicted.
     ``projected``: what it is in a model whose embeddings are projected, where that is something else.
     """
@@ -127,6 +128,7 @@ class ModelFamily:
     ``parallel``: whether, by the config, all sublayers of a layer read the input of that layer.
     ``residual_multiplier``: what, by the config, the output of a sublayer is multiplied by before it is added.
     ``repeats``: how often, by the config, the layers run one after the other. ``positions``: see there.
+    ``tokens``: of one row, where the config says it: those of an image; None: as many as a text has.
     ``projection``: linear between embeddings and hidden space; where a model has it, embeddings and their norms are of
     another width. ``base_norms``: norms on the hidden space that are in no layer and not on the way through them.
     ``adapter_targets``: endings of the linears that get adapters by default, where a model has them.
@@ -150,6 +152,7 @@ class ModelFamily:
     residual_multiplier: Callable[[Any], float] = lambda config: 1.0
     repeats: Callable[[Any], int] = lambda config: 1
     positions: Callable[[Any], Positions | None] = lambda config: None
+    tokens: Callable[[Any], int | None] = lambda config: None
     unsupported: Callable[[Any], str | None] = lambda config: None
     config_sizes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     per_layer: tuple[str, ...] = ("layer_types",)
@@ -268,6 +271,12 @@ class ModelFamily:
         paths = [prefix + name for name in self.trained_base] + list(self.head(model).trained)
         return tuple(p for p in paths if exists(model, p))
 
+    def hidden_size(self, model: nn.Module) -> int:
+        """Hidden dimensions that ``model``, dense or pruned, has."""
+        name = str(self.projection) if self._projects(model) else self.embeddings[0]
+        first = model.get_submodule(self.prefix(model) + name)
+        return int(first.embedding_dim) if isinstance(first, nn.Embedding) else linear_shape(first)[0]
+
     def embedding_modules(self, model: nn.Module) -> tuple[str, ...]:
         prefix = self.prefix(model)
         return tuple(prefix + name for name in self.embeddings if exists(model, prefix + name))
@@ -302,7 +311,7 @@ class ModelFamily:
             norms += opening
             if self.post_norm:
                 places += [(path, stack.stack) for path in opening]
-            writers += [prefix + name for name in (stack.added if opening else embeddings)]
+            writers += [prefix + name for name in (stack.added if opening else _outermost(embeddings))]
             for layer in self._layers(model, stack):
                 for table in stack.sublayers:
                     writes = f"{layer}.{table.writes}"
@@ -316,15 +325,15 @@ class ModelFamily:
                         writers.append(writes)
             norms += [prefix + name for name in stack.final_norms]
         slices += [Slice(prefix + name, "in") for name in self.base_reads]
-        slices += [Slice(name, "in") for name in head.reads] + [Slice(name, "out") for name in head.writes]
+        reads = dict.fromkeys(head.reads)
+        slices += [Slice(name, "in", (1,) * head.reads.count(name)) for name in reads]
+        slices += [Slice(name, "out") for name in head.writes]
         norms = [path for path in (*norms, *head.norms) if _is_norm(model, path)]
         slices = [part for part in slices if exists(model, part.module)]
-        first = model.get_submodule(slices[0].module)
-        size = first.embedding_dim if isinstance(first, nn.Embedding) else linear_shape(first)[0]
         return Space(
             HIDDEN,
             "hidden",
-            int(size),  # type: ignore[arg-type]
+            self.hidden_size(model),
             (*slices, *(Slice(path, "out") for path in norms)),
             norms=tuple(norms),
             places=tuple(path for path, _ in places),
@@ -367,6 +376,11 @@ def _space(model: nn.Module, name: str, i: int, layer: str, table: SublayerTable
 def _number(model: nn.Module, layer: str, where: tuple[str, str]) -> int:
     module, name = where
     return int(getattr(model.get_submodule(f"{layer}.{module}"), name))
+
+
+def _outermost(paths: tuple[str, ...]) -> list[str]:
+    """Those of ``paths`` that are not inside of another: what comes out of that one is what both made."""
+    return [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
 
 
 def _is_norm(model: nn.Module, path: str) -> bool:

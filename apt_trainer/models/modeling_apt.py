@@ -291,8 +291,9 @@ def apply_structure(model: nn.Module, config: Any) -> None:
             _set_checked(module, name, value, path)
     hidden = structure.get("hidden")
     if hidden is not None:
-        for path, side in hidden_sides(model, hidden):
-            _cut_side(model.get_submodule(path), side, hidden["size"], path)
+        sides = list(hidden_sides(model, hidden))
+        for path, side in dict.fromkeys(sides):  # one that is named twice reads two vectors side by side
+            _cut_side(model.get_submodule(path), side, hidden["size"] * sides.count((path, side)), path)
 
 
 def check_form(structure: Any) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from apt_trainer.models import HIDDEN, ModelFamily, Space, Sublayer
-from apt_trainer.models.base import base_layer, exists
+from apt_trainer.models.base import base_layer, exists, unit_dim
 from apt_trainer.models.family import Positions
 
 Term = tuple[str, ...]
@@ -107,9 +107,11 @@ def flops_cost(
 ) -> CostModel:
     """Forward FLOPs of the blocks at [batch_size, length]: 2 per weight and token, plus attention scores.
 
-    The inputs of an encoder and of a decoder are taken to be of one length.
+    The inputs of an encoder and of a decoder are taken to be of one length; an image has a length of its own.
     """
-    tokens, config = batch_size * length, getattr(model, "config", None)
+    config = getattr(model, "config", None)
+    length = family.tokens(config) or length
+    tokens = batch_size * length
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     positions, repeats = family.positions(config) or Positions(0, 0), family.repeats(config)
     own, shared = (tuple(f".{name}.weight" for name in names) for names in (positions.own, positions.shared))
@@ -190,13 +192,9 @@ def _dimensions(model: nn.Module, spaces: Sequence[Space]) -> dict[tuple[str, in
             module = base_layer(model.get_submodule(part.module))
             width = float(sum(part.parts))
             for name, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() == 1:
-                    if part.side == "out":
-                        dims[f"{part.module}.{name}", 0] = (space.name, width)
-                    continue
-                out_dim = 1 if isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D" else 0
-                dim = out_dim if part.side == "out" else 1 - out_dim
-                dims[f"{part.module}.{name}", dim] = (space.name, width)
+                dim = unit_dim(module, parameter, part.side)
+                if dim is not None:
+                    dims[f"{part.module}.{name}", dim] = (space.name, width)
     return dims
 
 

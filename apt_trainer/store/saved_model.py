@@ -49,7 +49,7 @@ if TYPE_CHECKING:  # this module is imported as soon as AutoConfig is, which mus
 KEPT = "apt_kept"
 DIFFERENCE = "apt_base.json"
 """File of a folder that holds no whole model but what sets one apart from its base (``adapter_folder``)."""
-_SIZES = ("in_features", "out_features", "embedding_dim", "normalized_shape", "nf", "nx")
+_SIZES = ("in_features", "out_features", "out_channels", "embedding_dim", "normalized_shape", "nf", "nx")
 OF_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Arguments of ``from_pretrained`` that say where files are, whatever they hold."""
 
