@@ -38,7 +38,7 @@ from apt_trainer.models.families.modernbert import DECODER, MODERNBERT
 from apt_trainer.models.families.mpnet import MPNET
 from apt_trainer.models.families.parallel import COHERE, GPTJ, PHI
 from apt_trainer.models.families.t5 import T5, UMT5
-from apt_trainer.models.families.vit import DEIT, DINOV2, DINOV2_WITH_REGISTERS, IJEPA, SIGLIP, VIT
+from apt_trainer.models.families.vit import DINOV2, SIGLIP, VIT
 from apt_trainer.models.family import Head, ModelFamily, StackTable, SublayerTable
 from apt_trainer.models.nearest import nearest
 
@@ -92,10 +92,7 @@ _TABLES = (
     BLENDERBOT_SMALL,
     MBART,
     VIT,
-    IJEPA,
-    DEIT,
     DINOV2,
-    DINOV2_WITH_REGISTERS,
     SIGLIP,
 )
 

@@ -13,6 +13,7 @@ TASKS = (
     "multi_label_classification",
     "regression",
     "embedding",
+    "image_classification",
     "token_classification",
     "question_answering",
     "language_modeling",

@@ -5,7 +5,6 @@ The tokens that stand before the patches and the positions are parameters of the
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -33,52 +32,40 @@ MLP = SublayerTable(
 )
 
 
-def _tokens(before: int) -> Callable[[Any], int]:
-    """Tokens that an image becomes: its patches, and so many ``before`` them."""
-
-    def number(config: Any) -> int:
-        image, patch = (size if isinstance(size, list | tuple) else (size, size) for size in _sizes(config))
-        return int(image[0] // patch[0]) * int(image[1] // patch[1]) + before
-
-    return number
+_BEFORE = {"vit": 1, "vit_msn": 1, "deit": 2, "ijepa": 0, "dinov2": 1, "dinov2_with_registers": 1, "siglip": 0}
+"""Model type → tokens before the patches, registers aside."""
 
 
-def _sizes(config: Any) -> tuple[Any, Any]:
+def _tokens(config: Any) -> int:
+    """What an image becomes."""
     vision = getattr(config, "vision_config", config)
-    return vision.image_size, vision.patch_size
+    sizes = [
+        size if isinstance(size, list | tuple) else (size, size) for size in (vision.image_size, vision.patch_size)
+    ]
+    (height, width), (high, wide) = sizes
+    before = _BEFORE.get(config.model_type, 1) + getattr(config, "num_register_tokens", 0)
+    return int(height // high) * int(width // wide) + int(before)
 
 
+_BOTH = ("cls_classifier", "distillation_classifier")
 VIT = ModelFamily(
-    model_types=("vit", "vit_msn"),
+    model_types=("vit", "vit_msn", "deit", "ijepa"),
     stacks=(StackTable("layers", (ATTENTION, MLP), final_norms=("layernorm",)),),
     embeddings=("embeddings.patch_embeddings.projection", "embeddings"),
     base_reads=("pooler.dense",),
     trained_base=("pooler",),
     adapter_targets=("q_proj", "v_proj", "fc1"),
-    tokens=_tokens(1),
-    heads={"ForImageClassification": Head(reads=("classifier",), trained=("classifier",))},
+    tokens=_tokens,
+    heads={
+        "ForImageClassification": Head(reads=("classifier",), trained=("classifier",)),
+        "ForImageClassificationWithTeacher": Head(reads=_BOTH, trained=_BOTH),
+    },
     config_sizes={
         "heads": ("num_attention_heads",),
         "head_dim": ("head_dim",),
         "neurons": ("intermediate_size",),
         "hidden": ("hidden_size",),
         "layers": ("num_hidden_layers",),
-    },
-)
-
-# Without a token before the patches.
-IJEPA = replace(VIT, model_types=("ijepa",), tokens=_tokens(0))
-
-# A second token before the patches, with a head of its own in one class.
-DEIT = replace(
-    VIT,
-    model_types=("deit",),
-    tokens=_tokens(2),
-    heads={
-        **VIT.heads,
-        "ForImageClassificationWithTeacher": Head(
-            reads=("cls_classifier", "distillation_classifier"), trained=("cls_classifier", "distillation_classifier")
-        ),
     },
 )
 
@@ -102,7 +89,7 @@ def _without_gate(config: Any) -> str | None:
 
 DINOV2 = replace(
     VIT,
-    model_types=("dinov2",),
+    model_types=("dinov2", "dinov2_with_registers"),
     stacks=(
         StackTable(
             "encoder.layer",
@@ -114,11 +101,6 @@ DINOV2 = replace(
     heads={"ForImageClassification": Head(reads=("classifier", "classifier"), trained=("classifier",))},
     config_sizes={kind: names for kind, names in VIT.config_sizes.items() if kind in ("heads", "head_dim", "layers")},
     unsupported=_without_gate,
-)
-DINOV2_WITH_REGISTERS = replace(
-    DINOV2,
-    model_types=("dinov2_with_registers",),
-    tokens=lambda config: _tokens(1)(config) + int(config.num_register_tokens),
 )
 
 
@@ -165,7 +147,6 @@ SIGLIP = replace(
     ),
     base_reads=(),
     trained_base=(),
-    tokens=_tokens(0),
     config_sizes={},
     unsupported=_without_pooling,
 )
