@@ -163,6 +163,15 @@ def read_config(settings: ModelSettings) -> Any:
     return config
 
 
+def refuse_images(config: Any, what: str) -> None:
+    """Raise :class:`UserError` where ``config`` is of a model of images, and ``what`` reads text."""
+    if architecture_of(config) == IMAGE:
+        raise UserError(
+            f"{what} reads text, and {config.model_type} takes images. Train it, and prune heads, neurons, hidden "
+            "dimensions or whole sublayers, with apt-trainer train (task: image_classification)."
+        )
+
+
 def refuse_quantised(config: Any, path: str) -> None:
     """Raise :class:`UserError` where ``config`` announces quantised weights (bitsandbytes, gptq, awq …)."""
     found = getattr(config, "quantization_config", None) or getattr(

@@ -128,8 +128,8 @@ def _looks(rows: Dataset, column: str, part: str) -> Iterator[tuple[Any, ...]]:
                 yield image.format, image.size, image.mode
         except (UnidentifiedImageError, OSError, ValueError) as error:
             raise UserError(
-                f"image_column={column!r} of the {PART_NAMES[part]} data: {name} cannot be read as an image "
-                f"({error}). Remove it, or save it anew."
+                f"image_column={column!r} of the {PART_NAMES[part]} data: {name} cannot be read as an image. Remove "
+                "it, or save it anew."
             ) from error
 
 

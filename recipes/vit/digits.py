@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-SIDE, PATCH = 32, 4
+SIDE, PATCH = 32, 8
 
 
 def write_images(folder: Path) -> None:
