@@ -35,6 +35,7 @@ from apt_trainer.models.families.llama import (
     VAULTGEMMA,
 )
 from apt_trainer.models.families.modernbert import DECODER, MODERNBERT
+from apt_trainer.models.families.moe import MIXTRAL, OLMOE, QWEN3_MOE
 from apt_trainer.models.families.mpnet import MPNET
 from apt_trainer.models.families.parallel import COHERE, GPTJ, PHI
 from apt_trainer.models.families.t5 import T5, UMT5
@@ -79,6 +80,9 @@ _TABLES = (
     GLM,
     GLM4,
     HYPERCLOVAX,
+    MIXTRAL,
+    QWEN3_MOE,
+    OLMOE,
     COHERE,
     PHI,
     GPTJ,

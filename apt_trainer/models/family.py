@@ -24,6 +24,7 @@ from apt_trainer.models.base import (
     Sublayer,
     exists,
     linear_shape,
+    units_in,
 )
 from apt_trainer.settings.choices import POST_NORM_POLICIES
 
@@ -47,6 +48,22 @@ class Removal:
 
 
 @dataclass(frozen=True)
+class ExpertsTable:
+    """Experts in the place of a feed-forward, their weights fused into parameters [experts, ...] of ``module``.
+
+    ``makes``: (parameter, dimension of its neurons, dimension of the hidden space), gate and value one behind the
+    other; ``writes``: likewise. ``router``: has one row of its ``weight`` for each expert, and sends each token to
+    ``top_k`` of them. ``activation``: its output has the neurons of one expert for each token sent there.
+    """
+
+    module: str = "mlp.experts"
+    router: str = "mlp.gate"
+    activation: str = "mlp.experts.act_fn"
+    makes: tuple[str, int, int] = ("gate_up_proj", 1, 2)
+    writes: tuple[str, int, int] = ("down_proj", 2, 1)
+
+
+@dataclass(frozen=True)
 class SublayerTable:
     """Names inside one layer. ``reads`` take the hidden space in; ``writes`` gives it back.
 
@@ -56,6 +73,7 @@ class SublayerTable:
     attribute, amount) that a forward pass reads.
     ``keeping_norm``: what goes instead of ``modules`` where the residual and its norm stay: y = norm(x).
     ``stays``: the sublayer keeps a unit in the first or the last layer. ``crosses``: it reads the other stack.
+    ``experts``: there are some, and ``writes`` is the module that adds up what they give.
     """
 
     name: str
@@ -74,6 +92,7 @@ class SublayerTable:
     keeping_norm: Removal | None = None
     stays: Literal["first", "last"] | None = None
     crosses: bool = False
+    experts: ExpertsTable | None = None
 
 
 @dataclass(frozen=True)
@@ -194,7 +213,7 @@ class ModelFamily:
 
     def spaces(self, model: nn.Module) -> list[Space]:
         """All prunable spaces of a dense model, layer by layer, the hidden space last."""
-        return [*(space for space, _ in self._described(model)), self._hidden(model)]
+        return [*self._described(model), self._hidden(model)]
 
     def sublayers(self, model: nn.Module) -> list[Sublayer]:
         """Every attention and feed-forward; what goes with each of them is as the config of ``model`` says."""
@@ -287,8 +306,8 @@ class ModelFamily:
             return []
         return [f"{path}.{i}" for i in range(len(model.get_submodule(path)))]  # type: ignore[arg-type]
 
-    def _described(self, model: nn.Module) -> Iterator[tuple[Space, SublayerTable]]:
-        """Space and table of every sublayer."""
+    def _described(self, model: nn.Module) -> Iterator[Space]:
+        """Spaces of every sublayer."""
         for stack in self.stacks:
             layers = self._layers(model, stack)
             stays = {"first": 0, "last": len(layers) - 1, None: None}
@@ -296,7 +315,10 @@ class ModelFamily:
                 for table in stack.sublayers:
                     minimum = int(stays[table.stays] == i)
                     name = f"{stack.spaces}.{i}.{table.name}"
-                    yield _space(model, name, i, layer, table, stack.stack, minimum), table
+                    if table.experts is None:
+                        yield _space(model, name, i, layer, table, stack.stack, minimum)
+                    else:
+                        yield from _of_experts(model, name, i, layer, table.experts, stack.stack, minimum)
 
     def _hidden(self, model: nn.Module) -> Space:
         prefix, head = self.prefix(model), self.head(model)
@@ -304,6 +326,7 @@ class ModelFamily:
         slices = [Slice(prefix + name, "out") for name in embeddings]
         norms = [prefix + name for name in self.base_norms]
         writers: list[str] = []
+        attributes: list[SizeAttribute] = []
         places: list[tuple[str, Stack]] = []
         for stack in self.stacks:
             opening = [prefix + name for name in stack.embedding_norms if embeddings is self.embeddings]
@@ -316,7 +339,13 @@ class ModelFamily:
                 for table in stack.sublayers:
                     writes = f"{layer}.{table.writes}"
                     slices += [Slice(f"{layer}.{name}", "in") for name in table.reads]
-                    slices.append(Slice(writes, "out"))
+                    if table.experts is None:
+                        slices.append(Slice(writes, "out"))
+                    else:
+                        fused = _hidden_of_experts(layer, table.experts)
+                        slices += fused
+                        modules = dict.fromkeys(part.module for part in fused)
+                        attributes += [SizeAttribute(path, "hidden_dim") for path in modules]
                     of_table = [f"{layer}.{name}" for name in table.norms]
                     norms += of_table
                     places += [(path, stack.stack) for path in (of_table if self.post_norm else [writes])]
@@ -339,6 +368,7 @@ class ModelFamily:
             places=tuple(path for path, _ in places),
             place_stacks=tuple(stack for _, stack in places),
             writers=tuple(path for path in dict.fromkeys(writers) if exists(model, path)),
+            attributes=tuple(attributes),
         )
 
 
@@ -371,6 +401,54 @@ def _space(model: nn.Module, name: str, i: int, layer: str, table: SublayerTable
         minimum=minimum,
         attributes=tuple(SizeAttribute(f"{layer}.{m}", attr, amounts[amount]) for m, attr, amount in table.sizes),
     )
+
+
+def _of_experts(
+    model: nn.Module, name: str, i: int, layer: str, table: ExpertsTable, stack: Stack, minimum: int
+) -> Iterator[Space]:
+    """The neurons of every expert alike, and the experts."""
+    module, router = f"{layer}.{table.module}", f"{layer}.{table.router}"
+    (made, rows, _), (written, columns, _) = table.makes, table.writes
+    neurons = (Slice(module, "out", (1, 1), (made, rows)), Slice(module, "in", (1,), (written, columns)))
+    experts = [Slice(path, "out", (1,), (each, 0)) for path, each in ((module, made), (module, written))]
+    experts.append(Slice(router, "out", (1,), ("weight", 0)))
+    yield Space(
+        name,
+        "neurons",
+        units_in(model, neurons[1]),
+        neurons,
+        1,
+        i,
+        gate=f"{layer}.{table.activation}",
+        gate_side="output",
+        stack=stack,
+        minimum=minimum,
+        attributes=(SizeAttribute(module, "intermediate_dim"),),
+    )
+    yield Space(
+        f"{name.rpartition('.')[0]}.experts",
+        "experts",
+        units_in(model, experts[-1]),
+        tuple(experts),
+        1,
+        i,
+        gate=router,
+        gate_side="routed",
+        within=name,
+        stack=stack,
+        minimum=_number(model, layer, (table.router, "top_k")),
+        attributes=tuple(SizeAttribute(path, "num_experts") for path in (module, router)),
+    )
+
+
+def _hidden_of_experts(layer: str, table: ExpertsTable) -> list[Slice]:
+    """Sides of the hidden space of the weights of experts and of their router."""
+    module, (made, _, reads), (written, _, writes) = f"{layer}.{table.module}", table.makes, table.writes
+    return [
+        Slice(module, "in", (1,), (made, reads)),
+        Slice(module, "out", (1,), (written, writes)),
+        Slice(f"{layer}.{table.router}", "in", (1,), ("weight", 1)),
+    ]
 
 
 def _number(model: nn.Module, layer: str, where: tuple[str, str]) -> int:

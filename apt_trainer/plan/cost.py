@@ -117,20 +117,34 @@ def flops_cost(
     own, shared = (tuple(f".{name}.weight" for name in names) for names in (positions.own, positions.shared))
 
     def weigh(name: str, parameter: nn.Parameter) -> float:
-        if parameter.dim() != 2 or id(parameter) in tables:
+        if parameter.dim() not in (2, 3) or id(parameter) in tables:
             return 0.0
         rows = positions.number if name.endswith(own) else tokens
         rows += positions.number if name.endswith(shared) else 0
         return 2.0 * repeats * rows
 
     cost = parameter_cost(model, family, spaces, weigh=weigh)
-    terms = {guard: dict(of_guard) for guard, of_guard in cost.terms.items()}
+    used = {space.name: space.minimum for space in spaces if space.kind == "experts"}
+    terms = {guard: _of_used(of_guard, used) for guard, of_guard in cost.terms.items()}
     for space in spaces:
         if space.kind == "heads":
             compared = 2 * length + positions.products * positions.number
             scores = 2.0 * repeats * tokens * compared * space.channels
             terms[space.name][(space.name,)] = terms[space.name].get((space.name,), 0.0) + scores
     return CostModel(terms)
+
+
+def _of_used(terms: Mapping[Term, float], used: Mapping[str, int]) -> dict[Term, float]:
+    """``terms`` in which fused weights of experts, which have three dimensions, count as many times as a token uses
+    one, however many there are. ``used``: space → how many experts that is."""
+    counted: dict[Term, float] = defaultdict(float)
+    for term, coefficient in terms.items():
+        space = next((name for name in term if name in used), None)
+        if space is not None and len(term) == 3:
+            counted[tuple(name for name in term if name != space)] += coefficient * used[space]
+        else:
+            counted[term] += coefficient
+    return dict(counted)
 
 
 def memory_cost(
@@ -191,6 +205,10 @@ def _dimensions(model: nn.Module, spaces: Sequence[Space]) -> dict[tuple[str, in
                 continue
             module = base_layer(model.get_submodule(part.module))
             width = float(sum(part.parts))
+            if part.weight is not None:
+                name, dim = part.weight
+                dims[f"{part.module}.{name}", dim] = (space.name, width)
+                continue
             for name, parameter in module.named_parameters(recurse=False):
                 dim = unit_dim(module, parameter, part.side)
                 if dim is not None:

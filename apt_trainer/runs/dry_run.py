@@ -192,8 +192,10 @@ def _trained(model: nn.Module) -> int:
 
 def _space_table(pruner: AdaptivePruner) -> str:
     rows: list[Mapping[str, Any]] = []
-    for kind, targets in (("heads", "heads"), ("neurons", "neurons"), (HIDDEN, "hidden")):
+    for kind in ("heads", "neurons", "experts", HIDDEN):
         members = [space for space in pruner.spaces if space.kind == kind]
+        if not members:
+            continue
         sizes = [pruner.plan.counts[space.name] for space in members]
         left = next((space for space in members if pruner.plan.counts[space.name]), members[0])
         unit = pruner.block_cost.marginal(left.name, pruner.plan.counts)
@@ -203,7 +205,7 @@ def _space_table(pruner: AdaptivePruner) -> str:
                 "units": _sizes(sizes)
                 + (f" of {_sizes([s.size for s in members])}" if pruner.origin.is_pruned else ""),
                 "unit": f"{unit:,.0f}",
-                "pruned": _pruned(pruner, targets),
+                "pruned": _pruned(pruner, kind),
                 "step": pruner.budget.limits.round_to[kind],
             }
         )

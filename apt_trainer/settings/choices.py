@@ -21,7 +21,7 @@ TASKS = (
     "summarization",
     "translation",
 )
-PRUNE_TARGETS = ("heads", "neurons", "hidden", "sublayers")
+PRUNE_TARGETS = ("heads", "neurons", "experts", "hidden", "sublayers")
 POST_NORM_POLICIES = ("remove_norm", "keep_norm")
 """The first is the default."""
 SHAPES = ("free", "uniform")
