@@ -22,7 +22,6 @@ from apt_trainer.measure import trainable_parameters
 from apt_trainer.measure.latency import shared_timings
 from apt_trainer.models import ModelFamily, Space, family_of, norm_paths
 from apt_trainer.models.batch import Tokens
-from apt_trainer.plan.cost import parameter_cost
 from apt_trainer.plan.limits import warn_of_depth
 from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.plan.schedule import Schedule
@@ -100,8 +99,8 @@ class AdaptivePruner:
         self.spaces, self.plan = self.origin.spaces, self.origin.plan
         self.sublayers = self.family.sublayers(model)
         self.dense_plan = PruningPlan.dense(self.spaces)
-        self.block_cost = parameter_cost(self.origin.dense, self.family, self.spaces)
         self.budget = Budget(model, self.family, self.origin, settings, timed_on)
+        self.block_cost = self.budget.blocks
         if not self.budget.is_timed:  # else once processes have agreed on seconds
             self.budget.check()
         self.importance = importance or make_importance(settings, seed)

@@ -56,7 +56,7 @@ RULES = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": TASKS,
     "preset": tuple(PRESETS),
-    "sparsity_metric": ("params", "flops", "latency", "memory"),
+    "sparsity_metric": ("params", "total_params", "flops", "latency", "memory"),
     "pruning_time": ("before", "early", "late", "after"),
     "post_norm_policy": POST_NORM_POLICIES,
     "shape": SHAPES,

@@ -29,8 +29,8 @@ class PruningSettings:
     )
     sparsity_metric: str = setting(
         "params",
-        "What the budget counts: params or flops of the transformer blocks, measured latency, or memory (all weights, "
-        "and the keys and values that a model which generates keeps).",
+        "What the budget counts: params or flops of the transformer blocks, total_params (embeddings and head too), "
+        "measured latency, or memory (all weights, and the keys and values that a model which generates keeps).",
     )
     prune_targets: list[str] = setting(
         ["heads", "neurons", "hidden"],

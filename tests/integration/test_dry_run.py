@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -161,3 +162,32 @@ def test_a_length_that_costs_cannot_be_taken_at_is_refused(ready: Recipe, cost: 
     assert dry_run.plan(ready)
     ready.training.nri_cost = cost
     refused(ready, "reference_length=50 is more than the 20 positions of the model. Lower reference_length")
+
+
+# ---------------------------------------------------------------------------- shares of the whole
+
+
+def test_what_the_rest_weighs_and_what_a_target_means_for_the_blocks(ready: Recipe) -> None:
+    wide = tiny_config("llama")
+    wide.vocab_size = 400
+    model = ALL_TASKS["ForCausalLM"].from_config(wide)
+    model.save_pretrained(str(ready.model.model_name_or_path))
+    of_blocks = sum(p.numel() for p in model.model.layers.parameters())
+    whole, rows = model.num_parameters(), model.lm_head.weight.numel()
+    ready.training.importance, ready.training.prune_targets = "salience", ["heads", "neurons"]
+    ready.training.min_neurons = 4
+    for metric, target in (("params", 0.5), ("total_params", 0.5 * of_blocks / whole)):
+        ready.training.sparsity_metric, ready.training.target_sparsity = metric, target
+        told = dry_run.plan(ready)
+        assert (
+            f"blocks {of_blocks / 1000:.1f} k parameters ({of_blocks / whole:.1%}, {4 * of_blocks / 1000:.1f} kB)"
+            in told
+        )
+        assert told.count(f"{rows / 1000:.1f} k parameters ({rows / whole:.1%}, ") == 2  # embeddings and head
+        found = re.search(r"about ([\d.]+)% of the parameters in blocks, ([\d.]+)% of all parameters", told)
+        assert found is not None
+        blocks, all_of_them = (float(share) / 100 for share in found.groups())
+        assert 0.5 <= blocks < 0.65  # whole heads
+        assert all_of_them == pytest.approx(blocks * of_blocks / whole, abs=1e-3)
+    ready.training.target_sparsity = 0.9
+    refused(ready, f"the largest that does not is 0.*Blocks are {of_blocks / whole:.1%} of all parameters")
