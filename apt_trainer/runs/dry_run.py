@@ -6,7 +6,7 @@ exception: it is measured, so the model is built with random weights. Not for ru
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from apt_trainer.models import HIDDEN, family_of
 from apt_trainer.models.parts import weigh_parts
-from apt_trainer.plan.cost import flops_cost
+from apt_trainer.plan.cost import flops_cost, parameter_cost
 from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.plan.schedule import Schedule, fewer_events, make_schedule
 from apt_trainer.pruning.pruner import AdaptivePruner
@@ -29,6 +29,7 @@ from apt_trainer.settings.recipe import Recipe
 from apt_trainer.store.pretrained import build_model, dtype_name, load_inputs
 from apt_trainer.store.starting_point import starting_point
 from apt_trainer.surgery import adapters as lora
+from apt_trainer.surgery.frozen_base import BYTES, base_linears
 from apt_trainer.tasks import TaskData
 from apt_trainer.tasks.trainer_options import set_task_arguments
 
@@ -158,7 +159,26 @@ def _of_model_at_first(pruner: AdaptivePruner, args: APTConfig) -> str:
     cut = evenly_cut(pruner, args.target_sparsity or 0.0)
     fewer = pruner.block_cost.total(pruner.plan.counts) - pruner.block_cost.total(cut.counts)
     freed = int(fewer * next(pruner.model.parameters()).element_size())
-    return f" of {_before_the_cut(pruner)}; the cut before it frees about {format_bytes(freed)} of weights"
+    told = f" of {_before_the_cut(pruner)}; the cut before it frees about {format_bytes(freed)} of weights"
+    if args.base_quantization is not None:
+        plain, quantised = base_bytes(pruner, cut, args.base_quantization)
+        told += (
+            f", {args.base_quantization} then about {format_bytes(plain - quantised)} more (linear layers of the "
+            f"blocks: {format_bytes(quantised)} for {format_bytes(plain)})"
+        )
+    return told
+
+
+def base_bytes(pruner: AdaptivePruner, plan: PruningPlan, form: str) -> tuple[int, int]:
+    """Of the linear layers of the blocks at ``plan``: plain, and as ``base_quantization`` makes them."""
+    model, family = pruner.origin.dense, pruner.family
+    linear = {f"{path}.weight" for path, _ in base_linears(model, family)}
+
+    def total(bytes_of: Callable[[nn.Parameter], float]) -> int:
+        cost = parameter_cost(model, family, pruner.spaces, lambda name, p: bytes_of(p) if name in linear else 0.0)
+        return int(cost.total(plan.counts))
+
+    return total(lambda p: p.element_size()), total(lambda p: BYTES[form])
 
 
 def _before_the_cut(pruner: AdaptivePruner) -> str:

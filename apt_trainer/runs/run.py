@@ -70,6 +70,7 @@ _DENSE: dict[str, Any] = {
     "lm_eval_tasks": [],
     "export": [],
     "vocabulary": None,
+    "base_quantization": None,
     "reference_metric": None,
     "dense_baseline": False,
     "report_to": "none",
