@@ -172,7 +172,7 @@ def _of_model_at_first(pruner: AdaptivePruner, args: APTConfig) -> str:
 def base_bytes(pruner: AdaptivePruner, plan: PruningPlan, form: str) -> tuple[int, int]:
     """Of the linear layers of the blocks at ``plan``: plain, and as ``base_quantization`` makes them."""
     model, family = pruner.origin.dense, pruner.family
-    linear = {f"{path}.weight" for path, _ in base_linears(model, family)}
+    linear = {f"{path.removesuffix('.base_layer')}.weight" for path, _ in base_linears(model, family)}
 
     def total(bytes_of: Callable[[nn.Parameter], float]) -> int:
         cost = parameter_cost(model, family, pruner.spaces, lambda name, p: bytes_of(p) if name in linear else 0.0)

@@ -1,7 +1,7 @@
 """Linear layers of bitsandbytes, in its own format, whose weights are dequantised for each of their two products.
 
 The products are made here rather than by the library for two reasons. On a CPU its kernels for AVX-512 give wrong
-values to rows that end within a block; and its int8 layers round their inputs too, as a rule, so that what is evaluated
+values to rows that end within a block; and its int8 layers round inputs too, as a rule, so that what is evaluated
 would be neither what trains nor what is saved. Import it late, as ``frozen_base`` does: bitsandbytes may be missing.
 
 Source: QLoRA, https://arxiv.org/abs/2305.14314 (4-bit NormalFloat, double quantisation).

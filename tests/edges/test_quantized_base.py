@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from apt_trainer import APTConfig, APTTrainer, UserError, load_pruned
+from apt_trainer.runs.dry_run import base_bytes
 
 BEFORE: dict[str, Any] = {
     "pruning_time": "before",
@@ -127,6 +128,8 @@ def test_the_base_is_that_of_the_library_and_the_run_goes_on_from_a_checkpoint(
     in_bfloat16 = 2 * sum(values.numel() for _, values in seen["layers"].values())
     assert base["layers"] == 14 and base["bytes_before"] == 2 * in_bfloat16
     assert base["bytes"] <= share * in_bfloat16
+    planned = base_bytes(straight.pruner, straight.pruner.plan, form)
+    assert planned[0] == base["bytes_before"] and planned[1] == pytest.approx(base["bytes"], rel=0.07)
 
     # by hand: the same cut, then the library's own layers
     def quantize(model: Any) -> None:

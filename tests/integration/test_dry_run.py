@@ -11,7 +11,7 @@ import pytest
 import torch
 from texts import TOKENS, word_tokenizer, words
 from tiny import ALL_TASKS, tiny_config
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.training_args import OptimizerNames
 
 from apt_trainer import APTConfig, UserError
@@ -191,3 +191,23 @@ def test_what_the_rest_weighs_and_what_a_target_means_for_the_blocks(ready: Reci
         assert all_of_them == pytest.approx(blocks * of_blocks / whole, abs=1e-3)
     ready.training.target_sparsity = 0.9
     refused(ready, f"the largest that does not is 0.*Blocks are {of_blocks / whole:.1%} of all parameters")
+
+
+# ---------------------------------------------------------------------------- a quantised base
+
+
+@pytest.mark.parametrize(("form", "share"), [("nf4", 0.129), ("int8", 0.25)])
+def test_what_a_quantised_base_frees_is_said(ready: Recipe, form: str, share: float) -> None:
+    ready.training.base_quantization, ready.training.importance = form, "salience"
+    ready.training.prune_targets = ["heads", "neurons"]
+    found = re.search(
+        rf"frees about [\d.]+ k?B of weights, {form} then about ([\d.]+) kB more \(linear layers of the blocks: "
+        r"([\d.]+) kB for ([\d.]+) kB\)",
+        dry_run.plan(ready),
+    )
+    assert found is not None
+    freed, after, before = map(float, found.groups())
+    model = AutoModelForCausalLM.from_pretrained(str(ready.model.model_name_or_path))
+    most = sum(4 * m.weight.numel() for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)) / 1000
+    assert 0.5 * most < before < most
+    assert after == pytest.approx(share * before, rel=0.05) and freed == pytest.approx(before - after, abs=0.2)
