@@ -54,7 +54,13 @@ from apt_trainer.training.engines.state import State
 from apt_trainer.training.finished_model import FinishedModel
 from apt_trainer.training.fused_head import let_copies_own
 from apt_trainer.training.given_adapters import adopt
-from apt_trainer.training.inside import check_embeddings, check_inside, place_of_transformer, pooling_of
+from apt_trainer.training.inside import (
+    check_embeddings,
+    check_inside,
+    place_of_transformer,
+    pooling_of,
+    what_is_compared,
+)
 from apt_trainer.training.micro_batch import MicroBatches
 from apt_trainer.training.own_optimizer import OwnOptimizer
 from apt_trainer.training.reference import check_reference
@@ -164,6 +170,9 @@ class PruningMixin(FinishedModel):
         self._tracked: str | None = None
         self.add_callback(MethodCallback(self))
         self.add_callback(self._stop)
+        left_out = what_is_compared(model, self.place, settings)
+        if left_out is not None and self.is_world_process_zero():
+            logger.warning(left_out)
 
     def _make_trainer(self, model: Any, args: Any, given: dict[str, Any], heldout: Any) -> Any:
         """What ``__init__`` of the Trainer does; returns the data held out, as the Trainer makes and reads data."""
