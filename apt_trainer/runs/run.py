@@ -27,6 +27,7 @@ from apt_trainer.evaluate.compare import measure_memory, measure_speed
 from apt_trainer.evaluate.harness import run_tasks
 from apt_trainer.evaluate.task_intervals import Intervals, score_intervals
 from apt_trainer.measure import PeakMemory, count_parameters, return_freed_memory, size_on_disk
+from apt_trainer.models.parts import weigh_parts
 from apt_trainer.report.plots import plot_run
 from apt_trainer.report.tables import comparison_table, exports_table
 from apt_trainer.runs.exports import FOLDER as EXPORTS
@@ -69,6 +70,7 @@ _DENSE: dict[str, Any] = {
     "lm_eval_tasks": [],
     "export": [],
     "vocabulary": None,
+    "base_quantization": None,
     "reference_metric": None,
     "dense_baseline": False,
     "report_to": "none",
@@ -160,6 +162,8 @@ def _train_prepared(
         "block_params_dense": int(trainer.pruner.block_cost.total(trainer.pruner.dense_plan.counts)),
         "block_params": int(trainer.pruner.block_cost.total(trainer.pruner.plan.counts)),
         "sparsity": trainer.pruner.sparsity(),
+        "parts_dense": _parts(dense_copy(trainer.model, "meta"), trainer),
+        "parts": _parts(trainer.model, trainer),
         "total_params_dense": count_parameters(dense_copy(trainer.model, "meta")),
         "total_params": count_parameters(trainer.model),
         "disk_bytes_dense": sum(p.numel() * p.element_size() for p in dense_copy(trainer.model, "meta").parameters()),
@@ -184,12 +188,20 @@ def _train_prepared(
         metrics["vocabulary"] = vocabulary
         metrics["total_params_dense"] += vocabulary["parameters_before"] - vocabulary["parameters"]
         metrics["disk_bytes_dense"] += vocabulary["bytes_before"] - vocabulary["bytes"]
+        names = (("params", "parameters"), ("bytes", "bytes"))
+        gone = {name: vocabulary[f"{key}_before"] - vocabulary[key] for name, key in names}
+        metrics["parts_dense"]["vocabulary"] = gone  # of embeddings and head
     if args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
         metrics["best_checkpoint"] = Path(trainer.state.best_model_checkpoint).name
     if watch is not None:
         metrics["time_to_accuracy"] = watch.record()
     _measure_export_and_upload(metrics, recipe, trainer, tokenizer, data)
     return metrics
+
+
+def _parts(model: Any, trainer: APTTrainer) -> dict[str, dict[str, int]]:
+    """Parameters and bytes of blocks, embeddings, head and the rest."""
+    return {part: weight._asdict() for part, weight in weigh_parts(model, trainer.pruner.family).items()}
 
 
 def _take_folder(output: Path, recipe: Recipe, lock: FolderLock, anew: bool) -> None:
