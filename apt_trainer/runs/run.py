@@ -194,7 +194,10 @@ def _train_prepared(
     if args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
         metrics["best_checkpoint"] = Path(trainer.state.best_model_checkpoint).name
     if watch is not None:
-        metrics["time_to_accuracy"] = watch.record()
+        metrics["evaluations"] = watch.evaluations
+        if args.reference_metric is not None:
+            share = args.reference_share if data.greater_is_better else 1 / args.reference_share
+            metrics["time_to_accuracy"] = watch.record(args.reference_metric * share, data.greater_is_better)
     _measure_export_and_upload(metrics, recipe, trainer, tokenizer, data)
     return metrics
 
@@ -297,16 +300,11 @@ def _inference_memory(recipe: Recipe) -> dict[str, Any]:
 
 
 def _watch_accuracy(trainer: APTTrainer, data: TaskData) -> TimeToAccuracy | None:
-    """Watch for the time to ``reference_share`` of ``reference_metric``, if the run was given one."""
-    args = trainer.args
-    if args.reference_metric is None:
+    """Watch the evaluations of the run, if it has any while it trains."""
+    if trainer.args.eval_strategy == "no":
         return None
-    share = args.reference_share if data.greater_is_better else 1 / args.reference_share
     watch = TimeToAccuracy(
-        f"eval_{data.metric_name}",
-        args.reference_metric * share,
-        data.greater_is_better,
-        is_pruned=lambda: trainer.state.global_step >= trainer.schedule.end,
+        f"eval_{data.metric_name}", is_pruned=lambda: trainer.state.global_step >= trainer.schedule.end
     )
     trainer.add_callback(watch)
     return watch
