@@ -57,6 +57,7 @@ from apt_trainer.training.given_adapters import adopt
 from apt_trainer.training.inside import check_embeddings, check_inside, place_of_transformer, pooling_of
 from apt_trainer.training.micro_batch import MicroBatches
 from apt_trainer.training.own_optimizer import OwnOptimizer
+from apt_trainer.training.progress import use_run_progress
 from apt_trainer.training.reference import check_reference
 from apt_trainer.training.step_losses import StepLosses
 from apt_trainer.training.termination import StopOnSignal
@@ -162,6 +163,7 @@ class PruningMixin(FinishedModel):
         self.micro_batches, self._stop = MicroBatches(self), StopOnSignal()
         self.calibration = CalibrationRows(self)
         self._tracked: str | None = None
+        use_run_progress(self)
         self.add_callback(MethodCallback(self))
         self.add_callback(self._stop)
 
