@@ -72,6 +72,10 @@ def _end() -> None:
 
 def _no_bars_of_transformers(module: Any) -> None:
     """Of weights and shards. Downloads, which may take long, keep their bars: those have names."""
+    if _active and not is_chief():
+        logger = module.get_logger("transformers")
+        for handler in logger.handlers:
+            handler.addFilter(lambda record: record.levelno >= logging.ERROR or logger.level < logging.WARNING)
     if _active and _HUB_OFF not in os.environ:
         from huggingface_hub.utils import enable_progress_bars
 

@@ -76,6 +76,22 @@ def plot_run(
             no timing.
         dpi: Pixels per inch.
     """
+    with rc_context(STYLE):
+        figure = draw_run(events, log_history, title, metric=metric, dpi=dpi)
+        if isinstance(path, str | Path):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="png")
+
+
+def draw_run(
+    events: Sequence[dict[str, Any]],
+    log_history: Sequence[dict[str, Any]],
+    title: str,
+    *,
+    metric: str | None = None,
+    dpi: int = 120,
+) -> Figure:
+    """The figure of :func:`plot_run`."""
     last_step = max((float(entry.get("step", 0)) for entry in (*events, *log_history)), default=0.0)
     phases = find_phases(events, last_step)
     with rc_context(STYLE):
@@ -98,9 +114,7 @@ def plot_run(
         if phases:
             tints = [Patch(facecolor=tint, edgecolor="#BBBBBB", label=label) for label, tint in _tints(phases).items()]
             figure.legend(handles=tints, loc="outside lower left", ncols=len(tints))
-        if isinstance(path, str | Path):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png")
+    return figure
 
 
 def find_phases(events: Sequence[dict[str, Any]], last_step: float) -> list[Phase]:

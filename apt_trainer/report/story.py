@@ -53,7 +53,9 @@ def event_line(record: Mapping[str, Any], before: Mapping[str, Any], metric: str
         metric: What the budget counts (``sparsity_metric``).
     """
     if record["kind"] == "teacher":
-        return _joined(record["step"], f"new teacher, the model as it is: loss {record['heldout_loss']:.2f} held out")
+        return _joined(
+            record["step"], f"new teacher: the model as it is, loss {record['heldout_loss']:.2f} on held-out rows"
+        )
     parts = []
     if record["kind"] == "prune":
         gone = f"{record['sparsity']:.1%}".replace("%", " %")

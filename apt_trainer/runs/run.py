@@ -27,6 +27,7 @@ from transformers import EvalPrediction, set_seed
 
 from apt_trainer.errors import Noted, Retold, RunError, UserError, reason
 from apt_trainer.evaluate.compare import measure_memory, measure_speed
+from apt_trainer.evaluate.differences import keep_predictions
 from apt_trainer.evaluate.harness import run_tasks
 from apt_trainer.evaluate.task_intervals import Intervals, score_intervals
 from apt_trainer.libraries.quiet import write_line
@@ -153,7 +154,10 @@ def _train_prepared(
             predictions: list[EvalPrediction] = []
             trainer.compute_metrics = _keeping(data.metrics["test"], predictions)
             scores = trainer.evaluate(data.test, metric_key_prefix=data.test_name)
-            intervals = _intervals(recipe, data, predictions) if trainer.is_world_process_zero() else {}
+            intervals = {}
+            if trainer.is_world_process_zero():
+                intervals = _intervals(recipe, data, predictions)
+                keep_predictions(output, output / "dense", data, tokenizer, predictions[:1])
     if args.bf16_full_eval or args.fp16_full_eval:  # they leave it in theirs; what follows is for what was saved
         trainer.model.to(dtype)
     metrics = {

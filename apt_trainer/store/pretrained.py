@@ -198,6 +198,8 @@ def load_model(settings: ModelSettings, data: TaskData) -> PreTrainedModel:
     """The pretrained model with the head of the task, fresh where the checkpoint has none."""
     source = source_of(settings)
     options = {"ignore_mismatched_sizes": True, **_weights(settings, source), **data.model_kwargs}
+    if "id2label" in options:  # which says it, and transformers warns where a config has other labels
+        options.pop("num_labels", None)
     with _own_report():
         load = getattr(transformers, data.model_class).from_pretrained
         model, found = _from_hub(load, source, **options, output_loading_info=True)

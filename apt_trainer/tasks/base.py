@@ -11,7 +11,7 @@ import json
 import logging
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from types import SimpleNamespace
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -249,7 +249,7 @@ def encode(
 
     if not is_sharing():
         return make()
-    plain = {name: value for name, value in kwargs.items() if value is None or isinstance(value, str | int)}
+    plain = {k: repr(v) for k, v in kwargs.items() if v is None or isinstance(v, str | int) or is_dataclass(v)}
     of_rows = fingerprint(rows, SimpleNamespace(names=rows.column_names))
     told_apart = json.dumps([function.__module__, function.__qualname__, plain], sort_keys=True)
     return shared(f"{of_rows}-{hashlib.sha256(told_apart.encode()).hexdigest()[:16]}", make)
