@@ -65,6 +65,7 @@ from apt_trainer.training.inside import (
 )
 from apt_trainer.training.micro_batch import MicroBatches
 from apt_trainer.training.own_optimizer import OwnOptimizer
+from apt_trainer.training.progress import use_run_progress
 from apt_trainer.training.raw_data import prepared
 from apt_trainer.training.reference import check_reference
 from apt_trainer.training.step_losses import StepLosses
@@ -171,6 +172,7 @@ class PruningMixin(FinishedModel):
         self.micro_batches, self._stop = MicroBatches(self), StopOnSignal()
         self.calibration = CalibrationRows(self)
         self._tracked: str | None = None
+        use_run_progress(self)
         self.add_callback(MethodCallback(self))
         self.add_callback(self._stop)
         left_out = what_is_compared(model, self.place, settings)
