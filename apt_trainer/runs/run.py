@@ -194,12 +194,7 @@ def _train_prepared(
         metrics["task_metric_low"], metrics["task_metric_high"] = intervals[data.metric_name]
     metrics |= {f"{name}_dense": dense[name] for name in _COMPARED if name in dense}
     if vocabulary:
-        metrics["vocabulary"] = vocabulary
-        metrics["total_params_dense"] += vocabulary["parameters_before"] - vocabulary["parameters"]
-        metrics["disk_bytes_dense"] += vocabulary["bytes_before"] - vocabulary["bytes"]
-        names = (("params", "parameters"), ("bytes", "bytes"))
-        gone = {name: vocabulary[f"{key}_before"] - vocabulary[key] for name, key in names}
-        metrics["parts_dense"]["vocabulary"] = gone  # of embeddings and head
+        _count_vocabulary(metrics, vocabulary)
     if args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
         metrics["best_checkpoint"] = Path(trainer.state.best_model_checkpoint).name
     if watch is not None:
@@ -214,6 +209,16 @@ def _train_prepared(
 def _parts(model: Any, trainer: APTTrainer) -> dict[str, dict[str, int]]:
     """Parameters and bytes of blocks, embeddings, head and the rest."""
     return {part: weight._asdict() for part, weight in weigh_parts(model, trainer.pruner.family).items()}
+
+
+def _count_vocabulary(metrics: dict[str, Any], vocabulary: dict[str, Any]) -> None:
+    """Add what tokens that are gone weighed to what the dense model weighs."""
+    metrics["vocabulary"] = vocabulary
+    names = (("params", "parameters"), ("bytes", "bytes"))
+    gone = {name: vocabulary[f"{key}_before"] - vocabulary[key] for name, key in names}
+    metrics["parts_dense"]["vocabulary"] = gone  # of embeddings and head
+    metrics["total_params_dense"] += gone["params"]
+    metrics["disk_bytes_dense"] += gone["bytes"]
 
 
 def _prepare(recipe: Recipe, output: Path, shares_rows: bool) -> tuple[Any, TaskData, dict[str, Any]]:

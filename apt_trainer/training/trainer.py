@@ -172,13 +172,16 @@ class PruningMixin(FinishedModel):
         self.micro_batches, self._stop = MicroBatches(self), StopOnSignal()
         self.calibration = CalibrationRows(self)
         self._tracked: str | None = None
-        use_run_progress(self)
-        self.add_callback(MethodCallback(self))
-        self.add_callback(self._stop)
+        self._add_callbacks()
         left_out = what_is_compared(model, self.place, settings)
         if left_out is not None and self.is_world_process_zero():
             logger.warning(left_out)
-        if settings.early_stopping_patience is not None:
+
+    def _add_callbacks(self) -> None:
+        use_run_progress(self)
+        self.add_callback(MethodCallback(self))
+        self.add_callback(self._stop)
+        if self.args.early_stopping_patience is not None:
             self.add_callback(EarlyStopping(self))
 
     def _make_trainer(self, model: Any, args: Any, given: dict[str, Any], heldout: Any) -> Any:
