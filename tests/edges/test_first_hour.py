@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,13 +31,16 @@ from transformers import (
     pipeline,
 )
 
-from apt_trainer import APTConfig, APTTrainer, DataSettings, UserError, cli, load_pruned
+import apt_trainer
+from apt_trainer import APTConfig, APTTrainer, DataSettings, UserError, __version__, cli, load_pruned
 from apt_trainer.settings.recipe import load_recipe
 from apt_trainer.store.pretrained import load_inputs
 from apt_trainer.tasks import load_task
 from apt_trainer.tasks.loading import read_file
 from apt_trainer.tasks.trainer_options import set_task_arguments
 
+ROOT = Path(apt_trainer.__file__).resolve().parents[1]
+PYPROJECT = ROOT / "pyproject.toml"
 SHORT = ["--max_steps", "6", "--measure_latency", "false", "--use_cpu", "--disable_tqdm", "--eval_strategy", "no"]
 
 
@@ -416,8 +421,38 @@ def test_a_run_that_gets_no_better_ends_after_the_last_cut(tmp_path: Path, caplo
 
 def test_a_recipe_watches_the_metric_of_its_task(inside: Path) -> None:
     words = ["--model_name_or_path", "encoder", "--train_file", "reviews.csv", "--text_column", "Review"]
-    words += ["--label_column", "verdict", "--drop_unlabeled", "--max_length", "16", "--eval_strategy", "epoch"]
+    words += [
+        "--label_column",
+        "verdict",
+        "--drop_unlabeled",
+        "--drop_empty_texts",
+        "--max_length",
+        "16",
+        "--eval_strategy",
+        "epoch",
+    ]
     recipe = load_recipe(None, [*words, "--early_stopping_patience", "2", "--output_dir", "out/watches", "--use_cpu"])
     _, _, data = load_inputs(recipe.model, recipe)
     set_task_arguments(recipe.training, data, recipe.given)
     assert recipe.training.metric_for_best_model == "accuracy" and recipe.training.greater_is_better is True
+
+
+# ---------------------------------------------------------------------------- contributors
+
+
+def test_what_contributors_and_papers_read_is_true() -> None:
+    github = ROOT / ".github"
+    forms = {file.name: yaml.safe_load(file.read_text()) for file in (github / "ISSUE_TEMPLATE").glob("*.yml")}
+    asked = {name: [part["attributes"]["label"] for part in form.get("body", [])] for name, form in forms.items()}
+    assert all(any("`apt-trainer env`" in label for label in asked[name]) for name in ("bug.yml", "idea.yml"))
+    cited, project = (
+        yaml.safe_load((github / "CITATION.cff").read_text()),
+        tomllib.loads(PYPROJECT.read_text())["project"],
+    )
+    assert cited["version"] == project["version"] == __version__ and cited["license"] == project["license"]
+    assert cited["authors"] == project["authors"]
+    changes = (ROOT / "apt_trainer/README.md").read_text(encoding="utf-8").split("## Changes")[1]
+    assert re.findall(r"^### (\S+)", changes, flags=re.MULTILINE)[0] == __version__
+    guide = (github / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert all((github / link).resolve().exists() for link in re.findall(r"\]\(([^)]+)\)", guide))
+    assert all((ROOT / path).exists() for path in re.findall(r"(?:scripts|tests|recipes)/[\w/.]+", guide))
