@@ -49,7 +49,7 @@ def refuse(model: PreTrainedModel, tokenizer: Any, quantize: str | None, cut: bo
             f"{type(model).__name__} has an encoder and a decoder, which are not exported to ONNX. Serve the saved "
             "folder itself with transformers."
         )
-    if any(table.experts for stack in family_of(model.config).stacks for table in stack.sublayers):
+    if family_of(model.config).has_experts:
         raise UserError(
             f"{type(model).__name__} is a mixture of experts, whose tokens part ways while it runs, and is not "
             "exported to ONNX. Serve the saved folder itself with transformers."
