@@ -208,6 +208,11 @@ class ModelFamily:
         """Every layer of every stack."""
         return [layer for stack in self.stacks for layer in self._layers(model, stack)]
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether feed-forwards are mixtures of experts."""
+        return any(table.experts is not None for stack in self.stacks for table in stack.sublayers)
+
     def block_modules(self, model: nn.Module) -> list[str]:
         return self.layer_paths(model)
 

@@ -49,6 +49,11 @@ def refuse(model: PreTrainedModel, tokenizer: Any, quantize: str | None, cut: bo
             f"{type(model).__name__} has an encoder and a decoder, which are not exported to ONNX. Serve the saved "
             "folder itself with transformers."
         )
+    if family_of(model.config).has_experts:
+        raise UserError(
+            f"{type(model).__name__} is a mixture of experts, whose tokens part ways while it runs, and is not "
+            "exported to ONNX. Serve the saved folder itself with transformers."
+        )
     if getattr(model.config, "apt_plan", None) is not None:
         raise UserError("A model with an execution plan is not exported. Drop layers instead: apt-trainer drop.")
 
