@@ -130,13 +130,14 @@ def _scatter(comparison: Comparison, x: str, y: str) -> str:
 def _layers(kept: dict[str, list[Record]]) -> str:
     """Share of heads and neurons left per layer, and of hidden dimensions; a row per variant, mean over seeds."""
     layers = {
-        kind: sorted({n for runs in kept.values() for n in runs[0]["dense"][kind]}, key=lambda n: (len(n), n))
-        for kind in ("heads", "neurons")
+        kind: sorted({n for runs in kept.values() for n in runs[0]["dense"].get(kind, ())}, key=lambda n: (len(n), n))
+        for kind in ("heads", "neurons", "experts")
+        if any(kind in run["dense"] for runs in kept.values() for run in runs)
     }
     columns = [*layers.items(), ("hidden", [""])]
     with rc_context(STYLE):
         figure = Figure(figsize=(13, 1.4 + 0.4 * len(kept)), layout="constrained")
-        panels = figure.subplots(1, 3, sharey=True, width_ratios=[len(names) for _, names in columns])
+        panels = figure.subplots(1, len(columns), sharey=True, width_ratios=[len(names) for _, names in columns])
         for axes, (kind, names) in zip(panels, columns, strict=True):
             shares = [[mean(_share(run, kind, name) for run in runs) for name in names] for runs in kept.values()]
             axes.pcolormesh(shares, cmap="Blues", vmin=0, vmax=1.4, edgecolors="white", linewidth=2)
@@ -151,7 +152,7 @@ def _layers(kept: dict[str, list[Record]]) -> str:
 
 
 def _share(run: Record, kind: str, layer: str) -> float:
-    left, whole = run[kind], run["dense"][kind]
+    left, whole = run.get(kind, {}), run["dense"].get(kind, {})
     return float(left / whole if kind == "hidden" else left.get(layer, 0) / whole.get(layer, 1))
 
 

@@ -234,13 +234,16 @@ def _draw_layers(axes: Axes, events: Sequence[dict[str, Any]]) -> None:
         return
     bars = [("hidden", GREEN, left["hidden"], dense["hidden"], 0.0)] if dense.get("hidden") else []
     layers = sorted({*dense["heads"], *dense["neurons"]}, key=_natural)
+    shown = [("heads", BLUE, -0.2), ("neurons", ORANGE, 0.2)]
+    if "experts" in dense:
+        shown = [("heads", BLUE, -0.27), ("neurons", ORANGE, 0.0), ("experts", PURPLE, 0.27)]
     for row, layer in enumerate(layers, start=1):
-        for kind, color, shift in (("heads", BLUE, -0.2), ("neurons", ORANGE, 0.2)):
-            if layer in dense[kind]:
+        for kind, color, shift in shown:
+            if layer in dense.get(kind, ()):
                 bars.append((kind, color, left[kind].get(layer, 0), dense[kind][layer], row + shift))
     counts_fit, size = len(layers) <= 48, 9 if len(layers) <= 12 else 7
     for kind, color, count, whole, y in bars:
-        height = 0.62 if kind == "hidden" else 0.36
+        height = 0.62 if kind == "hidden" else 0.72 / len(shown)
         axes.barh(y, 1, height=height, color=GREY)
         axes.barh(y, count / whole if whole else 0, height=height, color=color)
         if counts_fit:
@@ -254,8 +257,8 @@ def _draw_layers(axes: Axes, events: Sequence[dict[str, Any]]) -> None:
     axes.set_xlabel("share of the dense model (grey)")
     axes.tick_params(axis="y", length=0)
     axes.spines[["left", "bottom"]].set_visible(False)
-    handles = [Patch(color=color, label=kind) for kind, color in (("heads", BLUE), ("neurons", ORANGE))]
-    axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, ncols=2)
+    handles = [Patch(color=color, label=kind) for kind, color, _ in shown]
+    axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, ncols=len(shown))
 
 
 def _sizes(events: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -32,6 +32,7 @@ from apt_trainer.evaluate.harness import run_tasks
 from apt_trainer.evaluate.task_intervals import Intervals, score_intervals
 from apt_trainer.libraries.quiet import write_line
 from apt_trainer.measure import PeakMemory, count_parameters, return_freed_memory, size_on_disk
+from apt_trainer.models.parts import weigh_parts
 from apt_trainer.report.plots import plot_run
 from apt_trainer.report.story import opening
 from apt_trainer.report.tables import comparison_table, exports_table, format_count
@@ -77,6 +78,7 @@ _DENSE: dict[str, Any] = {
     "lm_eval_tasks": [],
     "export": [],
     "vocabulary": None,
+    "base_quantization": None,
     "reference_metric": None,
     "dense_baseline": False,
     "report_to": "none",
@@ -169,6 +171,8 @@ def _train_prepared(
         "block_params_dense": int(trainer.pruner.block_cost.total(trainer.pruner.dense_plan.counts)),
         "block_params": int(trainer.pruner.block_cost.total(trainer.pruner.plan.counts)),
         "sparsity": trainer.pruner.sparsity(),
+        "parts_dense": _parts(dense_copy(trainer.model, "meta"), trainer),
+        "parts": _parts(trainer.model, trainer),
         "total_params_dense": count_parameters(dense_copy(trainer.model, "meta")),
         "total_params": count_parameters(trainer.model),
         "disk_bytes_dense": sum(p.numel() * p.element_size() for p in dense_copy(trainer.model, "meta").parameters()),
@@ -190,15 +194,31 @@ def _train_prepared(
         metrics["task_metric_low"], metrics["task_metric_high"] = intervals[data.metric_name]
     metrics |= {f"{name}_dense": dense[name] for name in _COMPARED if name in dense}
     if vocabulary:
-        metrics["vocabulary"] = vocabulary
-        metrics["total_params_dense"] += vocabulary["parameters_before"] - vocabulary["parameters"]
-        metrics["disk_bytes_dense"] += vocabulary["bytes_before"] - vocabulary["bytes"]
+        _count_vocabulary(metrics, vocabulary)
     if args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
         metrics["best_checkpoint"] = Path(trainer.state.best_model_checkpoint).name
     if watch is not None:
-        metrics["time_to_accuracy"] = watch.record()
+        metrics["evaluations"] = watch.evaluations
+        if args.reference_metric is not None:
+            share = args.reference_share if data.greater_is_better else 1 / args.reference_share
+            metrics["time_to_accuracy"] = watch.record(args.reference_metric * share, data.greater_is_better)
     _measure_export_and_upload(metrics, recipe, trainer, tokenizer, data)
     return metrics
+
+
+def _parts(model: Any, trainer: APTTrainer) -> dict[str, dict[str, int]]:
+    """Parameters and bytes of blocks, embeddings, head and the rest."""
+    return {part: weight._asdict() for part, weight in weigh_parts(model, trainer.pruner.family).items()}
+
+
+def _count_vocabulary(metrics: dict[str, Any], vocabulary: dict[str, Any]) -> None:
+    """Add what tokens that are gone weighed to what the dense model weighs."""
+    metrics["vocabulary"] = vocabulary
+    names = (("params", "parameters"), ("bytes", "bytes"))
+    gone = {name: vocabulary[f"{key}_before"] - vocabulary[key] for name, key in names}
+    metrics["parts_dense"]["vocabulary"] = gone  # of embeddings and head
+    metrics["total_params_dense"] += gone["params"]
+    metrics["disk_bytes_dense"] += gone["bytes"]
 
 
 def _prepare(recipe: Recipe, output: Path, shares_rows: bool) -> tuple[Any, TaskData, dict[str, Any]]:
@@ -322,16 +342,11 @@ def _inference_memory(recipe: Recipe) -> dict[str, Any]:
 
 
 def _watch_accuracy(trainer: APTTrainer, data: TaskData) -> TimeToAccuracy | None:
-    """Watch for the time to ``reference_share`` of ``reference_metric``, if the run was given one."""
-    args = trainer.args
-    if args.reference_metric is None:
+    """Watch the evaluations of the run, if it has any while it trains."""
+    if trainer.args.eval_strategy == "no":
         return None
-    share = args.reference_share if data.greater_is_better else 1 / args.reference_share
     watch = TimeToAccuracy(
-        f"eval_{data.metric_name}",
-        args.reference_metric * share,
-        data.greater_is_better,
-        is_pruned=lambda: trainer.state.global_step >= trainer.schedule.end,
+        f"eval_{data.metric_name}", is_pruned=lambda: trainer.state.global_step >= trainer.schedule.end
     )
     trainer.add_callback(watch)
     return watch

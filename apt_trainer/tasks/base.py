@@ -32,6 +32,10 @@ from apt_trainer.tasks.summed_scores import SummedScores
 logger = logging.getLogger(__name__)
 
 PART_NAMES = {"train": "training", "validation": "validation", "test": "test"}
+_ADVICE = {
+    "text_column": "Set text_column (and text_pair_column for pairs).",
+    "image_column": "Set image_column, or give a folder whose sub-folders are the labels and hold image files.",
+}
 IGNORED_LABEL = -100  # the index that torch's cross-entropy leaves out
 
 ComputeMetrics = Callable[[EvalPrediction], dict[str, float]]
@@ -160,6 +164,11 @@ def _first(values: Any, number: int) -> Any:
 
 def require_column(rows: Dataset, column: str, setting: str, part: str) -> None:
     """Raise :class:`UserError` with the nearest name where ``column`` is missing from one part."""
+    check_name(rows, column, f"{setting}={column!r} is not a column of the {PART_NAMES[part]} data.", setting)
+
+
+def check_name(rows: Dataset, column: str, told: str, setting: str = "text_column") -> None:
+    """Raise :class:`UserError` where ``rows`` have no such column: what is ``told``, their columns, the nearest."""
     if column in rows.column_names:
         return
     names = names_with_fields(rows)
@@ -168,10 +177,7 @@ def require_column(rows: Dataset, column: str, setting: str, part: str) -> None:
     record = column.partition(".")[0]
     if record != column and record in names and not any(name.startswith(f"{record}.") for name in names):
         hint = f" Not every row of {record!r} is a record with the same fields."
-    raise UserError(
-        f"{setting}={column!r} is not a column of the {PART_NAMES[part]} data. "
-        f"Its columns are: {', '.join(names)}.{hint}"
-    )
+    raise UserError(f"{told} Its columns are: {', '.join(names)}.{hint}")
 
 
 def is_text(feature: Any) -> bool:
@@ -182,15 +188,21 @@ def is_list_of_text(feature: Any) -> bool:
     return is_text(getattr(feature, "feature", None))
 
 
-def only_column(rows: Dataset, taken: Iterable[str | None], fits: Callable[[Any], bool], kind: str) -> str:
+def only_column(
+    rows: Dataset,
+    taken: Iterable[str | None],
+    fits: Callable[[Any], bool],
+    kind: str,
+    setting: str = "text_column",
+) -> str:
     """The one column of the wanted kind that is not taken; :class:`UserError` where there is none or several."""
     found = [name for name, feature in rows.features.items() if fits(feature) and name not in taken]
     if len(found) == 1:
         return found[0]
     several = f"several columns hold {kind} ({', '.join(found)})" if found else f"no further column holds {kind}"
     raise UserError(
-        f"text_column is not set, and in the training data {several}. "
-        f"Its columns are: {', '.join(names_with_fields(rows))}. Set text_column (and text_pair_column for pairs)."
+        f"{setting} is not set, and in the training data {several}. "
+        f"Its columns are: {', '.join(names_with_fields(rows))}. {_ADVICE[setting]}"
     )
 
 

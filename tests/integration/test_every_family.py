@@ -31,7 +31,10 @@ RUN: dict[str, Any] = {**SHORT, "max_steps": 8, "pruning_end": 5, "distillation_
 
 def _trainer(folder: Path, model_type: str, save: tuple[int, ...] = ()) -> APTTrainer:
     model = invariants.model_of(model_type)
-    data = Rows(24, "target" if model.config.is_encoder_decoder else "text")
+    data: Any = Rows(24, "target" if model.config.is_encoder_decoder else "text")
+    if model.main_input_name == "pixel_values":
+        images = tiny_batch(model, size=24)
+        data = [{name: values[row] for name, values in images.items()} for row in range(24)]
     return make_trainer(folder, model, data, {"callbacks": [SaveAt(save)]}, **RUN)
 
 

@@ -50,7 +50,7 @@ def _chromium(folder: Path, *words: str) -> str:
 
 
 def _looked_at(folder: Path, page: str, width: int, *words: str) -> dict[str, Any]:
-    """What a window of ``width`` shows; as narrow as a phone it can only be as a frame in a wider one."""
+    """What a window of ``width`` shows; a narrow one is a frame in a wider one, which cannot be that narrow itself."""
     file = folder / "probe.html"
     probed = page.replace("</body>", PROBE + "</body>")
     if width < 500:
