@@ -30,12 +30,13 @@ def keep_predictions(
     for name in (DIFFERENCES_FILE, PREDICTIONS_FILE):
         (folder / name).unlink(missing_ok=True)
     for prediction in predictions:
-        write_predictions(folder, data, prediction)
+        write_predictions(folder, data, tokenizer, prediction)
         write_differences(folder, dense, data, tokenizer)
 
 
-def write_predictions(folder: Path, data: TaskData, prediction: EvalPrediction) -> None:
-    """Write what the model says of the first rows of the test data, and what is right; nothing for other tasks."""
+def write_predictions(folder: Path, data: TaskData, tokenizer: Any, prediction: EvalPrediction) -> None:
+    """Write what the model says of the first rows of the test data, and what is right; nothing for other tasks.
+    ``example``: of the first row, with its text."""
     if data.model_class != "AutoModelForSequenceClassification":
         return
     rows = min(len(data.test), KEPT)
@@ -47,7 +48,9 @@ def write_predictions(folder: Path, data: TaskData, prediction: EvalPrediction) 
         both = [[_names(row, names) for row in values.tolist()] for values in (said > 0, right > 0.5)]
     else:
         both = [[names[i] for i in values.tolist()] for values in (said.argmax(-1), right)]
-    write_json(folder / PREDICTIONS_FILE, {"of": len(data.test), "prediction": both[0], "label": both[1]})
+    example = {"text": _text(data, tokenizer, 0), "prediction": _shown(both[0][0]), "label": _shown(both[1][0])}
+    found = {"of": len(data.test), "example": example, "prediction": both[0], "label": both[1]}
+    write_json(folder / PREDICTIONS_FILE, found)
 
 
 def write_differences(folder: Path, dense: Path, data: TaskData, tokenizer: Any) -> None:

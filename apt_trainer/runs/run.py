@@ -225,6 +225,10 @@ def _prepare(recipe: Recipe, output: Path, shares_rows: bool) -> tuple[Any, Task
     """Tokenizer, data and what the dense model came to, if it is asked for; raises :class:`UserError` as
     :func:`train`. ``shares_rows``: whether the dense model has the same tokenizer."""
     args = recipe.training
+    if is_sharing():  # what is odd about the data has been said by the run that started this one
+        logging.getLogger("apt_trainer.tasks").setLevel(logging.ERROR)
+    else:
+        write_line(f"Reading {recipe.data.dataset_name or recipe.data.train_file}")
     with keeping_rows() if shares_rows and args.dense_baseline else nullcontext({}) as rows:
         tokenizer, config, data = load_inputs(recipe.model, recipe)
     set_task_arguments(args, data, recipe.given)
@@ -364,7 +368,7 @@ def _train_dense(recipe: Recipe, output: Path, rows: Mapping[str, Dataset]) -> d
             file = Path(scratch) / RECIPE_FILE
             write_json(file, given)
             command = [sys.executable, "-m", "apt_trainer", "train", "--config", str(file)]
-            write_line(f"First the dense model, all of its weights on the same data and steps, in {folder}")
+            write_line(f"First the dense model, all of whose weights train on the same data, in {folder}")
             environment = os.environ | hand_over(rows, Path(scratch))
             if subprocess.run(command, check=False, stdout=subprocess.DEVNULL, env=environment).returncode != 0:
                 raise UserError(
@@ -398,6 +402,7 @@ def evaluate(model: str | ModelSettings, recipe: Recipe | None = None) -> dict[s
         processing_class=tokenizer,
         **(data_options(data, "test") | {"compute_metrics": metrics}),
     )
+    use_run_progress(trainer, logs_too=True)
     scores = trainer.evaluate(metric_key_prefix=data.test_name)
     scores = {name: value for name, value in scores.items() if isinstance(value, float)}
     for name, (low, high) in _intervals(recipe, data, predictions).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -19,10 +20,12 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 import warm
 from integration.factories import events_of
 from texts import word_tokenizer, words
 from tiny import tiny_model
+from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging as of_transformers
 
 from apt_trainer import cli
@@ -39,6 +42,7 @@ SETTINGS: dict[str, Any] = {
     "pruning_start": 4,
     "pruning_end": 12,
     "num_pruning_events": 2,
+    "learning_rate": 1e-2,
     "round_to": 4,
     "min_hidden": 8,
     "eval_strategy": "steps",
@@ -68,11 +72,12 @@ def words_of_run(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 STORY = [
+    r"Reading .*/rows.jsonl",
     r"Training .*/model \(bert, [\d.]+ k parameters\) for classification",
     r"  on 70 rows of .*/rows.jsonl \(10 to validate, 20 to test, 2 labels\)",
     rf"  in {STEPS} steps of 4 rows on cpu",
     r"  60 % of the block parameters will go \(heads, neurons, hidden\); taught by its own past",
-    r"First the dense model, all of its weights on the same data and steps, in .*/dense",
+    r"First the dense model, all of whose weights train on the same data, in .*/dense",
     r"Now the model that is pruned",
     r"step \d+ · new teacher: the model as it is, loss \d\.\d\d on held-out rows",
     r"step \d+ · cut [^·]+ · \d+\.\d % of the block parameters gone · loss \d\.\d\d → \d\.\d\d.*",
@@ -97,7 +102,7 @@ def test_a_run_and_its_dense_baseline_tell_one_story(
     told = Counter(next((form for form in STORY if re.fullmatch(form, line)), line) for line in lines)
     events = events_of(tmp_path / "out")
     cuts, teachers = ([e for e in events if e["kind"] == kind] for kind in ("prune", "teacher"))
-    counts = [1, 1, 1, 1, 1, 1, len(teachers), len(cuts), 2, 1, 2 * STEPS // 5, 4, 2, 2]
+    counts = [1, 1, 1, 1, 1, 1, 1, len(teachers), len(cuts), 2, 1, 2 * STEPS // 5, 4, 2, 2]
     assert told == dict(zip(STORY, counts, strict=True)), said
     assert len(cuts) == 2 and teachers
     before = cuts[0]["dense"]
@@ -112,6 +117,44 @@ def test_a_run_and_its_dense_baseline_tell_one_story(
         assert f"{min(cut['ranks'].values())}–{max(cut['ranks'].values())}" in line
         before = cut
     assert "| accuracy " in table and "load_pruned(" in table and "'loss'" not in table
+    check_differences(tmp_path / "out", words_of_run[2], table)
+    capfd.readouterr()
+    assert cli.main(["evaluate", str(tmp_path / "out")]) == 0
+    assert [line for line in capfd.readouterr().err.splitlines() if not re.fullmatch(STORY[-1], line)] == []
+
+
+def check_differences(out: Path, recipe: str, table: str) -> None:
+    """What is kept of the test rows, and told of those where the two models differ, is what these say of them."""
+    given = json.loads(Path(recipe).read_text())
+    names = {f.name for f in dataclasses.fields(DataSettings)}
+    data = load_task(DataSettings(**{k: v for k, v in given.items() if k in names}), word_tokenizer(), 42)
+    said = {}
+    for name, path in (("pruned", out), ("dense", out / "dense")):
+        model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+        with torch.no_grad():
+            ids = [model(**data.collator([row])).logits.argmax(-1).item() for row in data.test]
+        said[name] = [model.config.id2label[i] for i in ids]
+        kept = json.loads((path / "predictions.json").read_text())
+        assert kept["prediction"] == said[name] and kept["label"] == [["no", "yes"][i] for i in data.test["labels"]]
+    found = json.loads((out / "differences.json").read_text())
+    rows = [i for i, (a, b) in enumerate(zip(said["dense"], said["pruned"], strict=True)) if a != b]
+    assert found["rows"] == len(data.test) and found["differ"] == len(rows) > 0
+    assert sorted(example["row"] for example in found["examples"]) == rows
+    for example in found["examples"]:
+        row = example["row"]
+        assert [example["dense"], example["pruned"], example["label"]] == [
+            said["dense"][row],
+            said["pruned"][row],
+            kept["label"][row],
+        ]
+        assert example["text"] == word_tokenizer().decode(data.test[row]["input_ids"], skip_special_tokens=True)
+        assert example["right"] == ("dense" if said["dense"][row] == kept["label"][row] else "pruned")
+    assert (
+        f"apt-trainer predict {out} --text" in table and f"The model says {said['pruned'][0]}, and right is" in table
+    )
+    assert cli.main(["report", str(out), "--output", str(out / "report.html")]) == 0
+    page = (out / "report.html").read_text()
+    assert f"On <strong>{len(rows)} of {len(data.test)}</strong> test rows the two say something else." in page
 
 
 def test_a_terminal_shows_one_bar_with_a_name(words_of_run: list[str], tmp_path: Path) -> None:
