@@ -17,6 +17,7 @@ from typing import Any
 from apt_trainer import __version__
 from apt_trainer.cli.completion import SHELLS, PrintCompletion
 from apt_trainer.errors import RunError, UserError
+from apt_trainer.libraries.quiet import quiet
 from apt_trainer.libraries.versions import check_versions
 
 VERBS = {
@@ -58,9 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb = verbs[args.verb]
         if overrides and not verb.TAKES_SETTINGS:
             parser.error(f"{args.verb}: unrecognized arguments: {' '.join(overrides)}")
-        if args.verb not in _WITHOUT_MODELS:
-            check_versions()
-        return verb.run(args, overrides)
+        with quiet(sys.argv[1:] if argv is None else argv):
+            if args.verb not in _WITHOUT_MODELS:
+                check_versions()
+            return int(verb.run(args, overrides))
     except UserError as error:
         return _fail(str(error), EXIT_USER_ERROR)
     except RunError as error:

@@ -22,7 +22,7 @@ class ModelSettings:
     gguf_file: str | None = setting(
         None, "GGUF file in that folder, for tokenizer, config and weights; these are de-quantised, to type dtype."
     )
-    tokenizer_name_or_path: str | None = setting(None, "Tokenizer, if it is not beside the model.")
+    tokenizer_name_or_path: str | None = setting(None, "Tokenizer, or image processor, if it is not beside the model.")
     model_revision: str = setting("main", "Branch, tag or commit on the hub.")
     trust_remote_code: bool = setting(False, "Run Python code that comes with the model.")
     dtype: str = setting("float32", "Type the weights are loaded in: auto, float32, bfloat16 or float16.")
@@ -60,14 +60,14 @@ class DataSettings:
         "classification",
         "classification, multi_label_classification, regression, token_classification, question_answering; for "
         "encoders also embedding; for decoders also language_modeling and instruction_tuning; for encoder-decoders "
-        "summarization and translation.",
+        "summarization and translation; for models of images image_classification.",
     )
     dataset_name: str | None = setting(None, "Data set on the hub, for example nyu-mll/glue.")
     dataset_config: str | None = setting(None, "Configuration of the hub data set, for example sst2.")
     train_file: str | None = setting(
         None,
-        "Local json, jsonl, csv or parquet file; a folder whose sub-folders are the labels and hold text files; or a "
-        "txt file with one running text (language_modeling). "
+        "Local json, jsonl, csv or parquet file; a folder whose sub-folders are the labels and hold text files, or "
+        "images (image_classification); or a txt file with one running text (language_modeling). "
         "May start with 'package:NAME/' for a path inside an installed Python package.",
     )
     validation_file: str | None = setting(None, "As train_file. Without one, a part of the training data is held out.")
@@ -77,6 +77,9 @@ class DataSettings:
     test_split: str | None = setting(None, "Split of the hub data set to report on.")
     text_column: str | None = setting(
         None, "Column with the text, the tokens, the question or the source text; of a record, as translation.de."
+    )
+    image_column: str | None = setting(
+        None, "Column with the image (image_classification). Default: the only one that holds images."
     )
     text_pair_column: str | None = setting(None, "Column with the second text, or the context of a question.")
     negative_column: str | None = setting(

@@ -119,6 +119,8 @@ def _needed(settings: Mapping[str, Any]) -> Iterator[tuple[str, Package]]:
         yield f"lm_eval_tasks: {settings['lm_eval_tasks']}", HARNESS
     if settings.get("quantize") in _QUANTIZE:
         yield f"quantize: {settings['quantize']}", _QUANTIZE[settings["quantize"]]
+    if settings.get("base_quantization"):
+        yield f"base_quantization: {settings['base_quantization']}", BITSANDBYTES
     yield from _of_exports(settings.get("export") or [])
     attention = str(settings.get("attn_implementation") or "").removeprefix("paged|")
     if attention in _ATTENTIONS or "/" in attention:

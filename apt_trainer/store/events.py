@@ -16,6 +16,8 @@ from apt_trainer.errors import UserError
 
 RECIPE_FILE, EVENTS_FILE, METRICS_FILE, RESULTS_FILE = "recipe.json", "events.jsonl", "metrics.json", "results.jsonl"
 """What a run was started with, what happened in it, what it came to; and that of all runs of a study."""
+PREDICTIONS_FILE, DIFFERENCES_FILE = "predictions.json", "differences.json"
+"""What a model says of the test rows, and where that is something else than what the dense model says."""
 
 
 def append_event(path: str | Path, record: dict[str, Any]) -> None:

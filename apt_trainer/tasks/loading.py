@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetBuilder, DatasetDict, load_dataset
+from datasets import Dataset, DatasetBuilder, DatasetDict, Image, load_dataset
 from datasets.exceptions import DatasetsError
 from datasets.packaged_modules.csv.csv import Csv
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.packaged_modules.json.json import Json
 from datasets.packaged_modules.parquet.parquet import Parquet
 from sklearn.model_selection import train_test_split
@@ -68,12 +69,15 @@ def read_parts(data: DataSettings, known: Mapping[str, Dataset] | None = None) -
 
 
 def read_file(path: str, setting: str, task: str) -> Dataset:
-    """Rows of one local file, or of a folder of labelled texts; ``setting`` and ``task`` are for error messages."""
+    """Rows of one local file, or of a folder of labelled texts or images; ``setting`` is for error messages."""
     found = Path(resolve_path(path)).expanduser()
     if found.is_dir():
-        if task != "classification":
-            raise UserError(f"{setting}={path!r} is a folder of labelled texts, which fits task: classification only.")
-        return read_folder(found, setting)
+        if task not in ("classification", "image_classification"):
+            raise UserError(
+                f"{setting}={path!r} is a folder of labelled texts or images, which fits task: classification and "
+                "image_classification only."
+            )
+        return read_images(found, setting) if task == "image_classification" else read_folder(found, setting)
     if not found.is_file():
         raise UserError(f"{setting}={path!r} does not exist. Looked for {found.absolute()}.")
     if found.suffix.lower() == PLAIN_TEXT and task == "language_modeling":
@@ -124,6 +128,19 @@ def read_folder(folder: Path, setting: str) -> Dataset:
             "Each sub-folder is a label and holds the texts with that label."
         )
     return Dataset.from_dict({"text": texts, "label": labels})
+
+
+def read_images(folder: Path, setting: str) -> Dataset:
+    """Columns ``image`` and ``label`` from the image files in ``folder/LABEL``, sorted by label, then by file name."""
+    files = [file for label in sorted(folder.iterdir()) if label.is_dir() for file in sorted(label.iterdir())]
+    files = [file for file in files if file.suffix.lower() in ImageFolder.EXTENSIONS]
+    if not files:
+        raise UserError(
+            f"{setting}: the folder {folder} has no sub-folders with image files (.png, .jpg, .webp and others). "
+            "Each sub-folder is a label and holds the images with that label."
+        )
+    columns = {"image": [str(file) for file in files], "label": [file.parent.name for file in files]}
+    return Dataset.from_dict(columns).cast_column("image", Image())
 
 
 def read_text(path: Path, setting: str) -> Dataset:

@@ -56,9 +56,16 @@ from apt_trainer.training.engines.state import State
 from apt_trainer.training.finished_model import FinishedModel
 from apt_trainer.training.fused_head import let_copies_own
 from apt_trainer.training.given_adapters import adopt
-from apt_trainer.training.inside import check_embeddings, check_inside, place_of_transformer, pooling_of
+from apt_trainer.training.inside import (
+    check_embeddings,
+    check_inside,
+    place_of_transformer,
+    pooling_of,
+    what_is_compared,
+)
 from apt_trainer.training.micro_batch import MicroBatches
 from apt_trainer.training.own_optimizer import OwnOptimizer
+from apt_trainer.training.progress import use_run_progress
 from apt_trainer.training.raw_data import prepared
 from apt_trainer.training.reference import check_reference
 from apt_trainer.training.step_losses import StepLosses
@@ -165,9 +172,16 @@ class PruningMixin(FinishedModel):
         self.micro_batches, self._stop = MicroBatches(self), StopOnSignal()
         self.calibration = CalibrationRows(self)
         self._tracked: str | None = None
+        self._add_callbacks()
+        left_out = what_is_compared(model, self.place, settings)
+        if left_out is not None and self.is_world_process_zero():
+            logger.warning(left_out)
+
+    def _add_callbacks(self) -> None:
+        use_run_progress(self)
         self.add_callback(MethodCallback(self))
         self.add_callback(self._stop)
-        if settings.early_stopping_patience is not None:
+        if self.args.early_stopping_patience is not None:
             self.add_callback(EarlyStopping(self))
 
     def _make_trainer(self, model: Any, args: Any, given: dict[str, Any], heldout: Any) -> Any:

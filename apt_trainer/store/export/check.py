@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from apt_trainer.errors import RunError
+from apt_trainer.measure.latency import example_inputs
 from apt_trainer.models import family_of
 
 NEW_TOKENS = 12
@@ -24,7 +25,10 @@ TOLERANCE = 1e-3
 
 def batches(model: PreTrainedModel, left: bool = False) -> list[dict[str, Tensor]]:
     """``input_ids`` and ``attention_mask`` [batch, length] of several shapes; one is padded (``left``: in front).
-    Where there is a decoder of its own, ``decoder_input_ids`` too."""
+    Where there is a decoder of its own, ``decoder_input_ids`` too. For a model of images one batch and a larger one of
+    ``pixel_values``."""
+    if takes_images(model):
+        return [example_inputs(model, rows, 1, "cpu") for rows in (1, 3)]
     longest = getattr(model.config, "max_position_embeddings", None) or 64
     generator, found = torch.Generator().manual_seed(0), []
     for rows, length in ((1, 3), (1, 33), (3, 17)):
@@ -50,6 +54,11 @@ def has_cache(model: PreTrainedModel) -> bool:
     return family_of(model.config).head(model).next_token
 
 
+def takes_images(model: PreTrainedModel) -> bool:
+    """Whether ``pixel_values`` go into ``model``, not tokens."""
+    return bool(model.main_input_name == "pixel_values")
+
+
 def compare_logits(model: PreTrainedModel, runner: Path, what: Path, quantize: str | None) -> dict[str, Any]:
     """Logits of several shapes with padding and, of a decoder, greedy tokens with the cache: ``model`` in this process
     beside ``what`` in one of its own, where ``runner`` answers (``onnx_session.main`` says how)."""
@@ -57,8 +66,8 @@ def compare_logits(model: PreTrainedModel, runner: Path, what: Path, quantize: s
     asked = {
         f"{i}.{name}": value for i, batch in enumerate(batches(model, left=cached)) for name, value in batch.items()
     }
-    prompt = prompt_of(model)
-    asked |= {"prompt": prompt, "new_tokens": torch.tensor([NEW_TOKENS])}
+    if not takes_images(model):
+        asked |= {"prompt": prompt_of(model), "new_tokens": torch.tensor([NEW_TOKENS])}
     with tempfile.TemporaryDirectory() as place:
         request, answer = Path(place) / "request.safetensors", Path(place) / "answer.safetensors"
         save_file(asked, request)
@@ -68,10 +77,9 @@ def compare_logits(model: PreTrainedModel, runner: Path, what: Path, quantize: s
     for i, batch in enumerate(batches(model, left=cached)):
         expected = _expected(model, batch)
         for name in [name.partition(".")[2] for name in found if name.startswith(f"{i}.")]:
-            of_tokens = (
-                expected[name].shape[:2] == batch["attention_mask"].shape and not model.config.is_encoder_decoder
-            )
-            real = batch["attention_mask"].bool() if of_tokens and expected[name].ndim == 3 else slice(None)
+            mask = None if model.config.is_encoder_decoder else batch.get("attention_mask")
+            of_tokens = mask is not None and expected[name].ndim == 3 and expected[name].shape[:2] == mask.shape
+            real = mask.bool() if mask is not None and of_tokens else slice(None)
             ours, theirs = expected[name][real], found[f"{i}.{name}"][real]
             largest, scale = max(largest, float((ours - theirs).abs().max())), max(scale, float(ours.abs().max()))
             agreeing.append((ours.argmax(-1) == theirs.argmax(-1)).float().flatten())
@@ -79,7 +87,7 @@ def compare_logits(model: PreTrainedModel, runner: Path, what: Path, quantize: s
     numbers["same_prediction"] = float(torch.cat(agreeing).mean())
     equal = largest <= TOLERANCE * max(scale, 1.0)
     if "generated" in found:
-        numbers["greedy_tokens_equal"] = found["generated"].tolist() == greedy(model, prompt)
+        numbers["greedy_tokens_equal"] = found["generated"].tolist() == greedy(model, prompt_of(model))
         equal = equal and numbers["greedy_tokens_equal"]
     return numbers | {"equal": equal or quantize is not None}
 
