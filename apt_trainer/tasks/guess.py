@@ -17,9 +17,10 @@ from datasets import ClassLabel, Dataset, Value
 from apt_trainer.errors import UserError
 from apt_trainer.models.labels import as_text, shown
 from apt_trainer.settings.packages import TRL, require
-from apt_trainer.tasks.architecture import DECODER, ENCODER, ENCODER_DECODER
+from apt_trainer.tasks.architecture import DECODER, ENCODER, ENCODER_DECODER, IMAGE
 from apt_trainer.tasks.base import is_list_of_text, is_text, require_column
 from apt_trainer.tasks.empty_texts import TEXT_SETTINGS, lacks_text
+from apt_trainer.tasks.images import is_image
 from apt_trainer.tasks.labels import is_blank, label_text
 from apt_trainer.tasks.nested import names_with_fields, with_fields
 from apt_trainer.tasks.prompts import MESSAGES, is_conversation
@@ -29,6 +30,7 @@ _CLASSES = 20  # most different whole numbers that are still taken for classes
 _LABEL_CHARACTERS = 40
 _ROWS_SHOWN = 5
 _SEPARATORS = ("|", ";", ",")
+_OF_LABELS = ("classification", "multi_label_classification", "regression")
 
 _LABEL_NAMES: tuple[str, ...] = (
     *("label", "labels", "class", "category", "categories", "target", "sentiment", "intent", "topic", "tag", "tags"),
@@ -214,6 +216,8 @@ def _task(table: _Table, given: Mapping[str, Any], architecture: str, embeds: bo
     for names, task in _TOLD_BY.items():
         if named & set(names):
             return task
+    if architecture == IMAGE:
+        return "image_classification"
     if architecture == ENCODER_DECODER and _source_and_target(table) is not None:
         return _source_and_target(table)[0]  # type: ignore[index]
     if architecture == DECODER and (table.of_kind(is_conversation) or table.pair(_PROMPT_NAMES)):
@@ -384,6 +388,16 @@ def _text_beside(table: _Table, found: Guess) -> None:
         )
 
 
+def _pictures(table: _Table, found: Guess, has_chat: bool) -> None:
+    images = table.of_kind(is_image)
+    if table.label is None or not images:
+        raise UserError(
+            f"Of the columns {_quoted(table.features)} no one looks like {'labels' if images else 'images'}. Say it: "
+            "--label_column NAME, --image_column NAME; or give a folder with a sub-folder of images for each label."
+        )
+    found.add(image_column=images[0], label_column=table.label)
+
+
 def _pairs(table: _Table, found: Guess, has_chat: bool) -> None:
     given = found.settings
     score = given.get("label_column") or (table.label if table.label and table.is_number(table.label) else None)
@@ -457,6 +471,7 @@ _COLUMNS: dict[str, Callable[[_Table, Guess, bool], None]] = {
     "classification": _text_and_label,
     "multi_label_classification": _text_and_label,
     "regression": _text_and_label,
+    "image_classification": _pictures,
     "embedding": _pairs,
     "token_classification": _words,
     "question_answering": _answers,
@@ -488,7 +503,7 @@ def _tell_odd_rows(rows: Dataset, found: Guess) -> None:
             f"{_rows(broken)} with characters that were lost (\ufffd): the file was written in another encoding."
         )
     label = given.get("label_column")
-    of_labels = given["task"] in ("classification", "multi_label_classification", "regression")
+    of_labels = given["task"] in (*_OF_LABELS, "image_classification")
     if of_labels and label is not None and label in rows.features:
         _tell_labels(rows, label, found, next(iter(texts.values()), []))
 
