@@ -104,12 +104,10 @@ class Conversation:
         self.template = own_template(generator.tokenizer)
         self.messages: list[Mapping[str, str]] = [] if system is None else [{"role": "system", "content": system}]
 
-    def answer(self, text: str, streams: bool = True) -> str:
-        """What the model answers to ``text``; printed while it is written where it ``streams``."""
+    def answer(self, text: str) -> str:
+        """What the model answers to ``text``; printed while it is written."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        streamer = (
-            TextStreamer(self.generator.tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
-        )
+        streamer = TextStreamer(self.generator.tokenizer, skip_prompt=True, skip_special_tokens=True)
         prompt = self.template.open_turn([dict(message) for message in messages])
         (answer,) = self.generator.write([prompt], streamer)
         self.messages = [*messages, {"role": "assistant", "content": answer}]

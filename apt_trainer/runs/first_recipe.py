@@ -51,6 +51,8 @@ _GOOD_STEPS = 1500
 _FEW_STEPS = 40
 _COLUMN, _WIDTH = 32, 119
 """Where comments begin, and how long lines of words may be."""
+_AS_THEY_COME = ("question_answering", "summarization", "translation", "embedding", "image_classification")
+"""Tasks whose metrics need the order of rows, or whose rows have no length of their own."""
 _LENGTHS = ("max_length", "max_target_length", "doc_stride")
 
 Line = tuple[str, Any, str]
@@ -322,8 +324,8 @@ def _training(facts: _Facts) -> list[Line]:
         ("eval_strategy", "epoch", ""),
         ("seed", 42, ""),
     ]
-    if facts.task in ("question_answering", "summarization", "translation", "image_classification"):
-        lines = [line for line in lines if line[0] != "train_sampling_strategy"]  # metrics need the order of rows
+    if facts.task in _AS_THEY_COME:
+        lines = [line for line in lines if line[0] != "train_sampling_strategy"]
     lines.append(("bf16" if facts.fast else "# bf16", True, "half precision, on a GPU"))
     return lines
 

@@ -23,7 +23,7 @@ from apt_trainer.tasks.empty_texts import TEXT_SETTINGS, lacks_text
 from apt_trainer.tasks.images import is_image
 from apt_trainer.tasks.labels import is_blank, label_text
 from apt_trainer.tasks.nested import names_with_fields, with_fields
-from apt_trainer.tasks.prompts import MESSAGES, is_conversation
+from apt_trainer.tasks.prompts import MESSAGES, Template, is_conversation
 
 _SAMPLE = 20_000
 _CLASSES = 20  # most different whole numbers that are still taken for classes
@@ -113,11 +113,26 @@ def guess(
     found.settings |= {name: value for name, value in given.items() if name != "task"}
     _COLUMNS[task](table, found, has_chat)
     _tell_odd_rows(rows, found)
-    used = {name for value in found.settings.values() for name in (value if isinstance(value, list) else [value])}
-    unused = [name for name in rows.column_names if name not in used and name not in table.implied(found)]
+    unused = [name for name in rows.column_names if name not in _used(found.settings)]
     if unused:
         found.checks.append(f"Not used: {_quoted(unused)}.")
     return found
+
+
+def _used(settings: Mapping[str, Any]) -> set[str]:
+    """Columns that ``settings`` name, alone, as a field of a record or in a template, and those that a task reads by
+    their own names."""
+    columns = {name for key, name in settings.items() if key.endswith("_column") and name is not None}
+    columns |= {*(settings.get("label_columns") or ()), *_OWN_NAMES.get(settings["task"], ("label",))}
+    for key in ("template", "template_without_input"):
+        columns |= set(Template.parse(settings[key], key).columns) if settings.get(key) else set()
+    return columns | {name.partition(".")[0] for name in columns}
+
+
+_OWN_NAMES = {
+    "question_answering": ("question", "context", "answers"),
+    "instruction_tuning": (*MESSAGES, "prompt", "completion"),
+}
 
 
 class _Table:
@@ -126,10 +141,14 @@ class _Table:
     def __init__(self, rows: Dataset) -> None:
         self.rows = rows.select(range(min(len(rows), _SAMPLE)))
         self.features = rows.features
+        self._cells: dict[str, list[Any]] = {}
 
     def cells(self, name: str) -> list[Any]:
         """Those of a column, or of a field of a record, that are not blank."""
-        return [value for value in with_fields(self.rows, [name])[name][:] if not is_blank(value)]
+        if name not in self._cells:
+            values = with_fields(self.rows, [name])[name][:]
+            self._cells[name] = [value for value in values if not is_blank(value)]
+        return self._cells[name]
 
     @cached_property
     def texts(self) -> list[str]:
@@ -197,15 +216,6 @@ class _Table:
         """The first of ``names`` of which both are columns of text."""
         own = {name.lower(): name for name in self.of_kind(is_text)}
         return next(((own[one], own[two]) for one, two in names if one in own and two in own), None)
-
-    def implied(self, found: Guess) -> tuple[str, ...]:
-        """Columns that a task reads by their own names."""
-        return {
-            "question_answering": ("question", "context", "answers"),
-            "instruction_tuning": (*MESSAGES, "prompt", "completion"),
-        }.get(found.settings["task"], ("label",)) + tuple(
-            str(value).partition(".")[0] for value in found.settings.values() if isinstance(value, str)
-        )
 
 
 # ------------------------------------------------------------------------------------------------ which task
