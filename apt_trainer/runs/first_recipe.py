@@ -26,7 +26,7 @@ from apt_trainer.errors import UserError
 from apt_trainer.evaluate.given_rows import OF_SENTENCE_TRANSFORMERS
 from apt_trainer.models import family_of
 from apt_trainer.report.tables import format_count
-from apt_trainer.settings import DataSettings, ModelSettings, resolve_path
+from apt_trainer.settings import DataSettings, ModelSettings, check_choices, resolve_path
 from apt_trainer.settings.packages import check_packages
 from apt_trainer.settings.shipped import SCHEMAS
 from apt_trainer.store.pretrained import (
@@ -109,6 +109,7 @@ def first_recipe(model: ModelSettings, given: Mapping[str, Any], name: str | Non
     images = architecture == IMAGE
     tokenizer = (load_image_processor if images else load_tokenizer)(model)
     of_data = {key: value for key, value in given.items() if key in {f.name for f in fields(DataSettings)}}
+    check_choices(DataSettings(**of_data))
     by_form = {"task": "image_classification"} if images else _task_of_form(of_data)
     rows = read_parts(DataSettings(**{**by_form, **of_data}))["train"]
     found = guess(

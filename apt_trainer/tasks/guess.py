@@ -6,7 +6,6 @@ checking settings (``load_task``) nor for values of a run (``runs.first_recipe``
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,22 +14,19 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Value
 
 from apt_trainer.errors import UserError
-from apt_trainer.models.labels import as_text, shown
-from apt_trainer.settings.packages import TRL, require
+from apt_trainer.models.labels import as_text
 from apt_trainer.tasks.architecture import DECODER, ENCODER, ENCODER_DECODER, IMAGE
 from apt_trainer.tasks.base import is_list_of_text, is_text, require_column
-from apt_trainer.tasks.empty_texts import TEXT_SETTINGS, lacks_text
 from apt_trainer.tasks.images import is_image
-from apt_trainer.tasks.labels import is_blank, label_text
+from apt_trainer.tasks.labels import is_blank
 from apt_trainer.tasks.nested import names_with_fields, with_fields
+from apt_trainer.tasks.odd_rows import odd_rows
 from apt_trainer.tasks.prompts import MESSAGES, Template, is_conversation
 
 _SAMPLE = 20_000
 _CLASSES = 20  # most different whole numbers that are still taken for classes
 _LABEL_CHARACTERS = 40
-_ROWS_SHOWN = 5
 _SEPARATORS = ("|", ";", ",")
-_OF_LABELS = ("classification", "multi_label_classification", "regression")
 
 _LABEL_NAMES: tuple[str, ...] = (
     *("label", "labels", "class", "category", "categories", "target", "sentiment", "intent", "topic", "tag", "tags"),
@@ -112,7 +108,9 @@ def guess(
     found = Guess({"task": task})
     found.settings |= {name: value for name, value in given.items() if name != "task"}
     _COLUMNS[task](table, found, has_chat)
-    _tell_odd_rows(rows, found)
+    changes, odd = odd_rows(rows, found.settings)
+    found.add("see the notes", **changes)
+    found.checks += odd
     unused = [name for name in rows.column_names if name not in _used(found.settings)]
     if unused:
         found.checks.append(f"Not used: {_quoted(unused)}.")
@@ -492,85 +490,7 @@ _COLUMNS: dict[str, Callable[[_Table, Guess, bool], None]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------ odd rows
-
-
-def _tell_odd_rows(rows: Dataset, found: Guess) -> None:
-    """Name rows that are empty, broken, alone with their label or at odds with others; leave out the empty ones."""
-    given = found.settings
-    named = [given[name] for name in TEXT_SETTINGS if given.get(name)]
-    rows = with_fields(rows, named)
-    texts = {name: rows[name][:] for name in named if name in rows.column_names}
-    if given["task"] == "instruction_tuning":
-        require(TRL, "task: instruction_tuning")
-    blank = sorted({row for values in texts.values() for row, value in enumerate(values) if lacks_text(value)})
-    if blank:
-        found.add("see the notes", drop_empty_texts=True)
-        found.checks.append(f"{_rows(blank)} without text: left out (drop_empty_texts).")
-    broken = sorted({row for values in texts.values() for row, value in enumerate(values) if "\ufffd" in str(value)})
-    if broken:
-        found.checks.append(
-            f"{_rows(broken)} with characters that were lost (\ufffd): the file was written in another encoding."
-        )
-    label = given.get("label_column")
-    of_labels = given["task"] in (*_OF_LABELS, "image_classification")
-    if of_labels and label is not None and label in rows.features:
-        _tell_labels(rows, label, found, next(iter(texts.values()), []))
-
-
-def _tell_labels(rows: Dataset, label: str, found: Guess, texts: Sequence[str | None]) -> None:
-    values, kind = rows[label][:], rows.features[label]
-    separator = found.settings.get("label_separator")
-    if found.settings["task"] != "multi_label_classification":
-        blank = [row for row, value in enumerate(values) if is_blank(value)]
-        if blank:
-            found.add("see the notes", drop_unlabeled=True)
-            found.checks.append(f"{_rows(blank)} without a label: left out (drop_unlabeled).")
-    if found.settings["task"] == "regression":
-        return
-    places: dict[str, list[int]] = defaultdict(list)
-    for row, value in enumerate(values):
-        labels = value if isinstance(value, list) else str(value or "").split(separator) if separator else [value]
-        for one in labels:
-            if not is_blank(one):
-                places[label_text(one, getattr(kind, "feature", kind))].append(row)
-    alone = {name: of[0] for name, of in places.items() if len(of) == 1}
-    if alone:
-        told = ", ".join(f"{name!r} (row {row})" for name, row in list(alone.items())[:_ROWS_SHOWN])
-        more = "" if len(alone) <= _ROWS_SHOWN else f" and {len(alone) - _ROWS_SHOWN} others"
-        found.checks.append(
-            f"One row alone has the label {told}{more}: it is trained on or tested on, not both. Give more rows, or "
-            "correct the label."
-        )
-    folded = Counter(name.casefold() for name in places)
-    twins = sorted(name for name in places if folded[name.casefold()] > 1)
-    if twins:
-        found.checks.append(f"Labels that differ in case only, and count as different ones: {shown(twins)}.")
-    if not separator and not isinstance(kind, list):
-        _tell_contradictions(values, texts, found)
-
-
-def _tell_contradictions(values: Sequence[Any], texts: Sequence[str | None], found: Guess) -> None:
-    """Equal texts with different labels; a pair of texts may be labelled anew."""
-    if found.settings.get("text_pair_column") or not texts:
-        return
-    labels: dict[str, set[str]] = defaultdict(set)
-    places: dict[str, list[int]] = defaultdict(list)
-    for row, (text, value) in enumerate(zip(texts, values, strict=True)):
-        if not is_blank(text) and not is_blank(value):
-            labels[str(text).strip()].add(as_text(value))
-            places[str(text).strip()].append(row)
-    odd = sorted(row for text, of in labels.items() if len(of) > 1 for row in places[text])
-    if odd:
-        found.checks.append(f"{_rows(odd)} with a text that has another label elsewhere. Correct one of them.")
-
-
 # ------------------------------------------------------------------------------------------------ words
-
-
-def _rows(numbers: Sequence[int]) -> str:
-    first = ", ".join(map(str, numbers[:_ROWS_SHOWN])) + (", …" if len(numbers) > _ROWS_SHOWN else "")
-    return f"{len(numbers):,} row{'s' if len(numbers) > 1 else ''} ({first}, counted from 0)"
 
 
 def _quoted(names: Iterable[str]) -> str:

@@ -134,6 +134,8 @@ def test_keys_that_are_given_stand_and_what_cannot_be_told_is_asked(
     said = capsys.readouterr()
     assert "target_sparsity: 0.4\n" in said.out and "output_dir: out/other\n" in said.out
     assert "### as asked\nweight_decay: 0.1\n" in said.out and "labels       3 in the training rows" in said.err
+    assert cli.main(["init", *words, "--task", "clasification"]) == 2
+    assert "Did you mean 'classification'?" in capsys.readouterr().err
     assert cli.main(["init", *words, "--label_column", "verdit"]) == 2
     assert "Did you mean 'verdict'?" in capsys.readouterr().err
     Path("latin.csv").write_bytes("text,label\nna\xefve,good\nfilm,bad\n".encode("latin-1"))
