@@ -7,4 +7,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash scripts/install.sh
-exec .venv/bin/apt-trainer train --config recipes/quickstart.yaml "$@"
+.venv/bin/apt-trainer train --config recipes/quickstart.yaml "$@"

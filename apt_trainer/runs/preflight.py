@@ -150,7 +150,7 @@ def _check_lengths(config: Any, data: TaskData, args: APTConfig) -> None:
         generated = args.latency_new_tokens if data.model_class == "AutoModelForCausalLM" else 0
         asked["latency_length"] = args.latency_length + generated
     weighs_by_length = args.importance == "nri" and args.nri_cost in ("latency", "memory")
-    if args.prunes and (args.sparsity_metric != "params" or weighs_by_length):
+    if args.prunes and (args.sparsity_metric not in ("params", "total_params") or weighs_by_length):
         asked["reference_length"] = args.reference_length
     for name, length in asked.items():
         if length > longest:

@@ -105,6 +105,11 @@ class DataSettings:
         "multi_label_classification, where an empty list or text means no label and stays, regression, "
         "token_classification).",
     )
+    drop_empty_texts: bool = setting(
+        False,
+        "Leave out rows without text in a column that is named (text_column, text_pair_column, prompt_column …), and "
+        "conversations in which the assistant says nothing.",
+    )
     class_weights: str | list[float] | None = setting(
         None,
         "What each label counts in the loss: balanced, or a number for each in the order of ids; for "

@@ -7,7 +7,10 @@ cannot be cut and are refused before they load. Not for the format of pruned mod
 from __future__ import annotations
 
 import copy
+import logging
 import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +32,7 @@ from apt_trainer.store.stock import DENSE_SIZES, with_dense_sizes
 from apt_trainer.tasks import IMAGE, TaskData, architecture_of, load_task
 
 GGUF = ".gguf"
+_log = logging.getLogger(__name__)
 
 
 class Source(NamedTuple):
@@ -220,7 +224,39 @@ def load_model(settings: ModelSettings, data: TaskData) -> PreTrainedModel:
     """The pretrained model with the head of the task, fresh where the checkpoint has none."""
     source = source_of(settings)
     options = {"ignore_mismatched_sizes": True, **_weights(settings, source), **data.model_kwargs}
-    return _from_hub(_task_class(read_config(settings), data).from_pretrained, source, **options)  # type: ignore[no-any-return]
+    if "id2label" in options:  # which says it, and transformers warns where a config has other labels
+        options.pop("num_labels", None)
+    with _own_report():
+        load = _task_class(read_config(settings), data).from_pretrained
+        model, found = _from_hub(load, source, **options, output_loading_info=True)
+    _tell_new_weights(model, found, source.path)
+    return model  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _own_report() -> Iterator[None]:
+    """Without the table of transformers that lists a head which is new, as it has to be; asked for more, it stays."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage() or loader.isEnabledFor(logging.INFO)
+
+    loader = logging.getLogger("transformers.modeling_utils")
+    loader.addFilter(keep)
+    try:
+        yield
+    finally:
+        loader.removeFilter(keep)
+
+
+def _tell_new_weights(model: PreTrainedModel, found: Mapping[str, Any], path: str) -> None:
+    """Warn of weights that begin at random though the checkpoint should have had them: all but those of a new head."""
+    inside = f"{model.base_model_prefix}."
+    missing = sorted(name for name in found["missing_keys"] if name.startswith(inside))
+    resized = sorted(str(name) for name, *_ in found["mismatched_keys"])
+    for names, why in ((missing, "are not in it"), (resized, "have other shapes there")):
+        if names:
+            shown = f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
+            _log.warning("%s: %d weights begin at random, since they %s: %s.", path, len(names), why, shown)
 
 
 def load_teacher(settings: ModelSettings, data: TaskData) -> PreTrainedModel:

@@ -30,6 +30,7 @@ from apt_trainer.tasks import (
 )
 from apt_trainer.tasks.architecture import DECODER, ENCODER, ENCODER_DECODER, IMAGE, architecture_of
 from apt_trainer.tasks.base import FirstRows, TaskData
+from apt_trainer.tasks.empty_texts import only_with_text
 from apt_trainer.tasks.generation_scores import ROUGE
 from apt_trainer.tasks.labels import KnownLabels, lacks_label, lacks_labels, lacks_tags, one_column, only_labelled
 from apt_trainer.tasks.loading import read_parts, split_parts
@@ -182,6 +183,7 @@ def load_task(
     architecture: str | None = None,
     config: Any = None,
     trained: bool = True,
+    rows: Mapping[str, Dataset] | None = None,
 ) -> TaskData:
     """Read, split and encode the data of one run; the same arguments give the same rows in the same order.
 
@@ -189,8 +191,8 @@ def load_task(
     ``split_seed`` (default: ``seed``) picks the rows held out of the training data; ``max_positions`` is the longest
     input of the model in tokens; ``architecture`` is that of :func:`architecture_of` (not given: any that fits the
     task). ``config``: of the model, whose label ids are used where it has the labels of the data; if it is not going
-    to be ``trained``, it has to have them. A tokenizer without padding token gets its end-of-text token for a
-    decoder. Raises :class:`UserError`.
+    to be ``trained``, it has to have them. ``rows``: of parts ("train", "validation", "test") that are not to be read.
+    A tokenizer without padding token gets its end-of-text token for a decoder. Raises :class:`UserError`.
     """
     check_choices(data)
     kind = TASK_KINDS[data.task]
@@ -205,7 +207,8 @@ def load_task(
         _give_padding(tokenizer, architecture)
         _check_lengths(data, kind, tokenizer, max_positions)
     named = _named_columns(data)
-    parts = {part: with_fields(rows, named) for part, rows in read_parts(data).items()}
+    parts = {part: with_fields(rows, named) for part, rows in read_parts(data, rows or {}).items()}
+    parts = only_with_text(parts, data) if data.drop_empty_texts else parts
     parts, data = one_column(parts, data)
     if kind.lacks is not None:
         column, drop, lacks = data.label_column, data.drop_unlabeled, kind.lacks

@@ -291,9 +291,15 @@ def _tokenise(
     labels: np.ndarray,
     max_length: int,
 ) -> dict[str, Any]:
+    return {**encode_texts(batch, tokenizer, columns, max_length), "labels": labels[indices].tolist()}
+
+
+def encode_texts(
+    batch: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase, columns: Columns, max_length: int
+) -> Mapping[str, Any]:
+    """Inputs of the model for texts or pairs of texts."""
     pairs = None if columns.text_pair is None else batch[columns.text_pair]
-    encoded = tokenizer(batch[columns.text], pairs, truncation=True, max_length=max_length)
-    return {**encoded, "labels": labels[indices].tolist()}
+    return tokenizer(batch[columns.text], pairs, truncation=True, max_length=max_length)
 
 
 def _check_not_empty(inputs: Iterable[list[int]], columns: Columns, part: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import glob
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,11 @@ PLAIN_TEXT = ".txt"
 PIECE_CHARACTERS = 10_000
 
 
-def read_parts(data: DataSettings) -> dict[str, Dataset]:
-    """All rows of "train" and, where given, "validation" and "test". A file takes the place of a split of the hub."""
-    if data.train_file is None and data.dataset_name is None:
+def read_parts(data: DataSettings, known: Mapping[str, Dataset] | None = None) -> dict[str, Dataset]:
+    """All rows of "train" and, where given, "validation" and "test". A file takes the place of a split of the hub, and
+    rows that are ``known`` that of both."""
+    known = known or {}
+    if data.train_file is None and data.dataset_name is None and "train" not in known:
         raise UserError(
             "No training data was given. Set dataset_name to a data set on the hub, or train_file to a json, jsonl, "
             "csv, tsv or parquet file, to a folder whose sub-folders are the labels, or to a txt file for "
@@ -56,8 +59,9 @@ def read_parts(data: DataSettings) -> dict[str, Dataset]:
     parts = {} if data.dataset_name is None else _read_hub(data)
     for part in PART_NAMES:
         path = getattr(data, f"{part}_file")
-        if path is not None:
+        if path is not None and part not in known:
             parts[part] = read_file(path, f"{part}_file", data.task)
+    parts |= known
     for part, rows in parts.items():
         if len(rows) == 0:
             raise UserError(f"The {PART_NAMES[part]} data is empty. Give data with at least one row.")
