@@ -78,6 +78,9 @@ def _notebook_table() -> type[TrainerCallback]:
 class RunProgress(ProgressCallback, EventCallback):
     """Bar and lines of a run of ``trainer``, called ``name``; only the main process speaks."""
 
+    training_bar: Any
+    prediction_bar: Any
+
     def __init__(self, name: str, trainer: Any) -> None:
         super().__init__()
         self.name, self._trainer = name, trainer
