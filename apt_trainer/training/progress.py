@@ -93,7 +93,7 @@ class RunProgress(ProgressCallback, EventCallback):
         if not state.is_world_process_zero:
             return
         self._begun = self._line_at = time.perf_counter()
-        self._seconds, self._steps_at_line = [], state.global_step
+        self._seconds, self._steps_at_line, self._cut = [], state.global_step, False
         self.training_bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
