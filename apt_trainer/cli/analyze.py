@@ -115,7 +115,7 @@ def progress(items: Sequence[Any], name: str) -> Iterable[Any]:
     """A bar on the error stream, whose estimate is from the work still to do."""
     from tqdm import tqdm
 
-    return tqdm(items, desc=name, disable=None if items else True)  # type: ignore[no-any-return]
+    return tqdm(items, desc=name, disable=not items)  # type: ignore[no-any-return]
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
