@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Image
 
 from apt_trainer.evaluate.generation import Generator
 from apt_trainer.evaluate.given_rows import OF_LABELS, OF_SENTENCE_TRANSFORMERS, GivenRows, data_settings
@@ -24,9 +24,18 @@ from apt_trainer.models.labels import names_of
 from apt_trainer.models.pooling import mean_pooling
 from apt_trainer.settings import ModelSettings
 from apt_trainer.settings.packages import SENTENCE_TRANSFORMERS, check_packages, require
-from apt_trainer.store.pretrained import choose_device, load_saved, load_tokenizer, read_config, source_of
+from apt_trainer.store.pretrained import (
+    choose_device,
+    load_image_processor,
+    load_saved,
+    load_tokenizer,
+    read_config,
+    source_of,
+)
+from apt_trainer.tasks.architecture import IMAGE, architecture_of
 from apt_trainer.tasks.base import check_name, right_padding
 from apt_trainer.tasks.classification import encode_texts
+from apt_trainer.tasks.images import PIXELS, pixels_of
 from apt_trainer.tasks.instruction_tuning import prompt_encoder
 from apt_trainer.tasks.nested import with_fields
 from apt_trainer.tasks.question_answering import SPAN_COLUMNS, best_answers, features_of
@@ -62,7 +71,8 @@ class Predictor:
         check_packages(vars(model))
         self.model_settings, self.options = model, options
         self.config = read_config(model)
-        self.tokenizer = load_tokenizer(model)
+        reads = load_image_processor if architecture_of(self.config) == IMAGE else load_tokenizer
+        self.tokenizer = reads(model)
         self.data = data_settings(model, self.config, self.tokenizer, given)
         self.given = GivenRows(self.data)
         self.device = choose_device(options.device)
@@ -72,6 +82,9 @@ class Predictor:
 
         A row without text has an ``error`` in place of what was found.
         """
+        if self.data.task == "image_classification":
+            yield from self._images(rows)
+            return
         columns, optional = self.given.columns(rows)
         named = [*columns, *(name for name in optional if name in rows.column_names)]
         rows = with_fields(rows, named)
@@ -121,6 +134,18 @@ class Predictor:
             encoded = encode_texts(batch, self.tokenizer, columns, self.data.max_length)
             logits = self._outputs(model, encoded).logits.float().cpu()
             yield from (_of_logits(row, names, self.data.task) for row in logits)
+
+    def _images(self, rows: Dataset) -> Iterator[Prediction]:
+        model, names, column = self._loaded(), names_of(self.config), self.given.image_column(rows)
+        paths = [cell["path"] for cell in rows.cast_column(column, Image(decode=False))[column]]
+        row = 0
+        for batch in self._batches(rows.cast_column(column, Image())):
+            with torch.inference_mode():
+                pixels = pixels_of(batch[column], self.tokenizer)[PIXELS].to(self.device, model.dtype)
+                logits = model(**{PIXELS: pixels}).logits.float().cpu()
+            for of_image in logits:
+                yield {"row": row, column: paths[row], **_of_logits(of_image, names, self.data.task)}
+                row += 1
 
     def _tags(self, rows: Dataset) -> Iterator[Prediction]:
         model, names, column = self._loaded(), names_of(self.config), self.given.text_columns(rows).text

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import Any
@@ -56,10 +56,15 @@ class ImageCollator:
     processor: BaseImageProcessor
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        mode = "L" if len(getattr(self.processor, "image_mean", None) or "RGB") == 1 else "RGB"
-        images = [ImageOps.exif_transpose(row[PIXELS]).convert(mode) for row in rows]
-        batch = dict(self.processor(images=images, return_tensors="pt"))
+        batch = pixels_of([row[PIXELS] for row in rows], self.processor)
         return batch | {"labels": torch.tensor([row["labels"] for row in rows])}
+
+
+def pixels_of(images: Sequence[Pillow.Image], processor: BaseImageProcessor) -> dict[str, torch.Tensor]:
+    """pixel_values [B, C, H, W] of Pillow images of any size and colours."""
+    mode = "L" if len(getattr(processor, "image_mean", None) or "RGB") == 1 else "RGB"
+    converted = [ImageOps.exif_transpose(image).convert(mode) for image in images]
+    return dict(processor(images=converted, return_tensors="pt"))
 
 
 def find_columns(parts: dict[str, Dataset], data: DataSettings) -> ImageColumns:
