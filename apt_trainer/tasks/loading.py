@@ -80,7 +80,7 @@ def read_file(path: str, setting: str, task: str) -> Dataset:
         return read_images(found, setting) if task == "image_classification" else read_folder(found, setting)
     if not found.is_file():
         raise UserError(f"{setting}={path!r} does not exist. Looked for {found.absolute()}.")
-    if found.suffix.lower() == PLAIN_TEXT and task == "language_modeling":
+    if found.suffix.lower() == PLAIN_TEXT and task in ("language_modeling", "masked_language_modeling"):
         return read_text(found, setting)
     if found.suffix.lower() not in FILE_FORMATS:
         raise UserError(
