@@ -145,6 +145,10 @@ def data_settings(model: ModelSettings, config: Any, tokenizer: Any, given: Mapp
         recipe = json.loads(file.read_text(encoding="utf-8"))
         values = {name: value for name, value in recipe.items() if name in known}
         values.setdefault("task", DataSettings.task)
+        if values["task"] == "masked_language_modeling":
+            raise _tells_nothing(str(model.model_name_or_path), "model that fills gaps")
+        if values["task"] == "language_modeling":
+            values |= {"task": "instruction_tuning", "prompt_column": values.get("text_column") or "text"}
         unnamed = values["task"] == "instruction_tuning" and not _OF_FORM & set(values)
         if unnamed and getattr(tokenizer, "chat_template", None):
             values["messages_column"] = MESSAGES[0]  # those that are taken where no column is named
@@ -172,7 +176,11 @@ def _task_of(config: Any, path: str) -> str:
         return "instruction_tuning"
     if name.endswith("Model") or (Path(path) / OF_SENTENCE_TRANSFORMERS).is_file():
         return "embedding"
-    raise UserError(
-        f"{path} is a {name or 'model of an unknown class'}, which has not been trained to tell anything of a text. "
-        "Give a fine-tuned model, or a model of embeddings."
+    raise _tells_nothing(path, name or "model of an unknown class")
+
+
+def _tells_nothing(path: str, kind: str) -> UserError:
+    return UserError(
+        f"{path} is a {kind}, which has not been trained to tell anything of a text. Give a fine-tuned model, or a "
+        "model of embeddings."
     )

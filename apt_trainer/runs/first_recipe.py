@@ -38,7 +38,7 @@ from apt_trainer.store.pretrained import (
     source_of,
 )
 from apt_trainer.tasks import TaskData, architecture_of, load_task
-from apt_trainer.tasks.architecture import DECODER, ENCODER_DECODER, IMAGE
+from apt_trainer.tasks.architecture import DECODER, ENCODER, ENCODER_DECODER, IMAGE
 from apt_trainer.tasks.guess import Guess, guess
 from apt_trainer.tasks.loading import FILE_FORMATS, PLAIN_TEXT, read_parts
 
@@ -53,6 +53,8 @@ _COLUMN, _WIDTH = 32, 119
 """Where comments begin, and how long lines of words may be."""
 _AS_THEY_COME = ("question_answering", "summarization", "translation", "embedding", "image_classification")
 """Tasks whose metrics need the order of rows, or whose rows have no length of their own."""
+_IN_PIECES = ("language_modeling", "masked_language_modeling", "question_answering")
+"""Tasks that part long texts."""
 _LENGTHS = ("max_length", "max_target_length", "doc_stride")
 
 Line = tuple[str, Any, str]
@@ -86,7 +88,7 @@ class _Facts:
     @property
     def length(self) -> int:
         """Tokens that most of the rows fit in, in eights."""
-        if self.task in ("language_modeling", "question_answering"):
+        if self.task in _IN_PIECES:
             return min(self.limit, 384)
         assert self.lengths is not None
         return min(self.limit, _in_eights(np.percentile(self.lengths, _PERCENTILE)))
@@ -110,7 +112,7 @@ def first_recipe(model: ModelSettings, given: Mapping[str, Any], name: str | Non
     tokenizer = (load_image_processor if images else load_tokenizer)(model)
     of_data = {key: value for key, value in given.items() if key in {f.name for f in fields(DataSettings)}}
     check_choices(DataSettings(**of_data))
-    by_form = {"task": "image_classification"} if images else _task_of_form(of_data)
+    by_form = {"task": "image_classification"} if images else _task_of_form(of_data, architecture)
     rows = read_parts(DataSettings(**{**by_form, **of_data}))["train"]
     found = guess(
         rows,
@@ -152,14 +154,15 @@ def _facts(found: Guess, tokenizer: Any, config: Any, rows: int) -> _Facts:
     )
 
 
-def _task_of_form(given: Mapping[str, Any]) -> dict[str, Any]:
+def _task_of_form(given: Mapping[str, Any], architecture: str) -> dict[str, Any]:
     """The task where the form of the training data leaves only one."""
     path = given.get("train_file")
     if path is None or given.get("task") is not None:
         return {}
     if Path(resolve_path(path)).expanduser().is_dir():
         return {"task": "classification", "text_column": "text", "label_column": "label"}
-    return {"task": "language_modeling"} if path.lower().endswith(PLAIN_TEXT) else {}
+    masked = "masked_" if architecture == ENCODER else ""
+    return {"task": f"{masked}language_modeling"} if path.lower().endswith(PLAIN_TEXT) else {}
 
 
 def _compares_texts(model: ModelSettings) -> bool:
@@ -178,7 +181,7 @@ def _measured(found: Guess, tokenizer: Any, config: Any, limit: int) -> TaskData
     lengths: dict[str, Any] = {"max_train_samples": _SAMPLE, "max_validation_samples": 100}
     if found.settings["task"] != "image_classification":
         lengths["max_length"] = limit
-    if found.settings["task"] in ("language_modeling", "question_answering"):
+    if found.settings["task"] in _IN_PIECES:
         lengths["max_length"] = min(limit, 384)
         lengths["doc_stride"] = min(DataSettings.doc_stride, lengths["max_length"] // 3)
     if found.settings["task"] in ("summarization", "translation"):
@@ -246,7 +249,7 @@ def _of_model(model: ModelSettings, facts: _Facts) -> list[Line]:
 def _of_lengths(facts: _Facts) -> list[Line]:
     if facts.lengths is None:
         return []
-    if facts.task == "language_modeling":
+    if facts.task in _IN_PIECES and facts.task != "question_answering":
         return [("max_length", facts.length, "tokens of a piece of text")]
     if facts.task == "question_answering":
         stride = min(DataSettings.doc_stride, facts.length // 3)
@@ -392,7 +395,7 @@ def _short_name(path: str) -> str:
 def _cut_texts(facts: _Facts, given: int | None) -> list[str]:
     """How many texts do not fit, in the length that was ``given`` or is proposed."""
     lengths = facts.lengths
-    if lengths is None or facts.task in ("language_modeling", "question_answering"):
+    if lengths is None or facts.task in _IN_PIECES:
         return []
     length, longest = given or facts.length, int(lengths.max())
     share = float(np.mean(lengths > length))

@@ -61,6 +61,7 @@ _PROMPT_NAMES = (
     ("query", "response"),
     ("input", "output"),
 )
+_OF_PLAIN_TEXT = {DECODER: "language_modeling", ENCODER: "masked_language_modeling"}
 _TARGET_NAMES = {
     "summarization": ("summary", "highlights", "abstract", "tldr"),
     "translation": ("target", "translation", "tgt"),
@@ -241,8 +242,8 @@ def _task(table: _Table, given: Mapping[str, Any], architecture: str, embeds: bo
     label = given.get("label_column") or table.label
     if label is not None:
         return "regression" if _is_amount(table, label) else "classification"
-    if architecture == DECODER and len(table.texts) == 1:
-        return "language_modeling"
+    if len(table.texts) == 1 and architecture in _OF_PLAIN_TEXT:
+        return _OF_PLAIN_TEXT[architecture]
     raise UserError(
         f"It cannot be told what is to be learnt from the columns {_quoted(table.features)}"
         + (f": {_quoted(table.labels)} may all be labels" if len(table.labels) > 1 else "")
@@ -445,6 +446,10 @@ def _answers(table: _Table, found: Guess, has_chat: bool) -> None:
 def _plain_text(table: _Table, found: Guess, has_chat: bool) -> None:
     if table.texts:
         found.add(text_column=table.texts[0])
+    if found.settings["task"] == _OF_PLAIN_TEXT[ENCODER]:
+        found.checks.append(
+            "No labels: the model learns to fill gaps in these texts, as before it is tuned for a task."
+        )
 
 
 def _prompts(table: _Table, found: Guess, has_chat: bool) -> None:
@@ -484,6 +489,7 @@ _COLUMNS: dict[str, Callable[[_Table, Guess, bool], None]] = {
     "token_classification": _words,
     "question_answering": _answers,
     "language_modeling": _plain_text,
+    "masked_language_modeling": _plain_text,
     "instruction_tuning": _prompts,
     "summarization": _targets,
     "translation": _targets,

@@ -341,6 +341,14 @@ def test_a_batch_of_prompts_is_written_as_each_alone(
     (tmp_path / "asked.jsonl").write_text('{"q": "w1 w2", "a": "w9"}\n')
     template = ["--template", "{q} w8 {a}", "--file", str(tmp_path / "asked.jsonl")]
     (told,) = predicted([*words, *template], capsys)
+    recipe = {"task": "language_modeling", "text_column": "body", "max_length": 8}
+    (Path(path) / "recipe.json").write_text(json.dumps(recipe))
+    assert predicted([path, "--max_new_tokens", "6", "--text", prompts[0]], capsys)[0] == {
+        "row": 0,
+        "body": prompts[0],
+        "generated": together[0]["generated"],
+    }
+    (Path(path) / "recipe.json").unlink()
     assert told["generated"] == predicted([*words, "--text", "w1 w2 w8"], capsys)[0]["generated"] and "a" not in told
 
 

@@ -64,6 +64,7 @@ CASES: list[tuple[str, str, dict[str, list[Any]], dict[str, Any]]] = [
      {"prompt_column": "instruction", "input_column": "input", "completion_column": "output"}),
     ("a decoder as a classifier", DECODER, {"text": TEXTS, "label": cycle("a", "b")}, {"task": "classification"}),
     ("plain text", DECODER, {"text": TEXTS}, {"task": "language_modeling", "text_column": "text"}),
+    ("texts alone", ENCODER, {"text": TEXTS}, {"task": "masked_language_modeling", "text_column": "text"}),
     ("summaries", ENCODER_DECODER, {"article": TEXTS, "highlights": OTHERS},
      {"task": "summarization", "text_column": "article", "target_column": "highlights"}),
     ("short texts of long ones", ENCODER_DECODER, {"a": [text * 3 for text in TEXTS], "b": OTHERS},
@@ -119,7 +120,7 @@ def test_what_cannot_be_told_is_asked() -> None:
     with pytest.raises(UserError, match="'shop', 'town' may all be labels. Say it: --label_column"):
         guess(several, {}, ENCODER)
     with pytest.raises(UserError, match="what is to be learnt"):
-        guess(Dataset.from_dict({"text": TEXTS}), {}, ENCODER)
+        guess(Dataset.from_dict({"text": TEXTS, "other": OTHERS, "third": OTHERS[::-1]}), {}, DECODER)
 
 
 def test_odd_rows_are_named() -> None:
