@@ -15,6 +15,7 @@ from datasets import Dataset
 
 from apt_trainer.errors import UserError
 from apt_trainer.models.labels import (
+    IMAGE_HEAD,
     MULTI_LABEL,
     REGRESSION,
     SEQUENCE_HEAD,
@@ -27,7 +28,7 @@ from apt_trainer.settings import DataSettings, ModelSettings, resolve_path
 from apt_trainer.store.events import RECIPE_FILE
 from apt_trainer.store.pretrained import max_positions, source_of
 from apt_trainer.tasks.base import Columns, is_list_of_text, is_text
-from apt_trainer.tasks.loading import PLAIN_TEXT, read_file
+from apt_trainer.tasks.loading import PLAIN_TEXT, image_files, read_file
 from apt_trainer.tasks.prompts import MESSAGES, PromptColumns, columns_of_prompts
 
 OF_LABELS = {
@@ -35,6 +36,7 @@ OF_LABELS = {
     MULTI_LABEL: "multi_label_classification",
     REGRESSION: "regression",
 }
+IMAGES = "image_classification"
 OF_SENTENCE_TRANSFORMERS = "modules.json"
 _LONGEST = 100_000  # what tokenizers without a limit say is more
 
@@ -47,6 +49,8 @@ class GivenRows:
 
     def rows_of_texts(self, texts: Sequence[str], pairs: Sequence[str] | None) -> Dataset:
         """Rows as this model reads them, of texts and where it takes two, their ``pairs``."""
+        if self.data.task == IMAGES:
+            raise UserError("The model takes images. Give --file an image file, or a folder of them.")
         if pairs is not None and len(pairs) != len(texts):
             raise UserError(f"{len(texts)} texts and {len(pairs)} second texts were given. Give as many of each.")
         data = self.data
@@ -64,8 +68,10 @@ class GivenRows:
         return Dataset.from_dict(rows)
 
     def read(self, path: str) -> Dataset:
-        """Rows of a file; of a txt file one a line."""
+        """Rows of a file; of a txt file one a line, of an image file or a folder of such the ``image`` files."""
         place = Path(resolve_path(path)).expanduser()
+        if self.data.task == IMAGES:
+            return Dataset.from_dict({"image": [str(file) for file in image_files(place, "file")]})
         if place.suffix.lower() == PLAIN_TEXT and place.is_file():
             lines = place.read_text(encoding="utf-8").splitlines()
             if not lines:
@@ -92,6 +98,8 @@ class GivenRows:
     def columns(self, rows: Dataset) -> tuple[list[str], list[str]]:
         """Names of the columns that are read, and of those that may be absent."""
         present, task = rows.column_names, self.data.task
+        if task == IMAGES:
+            return ["image"], []
         if task == "instruction_tuning":
             columns = self.prompt_columns(present)
             names = [name for name in columns.names if name != columns.completion or columns.messages]
@@ -121,11 +129,18 @@ def data_settings(model: ModelSettings, config: Any, tokenizer: Any, given: Mapp
         recipe = json.loads(file.read_text(encoding="utf-8"))
         values = {name: value for name, value in recipe.items() if name in known}
         values.setdefault("task", DataSettings.task)
+    elif has_head(config, IMAGE_HEAD):
+        values = {"task": IMAGES}
     else:
         longest = (tokenizer.model_max_length, max_positions(config) or _LONGEST, _LONGEST)
         values = {"task": _task_of(config, str(model.model_name_or_path)), "max_length": min(longest)}
         values["use_chat_template"] = bool(getattr(tokenizer, "chat_template", None))
-    return DataSettings(**{**values, **given})
+    data = DataSettings(**{**values, **given})
+    if data.task == "masked_language_modeling":
+        raise UserError(
+            f"{model.model_name_or_path} predicts masked tokens, which tells nothing of a text. Fine-tune it for a task."
+        )
+    return data
 
 
 def _task_of(config: Any, path: str) -> str:

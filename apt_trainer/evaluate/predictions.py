@@ -1,4 +1,5 @@
-"""What a finished model, pruned or not, says of texts: labels, numbers, tags, answers, embeddings, continuations.
+"""What a finished model, pruned or not, says of texts: labels, numbers, tags, answers, embeddings, continuations; and
+of images: labels.
 
 Texts are encoded as the tasks encode them, with the settings of the run where the folder has its recipe. Not for
 scores on labelled data (``runs.run``), nor for conversations (``generation``).
@@ -18,15 +19,16 @@ import torch
 from datasets import Dataset
 
 from apt_trainer.evaluate.generation import Generator
-from apt_trainer.evaluate.given_rows import OF_LABELS, OF_SENTENCE_TRANSFORMERS, GivenRows, data_settings
+from apt_trainer.evaluate.given_rows import IMAGES, OF_LABELS, OF_SENTENCE_TRANSFORMERS, GivenRows, data_settings
 from apt_trainer.libraries import versions
 from apt_trainer.models.labels import names_of
 from apt_trainer.models.pooling import mean_pooling
 from apt_trainer.settings import ModelSettings
 from apt_trainer.settings.packages import SENTENCE_TRANSFORMERS, check_packages, require
-from apt_trainer.store.pretrained import choose_device, load_saved, load_tokenizer, read_config, source_of
+from apt_trainer.store.pretrained import choose_device, load_processor, load_saved, read_config, source_of
 from apt_trainer.tasks.base import check_name, right_padding
 from apt_trainer.tasks.classification import encode_texts
+from apt_trainer.tasks.images import open_image, pixels_of
 from apt_trainer.tasks.instruction_tuning import prompt_encoder
 from apt_trainer.tasks.nested import with_fields
 from apt_trainer.tasks.question_answering import SPAN_COLUMNS, best_answers, features_of
@@ -62,7 +64,7 @@ class Predictor:
         check_packages(vars(model))
         self.model_settings, self.options = model, options
         self.config = read_config(model)
-        self.tokenizer = load_tokenizer(model)
+        self.tokenizer = load_processor(model, self.config)
         self.data = data_settings(model, self.config, self.tokenizer, given)
         self.given = GivenRows(self.data)
         self.device = choose_device(options.device)
@@ -91,6 +93,8 @@ class Predictor:
         task = self.data.task
         if task in OF_LABELS.values():
             return self._classes(rows)
+        if task == IMAGES:
+            return self._labels_of_images(rows)
         if task == "token_classification":
             return self._tags(rows)
         if task == "question_answering":
@@ -121,6 +125,14 @@ class Predictor:
             encoded = encode_texts(batch, self.tokenizer, columns, self.data.max_length)
             logits = self._outputs(model, encoded).logits.float().cpu()
             yield from (_of_logits(row, names, self.data.task) for row in logits)
+
+    def _labels_of_images(self, rows: Dataset) -> Iterator[Prediction]:
+        model, names = self._loaded(), names_of(self.config)
+        for batch in self._batches(rows):
+            pixels = pixels_of([open_image(path) for path in batch["image"]], self.tokenizer)
+            with torch.inference_mode():
+                logits = model(**{name: value.to(self.device) for name, value in pixels.items()}).logits.float().cpu()
+            yield from (_of_logits(row, names, "classification") for row in logits)
 
     def _tags(self, rows: Dataset) -> Iterator[Prediction]:
         model, names, column = self._loaded(), names_of(self.config), self.given.text_columns(rows).text

@@ -29,7 +29,14 @@ from apt_trainer.report.tables import format_count
 from apt_trainer.settings import DataSettings, ModelSettings, resolve_path
 from apt_trainer.settings.packages import check_packages
 from apt_trainer.settings.shipped import SCHEMAS
-from apt_trainer.store.pretrained import build_model, load_config, load_tokenizer, max_positions, source_of
+from apt_trainer.store.pretrained import (
+    build_model,
+    load_config,
+    load_tokenizer,
+    max_positions,
+    refuse_images,
+    source_of,
+)
 from apt_trainer.tasks import TaskData, architecture_of, load_task
 from apt_trainer.tasks.architecture import DECODER, ENCODER_DECODER
 from apt_trainer.tasks.guess import Guess, guess
@@ -95,6 +102,7 @@ def first_recipe(model: ModelSettings, given: Mapping[str, Any], name: str | Non
     """
     config = load_config(model)
     family_of(config)
+    refuse_images(config, "apt-trainer init")
     tokenizer, architecture = load_tokenizer(model), architecture_of(config)
     of_data = {key: value for key, value in given.items() if key in {f.name for f in fields(DataSettings)}}
     by_form = _task_of_form(of_data)

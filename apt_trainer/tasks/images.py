@@ -56,10 +56,25 @@ class ImageCollator:
     processor: BaseImageProcessor
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        mode = "L" if len(getattr(self.processor, "image_mean", None) or "RGB") == 1 else "RGB"
-        images = [ImageOps.exif_transpose(row[PIXELS]).convert(mode) for row in rows]
-        batch = dict(self.processor(images=images, return_tensors="pt"))
+        batch = pixels_of([row[PIXELS] for row in rows], self.processor)
         return batch | {"labels": torch.tensor([row["labels"] for row in rows])}
+
+
+def open_image(path: str) -> Pillow.Image:
+    """The image in a file; raises :class:`UserError` where it is none."""
+    try:
+        with Pillow.open(path) as image:
+            image.load()
+            return image
+    except (UnidentifiedImageError, OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as an image. Leave it out, or save it anew.") from error
+
+
+def pixels_of(images: list[Pillow.Image], processor: BaseImageProcessor) -> dict[str, torch.Tensor]:
+    """What a model takes, upright and in as many colours as ``processor`` makes."""
+    mode = "L" if len(getattr(processor, "image_mean", None) or "RGB") == 1 else "RGB"
+    upright = [ImageOps.exif_transpose(image).convert(mode) for image in images]
+    return dict(processor(images=upright, return_tensors="pt"))
 
 
 def find_columns(parts: dict[str, Dataset], data: DataSettings) -> ImageColumns:
