@@ -138,7 +138,8 @@ def data_settings(model: ModelSettings, config: Any, tokenizer: Any, given: Mapp
     data = DataSettings(**{**values, **given})
     if data.task == "masked_language_modeling":
         raise UserError(
-            f"{model.model_name_or_path} predicts masked tokens, which tells nothing of a text. Fine-tune it for a task."
+            f"{model.model_name_or_path} predicts masked tokens, which tells nothing of a text. Fine-tune it for a "
+            "task."
         )
     return data
 
