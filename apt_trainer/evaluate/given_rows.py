@@ -38,6 +38,7 @@ OF_LABELS = {
 }
 IMAGES = "image_classification"
 OF_SENTENCE_TRANSFORMERS = "modules.json"
+_OF_FORM = {"messages_column", "prompt_column", "completion_column", "template", "use_chat_template"}
 _LONGEST = 100_000  # what tokenizers without a limit say is more
 
 
@@ -129,6 +130,9 @@ def data_settings(model: ModelSettings, config: Any, tokenizer: Any, given: Mapp
         recipe = json.loads(file.read_text(encoding="utf-8"))
         values = {name: value for name, value in recipe.items() if name in known}
         values.setdefault("task", DataSettings.task)
+        unnamed = values["task"] == "instruction_tuning" and not _OF_FORM & set(values)
+        if unnamed and getattr(tokenizer, "chat_template", None):
+            values["messages_column"] = MESSAGES[0]  # those that are taken where no column is named
     elif has_head(config, IMAGE_HEAD):
         values = {"task": IMAGES}
     else:

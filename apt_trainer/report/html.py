@@ -49,6 +49,8 @@ svg {{ max-width: 100%; height: auto; background: #fff; border-radius: 6px; }}
 .rows tr > :first-child {{ width: 55%; }}
 tr.dense td:nth-child(3), tr.pruned td:nth-child(4) {{ font-weight: 600; }}
 @media (max-width: 640px) {{
+  figure {{ overflow-x: auto; }}
+  svg {{ max-width: none; width: 760px; }}
   .rows thead {{ display: none; }}
   .rows tr {{ display: block; border-bottom: 1px solid var(--line); padding: .5em 0; }}
   .rows td {{ display: block; border: 0; padding: .1em 0; }}

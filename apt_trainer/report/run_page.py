@@ -86,7 +86,7 @@ def _faster(metrics: _Metrics) -> Card:
         factors = {name: max(_factors(speed)) for name, speed in exports.items()}
         best = max(factors, key=lambda name: factors[name])
         how += f"; exported as {best} up to {factors[best]:.1f} times"
-    return Card(question, f"{old / new:.1f} times", how)
+    return Card(question, f"{old / new:.1f} times as fast", how)
 
 
 def _factors(speed: Mapping[str, Any]) -> list[float]:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -229,7 +229,8 @@ def _prepare(recipe: Recipe, output: Path, shares_rows: bool) -> tuple[Any, Task
         logging.getLogger("apt_trainer.tasks").setLevel(logging.ERROR)
     else:
         write_line(f"Reading {recipe.data.dataset_name or recipe.data.train_file}")
-    with keeping_rows() if shares_rows and args.dense_baseline else nullcontext({}) as rows:
+    with ExitStack() as reading:
+        rows = reading.enter_context(keeping_rows()) if shares_rows and args.dense_baseline else {}
         tokenizer, config, data = load_inputs(recipe.model, recipe)
     set_task_arguments(args, data, recipe.given)
     check_before_loading(recipe, config, data, tokenizer)

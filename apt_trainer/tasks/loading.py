@@ -94,9 +94,10 @@ def read_file(path: str, setting: str, task: str) -> Dataset:
         builder = format_builder(data_files=glob.escape(str(found)), **options)
         builder.download_and_prepare()
     except READ_ERRORS as error:
-        raise UserError(
-            f"{setting}={path!r} cannot be read as {found.suffix}: {_reason(error)} Check the file."
-        ) from error
+        reason = _reason(error)
+        encoded = "codec can't decode" in reason
+        advice = "Save it in UTF-8 (a spreadsheet calls that CSV UTF-8)." if encoded else "Check the file."
+        raise UserError(f"{setting}={path!r} cannot be read as {found.suffix}: {reason} {advice}") from error
     if builder.info.splits["train"].num_examples == 0:
         raise UserError(f"{setting}={path!r} has no rows. Give data with at least one row.")
     rows = builder.as_dataset(split="train")

@@ -22,7 +22,8 @@ _kept: dict[str, Dataset] | None = None
 def keeping_rows() -> Iterator[dict[str, Dataset]]:
     """What is tokenised within the block, by key, for :func:`hand_over`."""
     global _kept
-    _kept = kept = {}
+    kept: dict[str, Dataset] = {}
+    _kept = kept
     try:
         yield kept
     finally:

@@ -18,13 +18,13 @@ class LivePicture(EventCallback):
     """What is left of each layer, losses and ranks, in one output of the cell."""
 
     def __init__(self) -> None:
-        self._events: list[Mapping[str, Any]] = []
+        self._events: list[dict[str, Any]] = []
         self._shown: Any = None
 
     def on_model_event(
         self, args: Any, state: TrainerState, record: Mapping[str, Any], before: Mapping[str, Any]
     ) -> None:
-        self._events.append(record)
+        self._events.append(dict(record))
         self._draw(state, f"step {state.global_step} of {state.max_steps}")
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -78,6 +78,9 @@ def _notebook_table() -> type[TrainerCallback]:
 class RunProgress(ProgressCallback, EventCallback):
     """Bar and lines of a run of ``trainer``, called ``name``; only the main process speaks."""
 
+    training_bar: Any
+    prediction_bar: Any
+
     def __init__(self, name: str, trainer: Any) -> None:
         super().__init__()
         self.name, self._trainer = name, trainer
@@ -90,7 +93,7 @@ class RunProgress(ProgressCallback, EventCallback):
         if not state.is_world_process_zero:
             return
         self._begun = self._line_at = time.perf_counter()
-        self._seconds, self._steps_at_line = [], state.global_step
+        self._seconds, self._steps_at_line, self._cut = [], state.global_step, False
         self.training_bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,

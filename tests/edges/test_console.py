@@ -63,7 +63,8 @@ def words_of_run(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     model.resize_token_embeddings(len(tokenizer))
     for saved in (tokenizer, model.base_model):
         saved.save_pretrained(folder / "model")
-    rows = [{"text": words(6, seed), "label": ["no", "yes"][seed % 2]} for seed in range(100)]
+    labels = ["no", "yes"]  # told by the first word
+    rows = [{"text": f"w{seed % 2} {words(5, seed)}", "label": labels[seed % 2]} for seed in range(100)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = {"model_name_or_path": str(folder / "model"), "train_file": str(folder / "rows.jsonl"), **SETTINGS}
     (folder / "recipe.json").write_text(json.dumps(given))
@@ -109,8 +110,10 @@ def test_a_run_and_its_dense_baseline_tell_one_story(
     for cut in cuts:
         line = next(line for line in lines if line.startswith(f"step {cut['step']} · cut "))
         for kind in ("heads", "neurons"):
-            old, new = (sum(of[kind].values()) for of in (before, cut))
-            assert (f"{old} → {new} {kind}" in line) == (old != new and kind in line)
+            changed = {n: (old, cut[kind].get(n, 0)) for n, old in before[kind].items() if old != cut[kind].get(n, 0)}
+            one = " in layer " + "".join(changed) if len(changed) == 1 else ""
+            sums = next(iter(changed.values())) if one else [sum(of[kind].values()) for of in (before, cut)]
+            assert (f"{sums[0]} → {sums[1]} {kind}{one}" in line) == bool(changed)
         whole = json.loads((tmp_path / "out/metrics.json").read_text())["block_params_dense"]
         assert f"{100 * (1 - cut['block_params'] / whole):.1f} % of the block parameters gone" in line
         assert f" · loss {cut['loss_before']:.2f} → {cut['loss_after']:.2f} · ranks " in line

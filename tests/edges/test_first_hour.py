@@ -46,7 +46,8 @@ SHORT = ["--max_steps", "6", "--measure_latency", "false", "--use_cpu", "--disab
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny encoder in ``encoder``, a tiny decoder in ``decoder``, and files as people have them."""
+    """Tiny models (``encoder``, the same as a SentenceTransformer ``compares``, ``decoder``) and files as people have
+    them."""
     folder = tmp_path_factory.mktemp("hour")
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(FILM)}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -61,6 +62,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tokenizer.save_pretrained(folder / "decoder")
     tiny_llama().save_pretrained(folder / "decoder")
+    shutil.copytree(folder / "encoder", folder / "compares")
+    (folder / "compares" / "modules.json").write_text("[]")
+    pairs = [f"good film {i},bad film {i},{i / 7}" for i in range(40)]
+    (folder / "pairs.csv").write_text("\n".join(["sentence1,sentence2,score", *pairs]))
     _write_reviews(folder / "reviews.csv")
     _write_chats(folder / "chats.jsonl")
     return folder
@@ -131,6 +136,9 @@ def test_keys_that_are_given_stand_and_what_cannot_be_told_is_asked(
     assert "### as asked\nweight_decay: 0.1\n" in said.out and "labels       3 in the training rows" in said.err
     assert cli.main(["init", *words, "--label_column", "verdit"]) == 2
     assert "Did you mean 'verdict'?" in capsys.readouterr().err
+    Path("latin.csv").write_bytes("text,label\nna\xefve,good\nfilm,bad\n".encode("latin-1"))
+    assert cli.main(["init", *words[:2], "--train_file", "latin.csv"]) == 2
+    assert "Save it in UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -147,16 +155,10 @@ def test_each_form_of_data_has_a_recipe_that_can_be_run(
     inside: Path, model: str, file: str, expected: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """``init`` tries its recipe, as ``plan`` does."""
-    Path("pairs.csv").write_text(
-        "sentence1,sentence2,score\n" + "".join(f"good film {i},bad film {i},{i / 7}\n" for i in range(40))
-    )
     Path("prose.txt").write_text("".join(f"w{i % 50} w{i % 7} w3\n" for i in range(4000)))
     for i in range(20):
         Path("texts", str(i % 2)).mkdir(parents=True, exist_ok=True)
         Path("texts", str(i % 2), f"{i}.txt").write_text(f"a good film {i}")
-    if model == "compares" and not Path(model).exists():
-        shutil.copytree("encoder", model)
-        Path(model, "modules.json").write_text("[]")
     assert cli.main(["init", "--model", model, "--train_file", file, "--output_dir", f"out/{model}{file}"]) == 0
     said = capsys.readouterr()
     given = yaml.safe_load(said.out)
@@ -387,6 +389,18 @@ def test_rows_as_people_have_them_train_in_python_as_in_a_recipe(inside: Path, t
     assert trainer.args is not args and trainer.model.config.model_type == "llama"
 
 
+def test_the_example_of_the_recipes_page_runs(inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "recipes/README.md").read_text(encoding="utf-8").split("## A recipe for data of your own")[1]
+    tokenizer = AutoTokenizer.from_pretrained("decoder")
+    rows = Dataset.from_dict({"question": [f"w{i}" for i in range(20)], "answer": [f"w{i + 1}" for i in range(20)]})
+    space = {"model": tiny_llama(max_position_embeddings=512), "tokenizer": tokenizer, "rows": rows}
+    monkeypatch.chdir(tmp_path)
+    exec(compile(page.split("```python\n")[1].split("```")[0], "README.md", "exec"), space)
+    trainer: Any = space["trainer"]
+    assert trainer.args.early_stopping_patience == 3 and len(trainer.eval_dataset) == 2
+    assert tokenizer.decode([i for i in trainer.train_dataset[0]["labels"] if i >= 0]).endswith("</s>")
+
+
 def test_what_does_not_fit_in_python_is_said(inside: Path, tmp_path: Path) -> None:
     rows = read_file("reviews.csv", "train_file", "classification")
     settings = {"text_column": "Review", "label_column": "verdict", "max_length": 16, "drop_empty_texts": True}
@@ -398,6 +412,8 @@ def test_what_does_not_fit_in_python_is_said(inside: Path, tmp_path: Path) -> No
         APTTrainer(two, args, rows, processing_class=tokenizer, data=data)
     with pytest.raises(UserError, match="takes a tokenizer. Give processing_class too"):
         APTTrainer(two, args, rows, data=data)
+    with pytest.raises(UserError, match="train_dataset is list. With data it has to be a datasets.Dataset"):
+        APTTrainer(two, args, rows.to_list(), processing_class=tokenizer, data=data)
     with pytest.raises(UserError, match="verdict' of the training data is empty in 1 of 59 rows: row 7"):
         APTTrainer(two, args, rows, processing_class=tokenizer, data=DataSettings(**settings))
 
