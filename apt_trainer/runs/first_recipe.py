@@ -121,26 +121,34 @@ def first_recipe(model: ModelSettings, given: Mapping[str, Any], name: str | Non
     check_packages(found.settings)
     if len(rows) < 500 and not {"validation_file", "dataset_name"} & set(found.settings):
         found.add("few rows: more of them tell more", validation_fraction=0.2)
+    facts = _facts(found, tokenizer, config, len(rows))
+    checks = [*found.checks, *_cut_texts(facts, given.get("max_length")), *_checks_of(facts)]
+    sections = _sections(model, given, found, facts)
+    return FirstRecipe(_text(sections, _heading(model, found, facts, name, sections), checks), checks)
+
+
+def _facts(found: Guess, tokenizer: Any, config: Any, rows: int) -> _Facts:
+    """What some of the ``rows`` and the model without weights tell."""
+    architecture = architecture_of(config)
     limit = min(max_positions(config) or _LONGEST, getattr(tokenizer, "model_max_length", _LONGEST), _LONGEST)
     task = _measured(found, tokenizer, config, limit)
-    lengths = None if images else [len(ids) for ids in _rows_of_ids(task.train["input_ids"][:])]
-    facts = _Facts(
+    lengths = targets = None
+    if architecture != IMAGE:
+        lengths = np.array([len(ids) for ids in _rows_of_ids(task.train["input_ids"][:])])
+    if task.model_class == "AutoModelForSeq2SeqLM":
+        targets = np.array([len(ids) for ids in task.train["labels"][:]])
+    return _Facts(
         architecture=architecture,
         task=found.settings["task"],
-        rows=_to_train_on(found.settings, len(rows), len(task.train)),
-        lengths=None if lengths is None else np.array(lengths),
-        target_lengths=np.array([len(ids) for ids in task.train["labels"][:]])
-        if architecture == ENCODER_DECODER and task.model_class == "AutoModelForSeq2SeqLM"
-        else None,
+        rows=_to_train_on(found.settings, rows, len(task.train)),
+        lengths=lengths,
+        target_lengths=targets,
         limit=limit,
         positions=max_positions(config),
         parameters=sum(p.numel() for p in build_model(config, task, "meta").parameters()),
         labels=task.label_counts,
         fast=torch.accelerator.is_available(),
     )
-    checks = [*found.checks, *_checks_of(facts)]
-    sections = _sections(model, given, found, facts)
-    return FirstRecipe(_text(sections, _heading(model, found, facts, name, sections), checks), checks)
 
 
 def _task_of_form(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -380,17 +388,24 @@ def _short_name(path: str) -> str:
     return place.parent.name if name in ("model", "train", "data") and place.parent.name else name
 
 
+def _cut_texts(facts: _Facts, given: int | None) -> list[str]:
+    """How many texts do not fit, in the length that was ``given`` or is proposed."""
+    lengths = facts.lengths
+    if lengths is None or facts.task in ("language_modeling", "question_answering"):
+        return []
+    length, longest = given or facts.length, int(lengths.max())
+    share = float(np.mean(lengths > length))
+    if share == 0:
+        return []
+    more = " or more" if longest >= facts.limit else ""
+    return [
+        f"{share:.1%} of the texts are longer than max_length={length} and are cut; the longest has {longest:,}{more} "
+        "tokens."
+    ]
+
+
 def _checks_of(facts: _Facts) -> list[str]:
     checks = []
-    whole = facts.lengths is None or facts.task in ("language_modeling", "question_answering")
-    cut = 0 if whole else int((facts.lengths > facts.length).sum())
-    if cut:
-        longest = int(facts.lengths.max())
-        more = " or more" if longest >= facts.limit else ""
-        checks.append(
-            f"{cut / len(facts.lengths):.1%} of the texts are longer than max_length={facts.length} and are cut; the "
-            f"longest has {longest:,}{more} tokens."
-        )
     counts = [count for count in facts.labels.values() if count]
     if len(counts) > 1 and max(counts) > 10 * min(counts):
         rare = min((name for name in facts.labels if facts.labels[name]), key=lambda name: facts.labels[name])
