@@ -28,7 +28,7 @@ from apt_trainer.runs.process_memory import process_lines, weigh
 from apt_trainer.runs.vocabulary import vocabulary_cut
 from apt_trainer.settings.config import APTConfig
 from apt_trainer.settings.recipe import Recipe
-from apt_trainer.store.pretrained import build_model, dtype_name, load_inputs
+from apt_trainer.store.pretrained import build_model, dtype_name, load_inputs, source_of
 from apt_trainer.store.starting_point import starting_point
 from apt_trainer.surgery import adapters as lora
 from apt_trainer.surgery.frozen_base import BYTES, base_linears
@@ -85,7 +85,7 @@ def _plan(recipe: Recipe, vocabulary: Mapping[str, Any], processes: int) -> str:
         f"steps        {schedule.total:,} of {args.train_batch_size * args.gradient_accumulation_steps} rows",
         f"memory       {format_bytes(memory)} estimated at the first step "
         f"({_counted(model, args)}){_of_model_at_first(pruner, args)}",
-        *_process_lines(pruner, schedule, processes),
+        *_process_lines(pruner, schedule, recipe, config, processes),
         *([f"timed        on {args.device}, with weights in {dtype_name(model.dtype)}"] if timed else []),
         *([f"exports      {', '.join(args.export)}"] if args.export else []),
         "",
@@ -120,11 +120,14 @@ def _target_lines(pruner: AdaptivePruner, schedule: Schedule) -> list[str]:
     ]
 
 
-def _process_lines(pruner: AdaptivePruner, schedule: Schedule, processes: int) -> list[str]:
+def _process_lines(
+    pruner: AdaptivePruner, schedule: Schedule, recipe: Recipe, config: Any, processes: int
+) -> list[str]:
     if processes == 1:
         return []
     finished = evenly_cut(pruner, schedule.target_sparsity) if schedule.events else pruner.plan
-    return process_lines(weigh(pruner, finished), processes, schedule.before)
+    converted = source_of(recipe.model).gguf_file is not None or config.dtype not in (None, pruner.model.dtype)
+    return process_lines(weigh(pruner, finished), processes, schedule.before, converted)
 
 
 def _label_lines(data: TaskData) -> list[str]:

@@ -38,15 +38,18 @@ def _bytes(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
-def process_lines(weights: WeightBytes, processes: int, before: bool) -> list[str]:
+def process_lines(weights: WeightBytes, processes: int, before: bool, converted: bool) -> list[str]:
     """Of ``processes``, under engines that keep all weights on each and under those that split them; ``before``: the
-    model is cut before it trains."""
+    model is cut before it trains; ``converted``: its weights get another type, or form, than in their file as they
+    load, and so are not left in a mapping of it."""
     whole, layer, finished = (format_bytes(number) for number in weights)
     share = format_bytes(weights.whole / processes + weights.layer)
+    loaded = f", {whole} while they are converted as they load" if converted else ""
     scored = f", {whole} on its device while the model is scored before the cut" if before else ""
     return [
         f"processes    {processes}, weights alone. DDP, ZeRO-1, ZeRO-2: {whole} each while they load, "
         f"{format_bytes(weights.whole * processes)} in all",
         f"             ZeRO-3, FSDP2: {share} each (its share and a layer of {layer}) while they load and train"
-        f"{scored}; {whole} in the one that writes a checkpoint; the finished model, {finished}, in each at the end",
+        f"{loaded}{scored}; {whole} in the one that writes a checkpoint; the finished model, {finished}, in each at "
+        "the end",
     ]

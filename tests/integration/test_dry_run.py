@@ -234,7 +234,10 @@ def test_what_each_of_several_processes_holds_is_said(ready: Recipe) -> None:
     told = " ".join(dry_run.plan(ready, processes=4).split())
     assert f"processes 4, weights alone. DDP, ZeRO-1, ZeRO-2: {format_bytes(whole)} each while they load, " in told
     assert f"{format_bytes(4 * whole)} in all ZeRO-3, FSDP2: {format_bytes(whole / 4 + layer)} each (its share" in told
+    assert "converted" not in told
     assert f"train, {format_bytes(whole)} on its device while the model is scored before the cut; " in told
     assert f"the finished model, {format_bytes(size(finished))}, in each at the end" in told
+    halved = replace(ready, model=replace(ready.model, dtype="bfloat16"))
+    assert "while they are converted as they load" in dry_run.plan(halved, processes=4)
     with pytest.raises(UserError, match="--processes 0 must be at least 1"):
         dry_run.plan(ready, processes=0)
