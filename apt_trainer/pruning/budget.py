@@ -14,7 +14,7 @@ from torch import nn
 
 from apt_trainer.errors import UserError
 from apt_trainer.measure import placed
-from apt_trainer.models import ModelFamily, Space, Sublayer
+from apt_trainer.models import HIDDEN, ModelFamily, Space, Sublayer
 from apt_trainer.plan.cost import CostModel, flops_cost, memory_cost, parameter_cost
 from apt_trainer.plan.limits import LEAST_DEPTH, Limits, limits_of
 from apt_trainer.plan.pruning_plan import PruningPlan
@@ -34,6 +34,8 @@ COSTS: dict[str, Callable[[nn.Module, ModelFamily, list[Space], int, int], CostM
     "memory": memory_cost,
     "latency": latency_cost,
 }
+GROUPED = 8
+"""Numbers of half precision in the 16 bytes that a row of fused experts has to be a multiple of."""
 
 
 class Budget:
@@ -63,8 +65,25 @@ class Budget:
         self.blocks = parameter_cost(origin.dense, family, origin.spaces)
         self._parameters = parameter_cost(origin.dense, family, origin.spaces, blocks_only=False)
         self.limits = limits_of(settings)
+        self._check_targets()
         uniform = settings.prunes and settings.shape == "uniform"
         self.shape = uniform_shape(model, family, settings.prune_targets) if uniform else None
+
+    def _check_targets(self) -> None:
+        """Raise :class:`UserError` where ``prune_targets`` names a kind of units that the model has none of."""
+        kinds = {space.kind for space in self._origin.spaces}
+        absent = sorted(self.limits.targets - kinds) if self._settings.prunes else []
+        if absent:
+            raise UserError(
+                f"prune_targets names {', '.join(absent)}, and the model has none. Its kinds of units: "
+                f"{', '.join(sorted(kinds))}; and sublayers."
+            )
+        cut = sorted(self.limits.targets & {"neurons", HIDDEN})
+        if "experts" in kinds and self._settings.prunes and cut and self._settings.round_to % GROUPED:
+            raise UserError(
+                f"round_to={self._settings.round_to}, but experts run as grouped matrix products, which take widths "
+                f"in multiples of {GROUPED}. Set round_to to one, or prune_targets without {' and '.join(cut)}."
+            )
 
     @property
     def scored(self) -> list[Space]:

@@ -70,8 +70,9 @@ def _plan(recipe: Recipe, vocabulary: Mapping[str, Any], processes: int) -> str:
     model = build_model(config, data, str(args.device) if timed else "meta", recipe.model.dtype)
     pruner = AdaptivePruner(model, args, seed=args.seed)
     schedule = make_schedule(args, args.total_steps(len(data.train) - args.heldout_rows(len(data.train))))
-    predicted = recipe.data.max_target_length if model.config.is_encoder_decoder else recipe.data.max_length
-    memory = memory_estimate(model, args, recipe.data.max_length, predicted)
+    length = pruner.family.tokens(model.config) or recipe.data.max_length
+    predicted = recipe.data.max_target_length if model.config.is_encoder_decoder else length
+    memory = memory_estimate(model, args, length, predicted)
     lines = [
         f"model        {type(model).__name__}, {format_count(sum(p.numel() for p in model.parameters()))} parameters "
         f"with adapters, {format_count(pruner.block_cost.total(pruner.plan.counts))} in blocks{_of_original(pruner)}",
@@ -264,8 +265,10 @@ def _trained(model: nn.Module) -> int:
 
 def _space_table(pruner: AdaptivePruner) -> str:
     rows: list[Mapping[str, Any]] = []
-    for kind, targets in (("heads", "heads"), ("neurons", "neurons"), (HIDDEN, "hidden")):
+    for kind in ("heads", "neurons", "experts", HIDDEN):
         members = [space for space in pruner.spaces if space.kind == kind]
+        if not members:
+            continue
         sizes = [pruner.plan.counts[space.name] for space in members]
         left = next((space for space in members if pruner.plan.counts[space.name]), members[0])
         unit = pruner.block_cost.marginal(left.name, pruner.plan.counts)
@@ -275,7 +278,7 @@ def _space_table(pruner: AdaptivePruner) -> str:
                 "units": _sizes(sizes)
                 + (f" of {_sizes([s.size for s in members])}" if pruner.origin.is_pruned else ""),
                 "unit": f"{unit:,.0f}",
-                "pruned": _pruned(pruner, targets),
+                "pruned": _pruned(pruner, kind),
                 "step": pruner.budget.limits.round_to[kind],
             }
         )
@@ -329,7 +332,8 @@ def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig)
     if not schedule.events:
         return ["Nothing is pruned (target_sparsity: null)."]
     at_first = pruner.plan
-    flops = flops_cost(pruner.origin.dense, pruner.family, pruner.spaces, 1, args.reference_length)
+    length = pruner.family.tokens(pruner.origin.dense.config) or args.reference_length
+    flops = flops_cost(pruner.origin.dense, pruner.family, pruner.spaces, 1, length)
     adapters = lora.adapter_parameters(pruner.model)
     rows = [
         {
@@ -369,7 +373,7 @@ def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig)
         ("target", f"{args.sparsity_metric} removed"),
         *([("of_start", "of this model")] if pruner.origin.is_pruned else []),
         ("params", "block parameters"),
-        ("flops", f"block FLOPs at 1×{args.reference_length}"),
+        ("flops", f"block FLOPs at 1×{length}"),
         ("adapters", "adapter parameters"),
     ]
     then = f"masks fade over {schedule.window} steps."

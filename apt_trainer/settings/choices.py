@@ -13,14 +13,16 @@ TASKS = (
     "multi_label_classification",
     "regression",
     "embedding",
+    "image_classification",
     "token_classification",
     "question_answering",
     "language_modeling",
+    "masked_language_modeling",
     "instruction_tuning",
     "summarization",
     "translation",
 )
-PRUNE_TARGETS = ("heads", "neurons", "hidden", "sublayers")
+PRUNE_TARGETS = ("heads", "neurons", "experts", "hidden", "sublayers")
 POST_NORM_POLICIES = ("remove_norm", "keep_norm")
 """The first is the default."""
 SHAPES = ("free", "uniform")

@@ -34,7 +34,8 @@ class PruningSettings:
     )
     prune_targets: list[str] = setting(
         ["heads", "neurons", "hidden"],
-        "Kinds of units that may be removed: heads, neurons, hidden; sublayers: whole attentions and feed-forwards.",
+        "Kinds of units that may be removed: heads, neurons, hidden; experts of a mixture, down to as many as a token "
+        "uses; sublayers: whole attentions and feed-forwards.",
     )
     post_norm_policy: str = setting(
         "remove_norm",

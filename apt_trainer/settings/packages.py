@@ -34,6 +34,7 @@ SENTENCE_TRANSFORMERS = _of("sentence_transformers", "'apt-trainer[embedding]'")
 GGUF = _of("gguf", "'apt-trainer[lm]'")
 HARNESS = _of("lm_eval", "'apt-trainer[lm_eval]'")
 DEEPSPEED = _of("deepspeed", "'apt-trainer[deepspeed]'")
+SHTAB = _of("shtab", "'apt-trainer[completion]'")
 TOKENIZERS = tuple(_of(name, "sentencepiece tiktoken protobuf") for name in ("sentencepiece", "tiktoken"))
 TORCHAO, BITSANDBYTES = _of("torchao", "'apt-trainer[quantize]'"), _of("bitsandbytes", "'apt-trainer[quantize]'")
 

@@ -7,42 +7,55 @@ time that evaluating takes is left out. Not for choosing when to stop.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 
 
+class Evaluation(NamedTuple):
+    """``value`` of the metric after ``step`` steps, which took ``seconds`` of training."""
+
+    step: int
+    seconds: float
+    value: float
+
+
+def first_reaching(
+    evaluations: Sequence[Sequence[float]], mark: float, greater_is_better: bool = True
+) -> Sequence[float] | None:
+    """The first of the ``evaluations`` of a run (as :class:`Evaluation`) that reached ``mark``; None if none did."""
+    sign = 1 if greater_is_better else -1
+    return next((each for each in evaluations if sign * each[2] >= sign * mark), None)
+
+
 class TimeToAccuracy(TrainerCallback, ExportableState):
-    """Watches the evaluations of one run.
+    """Watches the evaluations of one run: ``evaluations`` are those of its finished shape.
 
     Args:
         metric: name in the evaluations, with its prefix ("eval_accuracy").
-        mark: value to be reached.
-        greater_is_better: False for perplexity and the like.
         is_pruned: whether the model has its final shape by now.
 
-    After training ``record()`` holds ``seconds`` and ``step`` of the first evaluation that reached the mark, both None
-    if none did. What a resumed run had trained before counts.
+    What a resumed run had trained before counts.
     """
 
-    def __init__(
-        self, metric: str, mark: float, greater_is_better: bool = True, is_pruned: Callable[[], bool] = lambda: True
-    ) -> None:
-        self.metric, self.mark, self.greater_is_better, self.is_pruned = metric, mark, greater_is_better, is_pruned
-        self.seconds: float | None = None
-        self.step: int | None = None
+    def __init__(self, metric: str, is_pruned: Callable[[], bool] = lambda: True) -> None:
+        self.metric, self.is_pruned = metric, is_pruned
+        self.evaluations: list[Sequence[float]] = []
         self._trained = 0.0
         self._since: float | None = None
 
-    def record(self) -> dict[str, Any]:
-        return {"mark": self.mark, "seconds": self.seconds, "step": self.step}
+    def record(self, mark: float, greater_is_better: bool = True) -> dict[str, Any]:
+        """``seconds`` and ``step`` of the first evaluation that reached ``mark``, both None if none did."""
+        found = first_reaching(self.evaluations, mark, greater_is_better)
+        step, seconds, _ = (None, None, None) if found is None else found
+        return {"mark": mark, "seconds": seconds, "step": step}
 
     def state(self) -> dict[str, Any]:
         return {
-            "args": {"metric": self.metric, "mark": self.mark, "greater_is_better": self.greater_is_better},
-            "attributes": {"seconds": self.seconds, "step": self.step, "_trained": self._elapsed()},
+            "args": {"metric": self.metric},
+            "attributes": {"evaluations": self.evaluations, "_trained": self._elapsed()},
         }
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -64,10 +77,8 @@ class TimeToAccuracy(TrainerCallback, ExportableState):
         now = time.perf_counter()
         self._trained += now - self._since - metrics.get(f"{self.metric.partition('_')[0]}_runtime", 0.0)
         self._since = now
-        value = metrics[self.metric]
-        reached = value >= self.mark if self.greater_is_better else value <= self.mark
-        if reached and self.seconds is None and self.is_pruned():
-            self.seconds, self.step = self._trained, state.global_step
+        if self.is_pruned():
+            self.evaluations.append(Evaluation(state.global_step, self._trained, metrics[self.metric]))
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._since = None

@@ -32,6 +32,11 @@ logger = logging.getLogger(__name__)
 
 def check_candidates(args: APTConfig, schedule: Schedule) -> Schedule:
     """``schedule``; raises :class:`UserError` where it leaves nothing to choose among, before anything is trained."""
+    if args.early_stopping_patience is not None and schedule.end >= schedule.total:
+        raise UserError(
+            f"early_stopping_patience counts evaluations after the last change of shape, but that is at step "
+            f"{schedule.end} of {schedule.total}. Remove it, or end pruning earlier (pruning_end)."
+        )
     chooses = args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST
     if not chooses:
         return schedule

@@ -157,36 +157,38 @@ def test_the_first_evaluation_of_the_final_shape_counts_without_the_time_of_eval
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock, cut = _Clock(monkeypatch), [False]
-    watch = TimeToAccuracy("eval_accuracy", 0.8, is_pruned=lambda: cut[0])
+    watch = TimeToAccuracy("eval_accuracy", is_pruned=lambda: cut[0])
     watch.on_train_begin(None, TrainerState(), TrainerControl())
     _evaluate(watch, clock, 10, 0.85, 5.0, 2.0)
     cut[0] = True
     _evaluate(watch, clock, 20, 0.79, 5.0, 2.0)
-    assert watch.record() == {"mark": 0.8, "seconds": None, "step": None}
+    assert watch.record(0.8) == {"mark": 0.8, "seconds": None, "step": None}
     _evaluate(watch, clock, 30, 0.8, 4.0, 2.0)
     _evaluate(watch, clock, 40, 0.9, 4.0, 2.0)
-    assert watch.record() == {"mark": 0.8, "seconds": pytest.approx(14.0), "step": 30}
+    assert watch.record(0.8) == {"mark": 0.8, "seconds": pytest.approx(14.0), "step": 30}
 
 
 def test_a_resumed_run_counts_what_was_trained_before(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = _Clock(monkeypatch)
-    first = TimeToAccuracy("eval_loss", 0.5, greater_is_better=False)
+    first = TimeToAccuracy("eval_loss")
     first.on_train_begin(None, TrainerState(), TrainerControl())
     clock.now += 6.0
     saved = TrainerState(global_step=10, stateful_callbacks={"TimeToAccuracy": json.loads(json.dumps(first.state()))})
     clock.now += 1000.0
-    again = TimeToAccuracy("eval_loss", 0.5, greater_is_better=False)
+    again = TimeToAccuracy("eval_loss")
     again.on_train_begin(None, saved, TrainerControl())
     clock.now += 4.0
     again.on_evaluate(None, TrainerState(global_step=20), TrainerControl(), metrics={"eval_loss": 0.4})
-    assert again.record() == {"mark": 0.5, "seconds": pytest.approx(10.0), "step": 20}
+    assert again.record(0.5, greater_is_better=False) == {"mark": 0.5, "seconds": pytest.approx(10.0), "step": 20}
 
 
 def test_a_run_with_a_reference_records_when_it_came_near(tmp_path: Path) -> None:
     changes = {"eval_strategy": "steps", "eval_steps": 2, "reference_metric": 1e6}
-    found = train(_recipe(tmp_path, **changes))["time_to_accuracy"]
+    metrics = train(_recipe(tmp_path, **changes))
+    found, evaluations = metrics["time_to_accuracy"], metrics["evaluations"]
     assert found["mark"] == pytest.approx(1e6 / 0.97) and found["step"] == 2
-    assert found["seconds"] > 0
+    assert 0 < found["seconds"] == evaluations[0].seconds < evaluations[-1].seconds
+    assert [each.step for each in evaluations] == list(range(2, metrics["train_steps"] + 1, 2))
 
 
 def test_a_dense_baseline_under_a_launcher_is_refused_before_anything_is_written(
