@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from apt_trainer.plan.pruning_plan import PruningPlan
     from apt_trainer.pruning.pruner import AdaptivePruner
     from apt_trainer.scoring import IMPORTANCES, Importance
+    from apt_trainer.settings import DataSettings
     from apt_trainer.settings.config import APTConfig
     from apt_trainer.settings.execution_plan import Plan
     from apt_trainer.store.painted_model import paint
@@ -46,6 +47,7 @@ _HOME = {
     "APTSentenceTransformerTrainer": "training.any_trainer",
     "APTTrainer": "training.trainer",
     "AdaptivePruner": "pruning.pruner",
+    "DataSettings": "settings",
     "FAMILIES": "models",
     "IMPORTANCES": "scoring",
     "Importance": "scoring",
@@ -71,6 +73,7 @@ __all__ = [
     "APTSentenceTransformerTrainer",
     "APTTrainer",
     "AdaptivePruner",
+    "DataSettings",
     "Importance",
     "ModelFamily",
     "Plan",

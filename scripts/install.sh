@@ -22,7 +22,10 @@ fi
     exit 1
 }
 
-pip_install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check -c scripts/constraints.txt "$@"; }
+# Without --no-compile pip compiles thousands of modules, of which a run imports a few.
+pip_install() {
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c scripts/constraints.txt "$@"
+}
 
 echo "Installing into $PWD/.venv (a few minutes the first time)"
 "$python" -m venv .venv

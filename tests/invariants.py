@@ -31,6 +31,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
@@ -54,8 +55,19 @@ from apt_trainer.surgery.cutting import apply_plan
 from apt_trainer.surgery.masks import MaskStore
 from apt_trainer.surgery.slicing import EditLog
 
-AUTO = (AutoModelForSeq2SeqLM, AutoModelForMaskedLM, AutoModelForCausalLM, AutoModelForSequenceClassification)
-HEAD_CLASSES = (AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModelForQuestionAnswering)
+AUTO = (
+    AutoModelForSeq2SeqLM,
+    AutoModelForMaskedLM,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForImageClassification,
+)
+HEAD_CLASSES = (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoModelForQuestionAnswering,
+    AutoModelForImageClassification,
+)
 WIDTH, NEURONS = 16, 20
 _COMMON: dict[str, object] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size"), WIDTH),
@@ -66,6 +78,12 @@ _COMMON: dict[str, object] = {
     **dict.fromkeys(("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner"), NEURONS),
     **dict.fromkeys(("hidden_dim", "d_ff"), NEURONS),
     **dict.fromkeys(("head_dim", "d_kv"), 6),
+    **dict.fromkeys(("num_experts", "num_local_experts"), 5),
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": NEURONS,
+    "image_size": 6,
+    "patch_size": 2,
+    "mlp_ratio": 2,
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 20,
     "pad_token_id": 1,
@@ -93,6 +111,20 @@ _OWN: dict[str, dict[str, object]] = {
     "granite": {"residual_multiplier": 0.5, "embedding_multiplier": 2.0, "logits_scaling": 3.0},
     "helium": {"hidden_size": 32, "head_dim": 4},
     "hyperclovax": {"residual_multiplier": 0.5, "use_post_norm": True},
+    "deit": {"architectures": ["DeiTForImageClassification"]},  # or no Auto class chooses among its classes
+    "dinov2_with_registers": {"num_register_tokens": 5},
+    "siglip": {
+        "vision_config": {
+            "hidden_size": WIDTH,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": HEADS,
+            "intermediate_size": NEURONS,
+            "image_size": 6,
+            "patch_size": 2,
+            "vision_use_head": False,
+        },
+        "text_config": {"num_hidden_layers": 1, "vocab_size": VOCABULARY},
+    },
     "rembert": {"input_embedding_size": 12, "output_embedding_size": 14},
     "roformer": {"embedding_size": 12},
     "stablelm": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
@@ -142,7 +174,9 @@ def close(a: torch.Tensor, b: torch.Tensor, within: float = 1e-5) -> bool:
 def a_plan(spaces: list[Space], *kinds: str, gone: bool = False, seed: int = 31) -> PruningPlan:
     """Some units of each of ``kinds``, or of all; ``gone``: some sublayers lose all, the first of each stack too."""
     vanish = [space.name for i, space in enumerate(spaces[:-1]) if gone and not space.minimum and i % 3 == 0]
-    return random_plan(spaces, PruningPlan.dense(spaces), seed, kinds or ("heads", "neurons", HIDDEN), vanish)
+    return random_plan(
+        spaces, PruningPlan.dense(spaces), seed, kinds or ("heads", "neurons", "experts", HIDDEN), vanish
+    )
 
 
 def cut(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
@@ -211,14 +245,19 @@ def masks_equal_the_cut(model: PreTrainedModel, *kinds: str, gone: bool = False)
 
 def zeroed_outputs_equal_the_cut(model: PreTrainedModel) -> None:
     """An independent reference: output projections of a dense model that ignore the units that go. In double
-    precision, since norms behind a sublayer raise rounding errors; heads that are normalised together stay."""
+    precision, since norms behind a sublayer raise rounding errors; heads that are normalised together stay, and what
+    is in experts."""
     model = copy.deepcopy(model).double()
+    model.config._experts_implementation = "eager"  # the faster one takes no double precision
     _, spaces, _ = parts(model)
     plan = a_plan(spaces, "heads", "neurons")
-    whole = {space.name: tuple(range(space.size)) for space in spaces if space.norms and space.name != HIDDEN}
+    stays = [space for space in spaces[:-1] if space.norms or space.gate_side != "input"]
+    whole = {space.name: tuple(range(space.size)) for space in stays}
     plan = PruningPlan({**plan.kept, **whole})
     small = cut(model, plan)
     for space in spaces[:-1]:
+        if space in stays:
+            continue
         lost = torch.tensor(sorted(set(range(space.size)) - set(plan.kept[space.name])), dtype=torch.long)
         columns = (lost[:, None] * space.channels + torch.arange(space.channels)).reshape(-1)
         with torch.no_grad():
@@ -299,8 +338,8 @@ def equal_layers_are_stock_or_refused(model: PreTrainedModel, folder: Path) -> N
     batch = tiny_batch(model)
     last = [f"{stack.spaces}.{len(family._layers(model, stack)) - 2}." for stack in family.stacks]
     fewer = {
-        kind: {s.name: dense.kept[s.name][: s.size * 3 // 4] for s in spaces if s.kind == kind}
-        for kind in ("heads", "neurons", HIDDEN)
+        kind: {s.name: dense.kept[s.name][: s.size * 3 // 16 * 4 or s.size * 3 // 4] for s in spaces if s.kind == kind}
+        for kind in dict.fromkeys(space.kind for space in spaces)
     }
     fewer["layers"] = {s.name: () for s in spaces if s.name.startswith(tuple(last)) and not s.minimum}
     for kind, kept in fewer.items():

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
 
 from apt_trainer.models import HIDDEN, ModelFamily, Space, family_of
 from apt_trainer.plan.pruning_plan import PruningPlan
@@ -141,7 +142,7 @@ def adapted(model: PreTrainedModel, rank: int = 3, everywhere: bool = False) -> 
     if everywhere:
         spaces = family.spaces(model)[:-1]
         linears = {part.module for space in spaces for part in space.slices if part.module not in space.norms}
-        linears = {path for path in linears if not isinstance(model.get_submodule(path), nn.Embedding)}
+        linears = {path for path in linears if isinstance(model.get_submodule(path), nn.Linear | Conv1D)}
         layers = tuple(path + "." for path in family.layer_paths(model))
         names = {path.removeprefix(next(p for p in layers if path.startswith(p))) for path in linears}
     insert_adapters(model, sorted(names), rank, 2.0 * rank, 0.0, family.layer_paths(model))
@@ -156,6 +157,11 @@ def adapted(model: PreTrainedModel, rank: int = 3, everywhere: bool = False) -> 
 def tiny_batch(model: PreTrainedModel, padded: bool = True, size: int = 4, length: int = 7) -> dict[str, torch.Tensor]:
     """Batch with labels; ``padded`` ends the sequences at different lengths."""
     generator = torch.Generator().manual_seed(3)
+    if model.main_input_name == "pixel_values":
+        config = getattr(model.config, "vision_config", model.config)
+        shape = (size, config.num_channels, config.image_size, config.image_size)
+        labels = torch.randint(model.config.num_labels, (size,), generator=generator)
+        return {"pixel_values": torch.randn(shape, generator=generator), "labels": labels}
     ids = torch.randint(4, VOCABULARY, (size, length), generator=generator)
     mask = torch.ones_like(ids)
     if padded:
@@ -206,7 +212,10 @@ def random_plan(
     kinds: Sequence[str] = ("heads", "neurons", "hidden"),
     vanish: Sequence[str] = (),
 ) -> PruningPlan:
-    """Part of the units of every space of ``kinds``, drawn at random; no unit of the spaces in ``vanish``."""
+    """Part of the units of every space of ``kinds``, drawn at random; no unit of the spaces in ``vanish``.
+
+    What experts are wide in are multiples of four, 16 bytes: grouped matrix products take no others."""
+    multiple = 4 if any(space.kind == "experts" for space in spaces) else 1
     generator = torch.Generator().manual_seed(seed)
     kept = dict(current.kept)
     for space in spaces:
@@ -214,8 +223,10 @@ def random_plan(
         if space.name in vanish:
             kept[space.name] = ()
         elif space.kind in kinds and units:
-            least = 5 if space.name == HIDDEN else 1
+            least = 5 if space.name == HIDDEN else max(1, space.minimum)
             number = int(torch.randint(min(least, len(units)), len(units) + 1, (), generator=generator))
+            if space.kind in ("neurons", "hidden"):
+                number = max(multiple, number // multiple * multiple)
             chosen = torch.randperm(len(units), generator=generator)[:number].sort().values
             kept[space.name] = tuple(units[i] for i in chosen.tolist())
     return PruningPlan(kept)

@@ -15,12 +15,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from apt_trainer import __version__
+from apt_trainer.cli.completion import SHELLS, PrintCompletion
 from apt_trainer.errors import RunError, UserError
+from apt_trainer.libraries.quiet import quiet
 from apt_trainer.libraries.versions import check_versions
 
 VERBS = {
+    "init": "apt_trainer.cli.init",
     "train": "apt_trainer.cli.train",
     "plan": "apt_trainer.cli.plan",
+    "predict": "apt_trainer.cli.predict",
+    "chat": "apt_trainer.cli.chat",
     "evaluate": "apt_trainer.cli.evaluate",
     "benchmark": "apt_trainer.cli.benchmark",
     "export": "apt_trainer.cli.export",
@@ -31,6 +36,7 @@ VERBS = {
     "paint": "apt_trainer.cli.paint",
     "ablate": "apt_trainer.cli.ablate",
     "report": "apt_trainer.cli.report",
+    "schema": "apt_trainer.cli.schema",
     "families": "apt_trainer.cli.families",
     "env": "apt_trainer.cli.env",
 }
@@ -48,14 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     signals."""
     verbs = {name: importlib.import_module(path) for name, path in VERBS.items()}
     parser = _parser(verbs)
-    args, overrides = parser.parse_known_args(argv)
-    verb = verbs[args.verb]
-    if overrides and not verb.TAKES_SETTINGS:
-        parser.error(f"{args.verb}: unrecognized arguments: {' '.join(overrides)}")
     try:
-        if args.verb not in _WITHOUT_MODELS:
-            check_versions()
-        return verb.run(args, overrides)
+        args, overrides = parser.parse_known_args(argv)
+        verb = verbs[args.verb]
+        if overrides and not verb.TAKES_SETTINGS:
+            parser.error(f"{args.verb}: unrecognized arguments: {' '.join(overrides)}")
+        with quiet(sys.argv[1:] if argv is None else argv):
+            if args.verb not in _WITHOUT_MODELS:
+                check_versions()
+            return int(verb.run(args, overrides))
     except UserError as error:
         return _fail(str(error), EXIT_USER_ERROR)
     except RunError as error:
@@ -75,6 +82,12 @@ def _parser(verbs: dict[str, Any]) -> argparse.ArgumentParser:
         prog="apt-trainer", description="Fine-tune a transformer while adaptively pruning it.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"apt-trainer {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        choices=SHELLS,
+        help="print what lets a shell complete verbs and keys (pip install 'apt-trainer[completion]')",
+    )
     commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, module in verbs.items():
         command = commands.add_parser(

@@ -1,4 +1,4 @@
-"""``apt-trainer report``: a table of runs side by side, in Markdown, CSV or as an HTML page with pictures."""
+"""``apt-trainer report``: runs side by side, in Markdown, CSV or as an HTML page with pictures; one run as a page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pathlib import Path
 
 from apt_trainer.errors import UserError
 
-HELP = "Compare finished runs: mean and spread over seeds, and change against a baseline."
+HELP = (
+    "Compare finished runs: mean and spread over seeds, and change against a baseline. With --output FILE.html a "
+    "single run gets a page: how much smaller, faster and worse, and on which inputs it differs from the dense model."
+)
 TAKES_SETTINGS = False
 
 
@@ -20,17 +23,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from apt_trainer.report.comparison import compare, read_results, to_csv, to_markdown
-    from apt_trainer.store.events import write_text
+    from apt_trainer.store.events import RESULTS_FILE, write_text
 
     output, suffix = Path(args.output or "-.md"), Path(args.output or "-.md").suffix
     if suffix not in (".md", ".csv", ".html"):
         raise UserError(f"--output={args.output!r} must end in .md, .csv or .html.")
     records = read_results(args.runs)
-    comparison = compare(records, args.baseline)
-    if suffix == ".html":
+    names, comparison = [Path(path).resolve().name for path in args.runs], compare(records, args.baseline)
+    if suffix == ".html" and len(names) == 1 and not (Path(args.runs[0]) / RESULTS_FILE).is_file():
+        from apt_trainer.report.run_page import run_page
+
+        text = run_page(Path(args.runs[0]), names[0])
+    elif suffix == ".html":
         from apt_trainer.report.html import to_html
 
-        text = to_html(comparison, records, " + ".join(Path(path).resolve().name for path in args.runs))
+        text = to_html(comparison, records, " + ".join(names))
     else:
         text = to_csv(comparison) if suffix == ".csv" else to_markdown(comparison) + "\n"
     if args.output is None:

@@ -94,6 +94,7 @@ def ended_text(path: str) -> str:
 def result_text(metrics: Mapping[str, Any], path: str) -> str:
     """What a run ends with: dense against pruned, and how to load the result."""
     from apt_trainer.report.tables import comparison_table, exports_table
+    from apt_trainer.store.events import PREDICTIONS_FILE
 
     exports = ""
     if metrics.get("exports"):
@@ -101,12 +102,26 @@ def result_text(metrics: Mapping[str, Any], path: str) -> str:
             f"\n{exports_table(metrics)}\n\nSpeeds are multiples of the dense model's in PyTorch on the CPU, all in "
             f"turns. Exports are in {path}/export.\n"
         )
+    example = ""
+    if (Path(path) / PREDICTIONS_FILE).is_file():
+        of_row = json.loads((Path(path) / PREDICTIONS_FILE).read_text(encoding="utf-8"))["example"]
+        text = textwrap.shorten(of_row["text"], 90, placeholder=" …")
+        example = f"""
+For example, the first row of the {metrics["evaluated_on"]} data: "{text}"
+The model says {of_row["prediction"]}, and right is {of_row["label"]}. Of a text of your own:
+
+    apt-trainer predict {path} --text "..."
+"""
     direction = "" if metrics.get("greater_is_better", True) else "; lower is better"
     return f"""
 {comparison_table(metrics)}
 {exports}
 {metrics["metric_name"]} is measured on the {metrics["evaluated_on"]} data{direction}.
-All numbers are in {path}/metrics.json, the picture is {path}/run.png. Load the result:
+All numbers are in {path}/metrics.json, the picture is {path}/run.png. As a page:
+
+    apt-trainer report {path} --output {path}/report.html
+{example}
+Load the result:
 
     {loading_code(path)}
 """

@@ -25,13 +25,13 @@ from torch import nn
 from transformers.utils import ModelOutput, find_labels
 
 from apt_trainer.libraries.private_names import MODULE_HOOKS
+from apt_trainer.models import family_of
 from apt_trainer.tensors.fully_sharded import plain_modules
 from apt_trainer.tensors.partitioned import (
     copy_of,
     gather_while_it_runs,
     is_partitioned,
     partition_all,
-    shape_of,
     strip_modules,
 )
 
@@ -70,8 +70,8 @@ def freeze(model: nn.Module) -> nn.Module:
 def hidden_width(model: Any) -> int:
     """Hidden dimensions of a transformer: what its config says or, if it was pruned, the width of its embeddings."""
     if hasattr(model.config, "apt_structure"):
-        return int(shape_of(model.get_input_embeddings().weight)[1])
-    return int(model.config.hidden_size)
+        return family_of(model.config).hidden_size(model)
+    return int(getattr(model.config, "vision_config", model.config).hidden_size)
 
 
 def _hooks_of(module: nn.Module) -> list[dict[int, Any]]:

@@ -137,7 +137,7 @@ def measure_speed(
         for name, of_model in timed.items()
     }
     return {
-        "latency_length": length,
+        **({} if model.main_input_name == "pixel_values" else {"latency_length": length}),
         "latency_ms": times,
         "sequences_per_second": rates,
         **_flops(models, length),

@@ -17,7 +17,7 @@ from apt_trainer.evaluate.quantization import quantize
 from apt_trainer.measure import count_parameters
 from apt_trainer.settings import ModelSettings, resolve_path
 from apt_trainer.settings.packages import check_packages
-from apt_trainer.store.pretrained import choose_device, load_saved, load_tokenizer
+from apt_trainer.store.pretrained import choose_device, load_saved, load_tokenizer, read_config, refuse_images
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ def evaluate_language(settings: ModelSettings, request: LanguageRequest) -> dict
     check_packages({**vars(settings), "quantize": request.quantize, "lm_eval_tasks": request.tasks})
     text = None if request.text is None else _read(request.text)
     device = choose_device(request.device)
+    refuse_images(read_config(settings), "Perplexity or a task of lm_eval")
     tokenizer = load_tokenizer(settings)
     model = load_saved(settings).to(device)
     started = time.perf_counter()

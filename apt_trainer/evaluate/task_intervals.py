@@ -46,7 +46,7 @@ def score_intervals(
     outputs = first_output(prediction.predictions)
     if metric in ("perplexity", "token_accuracy"):
         return token_intervals(np.asarray(outputs, dtype=np.float64))
-    if task == "classification":
+    if task in ("classification", "image_classification"):
         return classification_intervals(np.asarray(outputs), np.asarray(prediction.label_ids))
     if task == "embedding":
         found = regression_intervals(similarities(prediction), np.ravel(prediction.label_ids))

@@ -42,6 +42,8 @@ def count_flops(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
         shapes_only = _copy_without_storage(model)
         if isinstance(shapes_only, PreTrainedModel) and shapes_only.config._attn_implementation not in _COUNTED:
             shapes_only.set_attn_implementation("eager")  # kernels of flash and flex attention cannot be looked into
+        if isinstance(shapes_only, PreTrainedModel) and type(shapes_only)._can_set_experts_implementation():
+            shapes_only.set_experts_implementation("batched_mm")  # others look at how many tokens each expert gets
         fake_inputs = {name: _without_storage(value) for name, value in inputs.items()}
         with FlopCounterMode(display=False) as counter:
             shapes_only(**fake_inputs)

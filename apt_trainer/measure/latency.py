@@ -40,17 +40,18 @@ class Latency:
 def example_inputs(
     model: nn.Module, batch_size: int, length: int, device: torch.device | str | None = None
 ) -> dict[str, Tensor]:
-    """Make the same random, unpadded token batch at every call.
+    """Make the same random batch at every call: unpadded tokens or, for a model of images, images.
 
     Args:
         model: Pretrained model; its ``config`` gives the vocabulary, the padding id and the longest input.
-        batch_size: Sequences.
-        length: Tokens per sequence.
+        batch_size: Sequences, or images.
+        length: Tokens per sequence; of images, whose size the config gives, it says nothing.
         device: Where the tensors go; default: where the model is.
 
     Returns:
         ``input_ids`` and ``attention_mask`` (all ones), both [batch_size, length] int64; for a model with an encoder
-        and a decoder also ``decoder_input_ids``, as long.
+        and a decoder also ``decoder_input_ids``, as long. Of images ``pixel_values`` [batch_size, channels, height,
+        width].
 
     Raises:
         UserError: a size below 1, or more tokens than the model has positions.
@@ -62,6 +63,12 @@ def example_inputs(
     if longest is not None and length > longest:
         raise UserError(f"length={length} is more than the {longest} positions of the model. Use at most {longest}.")
     generator = torch.Generator().manual_seed(0)
+    device = _device_of(model) if device is None else device
+    if getattr(model, "main_input_name", None) == "pixel_values":
+        config = getattr(config, "vision_config", config)
+        sides = config.image_size if isinstance(config.image_size, list | tuple) else [config.image_size] * 2
+        pixels = torch.randn(batch_size, config.num_channels, *sides, generator=generator)
+        return {"pixel_values": pixels.to(device)}
     input_ids = torch.randint(config.vocab_size, (batch_size, length), generator=generator)
     padding = getattr(config, "pad_token_id", None)
     if padding is not None:  # a padding id inside the text would shift positions in some models
@@ -73,7 +80,6 @@ def example_inputs(
             input_ids[input_ids == end] = end + 1
             input_ids[:, -1] = end
         batch["decoder_input_ids"] = input_ids.clone()
-    device = _device_of(model) if device is None else device
     return {name: value.to(device) for name, value in batch.items()}
 
 
@@ -161,7 +167,7 @@ def take_turns(
 
 
 def _forward(model: nn.Module, batch: dict[str, Tensor]) -> tuple[float]:
-    device = batch["input_ids"].device
+    device = next(iter(batch.values())).device
     start = now(device)
     model(**batch)
     return (now(device) - start,)

@@ -35,9 +35,11 @@ from apt_trainer.models.families.llama import (
     VAULTGEMMA,
 )
 from apt_trainer.models.families.modernbert import DECODER, MODERNBERT
+from apt_trainer.models.families.moe import MIXTRAL, OLMOE, QWEN3_MOE
 from apt_trainer.models.families.mpnet import MPNET
 from apt_trainer.models.families.parallel import COHERE, GPTJ, PHI
 from apt_trainer.models.families.t5 import T5, UMT5
+from apt_trainer.models.families.vit import DINOV2, SIGLIP, VIT
 from apt_trainer.models.family import Head, ModelFamily, StackTable, SublayerTable
 from apt_trainer.models.nearest import nearest
 
@@ -78,6 +80,9 @@ _TABLES = (
     GLM,
     GLM4,
     HYPERCLOVAX,
+    MIXTRAL,
+    QWEN3_MOE,
+    OLMOE,
     COHERE,
     PHI,
     GPTJ,
@@ -90,6 +95,9 @@ _TABLES = (
     BART,
     BLENDERBOT_SMALL,
     MBART,
+    VIT,
+    DINOV2,
+    SIGLIP,
 )
 
 FAMILIES: dict[str, ModelFamily] = {name: family for family in _TABLES for name in family.model_types}

@@ -13,9 +13,11 @@ from typing import Literal
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-Kind = Literal["heads", "neurons", "hidden"]
+Kind = Literal["heads", "neurons", "experts", "hidden"]
 Side = Literal["in", "out"]
+GateSide = Literal["input", "output", "routed"]
 Stack = Literal["encoder", "decoder"]
 
 HIDDEN = "hidden"
@@ -27,11 +29,13 @@ class Slice:
 
     ``parts`` are the rows per unit in each consecutive part of that side: (head_dim,) for a query projection,
     (q, k, v) for a fused one, whose parts may differ in width, (1,) for neurons and hidden dimensions.
+    ``weight``: (name, dimension) of the parameter that has this side, in a module that is neither linear nor norm.
     """
 
     module: str
     side: Side
     parts: tuple[int, ...] = (1,)
+    weight: tuple[str, int] | None = None
 
     def rows(self, units: torch.Tensor, size: int) -> torch.Tensor:
         """Rows [n·Σparts] of the module's side that belong to ``units`` [n] out of ``size`` units."""
@@ -56,8 +60,11 @@ class SizeAttribute:
 class Space:
     """One prunable axis: ``size`` units, ``channels`` activations per unit. ``minimum``: units that stay in any case.
 
-    A unit of an attention is a key and value head with all query heads that read it.
-    ``gate``: module whose *input* carries the units (output projection of an attention or feed-forward).
+    A unit of an attention is a key and value head with all query heads that read it; one of "neurons" inside of
+    experts is that neuron of each of them, since their weights are fused.
+    ``gate``: module whose ``gate_side`` carries the units: the *input* of an output projection, the *output* of an
+    activation, or what a router has *routed*, (logits [tokens, experts], weights [tokens, k], experts [tokens, k]).
+    ``within``: space whose last unit takes all of these along.
     ``norms``: every normalisation over the space. ``places``: modules whose *output* is observed for the hidden space,
     and ``place_stacks`` where each of them is. ``writers``: modules whose output enters the residual stream without a
     norm. ``stack``: whose tokens the gate sees.
@@ -70,6 +77,8 @@ class Space:
     channels: int = 1
     layer: int | None = None
     gate: str | None = None
+    gate_side: GateSide = "input"
+    within: str | None = None
     norms: tuple[str, ...] = ()
     places: tuple[str, ...] = ()
     place_stacks: tuple[Stack, ...] = ()
@@ -82,7 +91,7 @@ class Space:
     def label(self) -> str:
         """Name of its layer in reports: "3", or "decoder.3" and "decoder.3.cross" where there are two stacks."""
         stem, _, last = self.name.removeprefix("layers.").rpartition(".")
-        prefix = last.removesuffix("heads").removesuffix("neurons").removesuffix("_")
+        prefix = last.removesuffix("heads").removesuffix("neurons").removesuffix("experts").removesuffix("_")
         return f"{stem}.{prefix}" if prefix else stem
 
     def stack_of(self, path: str) -> Stack:
@@ -169,8 +178,32 @@ def base_layer(module: nn.Module) -> nn.Module:
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features) of a linear, with or without an adapter round it."""
+    """(out_features, in_features) of a linear, with or without an adapter round it; channels of a convolution."""
     weight = base_layer(module).weight
     assert isinstance(weight, torch.Tensor)
-    rows, columns = weight.shape
-    return (columns, rows) if type(base_layer(module)).__name__ == "Conv1D" else (rows, columns)
+    rows, columns = weight.shape[:2]
+    return (columns, rows) if isinstance(base_layer(module), Conv1D) else (rows, columns)
+
+
+def units_in(model: nn.Module, part: Slice) -> int:
+    """Units that ``part`` of ``model`` has; 0 where a no-op stands in the place of its module."""
+    if not exists(model, part.module):
+        return 0
+    module = base_layer(model.get_submodule(part.module))
+    named = dict(module.named_parameters(recurse=False))
+    if part.weight is not None:
+        found = [(named[part.weight[0]], part.weight[1])] if part.weight[0] in named else []
+    else:
+        found = [(p, d) for p in named.values() if (d := unit_dim(module, p, part.side)) is not None]
+    return int(found[0][0].shape[found[0][1]]) // sum(part.parts) if found else 0
+
+
+def unit_dim(module: nn.Module, parameter: torch.Tensor, side: Side) -> int | None:
+    """Dimension of ``parameter``, one of ``module`` itself, that belongs to ``side``; None where it has no such one.
+
+    Linears and convolutions have two sides. All else (norms, embeddings, tokens and positions) is along its last.
+    """
+    if parameter.dim() == 1 or not isinstance(module, nn.Linear | nn.Conv2d | Conv1D):
+        return parameter.dim() - 1 if side == "out" else None
+    first = "in" if isinstance(module, Conv1D) else "out"
+    return 0 if side == first else 1

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from apt_trainer.errors import UserError
 from apt_trainer.models.batch import IGNORED
-from apt_trainer.models.labels import MULTI_LABEL, REGRESSION, SEQUENCE_HEAD, TOKEN_HEAD, head_of, problem_type
+from apt_trainer.models.labels import LABEL_HEADS, MULTI_LABEL, REGRESSION, TOKEN_HEAD, head_of, problem_type
 
 
 class ClassWeights:
@@ -26,7 +26,7 @@ class ClassWeights:
     def check(self, model: Any) -> None:
         """Raise :class:`UserError` for a model that has no or other labels."""
         head, config = head_of(model), model.config
-        if head not in (SEQUENCE_HEAD, TOKEN_HEAD) or (head == SEQUENCE_HEAD and problem_type(config) == REGRESSION):
+        if head not in LABEL_HEADS or (head != TOKEN_HEAD and problem_type(config) == REGRESSION):
             raise UserError(
                 f"class_weights is for classification, and {type(model).__name__} does something else. Remove it."
             )

@@ -24,6 +24,7 @@ from apt_trainer.models.base import (
     Sublayer,
     exists,
     linear_shape,
+    units_in,
 )
 from apt_trainer.settings.choices import POST_NORM_POLICIES
 
@@ -47,6 +48,22 @@ class Removal:
 
 
 @dataclass(frozen=True)
+class ExpertsTable:
+    """Experts in the place of a feed-forward, their weights fused into parameters [experts, ...] of ``module``.
+
+    ``makes``: (parameter, dimension of its neurons, dimension of the hidden space), gate and value one behind the
+    other; ``writes``: likewise. ``router``: has one row of its ``weight`` for each expert, and sends each token to
+    ``top_k`` of them. ``activation``: its output has the neurons of one expert for each token sent there.
+    """
+
+    module: str = "mlp.experts"
+    router: str = "mlp.gate"
+    activation: str = "mlp.experts.act_fn"
+    makes: tuple[str, int, int] = ("gate_up_proj", 1, 2)
+    writes: tuple[str, int, int] = ("down_proj", 2, 1)
+
+
+@dataclass(frozen=True)
 class SublayerTable:
     """Names inside one layer. ``reads`` take the hidden space in; ``writes`` gives it back.
 
@@ -56,6 +73,7 @@ class SublayerTable:
     attribute, amount) that a forward pass reads.
     ``keeping_norm``: what goes instead of ``modules`` where the residual and its norm stay: y = norm(x).
     ``stays``: the sublayer keeps a unit in the first or the last layer. ``crosses``: it reads the other stack.
+    ``experts``: there are some, and ``writes`` is the module that adds up what they give.
     """
 
     name: str
@@ -74,6 +92,7 @@ class SublayerTable:
     keeping_norm: Removal | None = None
     stays: Literal["first", "last"] | None = None
     crosses: bool = False
+    experts: ExpertsTable | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +113,7 @@ class StackTable:
 class Head:
     """What a task head reads from (and writes to) the hidden space, by the ending of the model's class name.
 
+    ``reads`` names twice what reads two vectors of the hidden space side by side.
     ``next_token``: position t predicts the label of t + 1. ``masked_token``: tokens behind a mask are predicted.
     ``projected``: what it is in a model whose embeddings are projected, where that is something else.
     """
@@ -127,6 +147,7 @@ class ModelFamily:
     ``parallel``: whether, by the config, all sublayers of a layer read the input of that layer.
     ``residual_multiplier``: what, by the config, the output of a sublayer is multiplied by before it is added.
     ``repeats``: how often, by the config, the layers run one after the other. ``positions``: see there.
+    ``tokens``: of one row, where the config says it: those of an image; None: as many as a text has.
     ``projection``: linear between embeddings and hidden space; where a model has it, embeddings and their norms are of
     another width. ``base_norms``: norms on the hidden space that are in no layer and not on the way through them.
     ``adapter_targets``: endings of the linears that get adapters by default, where a model has them.
@@ -150,6 +171,7 @@ class ModelFamily:
     residual_multiplier: Callable[[Any], float] = lambda config: 1.0
     repeats: Callable[[Any], int] = lambda config: 1
     positions: Callable[[Any], Positions | None] = lambda config: None
+    tokens: Callable[[Any], int | None] = lambda config: None
     unsupported: Callable[[Any], str | None] = lambda config: None
     config_sizes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     per_layer: tuple[str, ...] = ("layer_types",)
@@ -186,12 +208,17 @@ class ModelFamily:
         """Every layer of every stack."""
         return [layer for stack in self.stacks for layer in self._layers(model, stack)]
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether feed-forwards are mixtures of experts."""
+        return any(table.experts is not None for stack in self.stacks for table in stack.sublayers)
+
     def block_modules(self, model: nn.Module) -> list[str]:
         return self.layer_paths(model)
 
     def spaces(self, model: nn.Module) -> list[Space]:
         """All prunable spaces of a dense model, layer by layer, the hidden space last."""
-        return [*(space for space, _ in self._described(model)), self._hidden(model)]
+        return [*self._described(model), self._hidden(model)]
 
     def sublayers(self, model: nn.Module) -> list[Sublayer]:
         """Every attention and feed-forward; what goes with each of them is as the config of ``model`` says."""
@@ -268,6 +295,13 @@ class ModelFamily:
         paths = [prefix + name for name in self.trained_base] + list(self.head(model).trained)
         return tuple(p for p in paths if exists(model, p))
 
+    def hidden_size(self, model: nn.Module) -> int:
+        """Hidden dimensions that ``model``, dense or pruned, has."""
+        name = str(self.projection) if self._projects(model) else self.embeddings[0]
+        first = model.get_submodule(self.prefix(model) + name)
+        size = getattr(first, "embedding_dim", None) or getattr(first, "out_channels", None)
+        return int(size or linear_shape(first)[0])  # type: ignore[arg-type]
+
     def embedding_modules(self, model: nn.Module) -> tuple[str, ...]:
         prefix = self.prefix(model)
         return tuple(prefix + name for name in self.embeddings if exists(model, prefix + name))
@@ -278,8 +312,8 @@ class ModelFamily:
             return []
         return [f"{path}.{i}" for i in range(len(model.get_submodule(path)))]  # type: ignore[arg-type]
 
-    def _described(self, model: nn.Module) -> Iterator[tuple[Space, SublayerTable]]:
-        """Space and table of every sublayer."""
+    def _described(self, model: nn.Module) -> Iterator[Space]:
+        """Spaces of every sublayer."""
         for stack in self.stacks:
             layers = self._layers(model, stack)
             stays = {"first": 0, "last": len(layers) - 1, None: None}
@@ -287,7 +321,10 @@ class ModelFamily:
                 for table in stack.sublayers:
                     minimum = int(stays[table.stays] == i)
                     name = f"{stack.spaces}.{i}.{table.name}"
-                    yield _space(model, name, i, layer, table, stack.stack, minimum), table
+                    if table.experts is None:
+                        yield _space(model, name, i, layer, table, stack.stack, minimum)
+                    else:
+                        yield from _of_experts(model, name, i, layer, table.experts, stack.stack, minimum)
 
     def _hidden(self, model: nn.Module) -> Space:
         prefix, head = self.prefix(model), self.head(model)
@@ -295,6 +332,7 @@ class ModelFamily:
         slices = [Slice(prefix + name, "out") for name in embeddings]
         norms = [prefix + name for name in self.base_norms]
         writers: list[str] = []
+        attributes: list[SizeAttribute] = []
         places: list[tuple[str, Stack]] = []
         for stack in self.stacks:
             opening = [prefix + name for name in stack.embedding_norms if embeddings is self.embeddings]
@@ -302,12 +340,18 @@ class ModelFamily:
             norms += opening
             if self.post_norm:
                 places += [(path, stack.stack) for path in opening]
-            writers += [prefix + name for name in (stack.added if opening else embeddings)]
+            writers += [prefix + name for name in (stack.added if opening else _outermost(embeddings))]
             for layer in self._layers(model, stack):
                 for table in stack.sublayers:
                     writes = f"{layer}.{table.writes}"
                     slices += [Slice(f"{layer}.{name}", "in") for name in table.reads]
-                    slices.append(Slice(writes, "out"))
+                    if table.experts is None:
+                        slices.append(Slice(writes, "out"))
+                    else:
+                        fused = _hidden_of_experts(layer, table.experts)
+                        slices += fused
+                        modules = dict.fromkeys(part.module for part in fused)
+                        attributes += [SizeAttribute(path, "hidden_dim") for path in modules]
                     of_table = [f"{layer}.{name}" for name in table.norms]
                     norms += of_table
                     places += [(path, stack.stack) for path in (of_table if self.post_norm else [writes])]
@@ -316,20 +360,21 @@ class ModelFamily:
                         writers.append(writes)
             norms += [prefix + name for name in stack.final_norms]
         slices += [Slice(prefix + name, "in") for name in self.base_reads]
-        slices += [Slice(name, "in") for name in head.reads] + [Slice(name, "out") for name in head.writes]
+        reads = dict.fromkeys(head.reads)
+        slices += [Slice(name, "in", (1,) * head.reads.count(name)) for name in reads]
+        slices += [Slice(name, "out") for name in head.writes]
         norms = [path for path in (*norms, *head.norms) if _is_norm(model, path)]
         slices = [part for part in slices if exists(model, part.module)]
-        first = model.get_submodule(slices[0].module)
-        size = first.embedding_dim if isinstance(first, nn.Embedding) else linear_shape(first)[0]
         return Space(
             HIDDEN,
             "hidden",
-            int(size),  # type: ignore[arg-type]
+            self.hidden_size(model),
             (*slices, *(Slice(path, "out") for path in norms)),
             norms=tuple(norms),
             places=tuple(path for path, _ in places),
             place_stacks=tuple(stack for _, stack in places),
             writers=tuple(path for path in dict.fromkeys(writers) if exists(model, path)),
+            attributes=tuple(attributes),
         )
 
 
@@ -364,9 +409,62 @@ def _space(model: nn.Module, name: str, i: int, layer: str, table: SublayerTable
     )
 
 
+def _of_experts(
+    model: nn.Module, name: str, i: int, layer: str, table: ExpertsTable, stack: Stack, minimum: int
+) -> Iterator[Space]:
+    """The neurons of every expert alike, and the experts."""
+    module, router = f"{layer}.{table.module}", f"{layer}.{table.router}"
+    (made, rows, _), (written, columns, _) = table.makes, table.writes
+    neurons = (Slice(module, "out", (1, 1), (made, rows)), Slice(module, "in", (1,), (written, columns)))
+    experts = [Slice(path, "out", (1,), (each, 0)) for path, each in ((module, made), (module, written))]
+    experts.append(Slice(router, "out", (1,), ("weight", 0)))
+    yield Space(
+        name,
+        "neurons",
+        units_in(model, neurons[1]),
+        neurons,
+        1,
+        i,
+        gate=f"{layer}.{table.activation}",
+        gate_side="output",
+        stack=stack,
+        minimum=minimum,
+        attributes=(SizeAttribute(module, "intermediate_dim"),),
+    )
+    yield Space(
+        f"{name.rpartition('.')[0]}.experts",
+        "experts",
+        units_in(model, experts[-1]),
+        tuple(experts),
+        1,
+        i,
+        gate=router,
+        gate_side="routed",
+        within=name,
+        stack=stack,
+        minimum=_number(model, layer, (table.router, "top_k")),
+        attributes=tuple(SizeAttribute(path, "num_experts") for path in (module, router)),
+    )
+
+
+def _hidden_of_experts(layer: str, table: ExpertsTable) -> list[Slice]:
+    """Sides of the hidden space of the weights of experts and of their router."""
+    module, (made, _, reads), (written, _, writes) = f"{layer}.{table.module}", table.makes, table.writes
+    return [
+        Slice(module, "in", (1,), (made, reads)),
+        Slice(module, "out", (1,), (written, writes)),
+        Slice(f"{layer}.{table.router}", "in", (1,), ("weight", 1)),
+    ]
+
+
 def _number(model: nn.Module, layer: str, where: tuple[str, str]) -> int:
     module, name = where
     return int(getattr(model.get_submodule(f"{layer}.{module}"), name))
+
+
+def _outermost(paths: tuple[str, ...]) -> list[str]:
+    """Those of ``paths`` that are not inside of another: what comes out of that one is what both made."""
+    return [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
 
 
 def _is_norm(model: nn.Module, path: str) -> bool:

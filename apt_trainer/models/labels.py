@@ -17,9 +17,11 @@ SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label_classification", "multi_la
 """The values of ``problem_type`` in transformers."""
 
 SEQUENCE_HEAD, TOKEN_HEAD = "ForSequenceClassification", "ForTokenClassification"
+IMAGE_HEAD = "ForImageClassification"
+LABEL_HEADS = (SEQUENCE_HEAD, TOKEN_HEAD, IMAGE_HEAD)
 """Endings of the classes whose logits are one number per label."""
 
-HEADS = (SEQUENCE_HEAD, TOKEN_HEAD, "ForQuestionAnswering")
+HEADS = (*LABEL_HEADS, "ForQuestionAnswering")
 """Endings of the classes that do not predict words."""
 
 TRUTH = ("False", "True")
@@ -224,7 +226,7 @@ def match_teacher(student: Any, teacher: Any, tokenizer: Any = None) -> list[int
             f"(processing_class), or save the teacher anew: teacher.resize_token_embeddings({sizes[0]}); "
             "teacher.save_pretrained(DIR)."
         )
-    return label_order(student.config, teacher.config) if head in (SEQUENCE_HEAD, TOKEN_HEAD) else None
+    return label_order(student.config, teacher.config) if head in LABEL_HEADS else None
 
 
 def _only_padded(sizes: Sequence[int], tokenizer: Any) -> bool:

@@ -291,8 +291,9 @@ def apply_structure(model: nn.Module, config: Any) -> None:
             _set_checked(module, name, value, path)
     hidden = structure.get("hidden")
     if hidden is not None:
-        for path, side in hidden_sides(model, hidden):
-            _cut_side(model.get_submodule(path), side, hidden["size"], path)
+        sides = list(hidden_sides(model, hidden))
+        for path, side in dict.fromkeys(sides):  # one that is named twice reads two vectors side by side
+            _cut_side(model.get_submodule(path), side, hidden["size"] * sides.count((path, side)), path)
 
 
 def check_form(structure: Any) -> None:
@@ -457,7 +458,8 @@ def config_class(model_type: str) -> type[Any]:
         version = own["apt_format_version"]
         if version is not None and not (type(version) is int and version <= FORMAT_VERSION):
             raise ValueError(
-                f"The checkpoint has format {version}, this version of apt_trainer reads up to {FORMAT_VERSION}."
+                f"The checkpoint has format {version}, this version of apt_trainer reads up to {FORMAT_VERSION}. "
+                "Install a newer one."
             )
         self.describe(own["apt_base_architecture"], own["apt_structure"], own["apt_plan"])
 
@@ -588,9 +590,15 @@ def model_class(architecture: str) -> type[Any]:
         self._keys_to_ignore_on_save = set()  # what is made anew, such as positions, would be that of the dense width
         return base.save_pretrained(self, *args, **kwargs)
 
+    @classmethod  # type: ignore[misc]
+    def _can_set_experts_implementation(cls: Any) -> bool:
+        """That of the stock class, in whose file transformers looks for it."""
+        return bool(base._can_set_experts_implementation())
+
     __init__.__annotations__ = {}  # vLLM looks whether arguments are of their types, which are strings here
     namespace = {"config_class": own_config, "__init__": __init__, "from_pretrained": from_pretrained}
     namespace |= {"save_pretrained": save_pretrained, "register_for_auto_class": _already_registered}
+    namespace |= {"_can_set_experts_implementation": _can_set_experts_implementation}
     return type(architecture, (base,), namespace | {"__module__": __name__})
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from apt_trainer.models import HIDDEN, ModelFamily, Space, Sublayer
-from apt_trainer.models.base import base_layer, exists
+from apt_trainer.models.base import base_layer, exists, unit_dim
 from apt_trainer.models.family import Positions
 
 Term = tuple[str, ...]
@@ -107,28 +107,44 @@ def flops_cost(
 ) -> CostModel:
     """Forward FLOPs of the blocks at [batch_size, length]: 2 per weight and token, plus attention scores.
 
-    The inputs of an encoder and of a decoder are taken to be of one length.
+    The inputs of an encoder and of a decoder are taken to be of one length; an image has a length of its own.
     """
-    tokens, config = batch_size * length, getattr(model, "config", None)
+    config = getattr(model, "config", None)
+    length = family.tokens(config) or length
+    tokens = batch_size * length
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     positions, repeats = family.positions(config) or Positions(0, 0), family.repeats(config)
     own, shared = (tuple(f".{name}.weight" for name in names) for names in (positions.own, positions.shared))
 
     def weigh(name: str, parameter: nn.Parameter) -> float:
-        if parameter.dim() != 2 or id(parameter) in tables:
+        if parameter.dim() not in (2, 3) or id(parameter) in tables:
             return 0.0
         rows = positions.number if name.endswith(own) else tokens
         rows += positions.number if name.endswith(shared) else 0
         return 2.0 * repeats * rows
 
     cost = parameter_cost(model, family, spaces, weigh=weigh)
-    terms = {guard: dict(of_guard) for guard, of_guard in cost.terms.items()}
+    used = {space.name: space.minimum for space in spaces if space.kind == "experts"}
+    terms = {guard: _of_used(of_guard, used) for guard, of_guard in cost.terms.items()}
     for space in spaces:
         if space.kind == "heads":
             compared = 2 * length + positions.products * positions.number
             scores = 2.0 * repeats * tokens * compared * space.channels
             terms[space.name][(space.name,)] = terms[space.name].get((space.name,), 0.0) + scores
     return CostModel(terms)
+
+
+def _of_used(terms: Mapping[Term, float], used: Mapping[str, int]) -> dict[Term, float]:
+    """``terms`` in which fused weights of experts, which have three dimensions, count as many times as a token uses
+    one, however many there are. ``used``: space → how many experts that is."""
+    counted: dict[Term, float] = defaultdict(float)
+    for term, coefficient in terms.items():
+        space = next((name for name in term if name in used), None)
+        if space is not None and len(term) == 3:
+            counted[tuple(name for name in term if name != space)] += coefficient * used[space]
+        else:
+            counted[term] += coefficient
+    return dict(counted)
 
 
 def memory_cost(
@@ -189,14 +205,14 @@ def _dimensions(model: nn.Module, spaces: Sequence[Space]) -> dict[tuple[str, in
                 continue
             module = base_layer(model.get_submodule(part.module))
             width = float(sum(part.parts))
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() == 1:
-                    if part.side == "out":
-                        dims[f"{part.module}.{name}", 0] = (space.name, width)
-                    continue
-                out_dim = 1 if isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D" else 0
-                dim = out_dim if part.side == "out" else 1 - out_dim
+            if part.weight is not None:
+                name, dim = part.weight
                 dims[f"{part.module}.{name}", dim] = (space.name, width)
+                continue
+            for name, parameter in module.named_parameters(recurse=False):
+                side = unit_dim(module, parameter, part.side)
+                if side is not None:
+                    dims[f"{part.module}.{name}", side] = (space.name, width)
     return dims
 
 

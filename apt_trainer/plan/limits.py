@@ -61,8 +61,13 @@ def limits_of(settings: PruningSettings) -> Limits:
     """The limits that a recipe sets."""
     return Limits(
         targets=frozenset(settings.prune_targets) - {"sublayers"},
-        round_to={"heads": 1, "neurons": settings.round_to, HIDDEN: settings.round_to},
-        minimum={"heads": settings.min_heads, "neurons": settings.min_neurons, HIDDEN: settings.min_hidden},
+        round_to={"heads": 1, "neurons": settings.round_to, "experts": 1, HIDDEN: settings.round_to},
+        minimum={
+            "heads": settings.min_heads,
+            "neurons": settings.min_neurons,
+            "experts": 1,  # a space keeps as many as its router sends a token to
+            HIDDEN: settings.min_hidden,
+        },
         sublayers="sublayers" in settings.prune_targets,
     )
 

@@ -66,13 +66,15 @@ class PruningPlan:
         return {stack: [layers[layer] for layer in sorted(layers)] for stack, layers in alive.items()}
 
     def by_kind(self, spaces: Sequence[Space]) -> dict[str, Any]:
-        """Units left: {"heads": by layer, "neurons": by layer, "hidden": number}, for records."""
+        """Units left: {"heads": by layer, "neurons": by layer, "hidden": number}, for records; "experts" by layer
+        where there are some."""
         units: dict[str, Any] = {"heads": {}, "neurons": {}}
         for space in spaces:
             if space.name == HIDDEN:
                 units["hidden"] = self.counts[HIDDEN]
             else:
-                units[space.kind][space.label] = self.counts[space.name]
+                gone = space.within is not None and self.counts[space.within] == 0
+                units.setdefault(space.kind, {})[space.label] = 0 if gone else self.counts[space.name]
         return units
 
     def digest(self) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 
 from apt_trainer.errors import UserError
 from apt_trainer.measure import placed
-from apt_trainer.models import ModelFamily, Space, Sublayer
+from apt_trainer.models import HIDDEN, ModelFamily, Space, Sublayer
 from apt_trainer.plan.cost import CostModel, flops_cost, memory_cost, parameter_cost
 from apt_trainer.plan.limits import LEAST_DEPTH, Limits, limits_of
 from apt_trainer.plan.pruning_plan import PruningPlan
@@ -27,17 +27,23 @@ from apt_trainer.store.starting_point import StartingPoint
 
 COSTS: dict[str, Callable[[nn.Module, ModelFamily, list[Space], int, int], CostModel]] = {
     "params": lambda model, family, spaces, batch, length: parameter_cost(model, family, spaces),
+    "total_params": lambda model, family, spaces, batch, length: parameter_cost(
+        model, family, spaces, blocks_only=False
+    ),
     "flops": flops_cost,
     "memory": memory_cost,
     "latency": latency_cost,
 }
+GROUPED = 8
+"""Numbers of half precision in the 16 bytes that a row of fused experts has to be a multiple of."""
 
 
 class Budget:
     """What ``model``, which began at ``origin``, may lose by ``settings``, in what ``sparsity_metric`` counts.
 
     ``cost``: of the dense original; what is measured is timed on ``timed_on``, default: where the model is.
-    ``limits``: what may go at all. ``shape``: what plans of equal layers have to keep to; None: any plan will do.
+    ``blocks``: parameters in blocks. ``limits``: what may go at all. ``shape``: what plans of equal layers have to
+    keep to; None: any plan will do.
     """
 
     def __init__(
@@ -56,9 +62,28 @@ class Budget:
         with placed(dense, timed_on if self.is_timed else None):
             make, size = COSTS[settings.sparsity_metric], (settings.reference_batch_size, settings.reference_length)
             self.cost = make(dense, family, origin.spaces, *size)
+        self.blocks = parameter_cost(origin.dense, family, origin.spaces)
+        self._parameters = parameter_cost(origin.dense, family, origin.spaces, blocks_only=False)
         self.limits = limits_of(settings)
+        self._check_targets()
         uniform = settings.prunes and settings.shape == "uniform"
         self.shape = uniform_shape(model, family, settings.prune_targets) if uniform else None
+
+    def _check_targets(self) -> None:
+        """Raise :class:`UserError` where ``prune_targets`` names a kind of units that the model has none of."""
+        kinds = {space.kind for space in self._origin.spaces}
+        absent = sorted(self.limits.targets - kinds) if self._settings.prunes else []
+        if absent:
+            raise UserError(
+                f"prune_targets names {', '.join(absent)}, and the model has none. Its kinds of units: "
+                f"{', '.join(sorted(kinds))}; and sublayers."
+            )
+        cut = sorted(self.limits.targets & {"neurons", HIDDEN})
+        if "experts" in kinds and self._settings.prunes and cut and self._settings.round_to % GROUPED:
+            raise UserError(
+                f"round_to={self._settings.round_to}, but experts run as grouped matrix products, which take widths "
+                f"in multiples of {GROUPED}. Set round_to to one, or prune_targets without {' and '.join(cut)}."
+            )
 
     @property
     def scored(self) -> list[Space]:
@@ -90,8 +115,16 @@ class Budget:
             raise UserError(
                 f"target_sparsity={sparsity:g} takes more than prune_targets, min_heads, min_neurons, min_hidden and "
                 f"round_to allow, or more than all but one attention and one feed-forward in {LEAST_DEPTH}{named}. "
-                "Lower target_sparsity, widen prune_targets or lower a minimum."
+                f"{self._told_of_blocks()}Lower target_sparsity, widen prune_targets or lower a minimum."
             )
+
+    def removed_parameters(self, plan: PruningPlan) -> tuple[float, float]:
+        """(share of the parameters in blocks, share of all parameters) of the dense original that is gone at
+        ``plan``."""
+        blocks, whole = (
+            1 - cost.total(plan.counts) / cost.total(self._dense.counts) for cost in (self.blocks, self._parameters)
+        )
+        return blocks, whole
 
     def removed(self, plan: PruningPlan) -> float:
         """Share of the budget of the dense original that is gone at ``plan``."""
@@ -127,6 +160,13 @@ class Budget:
     def use_seconds(self, seconds: Sequence[float]) -> None:
         """Count ``seconds``, on which all processes have agreed, instead of :meth:`seconds`."""
         self.cost = self.cost.with_coefficients(seconds)
+
+    def _told_of_blocks(self) -> str:
+        """Where the budget counts more than blocks, how little of it they are."""
+        if self._settings.sparsity_metric not in ("total_params", "memory"):
+            return ""
+        share = self.blocks.total(self._dense.counts) / self._parameters.total(self._dense.counts)
+        return f"Blocks are {share:.1%} of all parameters; vocabulary: used cuts embeddings. "
 
     def _least(self) -> Mapping[str, int]:
         """Units per space of the cheapest model there may be."""

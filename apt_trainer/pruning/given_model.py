@@ -83,8 +83,8 @@ def _check_weights(model: Any) -> None:
         )
     if getattr(model, "is_quantized", False) or not all(_is_plain(parameter) for parameter in parameters):
         raise UserError(
-            "The model has quantised weights, which can be neither scored nor cut. Load it without quantising; "
-            "quantise the finished model."
+            "The model has quantised weights, which can be neither scored nor cut. Load it without quantising (a GGUF "
+            "file with quantization_config=GgufConfig(dequantize=True)); quantise the finished model."
         )
     places = getattr(model, "hf_device_map", None) or {}
     if len(set(places.values())) > 1 or any(hasattr(module, "_hf_hook") for module in model.modules()):

@@ -22,7 +22,6 @@ from apt_trainer.measure import trainable_parameters
 from apt_trainer.measure.latency import shared_timings
 from apt_trainer.models import ModelFamily, Space, family_of, norm_paths
 from apt_trainer.models.batch import Tokens
-from apt_trainer.plan.cost import parameter_cost
 from apt_trainer.plan.limits import warn_of_depth
 from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.plan.schedule import Schedule
@@ -35,10 +34,12 @@ from apt_trainer.scoring import Importance, Reduce, make_importance
 from apt_trainer.scoring.base import Batch
 from apt_trainer.scoring.calibration import calibrate
 from apt_trainer.settings import MethodSettings
+from apt_trainer.settings.packages import BITSANDBYTES, require
 from apt_trainer.store.starting_point import starting_point
 from apt_trainer.store.stock import DENSE_SIZES
 from apt_trainer.surgery import adapters as lora
 from apt_trainer.surgery.cutting import apply_plan
+from apt_trainer.surgery.frozen_base import check_base, freeze_base, frozen_bytes, make_plain
 from apt_trainer.surgery.masks import MaskStore
 from apt_trainer.surgery.slicing import EditLog, Edits
 from apt_trainer.surgery.tuning import set_trainable, tune_at
@@ -100,10 +101,13 @@ class AdaptivePruner:
         self.spaces, self.plan = self.origin.spaces, self.origin.plan
         self.sublayers = self.family.sublayers(model)
         self.dense_plan = PruningPlan.dense(self.spaces)
-        self.block_cost = parameter_cost(self.origin.dense, self.family, self.spaces)
         self.budget = Budget(model, self.family, self.origin, settings, timed_on)
+        self.block_cost = self.budget.blocks
         if not self.budget.is_timed:  # else once processes have agreed on seconds
             self.budget.check()
+        if settings.base_quantization is not None:
+            require(BITSANDBYTES, f"base_quantization: {settings.base_quantization}")
+            check_base(model, self.family, settings.base_quantization)
         self.importance = importance or make_importance(settings, seed)
         if settings.prunes:
             self.importance.prepare(model, settings, timed_on)
@@ -245,6 +249,8 @@ class AdaptivePruner:
         warn_of_depth(self.sublayers, self.plan, decision.plan)
         self.plan, self._fading = decision.plan, None
         self.growth.grow(decision.ranks, self.seed * 1_000_003 + step, log)
+        if cuts and self.settings.base_quantization is not None:
+            freeze_base(self.model, self.family, self.settings.base_quantization)
         self.set_tune(decision.tune)
         self._follow_schedule(step)
         return PruningEvent(step, decision.kind, survivors, dict(log.edits), self.describe(step, decision.kind))
@@ -257,9 +263,11 @@ class AdaptivePruner:
         set_trainable(self.model, self.family, tune, self.settings, norm_paths(self.spaces))
 
     def merge_adapters(self) -> None:
-        """Add the adapters to the base weights; with ``keep_adapters`` they are in ``kept_adapters`` from then on."""
+        """Add the adapters to the base weights, which are plain again then; with ``keep_adapters`` they are in
+        ``kept_adapters`` from then on."""
         if self.settings.keep_adapters:
             self.kept_adapters = lora.adapter_state(self.model)
+        make_plain(self.model)
         lora.merge_adapters(self.model)
 
     def detach(self) -> None:
@@ -287,6 +295,7 @@ class AdaptivePruner:
             "dense": self.dense_plan.by_kind(self.spaces),
             "ranks": lora.ranks(self.model),
             "tune": self.tune,
+            **({"frozen_base": base} if (base := frozen_bytes(self.model)) else {}),
         }
 
     # ------------------------------------------------------------------ checkpoints
@@ -301,6 +310,7 @@ class AdaptivePruner:
             "adapter_parameters_at_start": self.growth.parameters_at_start,
             "observing": self.observers.attached,
             "seconds": self.seconds,
+            "base_quantization": self.settings.base_quantization,
         }
         tensors = {f"masks/{name}": value for name, value in self.masks.state_dict().items()}
         tensors |= self.observers.state_dict()
@@ -370,6 +380,8 @@ def give_shapes(
     plan.check_within(start)
     apply_plan(model, family, spaces, start, plan)
     lora.grow_to(model, description["ranks"])
+    if description.get("base_quantization") is not None:
+        freeze_base(model, family, description["base_quantization"])
     if description["tune"] == "full":
         lora.merge_adapters(model)
     return plan

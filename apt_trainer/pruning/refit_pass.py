@@ -43,7 +43,8 @@ class RefitPass:
 
     def __init__(self, model: nn.Module, family: ModelFamily, spaces: Sequence[Space]) -> None:
         self._model, self._family = model, family
-        self._spaces = [space for space in spaces if space.gate is not None]
+        # of others, experts and what is inside of them, no one projection reads the units
+        self._spaces = [space for space in spaces if space.gate is not None and space.gate_side == "input"]
         self._spaces.reverse()  # the last first: what it reads does not change when later ones have been refitted
         self._context = TapContext()
         self._context.resting = True

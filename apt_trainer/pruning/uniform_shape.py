@@ -31,6 +31,11 @@ def uniform_shape(model: PreTrainedModel, family: ModelFamily, targets: Collecti
     """
     check_start(model)
     spaces, config = family.spaces(model), model.config
+    if any(space.kind == "experts" for space in spaces):
+        raise UserError(
+            "shape: uniform is not for a mixture of experts. Set shape: free; a result whose layers happen to keep as "
+            "many experts each is a stock checkpoint all the same."
+        )
     if "sublayers" in targets and family.keeps_norms(config):
         raise UserError(
             "shape: uniform takes layers out as a whole, but post_norm_policy: keep_norm keeps their norms. Set "

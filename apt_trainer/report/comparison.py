@@ -42,6 +42,7 @@ COSTS: dict[str, Any] = {  # by the last word of the key; compared as ratios
     "ms": "{:.2f} ms".format,
 }
 Record = Mapping[str, Any]
+_KEPT = ("heads", "neurons", "experts", "hidden", "dense")
 _OF_WHOLE_RUNS = ("train_seconds", "train_cpu_seconds", "peak_memory_bytes")  # a resumed one knows its last part only
 
 
@@ -78,7 +79,7 @@ def run_record(folder: Path, variant: str | None = None) -> dict[str, Any]:
         "seed": metrics.get("seed", 0),
         "resumed": bool(metrics.get("resumed")),
         "metrics": metrics,
-        "kept": {key: sized[-1][key] for key in ("heads", "neurons", "hidden", "dense")} if sized else None,
+        "kept": {key: sized[-1][key] for key in _KEPT if key in sized[-1]} if sized else None,
     }
 
 

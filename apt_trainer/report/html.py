@@ -26,13 +26,37 @@ PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #333; max-width: 1200px; margin: 2em auto; padding: 0 1em; }}
+:root {{ color-scheme: light dark; --ink: #333; --paper: #fff; --line: #ddd; --tint: #f2f2f2; --accent: #0072b2; }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --ink: #ddd; --paper: #1b1b1d; --line: #444; --tint: #2a2a2d; --accent: #6db9ea; }}
+}}
+body {{ font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 1200px;
+  margin: 2em auto; padding: 0 1em; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .35em .8em; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }}
+th, td {{ padding: .35em .8em; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }}
 th:first-child {{ text-align: left; }}
-tr.baseline {{ background: #f2f2f2; }}
-svg {{ max-width: 100%; height: auto; }}
+tr.baseline {{ background: var(--tint); }}
+figure {{ margin: 1em 0; }}
+svg {{ max-width: 100%; height: auto; background: #fff; border-radius: 6px; }}
+.cards {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); gap: 1em; }}
+.card {{ background: var(--tint); border-radius: 8px; padding: .8em 1em; }}
+.card h2, .card p {{ margin: 0; }}
+.card h2 {{ font-size: 1em; }}
+.card .big {{ font-size: 1.9em; font-weight: 600; color: var(--accent); }}
+.rows {{ width: 100%; }}
+.rows th, .rows td {{ text-align: left; vertical-align: top; white-space: normal; overflow-wrap: anywhere; }}
+.rows tr > :first-child {{ width: 55%; }}
+tr.dense td:nth-child(3), tr.pruned td:nth-child(4) {{ font-weight: 600; }}
+@media (max-width: 640px) {{
+  figure {{ overflow-x: auto; }}
+  svg {{ max-width: none; width: 760px; }}
+  .rows thead {{ display: none; }}
+  .rows tr {{ display: block; border-bottom: 1px solid var(--line); padding: .5em 0; }}
+  .rows td {{ display: block; border: 0; padding: .1em 0; }}
+  .rows tr > :first-child {{ width: auto; }}
+  .rows td:not(:first-child)::before {{ content: attr(data-name) ": "; color: var(--accent); }}
+}}
 </style>
 </head>
 <body>
@@ -63,7 +87,12 @@ def to_html(comparison: Comparison, records: Sequence[Record], title: str) -> st
     kept = {name: [r["kept"] for r in records if r["variant"] == name and r["kept"]] for name in comparison.cells}
     pruned = {name: runs for name, runs in kept.items() if runs}
     body.append(_layers(pruned) if pruned else "<p>Nothing was removed from any layer.</p>")
-    return PAGE.format(title=escape(title), body="\n".join(body))
+    return page(title, "\n".join(body))
+
+
+def page(title: str, body: str) -> str:
+    """A whole page round ``body``, which is HTML; for any width, light and dark."""
+    return PAGE.format(title=escape(title), body=body)
 
 
 def _measured(comparison: Comparison, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -97,19 +126,20 @@ def _scatter(comparison: Comparison, x: str, y: str) -> str:
         axes.set_ylabel(comparison.labels[y] + unit_y)
         axes.grid(color="#DDDDDD", lw=0.6)
         figure.legend(loc="outside right upper")
-    return _svg(figure, f"{comparison.labels[y]} against {comparison.labels[x]}")
+    return svg_of(figure, f"{comparison.labels[y]} against {comparison.labels[x]}")
 
 
 def _layers(kept: dict[str, list[Record]]) -> str:
     """Share of heads and neurons left per layer, and of hidden dimensions; a row per variant, mean over seeds."""
     layers = {
-        kind: sorted({n for runs in kept.values() for n in runs[0]["dense"][kind]}, key=lambda n: (len(n), n))
-        for kind in ("heads", "neurons")
+        kind: sorted({n for runs in kept.values() for n in runs[0]["dense"].get(kind, ())}, key=lambda n: (len(n), n))
+        for kind in ("heads", "neurons", "experts")
+        if any(kind in run["dense"] for runs in kept.values() for run in runs)
     }
     columns = [*layers.items(), ("hidden", [""])]
     with rc_context(STYLE):
         figure = Figure(figsize=(13, 1.4 + 0.4 * len(kept)), layout="constrained")
-        panels = figure.subplots(1, 3, sharey=True, width_ratios=[len(names) for _, names in columns])
+        panels = figure.subplots(1, len(columns), sharey=True, width_ratios=[len(names) for _, names in columns])
         for axes, (kind, names) in zip(panels, columns, strict=True):
             shares = [[mean(_share(run, kind, name) for run in runs) for name in names] for runs in kept.values()]
             axes.pcolormesh(shares, cmap="Blues", vmin=0, vmax=1.4, edgecolors="white", linewidth=2)
@@ -120,15 +150,16 @@ def _layers(kept: dict[str, list[Record]]) -> str:
             axes.set_yticks([i + 0.5 for i in range(len(kept))], list(kept))
             axes.tick_params(length=0)
         panels[0].invert_yaxis()
-    return _svg(figure, "Kept per layer, in % of the dense model")
+    return svg_of(figure, "Kept per layer, in % of the dense model")
 
 
 def _share(run: Record, kind: str, layer: str) -> float:
-    left, whole = run[kind], run["dense"][kind]
+    left, whole = run.get(kind, {}), run["dense"].get(kind, {})
     return float(left / whole if kind == "hidden" else left.get(layer, 0) / whole.get(layer, 1))
 
 
-def _svg(figure: Figure, label: str) -> str:
+def svg_of(figure: Figure, label: str) -> str:
+    """``figure`` as part of a page, with ``label`` below it."""
     name, file = re.sub(r"\W+", "-", label), io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(file, format="svg", metadata={key: None for key in ("Creator", "Date", "Format", "Type")})

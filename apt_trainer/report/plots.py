@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -59,25 +59,43 @@ class Phase(NamedTuple):
 def plot_run(
     events: Sequence[dict[str, Any]],
     log_history: Sequence[dict[str, Any]],
-    path: str | Path,
+    path: str | Path | IO[bytes],
     title: str,
     *,
     metric: str | None = None,
+    dpi: int = 120,
 ) -> None:
     """Draw a run into one PNG file.
 
     Args:
         events: Records of ``events.jsonl``, in order; may be empty (nothing was pruned).
         log_history: What the trainer logged: dicts with ``step`` and numbers.
-        path: File to write.
+        path: File to write, or what is open for that.
         title: Heading of the picture.
         metric: Logged evaluation metric to draw, with or without ``eval_``; default: the first that is no loss and
             no timing.
+        dpi: Pixels per inch.
     """
+    with rc_context(STYLE):
+        figure = draw_run(events, log_history, title, metric=metric, dpi=dpi)
+        if isinstance(path, str | Path):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="png")
+
+
+def draw_run(
+    events: Sequence[dict[str, Any]],
+    log_history: Sequence[dict[str, Any]],
+    title: str,
+    *,
+    metric: str | None = None,
+    dpi: int = 120,
+) -> Figure:
+    """The figure of :func:`plot_run`."""
     last_step = max((float(entry.get("step", 0)) for entry in (*events, *log_history)), default=0.0)
     phases = find_phases(events, last_step)
     with rc_context(STYLE):
-        figure = Figure(figsize=(13, _height(events)), dpi=120, layout="constrained")
+        figure = Figure(figsize=(13, _height(events)), dpi=dpi, layout="constrained")
         FigureCanvasAgg(figure)
         grid = figure.add_gridspec(3, 2, width_ratios=(3, 2))
         over_steps = [figure.add_subplot(grid[0, 0])]
@@ -96,8 +114,7 @@ def plot_run(
         if phases:
             tints = [Patch(facecolor=tint, edgecolor="#BBBBBB", label=label) for label, tint in _tints(phases).items()]
             figure.legend(handles=tints, loc="outside lower left", ncols=len(tints))
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png")
+    return figure
 
 
 def find_phases(events: Sequence[dict[str, Any]], last_step: float) -> list[Phase]:
@@ -217,13 +234,16 @@ def _draw_layers(axes: Axes, events: Sequence[dict[str, Any]]) -> None:
         return
     bars = [("hidden", GREEN, left["hidden"], dense["hidden"], 0.0)] if dense.get("hidden") else []
     layers = sorted({*dense["heads"], *dense["neurons"]}, key=_natural)
+    shown = [("heads", BLUE, -0.2), ("neurons", ORANGE, 0.2)]
+    if "experts" in dense:
+        shown = [("heads", BLUE, -0.27), ("neurons", ORANGE, 0.0), ("experts", PURPLE, 0.27)]
     for row, layer in enumerate(layers, start=1):
-        for kind, color, shift in (("heads", BLUE, -0.2), ("neurons", ORANGE, 0.2)):
-            if layer in dense[kind]:
+        for kind, color, shift in shown:
+            if layer in dense.get(kind, ()):
                 bars.append((kind, color, left[kind].get(layer, 0), dense[kind][layer], row + shift))
     counts_fit, size = len(layers) <= 48, 9 if len(layers) <= 12 else 7
     for kind, color, count, whole, y in bars:
-        height = 0.62 if kind == "hidden" else 0.36
+        height = 0.62 if kind == "hidden" else 0.72 / len(shown)
         axes.barh(y, 1, height=height, color=GREY)
         axes.barh(y, count / whole if whole else 0, height=height, color=color)
         if counts_fit:
@@ -237,8 +257,8 @@ def _draw_layers(axes: Axes, events: Sequence[dict[str, Any]]) -> None:
     axes.set_xlabel("share of the dense model (grey)")
     axes.tick_params(axis="y", length=0)
     axes.spines[["left", "bottom"]].set_visible(False)
-    handles = [Patch(color=color, label=kind) for kind, color in (("heads", BLUE), ("neurons", ORANGE))]
-    axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, ncols=2)
+    handles = [Patch(color=color, label=kind) for kind, color, _ in shown]
+    axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, ncols=len(shown))
 
 
 def _sizes(events: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -6,7 +6,7 @@ exception: it is measured, so the model is built with random weights. Not for ru
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,7 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from apt_trainer.models import HIDDEN, family_of
-from apt_trainer.plan.cost import flops_cost
+from apt_trainer.models.parts import weigh_parts
+from apt_trainer.plan.cost import flops_cost, parameter_cost
 from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.plan.schedule import Schedule, fewer_events, make_schedule
 from apt_trainer.pruning.pruner import AdaptivePruner
@@ -28,11 +29,20 @@ from apt_trainer.settings.recipe import Recipe
 from apt_trainer.store.pretrained import build_model, dtype_name, load_inputs
 from apt_trainer.store.starting_point import starting_point
 from apt_trainer.surgery import adapters as lora
+from apt_trainer.surgery.frozen_base import BYTES, base_linears
 from apt_trainer.tasks import TaskData
 from apt_trainer.tasks.trainer_options import set_task_arguments
 
 _ADAM_BYTES = 8  # two fp32 moments per trained parameter
 _LABELS_SHOWN = 20
+_COUNTED = {
+    "params": "the parameters in blocks",
+    "total_params": "all parameters",
+    "flops": "the FLOPs of blocks",
+    "latency": "the measured time",
+    "memory": "the memory of inference",
+}
+"""What each ``sparsity_metric`` counts, in words."""
 _FLOAT32_PER_LOGIT = 3  # log-probability, its gradient and that of the logit
 
 
@@ -53,16 +63,19 @@ def _plan(recipe: Recipe, vocabulary: Mapping[str, Any]) -> str:
     model = build_model(config, data, str(args.device) if timed else "meta", recipe.model.dtype)
     pruner = AdaptivePruner(model, args, seed=args.seed)
     schedule = make_schedule(args, args.total_steps(len(data.train) - args.heldout_rows(len(data.train))))
-    predicted = recipe.data.max_target_length if model.config.is_encoder_decoder else recipe.data.max_length
-    memory = memory_estimate(model, args, recipe.data.max_length, predicted)
+    length = pruner.family.tokens(model.config) or recipe.data.max_length
+    predicted = recipe.data.max_target_length if model.config.is_encoder_decoder else length
+    memory = memory_estimate(model, args, length, predicted)
     lines = [
         f"model        {type(model).__name__}, {format_count(sum(p.numel() for p in model.parameters()))} parameters "
         f"with adapters, {format_count(pruner.block_cost.total(pruner.plan.counts))} in blocks{_of_original(pruner)}",
+        _part_line(pruner),
         f"data         {len(data.train):,} training rows, {len(data.validation):,} validation, "
         f"{len(data.test):,} reported on ({data.test_name})",
         *_label_lines(data),
         *_vocabulary_lines(vocabulary),
         f"trains       {' → '.join(tune_phases(args))}; {format_count(_trained(model))} parameters at first",
+        *_target_lines(pruner, schedule),
         f"steps        {schedule.total:,} of {args.train_batch_size * args.gradient_accumulation_steps} rows",
         f"memory       {format_bytes(memory)} estimated at the first step "
         f"({_counted(model, args)}){_of_model_at_first(pruner, args)}",
@@ -74,6 +87,30 @@ def _plan(recipe: Recipe, vocabulary: Mapping[str, Any]) -> str:
         *_shape_lines(pruner, schedule),
     ]
     return "\n".join(lines + _schedule_lines(pruner, schedule, args))
+
+
+def _part_line(pruner: AdaptivePruner) -> str:
+    """What the parts of the model weigh, and their shares of its parameters."""
+    parts = weigh_parts(pruner.model, pruner.family)
+    whole = sum(weight.params for weight in parts.values())
+    told = [
+        f"{part} {format_count(weight.params)} parameters ({weight.params / whole:.1%}, {format_bytes(weight.bytes)})"
+        for part, weight in parts.items()
+        if weight.params
+    ]
+    return f"weighs       {', '.join(told)}"
+
+
+def _target_lines(pruner: AdaptivePruner, schedule: Schedule) -> list[str]:
+    """What the target means for the blocks and for all of the model."""
+    if not schedule.events:
+        return []
+    target = schedule.target_sparsity
+    blocks, whole = pruner.budget.removed_parameters(evenly_cut(pruner, target))
+    return [
+        f"target       {target:.1%} of {_COUNTED[pruner.settings.sparsity_metric]}: about {blocks:.1%} of the "
+        f"parameters in blocks, {whole:.1%} of all parameters"
+    ]
 
 
 def _label_lines(data: TaskData) -> list[str]:
@@ -123,7 +160,26 @@ def _of_model_at_first(pruner: AdaptivePruner, args: APTConfig) -> str:
     cut = evenly_cut(pruner, args.target_sparsity or 0.0)
     fewer = pruner.block_cost.total(pruner.plan.counts) - pruner.block_cost.total(cut.counts)
     freed = int(fewer * next(pruner.model.parameters()).element_size())
-    return f" of {_before_the_cut(pruner)}; the cut before it frees about {format_bytes(freed)} of weights"
+    told = f" of {_before_the_cut(pruner)}; the cut before it frees about {format_bytes(freed)} of weights"
+    if args.base_quantization is not None:
+        plain, quantised = base_bytes(pruner, cut, args.base_quantization)
+        told += (
+            f", {args.base_quantization} then about {format_bytes(plain - quantised)} more (linear layers of the "
+            f"blocks: {format_bytes(quantised)} for {format_bytes(plain)})"
+        )
+    return told
+
+
+def base_bytes(pruner: AdaptivePruner, plan: PruningPlan, form: str) -> tuple[int, int]:
+    """Of the linear layers of the blocks at ``plan``: plain, and as ``base_quantization`` makes them."""
+    model, family = pruner.origin.dense, pruner.family
+    linear = {f"{path.removesuffix('.base_layer')}.weight" for path, _ in base_linears(model, family)}
+
+    def total(bytes_of: Callable[[nn.Parameter], float]) -> int:
+        cost = parameter_cost(model, family, pruner.spaces, lambda name, p: bytes_of(p) if name in linear else 0.0)
+        return int(cost.total(plan.counts))
+
+    return total(lambda p: p.element_size()), total(lambda p: BYTES[form])
 
 
 def _before_the_cut(pruner: AdaptivePruner) -> str:
@@ -191,8 +247,10 @@ def _trained(model: nn.Module) -> int:
 
 def _space_table(pruner: AdaptivePruner) -> str:
     rows: list[Mapping[str, Any]] = []
-    for kind, targets in (("heads", "heads"), ("neurons", "neurons"), (HIDDEN, "hidden")):
+    for kind in ("heads", "neurons", "experts", HIDDEN):
         members = [space for space in pruner.spaces if space.kind == kind]
+        if not members:
+            continue
         sizes = [pruner.plan.counts[space.name] for space in members]
         left = next((space for space in members if pruner.plan.counts[space.name]), members[0])
         unit = pruner.block_cost.marginal(left.name, pruner.plan.counts)
@@ -202,7 +260,7 @@ def _space_table(pruner: AdaptivePruner) -> str:
                 "units": _sizes(sizes)
                 + (f" of {_sizes([s.size for s in members])}" if pruner.origin.is_pruned else ""),
                 "unit": f"{unit:,.0f}",
-                "pruned": _pruned(pruner, targets),
+                "pruned": _pruned(pruner, kind),
                 "step": pruner.budget.limits.round_to[kind],
             }
         )
@@ -256,7 +314,8 @@ def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig)
     if not schedule.events:
         return ["Nothing is pruned (target_sparsity: null)."]
     at_first = pruner.plan
-    flops = flops_cost(pruner.origin.dense, pruner.family, pruner.spaces, 1, args.reference_length)
+    length = pruner.family.tokens(pruner.origin.dense.config) or args.reference_length
+    flops = flops_cost(pruner.origin.dense, pruner.family, pruner.spaces, 1, length)
     adapters = lora.adapter_parameters(pruner.model)
     rows = [
         {
@@ -296,7 +355,7 @@ def _schedule_lines(pruner: AdaptivePruner, schedule: Schedule, args: APTConfig)
         ("target", f"{args.sparsity_metric} removed"),
         *([("of_start", "of this model")] if pruner.origin.is_pruned else []),
         ("params", "block parameters"),
-        ("flops", f"block FLOPs at 1×{args.reference_length}"),
+        ("flops", f"block FLOPs at 1×{length}"),
         ("adapters", "adapter parameters"),
     ]
     then = f"masks fade over {schedule.window} steps."

@@ -12,11 +12,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
 from transformers.integrations.hub_kernels import is_kernel
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from apt_trainer.errors import UserError, unknown_choice
+from apt_trainer.errors import UserError, reason, unknown_choice
 from apt_trainer.evaluate.harness import check_tasks, not_a_language_model
 from apt_trainer.libraries.private_names import check_names
 from apt_trainer.plan.schedule import make_schedule
@@ -93,6 +94,7 @@ def check_before_loading(recipe: Recipe, config: Any, data: TaskData, tokenizer:
     if args.teacher_name_or_path is not None:
         teacher = check_teacher(recipe.model.of(args.teacher_name_or_path), data, model, tokenizer)
         check_embeddings(model, teacher, args)
+    _check_images(model, data)
     check_exports(args, model, tokenizer)
     rehearse(model, Path(str(args.output_dir)), AdaptivePruner(model, settings), tokenizer)
 
@@ -124,6 +126,20 @@ def check_attention(name: str | None, device: str | None = None) -> None:
         raise unknown_choice("attn_implementation", name, [*known, "OWNER/KERNEL of the hub"])
 
 
+def _check_images(model: PreTrainedModel, data: TaskData) -> None:
+    """Raise :class:`UserError` where the image processor makes images of a size that ``model`` does not take."""
+    if model.main_input_name != "pixel_values":
+        return
+    pixels = data.collator([data.train[0]])["pixel_values"]
+    try:
+        model(pixel_values=pixels.to("meta", model.dtype))
+    except (RuntimeError, ValueError) as error:  # another number of pixels or of colours
+        raise UserError(
+            f"The image processor makes images of {' × '.join(map(str, pixels.shape[1:]))} (channels, height, width), "
+            f"which {type(model).__name__} does not take ({reason(error)}). Give the image processor of the model."
+        ) from error
+
+
 def _check_lengths(config: Any, data: TaskData, args: APTConfig) -> None:
     """Texts that speed or costs are taken at have to fit the model."""
     longest = max_positions(config)
@@ -134,7 +150,7 @@ def _check_lengths(config: Any, data: TaskData, args: APTConfig) -> None:
         generated = args.latency_new_tokens if data.model_class == "AutoModelForCausalLM" else 0
         asked["latency_length"] = args.latency_length + generated
     weighs_by_length = args.importance == "nri" and args.nri_cost in ("latency", "memory")
-    if args.prunes and (args.sparsity_metric != "params" or weighs_by_length):
+    if args.prunes and (args.sparsity_metric not in ("params", "total_params") or weighs_by_length):
         asked["reference_length"] = args.reference_length
     for name, length in asked.items():
         if length > longest:

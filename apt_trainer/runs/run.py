@@ -9,26 +9,33 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import EvalPrediction, set_seed
 
 from apt_trainer.errors import Noted, Retold, RunError, UserError, reason
 from apt_trainer.evaluate.compare import measure_memory, measure_speed
+from apt_trainer.evaluate.differences import keep_predictions
 from apt_trainer.evaluate.harness import run_tasks
 from apt_trainer.evaluate.task_intervals import Intervals, score_intervals
+from apt_trainer.libraries.quiet import write_line
 from apt_trainer.measure import PeakMemory, count_parameters, return_freed_memory, size_on_disk
+from apt_trainer.models.parts import weigh_parts
 from apt_trainer.report.plots import plot_run
-from apt_trainer.report.tables import comparison_table, exports_table
+from apt_trainer.report.story import opening
+from apt_trainer.report.tables import comparison_table, exports_table, format_count
 from apt_trainer.runs.exports import FOLDER as EXPORTS
 from apt_trainer.runs.exports import export_all
 from apt_trainer.runs.preflight import check_before_loading, check_installed, checkpoint_to_resume, finished_run
@@ -38,15 +45,17 @@ from apt_trainer.settings.packages import check_packages
 from apt_trainer.settings.recipe import Recipe, load_recipe
 from apt_trainer.store.events import EVENTS_FILE, METRICS_FILE, RECIPE_FILE, read_events, write_json
 from apt_trainer.store.lock import FolderLock
-from apt_trainer.store.pretrained import load_inputs, load_model, load_saved, load_teacher
+from apt_trainer.store.pretrained import build_model, load_inputs, load_model, load_saved, load_teacher
 from apt_trainer.store.saved_model import dense_copy
 from apt_trainer.tasks import TaskData, keeps_sequences_apart
 from apt_trainer.tasks.base import ComputeMetrics
+from apt_trainer.tasks.shared_rows import hand_over, is_sharing, keeping_rows
 from apt_trainer.tasks.trainer_options import data_options, set_task_arguments
 from apt_trainer.training.embedding_trainer import APTEmbeddingTrainer, PlainEmbeddingTrainer
 from apt_trainer.training.engines import engine_name
 from apt_trainer.training.engines.agreement import failing_together
 from apt_trainer.training.evaluation_loop import plain_trainer
+from apt_trainer.training.progress import use_run_progress
 from apt_trainer.training.termination import finishing
 from apt_trainer.training.time_to_accuracy import TimeToAccuracy
 from apt_trainer.training.trackers import one_run
@@ -69,6 +78,7 @@ _DENSE: dict[str, Any] = {
     "lm_eval_tasks": [],
     "export": [],
     "vocabulary": None,
+    "base_quantization": None,
     "reference_metric": None,
     "dense_baseline": False,
     "report_to": "none",
@@ -111,10 +121,7 @@ def _train_prepared(
     args = recipe.training
     memory = PeakMemory(args.device.type)
     set_seed(args.seed)
-    tokenizer, config, data = load_inputs(recipe.model, recipe)
-    set_task_arguments(args, data, recipe.given)
-    check_before_loading(recipe, config, data, tokenizer)
-    dense = _train_dense(recipe, output) if args.dense_baseline and args.should_save else {}
+    tokenizer, data, dense = _prepare(recipe, output, shares_rows=not vocabulary)
     path = args.teacher_name_or_path
     teacher = load_teacher(recipe.model.of(path), data) if path else None
     model = load_model(recipe.model, data)
@@ -133,6 +140,7 @@ def _train_prepared(
         **data_options(data, "validation"),
     )
     trainer.uploads_after_training = False  # but below, with what is made of the model
+    use_run_progress(trainer, "pruning and tuning" if args.prunes else "fine-tuning", logs_too=True)
     watch, engine = _watch_accuracy(trainer, data), engine_name(trainer)
     if lock is not None:
         _take_folder(output, recipe, lock, anew=resume_from is None)
@@ -148,7 +156,10 @@ def _train_prepared(
             predictions: list[EvalPrediction] = []
             trainer.compute_metrics = _keeping(data.metrics["test"], predictions)
             scores = trainer.evaluate(data.test, metric_key_prefix=data.test_name)
-            intervals = _intervals(recipe, data, predictions) if trainer.is_world_process_zero() else {}
+            intervals = {}
+            if trainer.is_world_process_zero():
+                intervals = _intervals(recipe, data, predictions)
+                keep_predictions(output, output / "dense", data, tokenizer, predictions[:1])
     if args.bf16_full_eval or args.fp16_full_eval:  # they leave it in theirs; what follows is for what was saved
         trainer.model.to(dtype)
     metrics = {
@@ -160,6 +171,8 @@ def _train_prepared(
         "block_params_dense": int(trainer.pruner.block_cost.total(trainer.pruner.dense_plan.counts)),
         "block_params": int(trainer.pruner.block_cost.total(trainer.pruner.plan.counts)),
         "sparsity": trainer.pruner.sparsity(),
+        "parts_dense": _parts(dense_copy(trainer.model, "meta"), trainer),
+        "parts": _parts(trainer.model, trainer),
         "total_params_dense": count_parameters(dense_copy(trainer.model, "meta")),
         "total_params": count_parameters(trainer.model),
         "disk_bytes_dense": sum(p.numel() * p.element_size() for p in dense_copy(trainer.model, "meta").parameters()),
@@ -181,9 +194,7 @@ def _train_prepared(
         metrics["task_metric_low"], metrics["task_metric_high"] = intervals[data.metric_name]
     metrics |= {f"{name}_dense": dense[name] for name in _COMPARED if name in dense}
     if vocabulary:
-        metrics["vocabulary"] = vocabulary
-        metrics["total_params_dense"] += vocabulary["parameters_before"] - vocabulary["parameters"]
-        metrics["disk_bytes_dense"] += vocabulary["bytes_before"] - vocabulary["bytes"]
+        _count_vocabulary(metrics, vocabulary)
     if args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
         metrics["best_checkpoint"] = Path(trainer.state.best_model_checkpoint).name
     if watch is not None:
@@ -193,6 +204,52 @@ def _train_prepared(
             metrics["time_to_accuracy"] = watch.record(args.reference_metric * share, data.greater_is_better)
     _measure_export_and_upload(metrics, recipe, trainer, tokenizer, data)
     return metrics
+
+
+def _parts(model: Any, trainer: APTTrainer) -> dict[str, dict[str, int]]:
+    """Parameters and bytes of blocks, embeddings, head and the rest."""
+    return {part: weight._asdict() for part, weight in weigh_parts(model, trainer.pruner.family).items()}
+
+
+def _count_vocabulary(metrics: dict[str, Any], vocabulary: dict[str, Any]) -> None:
+    """Add what tokens that are gone weighed to what the dense model weighs."""
+    metrics["vocabulary"] = vocabulary
+    names = (("params", "parameters"), ("bytes", "bytes"))
+    gone = {name: vocabulary[f"{key}_before"] - vocabulary[key] for name, key in names}
+    metrics["parts_dense"]["vocabulary"] = gone  # of embeddings and head
+    metrics["total_params_dense"] += gone["params"]
+    metrics["disk_bytes_dense"] += gone["bytes"]
+
+
+def _prepare(recipe: Recipe, output: Path, shares_rows: bool) -> tuple[Any, TaskData, dict[str, Any]]:
+    """Tokenizer, data and what the dense model came to, if it is asked for; raises :class:`UserError` as
+    :func:`train`. ``shares_rows``: whether the dense model has the same tokenizer."""
+    args = recipe.training
+    if is_sharing():  # what is odd about the data has been said by the run that started this one
+        logging.getLogger("apt_trainer.tasks").setLevel(logging.ERROR)
+    else:
+        write_line(f"Reading {recipe.data.dataset_name or recipe.data.train_file}")
+    with ExitStack() as reading:
+        rows = reading.enter_context(keeping_rows()) if shares_rows and args.dense_baseline else {}
+        tokenizer, config, data = load_inputs(recipe.model, recipe)
+    set_task_arguments(args, data, recipe.given)
+    check_before_loading(recipe, config, data, tokenizer)
+    if not is_sharing():  # else the run that started this one has told it
+        _tell_opening(recipe, config, data)
+    return tokenizer, data, _train_dense(recipe, output, rows) if args.dense_baseline and args.should_save else {}
+
+
+def _tell_opening(recipe: Recipe, config: Any, data: TaskData) -> None:
+    args, settings = recipe.training, recipe.data
+    parameters = format_count(count_parameters(build_model(config, data, "meta", recipe.model.dtype)))
+    model = f"{recipe.model.model_name_or_path} ({config.model_type}, {parameters} parameters) for {settings.task}"
+    rows = {"train": len(data.train), "validation": len(data.validation), "labels": len(data.label_names)}
+    if data.test_name == "test":
+        rows["test"] = len(data.test)
+    steps = args.total_steps(len(data.train) - args.heldout_rows(len(data.train)))
+    files = str(settings.dataset_name or settings.train_file)
+    for line in opening(model, rows, files, steps, args, str(args.device)):
+        write_line(line)
 
 
 def _take_folder(output: Path, recipe: Recipe, lock: FolderLock, anew: bool) -> None:
@@ -241,6 +298,7 @@ def _measure_and_export(
         with _saved_in(output):
             _measure_further(metrics, recipe, trainer, tokenizer)
         if args.export:
+            write_line(f"Exporting as {', '.join(args.export)}")
             metrics["exports"] = {}
             export_all(args, dense_copy(trainer.model, "cpu").float(), data, metrics["exports"])
     finally:
@@ -259,6 +317,7 @@ def _measure_further(metrics: dict[str, Any], recipe: Recipe, trainer: APTTraine
             trainer.model, tokenizer, args.lm_eval_tasks, batch_size=args.per_device_eval_batch_size
         )
     if args.measure_latency:
+        write_line(f"Saved in {args.output_dir}. Measuring its speed and memory beside the dense shape")
         metrics |= measure_speed(trainer.model, args.latency_batch_sizes, args.latency_length, args.latency_new_tokens)
         metrics |= _inference_memory(recipe)
 
@@ -298,8 +357,9 @@ def _watch_accuracy(trainer: APTTrainer, data: TaskData) -> TimeToAccuracy | Non
     return watch
 
 
-def _train_dense(recipe: Recipe, output: Path) -> dict[str, Any]:
-    """Metrics of full fine-tuning with the same data and steps, run (or found finished) in ``output``/dense."""
+def _train_dense(recipe: Recipe, output: Path, rows: Mapping[str, Dataset]) -> dict[str, Any]:
+    """Metrics of full fine-tuning with the same data and steps, run (or found finished) in ``output``/dense.
+    ``rows``: those of the same data that are tokenized."""
     folder = output / "dense"
     if not (folder / METRICS_FILE).is_file():
         given = (
@@ -309,10 +369,13 @@ def _train_dense(recipe: Recipe, output: Path) -> dict[str, Any]:
             file = Path(scratch) / RECIPE_FILE
             write_json(file, given)
             command = [sys.executable, "-m", "apt_trainer", "train", "--config", str(file)]
-            if subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode != 0:
+            write_line(f"First the dense model, all of whose weights train on the same data, in {folder}")
+            environment = os.environ | hand_over(rows, Path(scratch))
+            if subprocess.run(command, check=False, stdout=subprocess.DEVNULL, env=environment).returncode != 0:
                 raise UserError(
                     "Fine-tuning the dense model failed, see above. Set dense_baseline: false to do without."
                 )
+            write_line("Now the model that is pruned")
     metrics: dict[str, Any] = json.loads((folder / METRICS_FILE).read_text())
     return metrics
 
@@ -340,6 +403,7 @@ def evaluate(model: str | ModelSettings, recipe: Recipe | None = None) -> dict[s
         processing_class=tokenizer,
         **(data_options(data, "test") | {"compute_metrics": metrics}),
     )
+    use_run_progress(trainer, logs_too=True)
     scores = trainer.evaluate(metric_key_prefix=data.test_name)
     scores = {name: value for name, value in scores.items() if isinstance(value, float)}
     for name, (low, high) in _intervals(recipe, data, predictions).items():

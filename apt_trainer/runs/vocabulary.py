@@ -24,7 +24,7 @@ from apt_trainer.measure import count_parameters
 from apt_trainer.settings import ModelSettings
 from apt_trainer.settings.recipe import Recipe
 from apt_trainer.store.events import write_json
-from apt_trainer.store.pretrained import load_config, load_inputs, load_saved, load_tokenizer
+from apt_trainer.store.pretrained import load_config, load_inputs, load_saved, load_tokenizer, refuse_images
 from apt_trainer.surgery.vocabulary import cut_vocabulary, renumber_config
 from apt_trainer.tasks.base import is_text
 from apt_trainer.tasks.loading import read_file
@@ -82,6 +82,7 @@ def cut_model(
     """
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} is not empty. Choose another folder.")
+    refuse_images(load_config(model), "vocabulary")
     tokenizer = load_tokenizer(model)
     check_tokenizer(tokenizer)
     texts = [text for file in files for text in _texts(file, "--data")]
@@ -100,6 +101,7 @@ def cut_model(
 def _make(recipe: Recipe, folder: Path, weights: bool) -> None:
     """Write ``folder``: the model, the teacher if there is one, and the record, the last of all."""
     asked = recipe.model.vocabulary
+    refuse_images(load_config(recipe.model), "vocabulary")
     tokenizer = load_tokenizer(recipe.model)
     check_tokenizer(tokenizer)
     _, config, data = load_inputs(recipe.model, recipe)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from apt_trainer.models import Space
-from apt_trainer.models.base import base_layer
+from apt_trainer.models import Slice, Space
+from apt_trainer.models.base import base_layer, unit_dim
 from apt_trainer.scoring.base import Importance
 from apt_trainer.surgery.adapters import with_adapters
 from apt_trainer.tensors.partitioned import whole_modules
@@ -30,12 +30,13 @@ class Magnitude(Importance):
             size = self._counts[space.name]
             total = torch.zeros(size, device=next(model.parameters()).device)
             for part in space.slices:
-                if part.module not in present or _weight(model.get_submodule(part.module)) is None:
+                module = model.get_submodule(part.module) if part.module in present else None
+                if module is None or not list(module.parameters()):
                     continue
-                module = model.get_submodule(part.module)
                 with whole_modules(*module.modules()):
-                    squares = _squares(module, part.side)
-                total += _sum_parts(squares, part.parts, size)
+                    squares = _squares(module, part)
+                if squares is not None:
+                    total += _sum_parts(squares, part.parts, size)
             scores[space.name] = total.sqrt()
         return scores
 
@@ -46,19 +47,13 @@ def _sum_parts(values: torch.Tensor, parts: tuple[int, ...], size: int) -> torch
     return torch.stack([group.view(size, -1).sum(1) for group in groups]).sum(0)
 
 
-def _weight(module: nn.Module) -> torch.Tensor | None:
-    """Weight without its adapter; None for a no-op and for a norm without one."""
-    return getattr(base_layer(module), "weight", None)
-
-
-def _squares(module: nn.Module, side: str) -> torch.Tensor:
-    """Squared weights summed over the other side: [rows of ``side``]."""
-    plain, weight = base_layer(module), _weight(module)
-    assert weight is not None
-    weight = weight.detach()
-    if weight.dim() == 1:
-        return weight.float().square()
-    weight = with_adapters(module, weight)
-    transposed = isinstance(plain, nn.Embedding) or type(plain).__name__ == "Conv1D"
-    outputs = 1 if transposed else 0
-    return weight.float().square().sum(1 - outputs if side == "out" else outputs)
+def _squares(module: nn.Module, part: Slice) -> torch.Tensor | None:
+    """Squared weights summed over all sides but that of ``part``: [rows of it]; None where it has only a bias."""
+    plain, (name, dim) = base_layer(module), part.weight or ("weight", None)
+    weight = plain._parameters.get(name)
+    if weight is None:
+        return None
+    dim = unit_dim(plain, weight, part.side) if dim is None else dim
+    assert dim is not None, f"{part.module} has no side {part.side}"
+    squares = with_adapters(module, weight.detach()).float().square()
+    return squares.sum([other for other in range(weight.dim()) if other != dim]) if weight.dim() > 1 else squares

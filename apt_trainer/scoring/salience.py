@@ -4,18 +4,19 @@ Formulas: APT, Eq. 4 and 5. Two differences, both on purpose. The outlier term i
 inputs when scores are asked for (anew after ``OUTLIER_EVERY`` steps), not averaged over per-step values, since it
 depends on the weights above all and would cost as much as a layer at each step. And it can be brought to the scale of
 the salience (``outlier_scaling="mean"``), since Σ|a|·Σ|g| grows with batch, length and loss while a kurtosis does not.
-A place without gradient (below the first trained weight) contributes 0. Not for whole sublayers.
+A place without gradient (below the first trained weight) contributes 0. Experts, and neurons inside of them, have no
+outlier term: no single projection reads them. Not for whole sublayers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import nn
 
 from apt_trainer.models import HIDDEN, Space
+from apt_trainer.models.base import GateSide
 from apt_trainer.scoring.base import Reduce
 from apt_trainer.scoring.kurtosis import contributions, root_kurtosis
 from apt_trainer.scoring.observing import Observing
@@ -64,7 +65,7 @@ class Salience(Observing):
         for name in self._spaces:
             self._average.setdefault(name, torch.zeros(counts[name], device=device))
         for name, sums in self._groups:
-            if name != HIDDEN:
+            if name != HIDDEN and self._spaces[name].gate_side == "input":
                 self._inputs.setdefault(name, torch.zeros(sums.shape[1], device=device))
 
     @torch.no_grad()
@@ -78,7 +79,7 @@ class Salience(Observing):
             offset += sums.numel()
             product = magnitude * gradient / processes
             step[name] += product.view(len(step[name]), -1).sum(1)
-            if name != HIDDEN:
+            if name in self._inputs:
                 pairs.append((self._inputs[name], signed))
         average_in(pairs, 1 - self.decay, flat)
         self._flat.zero_()
@@ -105,7 +106,7 @@ class Salience(Observing):
     @torch.no_grad()
     def _outlier_terms(self, model: nn.Module) -> dict[str, torch.Tensor]:
         hidden = self._average.get(HIDDEN)
-        terms: dict[str, torch.Tensor] = {}
+        terms = {name: torch.zeros_like(average) for name, average in self._average.items()}
         total = torch.zeros_like(hidden) if hidden is not None else None
         for name, mean_input in self._inputs.items():
             space = self._spaces[name]
@@ -151,15 +152,13 @@ class Salience(Observing):
             elif kind != "age":
                 (self._average if kind == "average" else self._inputs)[name].copy_(value)
 
-    def _places(
-        self, model: nn.Module, counts: Mapping[str, int]
-    ) -> list[tuple[str, str, Literal["input", "output"]]]:
+    def _places(self, model: nn.Module, counts: Mapping[str, int]) -> list[tuple[str, str, GateSide]]:
         """(space, module path, side) of every observation; modules of removed sublayers are gone."""
         present = {path for path, _ in model.named_modules()}
-        places: list[tuple[str, str, Literal["input", "output"]]] = []
+        places: list[tuple[str, str, GateSide]] = []
         for name, space in self._spaces.items():
-            if space.gate is not None:
-                places.append((name, space.gate, "input"))
+            if space.gate is not None and space.gate in present:
+                places.append((name, space.gate, space.gate_side))
             for path in space.places:
                 if path in present and hasattr(model.get_submodule(path), "weight"):
                     places.append((name, path, "output"))

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from apt_trainer.models import Stack
+from apt_trainer.models.base import GateSide
 from apt_trainer.models.batch import Tokens
 
 Measure = Literal["magnitudes", "signed", "per_sequence"]
@@ -86,12 +87,15 @@ class Tap:
 
     ``magnitudes``: ``sums`` is [3, n]: Σ|x|, Σ|g|, Σx. ``signed``: [1, n], Σ x·g.
     ``per_sequence``: [1, units], Σ over sequences of |Σ over tokens and channels of x·g|.
+
+    ``side``: of the module, as a space's ``gate_side``. Of what a router has routed, x [tokens, experts] are its
+    weights, 0 where it sends nothing: x·g is then what the loss gains by what an expert gives.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        side: Literal["input", "output"],
+        side: GateSide,
         measure: Measure,
         sums: torch.Tensor,
         context: TapContext,
@@ -101,8 +105,10 @@ class Tap:
         self._handle: RemovableHandle
         if side == "input":
             self._handle = module.register_forward_pre_hook(self._on_input)
-        else:
+        elif side == "output":
             self._handle = module.register_forward_hook(self._on_output)
+        else:
+            self._handle = module.register_forward_hook(self._on_routed)
 
     def remove(self) -> None:
         self._handle.remove()
@@ -112,6 +118,13 @@ class Tap:
 
     def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
         return self._pass(output) if self._observes(module, output) else None
+
+    def _on_routed(self, module: nn.Module, args: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> Any:
+        logits, weights, chosen = output
+        if not self._observes(module, weights):
+            return None
+        spread = self._pass(torch.zeros_like(logits, dtype=weights.dtype).scatter(1, chosen, weights))
+        return logits, spread.gather(1, chosen), chosen
 
     def _observes(self, module: nn.Module, x: torch.Tensor) -> bool:
         return not self.context.resting and module.training and torch.is_grad_enabled() and x.requires_grad

@@ -1,7 +1,8 @@
 """First-order rule: expected change of the loss when a unit is switched off (Michel et al. 2019, arXiv 1905.10650).
 
 Score = moving average of Σ over sequences of |Σ over tokens and channels of activation · gradient|. Hidden dimensions
-are observed where they are written. Keeps the observed activations until the backward pass, unlike the salience.
+are observed where they are written; of neurons inside of experts each token counts by itself. Keeps the observed
+activations until the backward pass, unlike the salience.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import torch
 from torch import nn
 
 from apt_trainer.models import Space
+from apt_trainer.models.base import GateSide
+from apt_trainer.models.modeling_apt import NoOp
 from apt_trainer.scoring.base import Reduce
 from apt_trainer.scoring.observing import Observing
 from apt_trainer.scoring.taps import Tap, average_in
@@ -41,13 +44,12 @@ class Taylor(Observing):
         self._sums = {space.name: part.view(1, -1) for space, part in zip(left, parts, strict=True)}
         for space in left:
             sums = self._sums[space.name]
-            sides = [(space.gate, "input")] if space.gate is not None else []
-            sides += [(path, "output") for path in space.places if path in present]
+            sides: list[tuple[str, GateSide]] = [(space.gate, space.gate_side)] if space.gate is not None else []
+            sides += [(path, "output") for path in space.places]
             for path, side in sides:
-                module = model.get_submodule(path)  # type: ignore[arg-type]
-                if hasattr(module, "weight"):
-                    stack = space.stack_of(path)  # type: ignore[arg-type]
-                    self._taps.append(Tap(module, side, "per_sequence", sums, self._context, stack))  # type: ignore[arg-type]
+                if path in present and not isinstance(model.get_submodule(path), NoOp):
+                    module, stack = model.get_submodule(path), space.stack_of(path)
+                    self._taps.append(Tap(module, side, "per_sequence", sums, self._context, stack))
             self._average.setdefault(space.name, torch.zeros(counts[space.name], device=device))
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from dataclasses import fields
 
 from apt_trainer.settings.choices import CHOICES, PRUNE_TARGETS, TASKS, TUNE_MODES, check_choices
 from apt_trainer.settings.inputs import DataSettings, ModelSettings, resolve_path
+from apt_trainer.settings.loop import LoopSettings
 from apt_trainer.settings.measuring import MeasureSettings
 from apt_trainer.settings.method import AdapterSettings, DistillationSettings, MethodSettings, PruningSettings
 
@@ -27,6 +28,7 @@ __all__ = [
     "AdapterSettings",
     "DataSettings",
     "DistillationSettings",
+    "LoopSettings",
     "MeasureSettings",
     "MethodSettings",
     "ModelSettings",
@@ -36,7 +38,15 @@ __all__ = [
     "resolve_path",
 ]
 
-SETTING_GROUPS = (ModelSettings, DataSettings, PruningSettings, AdapterSettings, DistillationSettings, MeasureSettings)
+SETTING_GROUPS = (
+    ModelSettings,
+    DataSettings,
+    PruningSettings,
+    AdapterSettings,
+    DistillationSettings,
+    LoopSettings,
+    MeasureSettings,
+)
 
 
 def known_settings() -> dict[str, str]:

@@ -13,19 +13,22 @@ TASKS = (
     "multi_label_classification",
     "regression",
     "embedding",
+    "image_classification",
     "token_classification",
     "question_answering",
     "language_modeling",
+    "masked_language_modeling",
     "instruction_tuning",
     "summarization",
     "translation",
 )
-PRUNE_TARGETS = ("heads", "neurons", "hidden", "sublayers")
+PRUNE_TARGETS = ("heads", "neurons", "experts", "hidden", "sublayers")
 POST_NORM_POLICIES = ("remove_norm", "keep_norm")
 """The first is the default."""
 SHAPES = ("free", "uniform")
 """The first is the default."""
 QUANTIZE = ("int8", "int4", "llm_int8", "nf4")
+BASE_QUANTIZATION = ("nf4", "int8")
 TUNE_MODES = ("adapters", "adapters_and_norms", "full")
 
 
@@ -56,13 +59,14 @@ RULES = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": TASKS,
     "preset": tuple(PRESETS),
-    "sparsity_metric": ("params", "flops", "latency", "memory"),
+    "sparsity_metric": ("params", "total_params", "flops", "latency", "memory"),
     "pruning_time": ("before", "early", "late", "after"),
     "post_norm_policy": POST_NORM_POLICIES,
     "shape": SHAPES,
     "sparsity_schedule": ("cubic", "linear"),
     "importance": tuple(RULES),
     "nri_cost": ("params", "latency", "memory", "none"),
+    "base_quantization": BASE_QUANTIZATION,
     "rank_growth": ("salience", "uniform", "none"),
     "tune": TUNE_MODES,
     "tune_after_pruning": TUNE_MODES,
@@ -91,7 +95,7 @@ def setting(default: Any, help: str) -> Any:
 
 def check_choices(settings: Any) -> None:
     for name, allowed in CHOICES.items():
-        optional = name in ("tune_after_pruning", "tune_after_distillation")
+        optional = name in ("tune_after_pruning", "tune_after_distillation", "base_quantization")
         value = getattr(settings, name, allowed[0])
         if value not in allowed and not (optional and value is None):
             raise unknown_choice(name, value, allowed)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import Seq2SeqTrainingArguments
 
 from apt_trainer.errors import UserError
-from apt_trainer.settings import MeasureSettings, MethodSettings
+from apt_trainer.settings import LoopSettings, MeasureSettings, MethodSettings
 from apt_trainer.settings.engines import before_processes_join, check_deepspeed, join_processes
 from apt_trainer.settings.fsdp import check_fsdp
 from apt_trainer.settings.packages import check_packages
@@ -45,7 +45,7 @@ else:
 
 
 @dataclass
-class PruningArguments(MethodSettings, _JoinedLater):
+class PruningArguments(MethodSettings, LoopSettings, _JoinedLater):
     """Settings of the method, to be joined with a class of training arguments: see :func:`joined`.
 
     Defaults that differ from ``TrainingArguments``: ``learning_rate`` 2e-4 (5e-5), since adapters train,
@@ -67,7 +67,10 @@ class PruningArguments(MethodSettings, _JoinedLater):
 
     def __post_init__(self) -> None:
         self.check()
+        self.check_loop()
         self._check_numbers()
+        if self.early_stopping_patience is not None and getattr(self, "metric_for_best_model", None) is None:
+            self.metric_for_best_model = "loss"
         check_packages({"deepspeed": self.deepspeed})
         before_processes_join(self)
         join_processes(self)
@@ -75,6 +78,11 @@ class PruningArguments(MethodSettings, _JoinedLater):
         check_deepspeed(self)
         check_fsdp(self)
         check_refused(self)
+        if self.early_stopping_patience is not None and self.eval_strategy == "no":
+            raise UserError(
+                "early_stopping_patience needs evaluations during training, but eval_strategy is no. Set "
+                "eval_strategy: epoch, or steps with eval_steps."
+            )
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # would only warn
         if self.logging_nan_inf_filter:

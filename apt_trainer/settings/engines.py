@@ -48,6 +48,7 @@ def before_processes_join(args: Any) -> None:
         UserError: where DeepSpeed is wanted but missing, or FSDP is wanted and cannot be had.
     """
     if wants_fsdp(args):
+        _check_base(args, "FSDP2")
         check_fsdp_launch(args)
     if not wants_deepspeed(args):
         return
@@ -82,6 +83,7 @@ def check_deepspeed(args: Any) -> None:
         )
     if plugin.zero_stage == 3:
         _check_stage_3(plugin.deepspeed_config["zero_optimization"])
+        _check_base(args, "ZeRO-3")
     if args.use_cpu:  # else, with offload, DeepSpeed would compile an Adam of its own, for minutes
         plugin.deepspeed_config.setdefault("zero_force_ds_cpu_optimizer", False)
     for section in ("optimizer", "scheduler"):
@@ -105,6 +107,15 @@ def check_deepspeed(args: Any) -> None:
         raise UserError(
             "DeepSpeed needs a launcher, also for one process: apt-trainer train --accelerate_config zero2, "
             "accelerate launch, or torchrun."
+        )
+
+
+def _check_base(args: Any, engine: str) -> None:
+    """Raise :class:`UserError` for quantised weights under an ``engine`` that splits each weight among processes."""
+    if args.base_quantization is not None:
+        raise UserError(
+            f"base_quantization: {args.base_quantization} does not go with {engine}, which splits ordinary weights "
+            "only. Use DDP or ZeRO-2, where each process holds the quantised base, or leave base_quantization out."
         )
 
 

@@ -22,7 +22,7 @@ class ModelSettings:
     gguf_file: str | None = setting(
         None, "GGUF file in that folder, for tokenizer, config and weights; these are de-quantised, to type dtype."
     )
-    tokenizer_name_or_path: str | None = setting(None, "Tokenizer, if it is not beside the model.")
+    tokenizer_name_or_path: str | None = setting(None, "Tokenizer, or image processor, if it is not beside the model.")
     model_revision: str = setting("main", "Branch, tag or commit on the hub.")
     trust_remote_code: bool = setting(False, "Run Python code that comes with the model.")
     dtype: str = setting("float32", "Type the weights are loaded in: auto, float32, bfloat16 or float16.")
@@ -59,15 +59,16 @@ class DataSettings:
     task: str = setting(
         "classification",
         "classification, multi_label_classification, regression, token_classification, question_answering; for "
-        "encoders also embedding; for decoders also language_modeling and instruction_tuning; for encoder-decoders "
-        "summarization and translation.",
+        "encoders also embedding and masked_language_modeling; for decoders also language_modeling and "
+        "instruction_tuning; for encoder-decoders summarization and translation; for models of images "
+        "image_classification.",
     )
     dataset_name: str | None = setting(None, "Data set on the hub, for example nyu-mll/glue.")
     dataset_config: str | None = setting(None, "Configuration of the hub data set, for example sst2.")
     train_file: str | None = setting(
         None,
-        "Local json, jsonl, csv or parquet file; a folder whose sub-folders are the labels and hold text files; or a "
-        "txt file with one running text (language_modeling). "
+        "Local json, jsonl, csv or parquet file; a folder whose sub-folders are the labels and hold text files, or "
+        "images (image_classification); or a txt file with one running text (language_modeling, masked or not). "
         "May start with 'package:NAME/' for a path inside an installed Python package.",
     )
     validation_file: str | None = setting(None, "As train_file. Without one, a part of the training data is held out.")
@@ -77,6 +78,9 @@ class DataSettings:
     test_split: str | None = setting(None, "Split of the hub data set to report on.")
     text_column: str | None = setting(
         None, "Column with the text, the tokens, the question or the source text; of a record, as translation.de."
+    )
+    image_column: str | None = setting(
+        None, "Column with the image (image_classification). Default: the only one that holds images."
     )
     text_pair_column: str | None = setting(None, "Column with the second text, or the context of a question.")
     negative_column: str | None = setting(
@@ -100,6 +104,11 @@ class DataSettings:
         "Leave out rows whose label is empty or null, or lacks one of several numbers or tags (classification, "
         "multi_label_classification, where an empty list or text means no label and stays, regression, "
         "token_classification).",
+    )
+    drop_empty_texts: bool = setting(
+        False,
+        "Leave out rows without text in a column that is named (text_column, text_pair_column, prompt_column …), and "
+        "conversations in which the assistant says nothing.",
     )
     class_weights: str | list[float] | None = setting(
         None,
@@ -130,6 +139,9 @@ class DataSettings:
         False, "Put several rows into one of max_length tokens, none of which sees another (instruction_tuning)."
     )
     source_prefix: str = setting("", "Text before every source text, such as 'summarize: ' for T5.")
+    mask_probability: float = setting(
+        0.15, "Share of the tokens that are hidden or changed and to be predicted (masked_language_modeling)."
+    )
     max_target_length: int = setting(128, "Longest summary or translation in tokens; longer ones are cut.")
     max_length: int = setting(128, "Longest input in tokens; longer ones are cut (split with a stride for QA).")
     doc_stride: int = setting(64, "Overlap in tokens between the pieces of a long context (question answering).")

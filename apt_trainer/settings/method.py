@@ -29,12 +29,13 @@ class PruningSettings:
     )
     sparsity_metric: str = setting(
         "params",
-        "What the budget counts: params or flops of the transformer blocks, measured latency, or memory (all weights, "
-        "and the keys and values that a model which generates keeps).",
+        "What the budget counts: params or flops of the transformer blocks, total_params (embeddings and head too), "
+        "measured latency, or memory (all weights, and the keys and values that a model which generates keeps).",
     )
     prune_targets: list[str] = setting(
         ["heads", "neurons", "hidden"],
-        "Kinds of units that may be removed: heads, neurons, hidden; sublayers: whole attentions and feed-forwards.",
+        "Kinds of units that may be removed: heads, neurons, hidden; experts of a mixture, down to as many as a token "
+        "uses; sublayers: whole attentions and feed-forwards.",
     )
     post_norm_policy: str = setting(
         "remove_norm",
@@ -133,6 +134,11 @@ class AdapterSettings:
         4.0, "Adapter parameters after the last event, relative to those put into the dense model. 4 (official)."
     )
     max_rank: int = setting(64, "Largest rank of one adapter. 64 (official).")
+    base_quantization: str | None = setting(
+        None,
+        "nf4 or int8, with pruning_time: before: once the model is cut and refitted, the linear layers of its blocks "
+        "are quantised (bitsandbytes), and adapters train on them; the finished model has weights of the usual type.",
+    )
     tune: str = setting(
         "adapters", "What trains at first besides the task head: adapters, adapters_and_norms or full."
     )
@@ -195,6 +201,7 @@ class MethodSettings(PruningSettings, AdapterSettings, DistillationSettings):
         _check_pruning(self)
         _check_adapters(self)
         _check_distillation(self)
+        _check_base(self)
 
     @property
     def prunes(self) -> bool:
@@ -288,6 +295,23 @@ def _check_adapters(s: AdapterSettings) -> None:
         not s.keep_adapters or "full" not in modes,
         "keep_adapters: true keeps what is added to frozen weights, but tune: full trains all weights. Use tune: "
         "adapters or adapters_and_norms, or leave keep_adapters out.",
+    )
+
+
+def _check_base(s: MethodSettings) -> None:
+    if s.base_quantization is None:
+        return
+    named = f"base_quantization: {s.base_quantization}"
+    _require(
+        s.prunes_before,
+        f"{named} quantises what a cut before training leaves, which no later cut can follow. Set pruning_time: "
+        "before and a target_sparsity, or leave it out.",
+    )
+    modes = (s.tune, s.tune_after_pruning, s.tune_after_distillation)
+    _require(
+        "full" not in modes,
+        f"{named} freezes the weights that tune: full trains. Use tune: adapters or adapters_and_norms, or leave it "
+        "out.",
     )
 
 

@@ -34,6 +34,7 @@ SENTENCE_TRANSFORMERS = _of("sentence_transformers", "'apt-trainer[embedding]'")
 GGUF = _of("gguf", "'apt-trainer[lm]'")
 HARNESS = _of("lm_eval", "'apt-trainer[lm_eval]'")
 DEEPSPEED = _of("deepspeed", "'apt-trainer[deepspeed]'")
+SHTAB = _of("shtab", "'apt-trainer[completion]'")
 TOKENIZERS = tuple(_of(name, "sentencepiece tiktoken protobuf") for name in ("sentencepiece", "tiktoken"))
 TORCHAO, BITSANDBYTES = _of("torchao", "'apt-trainer[quantize]'"), _of("bitsandbytes", "'apt-trainer[quantize]'")
 
@@ -118,6 +119,8 @@ def _needed(settings: Mapping[str, Any]) -> Iterator[tuple[str, Package]]:
         yield f"lm_eval_tasks: {settings['lm_eval_tasks']}", HARNESS
     if settings.get("quantize") in _QUANTIZE:
         yield f"quantize: {settings['quantize']}", _QUANTIZE[settings["quantize"]]
+    if settings.get("base_quantization"):
+        yield f"base_quantization: {settings['base_quantization']}", BITSANDBYTES
     yield from _of_exports(settings.get("export") or [])
     attention = str(settings.get("attn_implementation") or "").removeprefix("paged|")
     if attention in _ATTENTIONS or "/" in attention:

@@ -66,7 +66,7 @@ def load_recipe(path: str | None, overrides: Sequence[str] = ()) -> Recipe:
 
     given = check_recipe(path, overrides)
     values = {key: _all_steps(key, value) for key, value in given.items()}
-    parts = {cls: {key: values[key] for key in values if key in names} for cls, names in _groups().items()}
+    parts = {cls: {key: values[key] for key in values if key in names} for cls, names in key_groups().items()}
     try:
         training = APTConfig(**parts[APTConfig])
     except (ValueError, ImportError) as error:
@@ -102,7 +102,7 @@ def read_values(path: str | None, overrides: Sequence[str] = ()) -> dict[str, An
     Raises:
         UserError: for an unreadable file, an unknown key or a wrong type.
     """
-    hints = {name: hint for names in _groups().values() for name, hint in names.items()} | KEYS
+    hints = {name: hint for names in key_groups().values() for name, hint in names.items()} | KEYS
     values: dict[str, Any] = {}
     if path is not None:
         for key, value in read_file(path).items():
@@ -125,7 +125,7 @@ def _all_steps(key: str, value: Any) -> Any:
     return math.nextafter(1.0, 0.0) if fraction and value == 1 else value
 
 
-def _groups() -> dict[type, dict[str, Any]]:
+def key_groups() -> dict[type, dict[str, Any]]:
     """For each dataclass of settings, its fields that can be set, with their types."""
     from apt_trainer.settings.config import APTConfig
 
@@ -139,7 +139,7 @@ def _groups() -> dict[type, dict[str, Any]]:
 
 
 def _default(key: str) -> Any:
-    found = next(f for cls in _groups() for f in fields(cls) if f.name == key)
+    found = next(f for cls in key_groups() for f in fields(cls) if f.name == key)
     return found.default if found.default_factory is MISSING else found.default_factory()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 PROFILES = RECIPES / "accelerate"
 TASKS = RECIPES / "lm_eval"
+SCHEMAS = RECIPES / "schema"
 _STUDIES = "ablations"
 _NO_RECIPES = (PROFILES.name, TASKS.name, _STUDIES, "depth")
 

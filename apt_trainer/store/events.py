@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from apt_trainer.errors import UserError
 
 RECIPE_FILE, EVENTS_FILE, METRICS_FILE, RESULTS_FILE = "recipe.json", "events.jsonl", "metrics.json", "results.jsonl"
 """What a run was started with, what happened in it, what it came to; and that of all runs of a study."""
+PREDICTIONS_FILE, DIFFERENCES_FILE = "predictions.json", "differences.json"
+"""What a model says of the test rows, and where that is something else than what the dense model says."""
 
 
 def append_event(path: str | Path, record: dict[str, Any]) -> None:
@@ -95,12 +98,20 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """As :func:`write_json`, for any text."""
-    path = Path(path)
+    _write(Path(path), [text])
+
+
+def write_lines(path: str | Path, lines: Iterable[str]) -> None:
+    """As :func:`write_json`, for lines that come one after the other."""
+    _write(Path(path), (f"{line}\n" for line in lines))
+
+
+def _write(path: Path, parts: Iterable[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: os.replace is atomic there
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -132,7 +132,7 @@ def model_card(
 
 
 def picture(dense: PreTrainedModel, plan: PruningPlan) -> str:
-    """What ``plan`` keeps of ``dense``, in text: a line for each layer, with a bar for its heads and its neurons."""
+    """What ``plan`` keeps of ``dense``, in text: a line for each layer, with a bar for its heads, neurons, experts."""
     family = family_of(dense.config)
     lines: dict[str, dict[str, str]] = {}
     hidden = ""
@@ -143,8 +143,10 @@ def picture(dense: PreTrainedModel, plan: PruningPlan) -> str:
         else:
             full = round(BAR * count / space.size) if count == 0 else max(1, round(BAR * count / space.size))
             bar = "█" * full + "·" * (BAR - full)
+            if space.within is not None and plan.counts[space.within] == 0:
+                count, bar = 0, "·" * BAR
             lines.setdefault(space.label, {})[space.kind] = f"{bar} {count:>6} of {space.size:<6}"
-    kinds = [kind for kind in ("heads", "neurons") if any(kind in line for line in lines.values())]
+    kinds = [kind for kind in ("heads", "neurons", "experts") if any(kind in line for line in lines.values())]
     wide = max(map(len, lines), default=0)
     head = " " * (wide + 2) + "".join(f"{kind:<{BAR + 19}}" for kind in kinds)
     rows = [
@@ -174,8 +176,9 @@ def _elsewhere(model: PreTrainedModel, stock: bool) -> str:
             f"Where `apt_trainer` is not installed, `{auto}.from_pretrained(PATH, trust_remote_code=True)` loads it "
             "by the code in this folder."
         )
-    formats = "onnx|openvino|gguf" if family_of(model.config).head(model).next_token else "onnx|openvino"
-    if not model.config.is_encoder_decoder:
+    family = family_of(model.config)
+    formats = "onnx|openvino|gguf" if family.head(model).next_token else "onnx|openvino"
+    if not (model.config.is_encoder_decoder or family.has_experts):
         found.append(f"`apt-trainer export PATH --format {formats} --output DIR` writes it for other run times.")
     return "\n".join(found)
 

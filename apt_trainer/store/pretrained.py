@@ -1,4 +1,4 @@
-"""Tokenizers, configs and models from the hub, a folder, an installed package or a GGUF file.
+"""Tokenizers, image processors, configs and models from the hub, a folder, an installed package or a GGUF file.
 
 Weights of a GGUF file are de-quantised when they load and are ordinary tensors from then on. Other quantised weights
 cannot be cut and are refused before they load. Not for the format of pruned models (``store.saved_model``).
@@ -7,7 +7,10 @@ cannot be cut and are refused before they load. Not for the format of pruned mod
 from __future__ import annotations
 
 import copy
+import logging
 import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +19,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from apt_trainer.errors import UserError
 from apt_trainer.models import family_of
@@ -26,9 +29,10 @@ from apt_trainer.settings.packages import TOKENIZERS, require
 from apt_trainer.settings.recipe import Recipe
 from apt_trainer.store.saved_model import OF_HUB, dense_shape, load_pruned, model_class
 from apt_trainer.store.stock import DENSE_SIZES, with_dense_sizes
-from apt_trainer.tasks import TaskData, architecture_of, load_task
+from apt_trainer.tasks import IMAGE, TaskData, architecture_of, load_task
 
 GGUF = ".gguf"
+_log = logging.getLogger(__name__)
 
 
 class Source(NamedTuple):
@@ -65,7 +69,7 @@ def _names_a_gguf_file(path: str) -> bool:
 
 
 def load_inputs(model: ModelSettings, recipe: Recipe, trained: bool = True) -> tuple[Any, Any, TaskData]:
-    """(tokenizer, config, data) of ``model`` on the data of ``recipe``; reads no weights.
+    """(tokenizer or image processor, config, data) of ``model`` on the data of ``recipe``; reads no weights.
 
     ``trained``: whether the model is going to be; else it has to have the head and the labels of the data. Raises
     :class:`UserError` for a model without a family before any data are read.
@@ -73,14 +77,15 @@ def load_inputs(model: ModelSettings, recipe: Recipe, trained: bool = True) -> t
     args = recipe.training
     config = load_config(model)
     family_of(config)
-    tokenizer = load_tokenizer(model)
+    architecture = architecture_of(config)
+    tokenizer = (load_image_processor if architecture == IMAGE else load_tokenizer)(model)
     seed = args.seed if args.data_seed is None else args.data_seed
     data = load_task(
         recipe.data if trained else _with_training_data(recipe.data),
         tokenizer,
         seed,
         max_positions=max_positions(config),
-        architecture=architecture_of(config),
+        architecture=architecture,
         config=config,
         trained=trained,
     )
@@ -130,6 +135,13 @@ def load_tokenizer(settings: ModelSettings) -> Any:
         raise
 
 
+def load_image_processor(settings: ModelSettings) -> Any:
+    """What makes pixels of images, from beside the model unless another place is named."""
+    if settings.tokenizer_name_or_path is not None:
+        settings = settings.of(settings.tokenizer_name_or_path)
+    return _from_hub(AutoImageProcessor.from_pretrained, source_of(settings), **_place(settings))
+
+
 def load_config(settings: ModelSettings) -> Any:
     """The config; raises :class:`UserError` for a model that cannot be trained and cut because it is quantised."""
     source = source_of(settings)
@@ -155,6 +167,15 @@ def read_config(settings: ModelSettings) -> Any:
     return config
 
 
+def refuse_images(config: Any, what: str) -> None:
+    """Raise :class:`UserError` where ``config`` is of a model of images, and ``what`` reads text."""
+    if architecture_of(config) == IMAGE:
+        raise UserError(
+            f"{what} reads text, and {config.model_type} takes images. Train it, and prune heads, neurons, hidden "
+            "dimensions or whole sublayers, with apt-trainer train (task: image_classification)."
+        )
+
+
 def refuse_quantised(config: Any, path: str) -> None:
     """Raise :class:`UserError` where ``config`` announces quantised weights (bitsandbytes, gptq, awq …)."""
     found = getattr(config, "quantization_config", None) or getattr(
@@ -176,8 +197,9 @@ def build_model(config: Any, data: TaskData, device: str, dtype: str = "auto") -
 
     Raises :class:`UserError` for a pruned model that has another head.
     """
-    auto, architecture = getattr(transformers, data.model_class), getattr(config, "apt_base_architecture", None)
-    if architecture is not None and type(config) not in auto._model_mapping:
+    auto, architecture = _task_class(config, data), getattr(config, "apt_base_architecture", None)
+    mapping = getattr(transformers, data.model_class)._model_mapping
+    if architecture is not None and type(config) not in mapping:
         raise UserError(
             f"The pruned model was saved as {architecture}, but the task needs one of {data.model_class}. Tune it for "
             "the task of its head, or prune the dense model with a head for this task."
@@ -186,15 +208,55 @@ def build_model(config: Any, data: TaskData, device: str, dtype: str = "auto") -
     for name, value in data.model_kwargs.items():
         setattr(config, name, value)
     with torch.device(device):
-        model = auto.from_config(config)
+        model = auto(config) if issubclass(auto, PreTrainedModel) else auto.from_config(config)
     return model.to(_dtype(config, dtype))  # type: ignore[no-any-return]
+
+
+def _task_class(config: Any, data: TaskData) -> Any:
+    """What builds or loads a model for the task: an Auto class, or the first of several that it would choose among by
+    the class a checkpoint was saved with, which may be one that cannot be trained."""
+    auto = getattr(transformers, data.model_class)
+    served = auto._model_mapping.get(type(config), None)
+    return served[0] if isinstance(served, tuple) else auto
 
 
 def load_model(settings: ModelSettings, data: TaskData) -> PreTrainedModel:
     """The pretrained model with the head of the task, fresh where the checkpoint has none."""
     source = source_of(settings)
     options = {"ignore_mismatched_sizes": True, **_weights(settings, source), **data.model_kwargs}
-    return _from_hub(getattr(transformers, data.model_class).from_pretrained, source, **options)  # type: ignore[no-any-return]
+    if "id2label" in options:  # which says it, and transformers warns where a config has other labels
+        options.pop("num_labels", None)
+    with _own_report():
+        load = _task_class(read_config(settings), data).from_pretrained
+        model, found = _from_hub(load, source, **options, output_loading_info=True)
+    _tell_new_weights(model, found, source.path)
+    return model  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _own_report() -> Iterator[None]:
+    """Without the table of transformers that lists a head which is new, as it has to be; asked for more, it stays."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage() or loader.isEnabledFor(logging.INFO)
+
+    loader = logging.getLogger("transformers.modeling_utils")
+    loader.addFilter(keep)
+    try:
+        yield
+    finally:
+        loader.removeFilter(keep)
+
+
+def _tell_new_weights(model: PreTrainedModel, found: Mapping[str, Any], path: str) -> None:
+    """Warn of weights that begin at random though the checkpoint should have had them: all but those of a new head."""
+    inside = f"{model.base_model_prefix}."
+    missing = sorted(name for name in found["missing_keys"] if name.startswith(inside))
+    resized = sorted(str(name) for name, *_ in found["mismatched_keys"])
+    for names, why in ((missing, "are not in it"), (resized, "have other shapes there")):
+        if names:
+            shown = f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
+            _log.warning("%s: %d weights begin at random, since they %s: %s.", path, len(names), why, shown)
 
 
 def load_teacher(settings: ModelSettings, data: TaskData) -> PreTrainedModel:
@@ -205,7 +267,7 @@ def load_teacher(settings: ModelSettings, data: TaskData) -> PreTrainedModel:
     source = source_of(settings)
     kept = {name: value for name, value in data.model_kwargs.items() if name == "pad_token_id"}
     options = {**_weights(settings, source), **kept, "output_loading_info": True}
-    model, found = _from_hub(getattr(transformers, data.model_class).from_pretrained, source, **options)
+    model, found = _from_hub(_task_class(read_config(settings), data).from_pretrained, source, **options)
     if found["missing_keys"]:
         raise UserError(
             f"teacher_name_or_path={settings.model_name_or_path!r} lacks weights for this task "
@@ -230,8 +292,11 @@ def check_teacher(settings: ModelSettings, data: TaskData, model: PreTrainedMode
             f"trained head for this task (…{ending}). Give a model that was fine-tuned for it."
         )
     with torch.device("meta"):
-        teacher: PreTrainedModel = getattr(transformers, data.model_class).from_config(config)
+        cls = _task_class(config, data)
+        teacher: PreTrainedModel = cls(config) if issubclass(cls, PreTrainedModel) else cls.from_config(config)
     match_teacher(model, teacher, tokenizer)
+    if not hasattr(tokenizer, "get_vocab"):
+        return teacher
     try:
         theirs = AutoTokenizer.from_pretrained(source.path, **_place(settings)).get_vocab()
     except (OSError, ValueError):

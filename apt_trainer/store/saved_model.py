@@ -26,6 +26,7 @@ from wrapt import LazyObjectProxy
 from apt_trainer.errors import Retold, UserError, reason
 from apt_trainer.libraries.private_names import check_names
 from apt_trainer.models import FAMILIES, HIDDEN, Head, ModelFamily, family_of, modeling_apt
+from apt_trainer.models.base import exists
 from apt_trainer.models.modeling_apt import (
     DENSE,
     PREFIX,
@@ -49,7 +50,7 @@ if TYPE_CHECKING:  # this module is imported as soon as AutoConfig is, which mus
 KEPT = "apt_kept"
 DIFFERENCE = "apt_base.json"
 """File of a folder that holds no whole model but what sets one apart from its base (``adapter_folder``)."""
-_SIZES = ("in_features", "out_features", "embedding_dim", "normalized_shape", "nf", "nx")
+_SIZES = ("in_features", "out_features", "out_channels", "embedding_dim", "normalized_shape", "nf", "nx")
 OF_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Arguments of ``from_pretrained`` that say where files are, whatever they hold."""
 
@@ -80,7 +81,7 @@ def describe_structure(model: nn.Module, dense: nn.Module, family: ModelFamily, 
                 structure["attributes"].setdefault(path, {})[name] = list(value) if isinstance(value, tuple) else value
     for space in family.spaces(dense):
         for path, name, value in space.sizes(plan.kept[space.name]):
-            if get_size(dense.get_submodule(path), name) != value:
+            if exists(model, path) and get_size(dense.get_submodule(path), name) != value:
                 kept_units = list(value) if isinstance(value, tuple) else value
                 structure["attributes"].setdefault(path, {})[name] = kept_units
         if space.name == HIDDEN and len(plan.kept[HIDDEN]) < space.size:

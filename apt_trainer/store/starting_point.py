@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from apt_trainer.errors import UserError
 from apt_trainer.models import Space, family_of
-from apt_trainer.models.base import exists, linear_shape
+from apt_trainer.models.base import exists, units_in
 from apt_trainer.models.family import POST_NORM_POLICY
 from apt_trainer.models.modeling_apt import get_size
 from apt_trainer.plan.pruning_plan import PLAN_FILE, PruningPlan
@@ -107,8 +107,4 @@ def _counted_from_0(model: PreTrainedModel, space: Space) -> tuple[int, ...]:
 
 
 def _units_left(model: PreTrainedModel, space: Space) -> int:
-    if space.gate is None:  # hidden dimensions, which an embedding gives out
-        return int(model.get_submodule(space.slices[0].module).weight.shape[1])  # type: ignore[arg-type, union-attr]
-    if not exists(model, space.gate) or not hasattr(model.get_submodule(space.gate), "weight"):
-        return 0  # a no-op stands there
-    return linear_shape(model.get_submodule(space.gate))[1] // space.channels
+    return units_in(model, space.slices[0 if space.kind == "hidden" else -1])

@@ -120,9 +120,12 @@ def _stock_config(
     values: dict[str, Any] = dict(_config_sizes(config, family, spaces, less))
     if {"heads", HIDDEN} & less.keys():
         values |= {name: family.head_dim(model) for name in family.config_sizes.get("head_dim", ())}
-    for name, (kept, layers) in zip(family.config_sizes.get("layers", ()), renaming.stacks.values(), strict=False):
+    fields = family.config_sizes.get("layers", ())
+    for number, (kept, layers) in enumerate(renaming.stacks.values()):
         if len(kept) < layers:
-            values[name] = len(kept)
+            if number >= len(fields):
+                return None
+            values[fields[number]] = len(kept)
             for listed in family.per_layer:
                 of_layers = getattr(config, listed, None)
                 if isinstance(of_layers, list):

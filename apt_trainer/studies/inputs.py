@@ -28,6 +28,7 @@ from apt_trainer.store.pretrained import (
     load_shape,
     load_tokenizer,
     read_config,
+    refuse_images,
     refuse_quantised,
 )
 from apt_trainer.studies.journal import Journal
@@ -121,6 +122,7 @@ def prepare(settings: ModelSettings, data: DataRequest | None, post_norm_policy:
     content = None if data is None else _read(data.data)
     config = read_config(settings)
     refuse_quantised(config, str(settings.model_name_or_path))
+    refuse_images(config, "A study of layers")
     family = family_of(config)
     if family.repeats(config) > 1:
         raise UserError(

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from apt_trainer.models import ModelFamily, Space, Sublayer
+from apt_trainer.models.base import exists
 from apt_trainer.models.modeling_apt import put_stub, set_size
 from apt_trainer.plan.pruning_plan import PruningPlan
 from apt_trainer.surgery.slicing import EditLog, slice_module
@@ -40,11 +41,15 @@ def apply_plan(
         size = current.counts[space.name]
         for part in space.slices:
             if not any(part.module == path or part.module.startswith(path + ".") for path in gone):
-                index = part.rows(survivors[space.name], size)
-                slice_module(model.get_submodule(part.module), part.side, index, part.module, log)
+                index, module = part.rows(survivors[space.name], size), model.get_submodule(part.module)
+                if part.weight is None:
+                    slice_module(module, part.side, index, part.module, log)
+                else:
+                    log.keep(module, part.module, *part.weight, index)
     for space in spaces:
         for path, attribute, value in space.sizes(new.kept[space.name]):
-            set_size(model.get_submodule(path), attribute, value)
+            if exists(model, path):  # else it went with the last unit of another space
+                set_size(model.get_submodule(path), attribute, value)
     return survivors
 
 

@@ -1,9 +1,10 @@
 """Soft masks: units fade before they are cut, so that the model can adapt and a choice can be taken back.
 
-Masks multiply the input of output projections (heads, neurons) and act inside norms (hidden dimensions, and heads that
-are normalised together): a norm's statistics run over live dimensions only, which makes a mask of zeros and ones equal
-the cut model exactly. What enters the residual stream without a norm is multiplied too. Between windows nothing is
-hooked. Not part of the state dict of the model; :meth:`MaskStore.state_dict` is its own.
+Masks multiply the input of output projections (heads, neurons), weigh what a router sends to experts, and act inside
+norms (hidden dimensions, and heads that are normalised together): a norm's statistics run over live dimensions only,
+which makes a mask of zeros and ones equal the cut model exactly. What enters the residual stream without a norm is
+multiplied too. Between windows nothing is hooked. Not part of the state dict of the model;
+:meth:`MaskStore.state_dict` is its own.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ class MaskStore:
         """Mask per space, [units left] float32 on the CPU."""
         return self._values
 
-    def open(self, counts: Mapping[str, int], kinds: Collection[str] = ("heads", "neurons", "hidden")) -> None:
-        """Start a window with every unit on; only spaces of ``kinds`` can fade."""
+    def open(self, counts: Mapping[str, int], kinds: Collection[str] | None = None) -> None:
+        """Start a window with every unit on; only spaces of ``kinds`` can fade, by default all."""
         self.close()
-        spaces = (space for space in self._spaces.values() if space.kind in kinds)
+        spaces = (space for space in self._spaces.values() if kinds is None or space.kind in kinds)
         self._values = {space.name: torch.ones(counts[space.name]) for space in spaces if counts[space.name] > 0}
         self._hook()
 
@@ -92,11 +93,8 @@ class MaskStore:
         for name, value in self._values.items():
             space = self._spaces[name]
             self._fading[name] = bool((value < 1).any())
-            if space.gate is not None:
-                gate = self._model.get_submodule(space.gate)
-                self._handles.append(
-                    gate.register_forward_pre_hook(self._gate(name, self._mask(name, space.channels)))
-                )
+            if space.gate in present:
+                self._handles.append(self._hook_gate(present[space.gate], space))
             for path in space.norms:
                 if path in present:
                     mask = self._mask(name, space.width(path))
@@ -114,6 +112,14 @@ class MaskStore:
                         module.register_forward_hook(self._bypass(name, STUBS[stub.kind](module)), with_kwargs=True)
                     )
 
+    def _hook_gate(self, gate: nn.Module, space: Space) -> RemovableHandle:
+        name, mask = space.name, self._mask(space.name, space.channels)
+        if space.gate_side == "input":
+            return gate.register_forward_pre_hook(self._gate(name, mask))
+        if space.gate_side == "output":
+            return gate.register_forward_hook(self._writer(name, mask))
+        return gate.register_forward_hook(self._router(name, mask))
+
     def _mask(self, name: str, width: int) -> torch.Tensor:
         """The device's copy of a mask, each value ``width`` times; it is moved in place."""
         if (name, width) not in self._active:
@@ -126,6 +132,12 @@ class MaskStore:
             if not self._fading[name]:
                 return None
             return (args[0] * mask.to(args[0].dtype), *args[1:])
+
+        return hook
+
+    def _router(self, name: str, mask: torch.Tensor) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> Any:
+            return routed(module, output, mask) if self._fading[name] else None
 
         return hook
 
@@ -152,6 +164,19 @@ class MaskStore:
             return _nothing(output) if stub.silent else _instead(output, stub(*args, **kwargs))
 
         return hook
+
+
+def routed(router: nn.Module, output: tuple[torch.Tensor, ...], mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What ``router`` gives with the probability of each expert times ``mask`` [experts], all of them 1 in sum again.
+
+    With a mask of zeros and ones this equals the router without the rows of the others.
+    """
+    logits, scores, _ = output
+    shares = torch.softmax(logits.float(), dim=-1) * mask
+    top, chosen = torch.topk(shares / shares.sum(-1, keepdim=True), router.top_k, dim=-1)  # type: ignore[arg-type]
+    if getattr(router, "norm_topk_prob", True):
+        top = top / top.sum(-1, keepdim=True)
+    return logits, top.to(scores.dtype), chosen
 
 
 def _nothing(output: Any) -> Any:

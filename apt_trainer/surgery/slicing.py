@@ -98,12 +98,14 @@ class EditLog:
 
 @singledispatch
 def slice_module(module: nn.Module, side: Side, index: torch.Tensor, path: str, log: EditLog) -> None:
-    """Keep ``index`` of one side of ``module``. The default serves norms: one weight (and bias) of one dimension, or
-    none at all."""
-    is_norm = all(len(shape_of(p)) == 1 for p in module._parameters.values() if p is not None)
-    assert is_norm and not module._modules, f"{path}: {type(module).__name__} cannot be sliced"
-    log.keep(module, path, "weight", 0, index)
-    log.keep(module, path, "bias", 0, index)
+    """Keep ``index`` of one side of ``module``. The default serves norms, scales, tokens and positions: parameters of
+    the module itself, all of them along their last dimension; it may have none at all."""
+    own = {name: shape_of(p) for name, p in module._parameters.items() if p is not None}
+    assert side == "out" and len({shape[-1] for shape in own.values()}) <= 1, (
+        f"{path}: {type(module).__name__} cannot be sliced"
+    )
+    for name, shape in own.items():
+        log.keep(module, path, name, len(shape) - 1, index)
     if hasattr(module, "normalized_shape"):
         module.normalized_shape = (len(index),)  # type: ignore[assignment]
 
@@ -116,6 +118,14 @@ def _(module: nn.Linear, side: Side, index: torch.Tensor, path: str, log: EditLo
         module.out_features = len(index)
     else:
         module.in_features = len(index)
+
+
+@slice_module.register
+def _(module: nn.Conv2d, side: Side, index: torch.Tensor, path: str, log: EditLog) -> None:
+    assert side == "out", f"{path}: only the channels that a convolution makes can be cut"
+    log.keep(module, path, "weight", 0, index)
+    log.keep(module, path, "bias", 0, index)
+    module.out_channels = len(index)
 
 
 @slice_module.register

@@ -12,22 +12,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
-from transformers import EvalPrediction, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, EvalPrediction, PreTrainedTokenizerBase
 
 from apt_trainer.errors import UserError, unknown_choice
-from apt_trainer.models.labels import SEQUENCE_HEAD, TOKEN_HEAD
+from apt_trainer.models.labels import IMAGE_HEAD, SEQUENCE_HEAD, TOKEN_HEAD
 from apt_trainer.settings import DataSettings, check_choices
 from apt_trainer.tasks import (
     classification,
     embedding,
+    images,
     instruction_tuning,
     language_modeling,
+    masked_language_modeling,
     question_answering,
     sequence_to_sequence,
     tokens,
 )
-from apt_trainer.tasks.architecture import DECODER, ENCODER, ENCODER_DECODER, architecture_of
+from apt_trainer.tasks.architecture import DECODER, ENCODER, ENCODER_DECODER, IMAGE, architecture_of
 from apt_trainer.tasks.base import FirstRows, TaskData
+from apt_trainer.tasks.empty_texts import only_with_text
 from apt_trainer.tasks.generation_scores import ROUGE
 from apt_trainer.tasks.labels import KnownLabels, lacks_label, lacks_labels, lacks_tags, one_column, only_labelled
 from apt_trainer.tasks.loading import read_parts, split_parts
@@ -35,7 +38,7 @@ from apt_trainer.tasks.nested import with_fields
 from apt_trainer.tasks.packing import keeps_sequences_apart
 from apt_trainer.tasks.prompts import Template
 
-__all__ = ["TASK_KINDS", "TaskData", "TaskKind", "architecture_of", "keeps_sequences_apart", "load_task"]
+__all__ = ["IMAGE", "TASK_KINDS", "TaskData", "TaskKind", "architecture_of", "keeps_sequences_apart", "load_task"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +67,8 @@ class TaskKind:
 
 
 _OF_LABELS = ("class_weights", "drop_unlabeled", "label_separator", "label_columns")
+_OF_TEXT = ("text_column", "text_pair_column", "max_length", "doc_stride")
+_OF_ONE_TASK = ("negative_column", "image_column", "mask_probability")
 _OF_PROMPTS = (
     "prompt_column",
     "input_column",
@@ -112,6 +117,16 @@ TASK_KINDS = {
         architectures=(ENCODER,),
         settings=("negative_column",),
     ),
+    "image_classification": TaskKind(
+        ("accuracy", "f1", "f1_macro", "matthews"),
+        images.find_columns,
+        images.build,
+        stratified=True,
+        architectures=(IMAGE,),
+        settings=("class_weights", "drop_unlabeled", "image_column"),
+        head=IMAGE_HEAD,
+        lacks=lacks_label,
+    ),
     "token_classification": TaskKind(
         ("f1", "accuracy"),
         tokens.find_columns,
@@ -124,6 +139,13 @@ TASK_KINDS = {
     "question_answering": TaskKind(("f1", "exact_match"), question_answering.find_columns, question_answering.build),
     "language_modeling": TaskKind(
         _PER_TOKEN, language_modeling.find_columns, language_modeling.build, architectures=(DECODER,)
+    ),
+    "masked_language_modeling": TaskKind(
+        _PER_TOKEN,
+        language_modeling.find_columns,
+        masked_language_modeling.build,
+        architectures=(ENCODER,),
+        settings=("mask_probability",),
     ),
     "instruction_tuning": TaskKind(
         _PER_TOKEN,
@@ -153,7 +175,7 @@ TASK_KINDS = {
 
 def load_task(
     data: DataSettings,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | BaseImageProcessor,
     seed: int,
     *,
     split_seed: int | None = None,
@@ -161,14 +183,16 @@ def load_task(
     architecture: str | None = None,
     config: Any = None,
     trained: bool = True,
+    rows: Mapping[str, Dataset] | None = None,
 ) -> TaskData:
-    """Read, split and tokenise the data of one run; the same arguments give the same rows in the same order.
+    """Read, split and encode the data of one run; the same arguments give the same rows in the same order.
 
-    ``seed`` picks the rows that max_train_samples keeps; ``split_seed`` (default: ``seed``) picks the rows held out of
-    the training data; ``max_positions`` is the longest input of the model in tokens; ``architecture`` is that of
-    :func:`architecture_of` (not given: any that fits the task). ``config``: of the model, whose label ids are used
-    where it has the labels of the data; if it is not going to be ``trained``, it has to have them. A tokenizer
-    without padding token gets its end-of-text token for a decoder. Raises :class:`UserError`.
+    ``tokenizer`` is the image processor of a model of images. ``seed`` picks the rows that max_train_samples keeps;
+    ``split_seed`` (default: ``seed``) picks the rows held out of the training data; ``max_positions`` is the longest
+    input of the model in tokens; ``architecture`` is that of :func:`architecture_of` (not given: any that fits the
+    task). ``config``: of the model, whose label ids are used where it has the labels of the data; if it is not going
+    to be ``trained``, it has to have them. ``rows``: of parts ("train", "validation", "test") that are not to be read.
+    A tokenizer without padding token gets its end-of-text token for a decoder. Raises :class:`UserError`.
     """
     check_choices(data)
     kind = TASK_KINDS[data.task]
@@ -179,10 +203,12 @@ def load_task(
     _check_architecture(data.task, kind, architecture)
     _check_settings(data, kind)
     _check_numbers(data)
-    _give_padding(tokenizer, architecture)
-    _check_lengths(data, kind, tokenizer, max_positions)
+    if architecture != IMAGE:
+        _give_padding(tokenizer, architecture)
+        _check_lengths(data, kind, tokenizer, max_positions)
     named = _named_columns(data)
-    parts = {part: with_fields(rows, named) for part, rows in read_parts(data).items()}
+    parts = {part: with_fields(rows, named) for part, rows in read_parts(data, rows or {}).items()}
+    parts = only_with_text(parts, data) if data.drop_empty_texts else parts
     parts, data = one_column(parts, data)
     if kind.lacks is not None:
         column, drop, lacks = data.label_column, data.drop_unlabeled, kind.lacks
@@ -239,7 +265,8 @@ def _check_architecture(task: str, kind: TaskKind, architecture: str) -> None:
 
 def _check_settings(data: DataSettings, kind: TaskKind) -> None:
     defaults = DataSettings()
-    for name in (*_OF_PROMPTS, *_OF_TARGETS, *_OF_LABELS, "negative_column"):
+    of_text = _OF_TEXT if kind.architectures == (IMAGE,) else ()
+    for name in (*of_text, *_OF_PROMPTS, *_OF_TARGETS, *_OF_LABELS, *_OF_ONE_TASK):
         if name not in kind.settings and getattr(data, name) != getattr(defaults, name):
             raise UserError(f"{name}={getattr(data, name)!r} has no meaning for task: {data.task}. Remove it.")
 

@@ -9,24 +9,33 @@ import difflib
 import hashlib
 import json
 import logging
+import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
+from types import SimpleNamespace
 from typing import Any, Generic, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Value
+from tqdm import tqdm
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from apt_trainer.errors import UserError
+from apt_trainer.libraries.quiet import is_chief
 from apt_trainer.settings import DataSettings
 from apt_trainer.tasks.nested import names_with_fields
+from apt_trainer.tasks.shared_rows import is_sharing, shared
 from apt_trainer.tasks.summed_scores import SummedScores
 
 logger = logging.getLogger(__name__)
 
 PART_NAMES = {"train": "training", "validation": "validation", "test": "test"}
+_ADVICE = {
+    "text_column": "Set text_column (and text_pair_column for pairs).",
+    "image_column": "Set image_column, or give a folder whose sub-folders are the labels and hold image files.",
+}
 IGNORED_LABEL = -100  # the index that torch's cross-entropy leaves out
 
 ComputeMetrics = Callable[[EvalPrediction], dict[str, float]]
@@ -155,6 +164,11 @@ def _first(values: Any, number: int) -> Any:
 
 def require_column(rows: Dataset, column: str, setting: str, part: str) -> None:
     """Raise :class:`UserError` with the nearest name where ``column`` is missing from one part."""
+    check_name(rows, column, f"{setting}={column!r} is not a column of the {PART_NAMES[part]} data.", setting)
+
+
+def check_name(rows: Dataset, column: str, told: str, setting: str = "text_column") -> None:
+    """Raise :class:`UserError` where ``rows`` have no such column: what is ``told``, their columns, the nearest."""
     if column in rows.column_names:
         return
     names = names_with_fields(rows)
@@ -163,10 +177,7 @@ def require_column(rows: Dataset, column: str, setting: str, part: str) -> None:
     record = column.partition(".")[0]
     if record != column and record in names and not any(name.startswith(f"{record}.") for name in names):
         hint = f" Not every row of {record!r} is a record with the same fields."
-    raise UserError(
-        f"{setting}={column!r} is not a column of the {PART_NAMES[part]} data. "
-        f"Its columns are: {', '.join(names)}.{hint}"
-    )
+    raise UserError(f"{told} Its columns are: {', '.join(names)}.{hint}")
 
 
 def is_text(feature: Any) -> bool:
@@ -177,15 +188,21 @@ def is_list_of_text(feature: Any) -> bool:
     return is_text(getattr(feature, "feature", None))
 
 
-def only_column(rows: Dataset, taken: Iterable[str | None], fits: Callable[[Any], bool], kind: str) -> str:
+def only_column(
+    rows: Dataset,
+    taken: Iterable[str | None],
+    fits: Callable[[Any], bool],
+    kind: str,
+    setting: str = "text_column",
+) -> str:
     """The one column of the wanted kind that is not taken; :class:`UserError` where there is none or several."""
     found = [name for name, feature in rows.features.items() if fits(feature) and name not in taken]
     if len(found) == 1:
         return found[0]
     several = f"several columns hold {kind} ({', '.join(found)})" if found else f"no further column holds {kind}"
     raise UserError(
-        f"text_column is not set, and in the training data {several}. "
-        f"Its columns are: {', '.join(names_with_fields(rows))}. Set text_column (and text_pair_column for pairs)."
+        f"{setting} is not set, and in the training data {several}. "
+        f"Its columns are: {', '.join(names_with_fields(rows))}. {_ADVICE[setting]}"
     )
 
 
@@ -219,17 +236,35 @@ def encode(
     """Map batches of raw rows to model inputs; every raw column is dropped.
 
     Kept in memory and never read from the cache on disk: that cache knows a library function by its name alone, so it
-    would bring back rows encoded by an older version.
+    would bring back rows encoded by an older version. A run and the one that it starts on the same data share them.
     """
-    return rows.map(
-        function,
-        batched=True,
-        with_indices=with_indices,
-        remove_columns=rows.column_names,
-        keep_in_memory=True,
-        load_from_cache_file=False,
-        fn_kwargs=kwargs,
-    )
+
+    def make() -> Dataset:
+        off = None if is_chief() else True  # None: unless it is a terminal
+        with tqdm(total=len(rows), desc="tokenizing", unit=" rows", leave=False, delay=2, disable=off) as bar:
+
+            def told(batch: Any, *others: Any, **options: Any) -> dict[str, Any]:
+                encoded = function(batch, *others, **options)
+                bar.update(len(batch[rows.column_names[0]]))
+                return encoded
+
+            return rows.map(
+                told,
+                batched=True,
+                with_indices=with_indices,
+                remove_columns=rows.column_names,
+                keep_in_memory=True,
+                load_from_cache_file=False,
+                new_fingerprint=uuid.uuid4().hex[:16],  # else all that the function refers to is hashed
+                fn_kwargs=kwargs,
+            )
+
+    if not is_sharing():
+        return make()
+    plain = {k: repr(v) for k, v in kwargs.items() if v is None or isinstance(v, str | int) or is_dataclass(v)}
+    of_rows = fingerprint(rows, SimpleNamespace(names=rows.column_names))
+    told_apart = json.dumps([function.__module__, function.__qualname__, plain], sort_keys=True)
+    return shared(f"{of_rows}-{hashlib.sha256(told_apart.encode()).hexdigest()[:16]}", make)
 
 
 def pad_multiple(data: DataSettings) -> int | None:

@@ -6,7 +6,8 @@ mark what the assistant says, that is told by rendering the conversation up to a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,17 +35,17 @@ class ChatTemplate:
         Raises:
             UserError: where the template refuses the conversation, or hides where its turns are.
         """
-        try:
+        with _refusing(messages):
             if self.marked:
                 rendered = self._render(messages, return_assistant_tokens_mask=True)
                 return rendered["input_ids"], rendered["assistant_masks"]
             ids = self._render(messages)["input_ids"]
             return ids, self._told_by_prefixes(messages, ids)
-        except TemplateError as error:
-            raise UserError(
-                f"The chat template of the tokenizer refuses a conversation: {error}. It begins with "
-                f"{str(messages[0])!r:.80}. Correct or remove such rows."
-            ) from error
+
+    def open_turn(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of ``messages`` up to where the assistant begins to answer."""
+        with _refusing(messages):
+            return self._render(messages, add_generation_prompt=True)["input_ids"]  # type: ignore[no-any-return]
 
     def _told_by_prefixes(self, messages: Sequence[Message], ids: list[int]) -> list[int]:
         from trl.data_utils import common_prefix_length
@@ -74,19 +75,37 @@ class ChatTemplate:
         )
 
 
+@contextmanager
+def _refusing(messages: Sequence[Message]) -> Iterator[None]:
+    """Context in which a template that refuses ``messages`` is told of."""
+    try:
+        yield
+    except TemplateError as error:
+        raise UserError(
+            f"The chat template of the tokenizer refuses a conversation: {error}. It begins with "
+            f"{str(messages[0])!r:.80}. Correct or remove such rows."
+        ) from error
+
+
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     """The template to train with; raises :class:`UserError` where the tokenizer has none."""
-    if not tokenizer.chat_template:
-        raise UserError(
-            "The tokenizer has no chat template, which messages and use_chat_template need. Use an instruction-tuned "
-            "model's tokenizer (tokenizer_name_or_path), or prompt and completion columns without a chat template."
-        )
+    own = own_template(tokenizer)
     from trl.chat_template_utils import get_training_chat_template
 
     try:
         return ChatTemplate(tokenizer, get_training_chat_template(tokenizer), marked=tokenizer.is_fast)
     except (ValueError, TemplateError):  # a template that TRL does not know
-        return ChatTemplate(tokenizer, None, marked=False)
+        return own
+
+
+def own_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    """The template of ``tokenizer`` as it is; raises :class:`UserError` where it has none."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            "The tokenizer has no chat template, which messages and use_chat_template need. Use an instruction-tuned "
+            "model's tokenizer (tokenizer_name_or_path), or prompt and completion columns without a chat template."
+        )
+    return ChatTemplate(tokenizer, None, marked=False)
 
 
 def clean_messages(messages: Iterable[Message]) -> list[Message]:
@@ -96,6 +115,14 @@ def clean_messages(messages: Iterable[Message]) -> list[Message]:
     kept = [{key: value for key, value in message.items() if value is not None} for message in messages]
     converted = maybe_convert_to_chatml({"messages": kept})["messages"]
     return [message | {"role": _ROLES.get(message.get("role"), message.get("role"))} for message in converted]
+
+
+def unanswered(messages: Sequence[Message]) -> list[Message]:
+    """``messages`` without the turns of the assistant at their end."""
+    kept = list(messages)
+    while kept and kept[-1].get("role") == ASSISTANT:
+        kept.pop()
+    return kept
 
 
 def check_conversation(messages: Sequence[Message], where: str) -> None:

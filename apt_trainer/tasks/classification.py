@@ -33,7 +33,7 @@ from apt_trainer.tasks.base import (
     parts_of,
     right_padding,
 )
-from apt_trainer.tasks.labels import KnownLabels, class_weights, is_blank, label_text, number_labels
+from apt_trainer.tasks.labels import KnownLabels, Labels, class_weights, is_blank, label_text, number_labels
 from apt_trainer.tasks.metrics import classification_scores, multi_label_scores, regression_scores
 from apt_trainer.tasks.summed_scores import SummedScores, multi_label_sums
 
@@ -85,19 +85,23 @@ def build_classification(
     known: KnownLabels | None = None,
 ) -> TaskData:
     """One label per row; ids as in ``labels``."""
-    column = columns.label
-    whole = splits.parts | {"train": splits.all_train}
-    found = {part: (set(rows.unique(column)), rows.features[column]) for part, rows in whole.items()}
-    labels = number_labels(found, column, known)
-    ids = {
-        part: [labels.ids[label_text(value, rows.features[column])] for value in rows[column][:]]
-        for part, rows in splits.parts.items()
-    }
+    labels, ids = numbered(splits, columns.label, known)
     counts = labels.counts(ids["train"])
     kwargs = {**labels.model_kwargs, "problem_type": SINGLE_LABEL}
     task = _build(splits, ids, columns, data, tokenizer, metric, kwargs)
     weights = class_weights(data, counts, len(ids["train"]), multi=False)
     return replace(task, label_counts=counts, class_weights=weights)
+
+
+def numbered(splits: Splits, column: str, known: KnownLabels | None) -> tuple[Labels, dict[str, list[int]]]:
+    """The labels in ``column``, one a row, and the id of that of each row of each part."""
+    whole = splits.parts | {"train": splits.all_train}
+    found = {part: (set(rows.unique(column)), rows.features[column]) for part, rows in whole.items()}
+    labels = number_labels(found, column, known)
+    return labels, {
+        part: [labels.ids[label_text(value, rows.features[column])] for value in rows[column][:]]
+        for part, rows in splits.parts.items()
+    }
 
 
 def build_multi_label(
@@ -287,9 +291,15 @@ def _tokenise(
     labels: np.ndarray,
     max_length: int,
 ) -> dict[str, Any]:
+    return {**encode_texts(batch, tokenizer, columns, max_length), "labels": labels[indices].tolist()}
+
+
+def encode_texts(
+    batch: Mapping[str, list[Any]], tokenizer: PreTrainedTokenizerBase, columns: Columns, max_length: int
+) -> Mapping[str, Any]:
+    """Inputs of the model for texts or pairs of texts."""
     pairs = None if columns.text_pair is None else batch[columns.text_pair]
-    encoded = tokenizer(batch[columns.text], pairs, truncation=True, max_length=max_length)
-    return {**encoded, "labels": labels[indices].tolist()}
+    return tokenizer(batch[columns.text], pairs, truncation=True, max_length=max_length)
 
 
 def _check_not_empty(inputs: Iterable[list[int]], columns: Columns, part: str) -> None:
@@ -337,7 +347,8 @@ def numbers_of(rows: Dataset, column: str, part: str, task: str) -> np.ndarray:
     return np.array(numbers)
 
 
-def _classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
+def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Of logits [rows, labels] and one label id per row."""
     return classification_scores(first_output(prediction.predictions), np.asarray(prediction.label_ids))
 
 
@@ -353,4 +364,4 @@ def _multi_label_sums(prediction: EvalPrediction) -> SummedScores:
     return multi_label_sums(first_output(prediction.predictions), np.asarray(prediction.label_ids))
 
 
-_METRICS = {SINGLE_LABEL: _classification_metrics, MULTI_LABEL: _multi_label_metrics, REGRESSION: _regression_metrics}
+_METRICS = {SINGLE_LABEL: classification_metrics, MULTI_LABEL: _multi_label_metrics, REGRESSION: _regression_metrics}

@@ -29,10 +29,17 @@ from apt_trainer.tasks.base import (
     parts_of,
     without_blank,
 )
-from apt_trainer.tasks.chat import ChatTemplate, chat_template, check_conversation, clean_messages
+from apt_trainer.tasks.chat import (
+    ChatTemplate,
+    chat_template,
+    check_conversation,
+    clean_messages,
+    own_template,
+    unanswered,
+)
 from apt_trainer.tasks.packing import DecoderCollator, pack
 from apt_trainer.tasks.prompts import PromptColumns
-from apt_trainer.tasks.text_windows import frame_of, framed_once
+from apt_trainer.tasks.text_windows import frame_of, framed_once, without_closing
 from apt_trainer.tasks.token_scores import causal_sums, token_scores
 
 logger = logging.getLogger(__name__)
@@ -98,6 +105,25 @@ def _row_encoder(
     if chat is not None:
         return lambda row: chat.encode(_as_messages(*columns.texts(row)))
     return lambda row: _prompt_and_completion(*columns.texts(row), tokenizer)
+
+
+def prompt_encoder(
+    columns: PromptColumns, data: DataSettings, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[dict[str, Any]], list[int]]:
+    """From a row, whose completion is not looked at, to the token ids that a model goes on from."""
+    if columns.messages is None and not data.use_chat_template:
+        bare = without_closing(tokenizer)
+        frame = frame_of(bare)
+        # a space at the end is part of the first token that is generated
+        return lambda row: framed_once(bare(_prompt(columns, row).rstrip(" "), verbose=False).input_ids, frame)
+    chat = own_template(tokenizer)
+    if columns.messages is None:
+        return lambda row: chat.open_turn(_as_messages(_prompt(columns, row), "")[:1])
+    return lambda row: chat.open_turn(unanswered(clean_messages(row[str(columns.messages)])))
+
+
+def _prompt(columns: PromptColumns, row: dict[str, Any]) -> str:
+    return columns.texts({name: row.get(name) for name in columns.names} | {columns.completion: ""})[0]
 
 
 def _as_messages(prompt: str, completion: str) -> list[dict[str, str]]:

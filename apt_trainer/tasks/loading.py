@@ -8,13 +8,15 @@ from __future__ import annotations
 import csv
 import glob
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetBuilder, DatasetDict, load_dataset
+from datasets import Dataset, DatasetBuilder, DatasetDict, Image, load_dataset
 from datasets.exceptions import DatasetsError
 from datasets.packaged_modules.csv.csv import Csv
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.packaged_modules.json.json import Json
 from datasets.packaged_modules.parquet.parquet import Parquet
 from sklearn.model_selection import train_test_split
@@ -40,9 +42,11 @@ PLAIN_TEXT = ".txt"
 PIECE_CHARACTERS = 10_000
 
 
-def read_parts(data: DataSettings) -> dict[str, Dataset]:
-    """All rows of "train" and, where given, "validation" and "test". A file takes the place of a split of the hub."""
-    if data.train_file is None and data.dataset_name is None:
+def read_parts(data: DataSettings, known: Mapping[str, Dataset] | None = None) -> dict[str, Dataset]:
+    """All rows of "train" and, where given, "validation" and "test". A file takes the place of a split of the hub, and
+    rows that are ``known`` that of both."""
+    known = known or {}
+    if data.train_file is None and data.dataset_name is None and "train" not in known:
         raise UserError(
             "No training data was given. Set dataset_name to a data set on the hub, or train_file to a json, jsonl, "
             "csv, tsv or parquet file, to a folder whose sub-folders are the labels, or to a txt file for "
@@ -55,8 +59,9 @@ def read_parts(data: DataSettings) -> dict[str, Dataset]:
     parts = {} if data.dataset_name is None else _read_hub(data)
     for part in PART_NAMES:
         path = getattr(data, f"{part}_file")
-        if path is not None:
+        if path is not None and part not in known:
             parts[part] = read_file(path, f"{part}_file", data.task)
+    parts |= known
     for part, rows in parts.items():
         if len(rows) == 0:
             raise UserError(f"The {PART_NAMES[part]} data is empty. Give data with at least one row.")
@@ -64,15 +69,18 @@ def read_parts(data: DataSettings) -> dict[str, Dataset]:
 
 
 def read_file(path: str, setting: str, task: str) -> Dataset:
-    """Rows of one local file, or of a folder of labelled texts; ``setting`` and ``task`` are for error messages."""
+    """Rows of one local file, or of a folder of labelled texts or images; ``setting`` is for error messages."""
     found = Path(resolve_path(path)).expanduser()
     if found.is_dir():
-        if task != "classification":
-            raise UserError(f"{setting}={path!r} is a folder of labelled texts, which fits task: classification only.")
-        return read_folder(found, setting)
+        if task not in ("classification", "image_classification"):
+            raise UserError(
+                f"{setting}={path!r} is a folder of labelled texts or images, which fits task: classification and "
+                "image_classification only."
+            )
+        return read_images(found, setting) if task == "image_classification" else read_folder(found, setting)
     if not found.is_file():
         raise UserError(f"{setting}={path!r} does not exist. Looked for {found.absolute()}.")
-    if found.suffix.lower() == PLAIN_TEXT and task == "language_modeling":
+    if found.suffix.lower() == PLAIN_TEXT and task in ("language_modeling", "masked_language_modeling"):
         return read_text(found, setting)
     if found.suffix.lower() not in FILE_FORMATS:
         raise UserError(
@@ -86,9 +94,10 @@ def read_file(path: str, setting: str, task: str) -> Dataset:
         builder = format_builder(data_files=glob.escape(str(found)), **options)
         builder.download_and_prepare()
     except READ_ERRORS as error:
-        raise UserError(
-            f"{setting}={path!r} cannot be read as {found.suffix}: {_reason(error)} Check the file."
-        ) from error
+        reason = _reason(error)
+        encoded = "codec can't decode" in reason
+        advice = "Save it in UTF-8 (a spreadsheet calls that CSV UTF-8)." if encoded else "Check the file."
+        raise UserError(f"{setting}={path!r} cannot be read as {found.suffix}: {reason} {advice}") from error
     if builder.info.splits["train"].num_examples == 0:
         raise UserError(f"{setting}={path!r} has no rows. Give data with at least one row.")
     rows = builder.as_dataset(split="train")
@@ -119,6 +128,19 @@ def read_folder(folder: Path, setting: str) -> Dataset:
             "Each sub-folder is a label and holds the texts with that label."
         )
     return Dataset.from_dict({"text": texts, "label": labels})
+
+
+def read_images(folder: Path, setting: str) -> Dataset:
+    """Columns ``image`` and ``label`` from the image files in ``folder/LABEL``, sorted by label, then by file name."""
+    files = [file for label in sorted(folder.iterdir()) if label.is_dir() for file in sorted(label.iterdir())]
+    files = [file for file in files if file.suffix.lower() in ImageFolder.EXTENSIONS]
+    if not files:
+        raise UserError(
+            f"{setting}: the folder {folder} has no sub-folders with image files (.png, .jpg, .webp and others). "
+            "Each sub-folder is a label and holds the images with that label."
+        )
+    columns = {"image": [str(file) for file in files], "label": [file.parent.name for file in files]}
+    return Dataset.from_dict(columns).cast_column("image", Image())
 
 
 def read_text(path: Path, setting: str) -> Dataset:

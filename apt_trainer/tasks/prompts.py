@@ -108,7 +108,7 @@ def find_columns(parts: dict[str, Dataset], data: DataSettings) -> PromptColumns
         messages = next((name for name in MESSAGES if name in train.column_names), None)
     if messages is not None:
         return _of_messages(parts, messages, of_prompts)
-    columns = _of_prompts(data)
+    columns = columns_of_prompts(data)
     for part, rows in parts.items():
         for name in columns.names:
             setting = _setting_of(name, columns)
@@ -127,16 +127,17 @@ def _of_messages(parts: dict[str, Dataset], messages: str, of_prompts: list[str]
         )
     for part, rows in parts.items():
         kind = "a list of messages, each with role and content"
-        check_column(rows, messages, "messages_column", part, _is_conversation, kind)
+        check_column(rows, messages, "messages_column", part, is_conversation, kind)
     return PromptColumns(messages=messages)
 
 
-def _is_conversation(feature: Any) -> bool:
+def is_conversation(feature: Any) -> bool:
     inner = getattr(feature, "feature", None)
     return isinstance(inner, dict) and ({"role", "content"} <= set(inner) or {"from", "value"} <= set(inner))
 
 
-def _of_prompts(data: DataSettings) -> PromptColumns:
+def columns_of_prompts(data: DataSettings) -> PromptColumns:
+    """Those that the settings name, or the usual ones; raises :class:`UserError` for settings that do not fit."""
     if data.template is None:
         if data.template_without_input is not None:
             raise UserError("template_without_input is set, but template is not. Set both, or none of them.")

@@ -72,7 +72,7 @@ def build(
             f"label_column={columns.label!r}: no question of the test data has an answer, so they seem to be hidden. "
             "Use labelled data, or leave out the test data."
         )
-    encoded = {part: _encode(rows, columns, data, tokenizer) for part, rows in splits.parts.items()}
+    encoded = {part: features_of(rows, columns, data, tokenizer) for part, rows in splits.parts.items()}
     answers = {
         part: partial(
             _answers,
@@ -164,7 +164,8 @@ def _answers(
 # ------------------------------------------------------------------------------------------------ features
 
 
-def _encode(rows: Dataset, columns: Columns, data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def features_of(rows: Dataset, columns: Columns, data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Features of questions, with SPAN_COLUMNS; rows without a column of answers have none in the text."""
     special = tokenizer.num_special_tokens_to_add(pair=True)
     longest_question = data.max_length - special - data.doc_stride - 1  # a piece must be longer than the overlap
     if longest_question < 1:
@@ -212,7 +213,7 @@ def _features(
         characters = np.where(in_context[:, None], np.array(offsets[feature]), -1)
         ids = encoded["input_ids"][feature]
         null = ids.index(tokenizer.cls_token_id) if tokenizer.cls_token_id in ids else 0
-        answers = batch[columns.label][owner]
+        answers = batch[columns.label][owner] if columns.label in batch else {"text": []}
         positions = (null, null)
         if answers["text"]:
             first_character = answers["answer_start"][0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -72,7 +72,7 @@ def build(
             columns=columns,
             feature=rows.features[column].feature,
             ids=dict(labels.ids),
-            prefix=_word_prefix(tokenizer),
+            prefix=word_prefix(tokenizer),
             max_length=data.max_length,
         )
         for part, rows in splits.parts.items()
@@ -104,22 +104,28 @@ def _tokenise(
     prefix: str,
     max_length: int,
 ) -> dict[str, Any]:
-    words = [[prefix + word for word in row] for row in batch[columns.text]]
-    encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
-    labels = []
-    for row, tags in enumerate(batch[columns.label]):
-        owners = encoded.word_ids(row)
-        first = [word is not None and word != before for before, word in zip([None, *owners], owners, strict=False)]
-        labels.append(
-            [
-                ids[label_text(tags[word], feature)] if is_first else IGNORED_LABEL
-                for word, is_first in zip(owners, first, strict=True)
-            ]
-        )
+    encoded, words = encode_words(batch[columns.text], tokenizer, prefix, max_length)
+    labels = [
+        [IGNORED_LABEL if word is None else ids[label_text(tags[word], feature)] for word in of_row]
+        for tags, of_row in zip(batch[columns.label], words, strict=True)
+    ]
     return {**encoded, "labels": labels}
 
 
-def _word_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
+def encode_words(
+    rows: list[list[str]], tokenizer: PreTrainedTokenizerBase, prefix: str, max_length: int
+) -> tuple[Mapping[str, Any], list[list[int | None]]]:
+    """Inputs of the model for lists of words, and for each token of a row the number of the word that it begins."""
+    words = [[prefix + word for word in row] for row in rows]
+    encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
+    begun = []
+    for row in range(len(rows)):
+        owners = encoded.word_ids(row)
+        begun.append([w if w != before else None for before, w in zip([None, *owners], owners, strict=False)])
+    return encoded, begun
+
+
+def word_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
     """A space for tokenizers that mark words by the space before them, which words in a list do not have."""
     pieces = tokenizer.tokenize("x x")
     return " " if pieces and pieces[0] != pieces[-1] else ""

@@ -29,6 +29,8 @@ def set_task_arguments(args: APTConfig, data: TaskData, given: Mapping[str, Any]
     args.predict_with_generate = data.generation_length is not None
     if args.predict_with_generate and args.generation_max_length is None:
         args.generation_max_length = data.generation_length
+    if args.early_stopping_patience is not None and "metric_for_best_model" not in given:
+        args.metric_for_best_model, args.greater_is_better = data.metric_name, data.greater_is_better
     is_watched = args.metric_for_best_model in (data.metric_name, f"eval_{data.metric_name}")
     if is_watched and "greater_is_better" not in given:
         args.greater_is_better = data.greater_is_better

@@ -27,6 +27,7 @@ from apt_trainer.training.engines import engine_of
 from apt_trainer.training.engines.agreement import agree
 from apt_trainer.training.engines.base import restore_forward
 from apt_trainer.training.own_metrics import left_alone
+from apt_trainer.training.progress import tell_event, unseen
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ class BetweenSteps:
         """``started``: when what led to the decision began."""
         trainer, distillation = self._trainer, self._trainer.distillation
         trainer.check_finite()
-        loss_before = self._probe_loss()
+        loss_before, before = self._probe_loss(), self._state()
         growth = mean_growth(lora.ranks(trainer.transformer), decision.ranks)
         prefix = f"{trainer.place}." if trainer.place else ""
 
@@ -127,7 +128,7 @@ class BetweenSteps:
         seconds = time.perf_counter() - started
         losses = {"loss_before": loss_before, "loss_after": self._probe_loss()}
         warn_of_collapse(step, **losses)
-        self._write_record(trainer.pruner.describe(step, decision.kind) | {"seconds": seconds, **losses})
+        self._write_record(trainer.pruner.describe(step, decision.kind) | {"seconds": seconds, **losses}, before)
 
     @torch.no_grad()
     def _probe_loss(self) -> float | None:
@@ -152,14 +153,15 @@ class BetweenSteps:
         if distillation.offer(trainer.transformer, loss):
             restore_forward(distillation.teacher.model)
             self.teacher_shape = trainer.pruner.state()[0]
-            self._write_record(trainer.pruner.describe(step, "teacher") | {"heldout_loss": loss})
+            record = trainer.pruner.describe(step, "teacher") | {"heldout_loss": loss}
+            self._write_record(record, self._state())
 
     def _heldout_loss(self) -> float:
         """Mean task loss of the student on the held-out data, over all processes."""
         trainer = self._trainer
         dataloader = trainer.get_eval_dataloader(trainer.heldout_dataset)
         was_training = trainer.model_wrapped.training
-        with left_alone(trainer):
+        with left_alone(trainer), unseen(trainer):
             output = trainer.evaluation_loop(
                 dataloader, "Choosing a teacher", prediction_loss_only=True, metric_key_prefix="heldout"
             )
@@ -176,6 +178,12 @@ class BetweenSteps:
     def _events_file(self) -> Path:
         return Path(str(self._trainer.args.output_dir)) / EVENTS_FILE
 
-    def _write_record(self, record: dict[str, Any]) -> None:
+    def _state(self) -> dict[str, Any]:
+        """Sizes, ranks and what trains, as records tell them."""
+        pruner = self._trainer.pruner
+        return pruner.plan.by_kind(pruner.spaces) | {"ranks": lora.ranks(pruner.model), "tune": pruner.tune}
+
+    def _write_record(self, record: dict[str, Any], before: Mapping[str, Any]) -> None:
         if self._trainer.is_world_process_zero():
             append_event(self._events_file, record)
+            tell_event(self._trainer, record, before)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Seq2SeqTrainer, TrainingArguments
 
 from apt_trainer.errors import UserError
 from apt_trainer.models.class_weights import ClassWeights, check_smoothing
-from apt_trainer.models.labels import SEQUENCE_HEAD, head_of, problem_type
+from apt_trainer.models.labels import IMAGE_HEAD, SEQUENCE_HEAD, head_of, problem_type
 
 if TYPE_CHECKING:
     from transformers import Trainer as Mixin
@@ -44,7 +44,7 @@ class EachRowOnce(Mixin):
             self.class_weights.check(self.model)
             if self.compute_loss_func is not None:
                 raise UserError("class_weights and compute_loss_func both make the loss. Give one of them.")
-        problem = problem_type(self.model.config) if head_of(self.model) == SEQUENCE_HEAD else None
+        problem = problem_type(self.model.config) if head_of(self.model) in (SEQUENCE_HEAD, IMAGE_HEAD) else None
         check_smoothing(self.args.label_smoothing_factor, problem, self.class_weights is not None)
         self._weighed = torch.zeros(2)
 

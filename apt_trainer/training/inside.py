@@ -82,6 +82,19 @@ def check_inside(model: nn.Module, place: str, args: Any) -> None:
         )
 
 
+def what_is_compared(model: nn.Module, place: str, args: Any) -> str | None:
+    """What of a transformer inside of ``model``, at ``place``, is not compared with a teacher's; None: nothing is left
+    out."""
+    if not place or args.distillation == "none" or not args.layer_weight or args.distillation_layer_map == "none":
+        return None
+    inner: Any = model.get_submodule(place)
+    compared = "embeddings" if inner.base_model is inner else "predictions"
+    return (
+        f"The transformer is inside of {type(model).__name__}: its {compared} are compared with the teacher's, its "
+        "layers are not (layer_weight)."
+    )
+
+
 def check_embeddings(model: nn.Module, teacher: nn.Module, args: Any) -> None:
     """Raise :class:`UserError` where ``model`` has no logits, so that its hidden states are compared with those of a
     ``teacher``, and these are of another width, or will be."""

@@ -32,7 +32,7 @@ from apt_trainer.training.label_logits import LabelLogits, LabelPositions
 
 _NO_DATA = ("output_hidden_states", "output_attentions", "return_dict", "use_cache", "num_items_in_batch", FUSED)
 """Arguments of a forward pass that say what is wanted of it."""
-_TOKENS = ("input_ids", "inputs_embeds", "attention_mask")
+_TOKENS = ("input_ids", "inputs_embeds", "pixel_values", "attention_mask")
 
 _COMPARED = {"logits", "start_logits", "log_probs", "last_hidden_state"}
 """Outputs by which a student can be compared with its teacher; log_probs: where logits can be had (``fused_head``)."""
@@ -237,12 +237,12 @@ class MicroBatches:
     # ------------------------------------------------------------------ errors
 
     def _check_names(self, batch: Mapping[str, Any]) -> None:
-        """Tokens must be there, and labels where snapshots are chosen by their loss on held-out rows."""
+        """Tokens or images must be there, and labels where snapshots are chosen by their loss on held-out rows."""
         trainer = self.trainer
-        if not trainer.place and not any(name.endswith(_TOKENS[:2]) for name in batch):  # chosen_input_ids too
+        if not trainer.place and not any(name.endswith(_TOKENS[:3]) for name in batch):  # chosen_input_ids too
             raise UserError(
-                f"A batch has no input_ids, but only {', '.join(sorted(batch)) or 'nothing'}. Look at data_collator "
-                "and at remove_unused_columns, which takes out what the model's forward does not name."
+                f"A batch has no input_ids or pixel_values, but only {', '.join(sorted(batch)) or 'nothing'}. Look at "
+                "data_collator and at remove_unused_columns, which takes out what the model's forward does not name."
             )
         chooses = trainer.heldout_dataset is not None and trainer.distillation.settings.distillation == "self"
         missing = [name for name in trainer.label_names if batch.get(name) is None]

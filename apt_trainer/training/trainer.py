@@ -31,6 +31,7 @@ from apt_trainer.plan.schedule import Schedule, make_schedule
 from apt_trainer.pruning.given_model import IN_USE, check_loaded
 from apt_trainer.pruning.pruner import AdaptivePruner
 from apt_trainer.scoring import Importance
+from apt_trainer.settings import DataSettings
 from apt_trainer.settings.config import APTConfig, PruningArguments
 from apt_trainer.settings.engines import check_launch, wants_deepspeed
 from apt_trainer.settings.fsdp import wants_fsdp
@@ -45,6 +46,7 @@ from apt_trainer.training.checkpoints.best import check_candidates
 from apt_trainer.training.checkpoints.resume import load_run
 from apt_trainer.training.checkpoints.state import TrainingState, save_training_state
 from apt_trainer.training.compiled import CompiledSteps
+from apt_trainer.training.early_stopping import EarlyStopping
 from apt_trainer.training.engines import engine_of
 from apt_trainer.training.engines.groups import UNDECAYED
 from apt_trainer.training.engines.optimizer_class import check_objects
@@ -54,9 +56,17 @@ from apt_trainer.training.engines.state import State
 from apt_trainer.training.finished_model import FinishedModel
 from apt_trainer.training.fused_head import let_copies_own
 from apt_trainer.training.given_adapters import adopt
-from apt_trainer.training.inside import check_embeddings, check_inside, place_of_transformer, pooling_of
+from apt_trainer.training.inside import (
+    check_embeddings,
+    check_inside,
+    place_of_transformer,
+    pooling_of,
+    what_is_compared,
+)
 from apt_trainer.training.micro_batch import MicroBatches
 from apt_trainer.training.own_optimizer import OwnOptimizer
+from apt_trainer.training.progress import use_run_progress
+from apt_trainer.training.raw_data import prepared
 from apt_trainer.training.reference import check_reference
 from apt_trainer.training.step_losses import StepLosses
 from apt_trainer.training.termination import StopOnSignal
@@ -162,8 +172,17 @@ class PruningMixin(FinishedModel):
         self.micro_batches, self._stop = MicroBatches(self), StopOnSignal()
         self.calibration = CalibrationRows(self)
         self._tracked: str | None = None
+        self._add_callbacks()
+        left_out = what_is_compared(model, self.place, settings)
+        if left_out is not None and self.is_world_process_zero():
+            logger.warning(left_out)
+
+    def _add_callbacks(self) -> None:
+        use_run_progress(self)
         self.add_callback(MethodCallback(self))
         self.add_callback(self._stop)
+        if self.args.early_stopping_patience is not None:
+            self.add_callback(EarlyStopping(self))
 
     def _make_trainer(self, model: Any, args: Any, given: dict[str, Any], heldout: Any) -> Any:
         """What ``__init__`` of the Trainer does; returns the data held out, as the Trainer makes and reads data."""
@@ -412,6 +431,9 @@ class APTTrainer(PruningMixin, Seq2SeqTrainer):
         model: a plain Hugging Face model of a supported family; adapters are inserted here. Or ``model_init``, which
             gives such a model to each call of :meth:`train`.
         args: :class:`APTConfig`.
+        data: what the rows of the data sets hold, as in a recipe (``task``, ``text_column``, ``template``,
+            ``max_length`` …), where they are not tokenised: texts with labels, prompts, or conversations
+            (``messages``). What it needs beside is made: labels, batches, metrics, a validation set.
         others: as those of :class:`PruningMixin` and of ``transformers.Seq2SeqTrainer``.
     """
 
@@ -423,6 +445,14 @@ class APTTrainer(PruningMixin, Seq2SeqTrainer):
         model: PreTrainedModel | None = None,
         args: APTConfig | None = None,
         train_dataset: Any = None,
+        *,
+        data: DataSettings | None = None,
         **kwargs: Any,
     ) -> None:
+        if data is not None:
+            if model is None:
+                raise UserError("data is for a model, whose config says how it reads texts. Give model.")
+            args = self._check_arguments(args, model)
+            given = prepared(data, model, args, {"train_dataset": train_dataset, **kwargs})
+            args, train_dataset, kwargs = given.pop("args"), given.pop("train_dataset"), given
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)

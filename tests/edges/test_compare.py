@@ -94,7 +94,14 @@ def test_wanda_cuts_each_layer_alike(script: ModuleType, tmp_path: Path) -> None
             f"--model_name_or_path={tmp_path / 'model'}",
             f"--train_file={tmp_path / 'train.jsonl'}",
             f"--output_dir={tmp_path / 'small'}",
-            *("--target_sparsity=0.2", "--round_to=1", "--prune_targets", "neurons", "--shape=uniform", "--use_cpu=true"),
+            *(
+                "--target_sparsity=0.2",
+                "--round_to=1",
+                "--prune_targets",
+                "neurons",
+                "--shape=uniform",
+                "--use_cpu=true",
+            ),
             *("--pruning_time=before", "--max_length=16", "--report_to=none"),
         ],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from texts import TOKENS, word_tokenizer, words
 from tiny import ALL_TASKS, tiny_config
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.training_args import OptimizerNames
 
 from apt_trainer import APTConfig, UserError
@@ -161,3 +162,52 @@ def test_a_length_that_costs_cannot_be_taken_at_is_refused(ready: Recipe, cost: 
     assert dry_run.plan(ready)
     ready.training.nri_cost = cost
     refused(ready, "reference_length=50 is more than the 20 positions of the model. Lower reference_length")
+
+
+# ---------------------------------------------------------------------------- shares of the whole
+
+
+def test_what_the_rest_weighs_and_what_a_target_means_for_the_blocks(ready: Recipe) -> None:
+    wide = tiny_config("llama")
+    wide.vocab_size = 400
+    model = ALL_TASKS["ForCausalLM"].from_config(wide)
+    model.save_pretrained(str(ready.model.model_name_or_path))
+    of_blocks = sum(p.numel() for p in model.model.layers.parameters())
+    whole, rows = model.num_parameters(), model.lm_head.weight.numel()
+    ready.training.importance, ready.training.prune_targets = "salience", ["heads", "neurons"]
+    ready.training.min_neurons = 4
+    for metric, target in (("params", 0.5), ("total_params", 0.5 * of_blocks / whole)):
+        ready.training.sparsity_metric, ready.training.target_sparsity = metric, target
+        told = dry_run.plan(ready)
+        assert (
+            f"blocks {of_blocks / 1000:.1f} k parameters ({of_blocks / whole:.1%}, {4 * of_blocks / 1000:.1f} kB)"
+            in told
+        )
+        assert told.count(f"{rows / 1000:.1f} k parameters ({rows / whole:.1%}, ") == 2  # embeddings and head
+        found = re.search(r"about ([\d.]+)% of the parameters in blocks, ([\d.]+)% of all parameters", told)
+        assert found is not None
+        blocks, all_of_them = (float(share) / 100 for share in found.groups())
+        assert 0.5 <= blocks < 0.65  # whole heads
+        assert all_of_them == pytest.approx(blocks * of_blocks / whole, abs=1e-3)
+    ready.training.target_sparsity = 0.9
+    refused(ready, f"the largest that does not is 0.*Blocks are {of_blocks / whole:.1%} of all parameters")
+
+
+# ---------------------------------------------------------------------------- a quantised base
+
+
+@pytest.mark.parametrize(("form", "share"), [("nf4", 0.129), ("int8", 0.25)])
+def test_what_a_quantised_base_frees_is_said(ready: Recipe, form: str, share: float) -> None:
+    ready.training.base_quantization, ready.training.importance = form, "salience"
+    ready.training.prune_targets = ["heads", "neurons"]
+    found = re.search(
+        rf"frees about [\d.]+ k?B of weights, {form} then about ([\d.]+) kB more \(linear layers of the blocks: "
+        r"([\d.]+) kB for ([\d.]+) kB\)",
+        dry_run.plan(ready),
+    )
+    assert found is not None
+    freed, after, before = map(float, found.groups())
+    model = AutoModelForCausalLM.from_pretrained(str(ready.model.model_name_or_path))
+    most = sum(4 * m.weight.numel() for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)) / 1000
+    assert 0.5 * most < before < most
+    assert after == pytest.approx(share * before, rel=0.05) and freed == pytest.approx(before - after, abs=0.2)

@@ -139,6 +139,17 @@ def test_an_embedding_model_is_pruned_in_other_ways(changes: dict[str, Any], tmp
     assert not before or events_of(tmp_path, "prune")[0]["loss_before"] is not None
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"), [({}, True), ({"distillation": "none"}, False), ({"layer_weight": 0.0}, False)]
+)
+def test_that_layers_are_not_compared_is_said_at_the_start(
+    changes: dict[str, Any], said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    embeddings(tmp_path, **changes)
+    sentence = "its embeddings are compared with the teacher's, its layers are not"
+    assert (sentence in caplog.text) is said
+
+
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max"])
 def test_what_is_compared_with_the_teacher_are_sentence_embeddings(pooling: str, tmp_path: Path) -> None:
     """Against a computation of its own: 1 − cos of what both models encode, mean over all texts of a batch."""

@@ -27,12 +27,18 @@ from integration.factories import (
 )
 
 RUN: dict[str, Any] = {**SHORT, "max_steps": 8, "pruning_end": 5, "distillation_end": 7, "round_to": 1}
+MIXTURES = ("mixtral", "olmoe", "qwen3_moe")
+OF_EXPERTS = {"round_to": 8, "prune_targets": ["heads", "neurons", "experts", "hidden"]}
 
 
 def _trainer(folder: Path, model_type: str, save: tuple[int, ...] = ()) -> APTTrainer:
     model = invariants.model_of(model_type)
-    data = Rows(24, "target" if model.config.is_encoder_decoder else "text")
-    return make_trainer(folder, model, data, {"callbacks": [SaveAt(save)]}, **RUN)
+    data: Any = Rows(24, "target" if model.config.is_encoder_decoder else "text")
+    if model.main_input_name == "pixel_values":
+        images = tiny_batch(model, size=24)
+        data = [{name: values[row] for name, values in images.items()} for row in range(24)]
+    changes = {**RUN, **OF_EXPERTS} if model_type in MIXTURES else RUN
+    return make_trainer(folder, model, data, {"callbacks": [SaveAt(save)]}, **changes)
 
 
 @pytest.fixture(scope="module")

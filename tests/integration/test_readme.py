@@ -20,6 +20,7 @@ from apt_trainer.settings import known_settings
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*.md")), ROOT / "apt_trainer" / "README.md"]
 WORDS = ["good", "bad", "film", "plot", "actor"]
 
 
@@ -56,16 +57,25 @@ def test_the_examples_run(names: dict[str, object]) -> None:
         assert gap(model(input_ids=ids).logits, small(input_ids=ids).logits) <= 1e-7
 
 
-def test_the_verbs_and_keys_it_names_exist() -> None:
+def test_the_verbs_and_keys_that_pages_name_exist() -> None:
     assert set(re.findall(r"`apt-trainer (\w+)", README)) == set(VERBS)
-    table = README.split("The keys that matter most")[1].split("##")[0]
-    keys = {
-        key for row in table.splitlines() if row.startswith("| `") for key in re.findall(r"`(\w+)`", row.split("|")[1])
-    }
-    assert keys and keys <= set(known_settings())
+    settings = (ROOT / "recipes" / "settings.md").read_text(encoding="utf-8")
+    rows = [row.split("|")[1] for row in settings.splitlines() if row.startswith("| `")]
+    keys = {key for names in rows for key in re.findall(r"`(\w+)`", names)}
+    assert len(keys) > 20 and keys <= set(known_settings())
+    commands = (ROOT / "recipes" / "commands.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`apt-trainer (\w+)", commands)) == set(VERBS)
 
 
-def test_the_files_it_names_exist() -> None:
-    named = re.findall(r"(?:scripts|recipes)/[\w/.-]+\.\w+", README)
-    assert named
-    assert [path for path in named if not (ROOT / path).is_file()] == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_files_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = [link.partition("#") for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    named = [ROOT / name for name in re.findall(r"(?<![\w/])(?:scripts|recipes)/[\w/.-]+\.\w+", text)]
+    named += [page.parent / path if path else page for path, _, _ in links]
+    assert [path for path in named if not path.exists()] == []
+    assert named or page.name != "README.md"
+    for path, _, section in links:
+        if section:
+            headings = re.findall(r"^#+ (.+)$", (page.parent / path).read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert section in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -51,6 +51,11 @@ def test_a_run_of_fewer_tokens_is_taught_resumes_and_loads(tmp_path: Path) -> No
     assert record["parameters_before"] - record["parameters"] == gone
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert metrics["total_params_dense"] == sum(p.numel() for p in dense.parameters())
+    for which in ("", "_dense"):
+        parts = metrics[f"parts{which}"]
+        assert sum(part["params"] for part in parts.values()) == metrics[f"total_params{which}"]
+    assert metrics["parts_dense"]["vocabulary"] == {"params": gone, "bytes": 4 * gone}
+    assert metrics["parts"]["blocks"]["params"] == metrics["block_params"]
     assert not (out / "vocabulary").exists()
 
     tokenizer, model = AutoTokenizer.from_pretrained(out), load_pruned(out)

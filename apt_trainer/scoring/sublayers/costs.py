@@ -135,7 +135,7 @@ def _seconds(model: nn.Module, units: Units, shape: Shape) -> dict[Unit, float]:
     """Time that goes with all units of one kind, shared equally among them: single ones drown in noise."""
     kinds = {unit.kind: [u for u in units.sublayers if u.kind == unit.kind] for unit in units.sublayers}
     batch = example_inputs(model, shape.batch_size, shape.length)
-    device = batch["input_ids"].device
+    device = next(iter(batch.values())).device
 
     def forward(off: list[Unit]) -> tuple[float]:
         with switched_off(model, units, off):

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import AutoTokenizer, PreTrainedModel, TokenizersBackend
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, TokenizersBackend
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE, VERY_LARGE_INTEGER
 
 from apt_trainer.errors import RunError, UserError, unknown_choice
 from apt_trainer.settings import ModelSettings
 from apt_trainer.settings.packages import check_packages
 from apt_trainer.store.events import read_json_object, write_json
+from apt_trainer.store.export.check import takes_images
 from apt_trainer.store.pretrained import find_source, load_saved
 
 TARGETS = {
@@ -163,8 +164,10 @@ def export(
 
 
 def _save_tokenizer(tokenizer: Any, model: PreTrainedModel, folder: Path) -> None:
-    """Write ``tokenizer``, with the longest input of ``model`` where it tells none: consumers ask it for that. They may
-    have an older transformers, which knows a tokenizer without a class of its own by another name."""
+    """Write ``tokenizer``, with the longest input of ``model`` where it tells none: consumers ask it for that.
+
+    They may have an older transformers, which knows a tokenizer without a class of its own by another name.
+    """
     tokenizer.save_pretrained(folder)
     longest, file = getattr(model.config, "max_position_embeddings", None), folder / TOKENIZER_CONFIG_FILE
     if not file.is_file():
@@ -181,13 +184,15 @@ def _save_tokenizer(tokenizer: Any, model: PreTrainedModel, folder: Path) -> Non
 
 
 def load_for_export(path: str, tokenizer: Any = None) -> tuple[PreTrainedModel, Any]:
-    """The finished model at ``path`` in float32, and the tokenizer beside it, None where there is none."""
+    """The finished model at ``path`` in float32, and the tokenizer or image processor beside it, None where there is
+    none."""
     source = find_source(path)
     model = load_saved(ModelSettings(path, dtype="float32")).eval()
     if tokenizer is None:
         options = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source.path, **options)
+            auto = AutoImageProcessor if takes_images(model) else AutoTokenizer
+            tokenizer = auto.from_pretrained(source.path, **options)
         except (OSError, ValueError, KeyError):  # transformers' answers to a folder that has none
             tokenizer = None
     return model, tokenizer

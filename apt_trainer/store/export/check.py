@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from apt_trainer.errors import RunError
 from apt_trainer.measure.generation import start_tokens
+from apt_trainer.measure.latency import example_inputs
 from apt_trainer.models import family_of
 
 NEW_TOKENS = 12
@@ -25,7 +26,10 @@ TOLERANCE = 1e-3
 
 def batches(model: PreTrainedModel, left: bool = False) -> list[dict[str, Tensor]]:
     """``input_ids`` and ``attention_mask`` [batch, length] of several shapes; one is padded (``left``: in front).
-    Where there is a decoder of its own, ``decoder_input_ids`` too."""
+    Where there is a decoder of its own, ``decoder_input_ids`` too. For a model of images one batch and a larger one of
+    ``pixel_values``."""
+    if takes_images(model):
+        return [example_inputs(model, rows, 1, "cpu") for rows in (1, 3)]
     longest = getattr(model.config, "max_position_embeddings", None) or 64
     generator, found = torch.Generator().manual_seed(0), []
     for rows, length in ((1, 3), (1, 33), (3, 17)):
@@ -52,6 +56,11 @@ def has_cache(model: PreTrainedModel) -> bool:
     return two_stacks or family_of(model.config).head(model).next_token
 
 
+def takes_images(model: PreTrainedModel) -> bool:
+    """Whether ``pixel_values`` go into ``model``, not tokens."""
+    return bool(model.main_input_name == "pixel_values")
+
+
 def compare_logits(model: PreTrainedModel, runner: Path, what: Path, quantize: str | None) -> dict[str, Any]:
     """Logits of several shapes with padding and, of a decoder, greedy tokens with the cache: ``model`` in this process
     beside ``what`` in one of its own, where ``runner`` answers (``onnx_session.main`` says how)."""
@@ -59,10 +68,11 @@ def compare_logits(model: PreTrainedModel, runner: Path, what: Path, quantize: s
     asked = {
         f"{i}.{name}": value for i, batch in enumerate(batches(model, left=left)) for name, value in batch.items()
     }
-    prompt = prompt_of(model)
-    asked |= {"prompt": prompt, "new_tokens": torch.tensor([NEW_TOKENS])}
-    if model.config.is_encoder_decoder:
-        asked["start"] = start_tokens(model, {"input_ids": prompt})
+    if not takes_images(model):
+        prompt = prompt_of(model)
+        asked |= {"prompt": prompt, "new_tokens": torch.tensor([NEW_TOKENS])}
+        if model.config.is_encoder_decoder:
+            asked["start"] = start_tokens(model, {"input_ids": prompt})
     with tempfile.TemporaryDirectory() as place:
         request, answer = Path(place) / "request.safetensors", Path(place) / "answer.safetensors"
         save_file(asked, request)
@@ -72,10 +82,9 @@ def compare_logits(model: PreTrainedModel, runner: Path, what: Path, quantize: s
     for i, batch in enumerate(batches(model, left=left)):
         expected = _expected(model, batch)
         for name in [name.partition(".")[2] for name in found if name.startswith(f"{i}.")]:
-            of_tokens = (
-                expected[name].shape[:2] == batch["attention_mask"].shape and not model.config.is_encoder_decoder
-            )
-            real = batch["attention_mask"].bool() if of_tokens and expected[name].ndim == 3 else slice(None)
+            mask = None if model.config.is_encoder_decoder else batch.get("attention_mask")
+            of_tokens = mask is not None and expected[name].ndim == 3 and expected[name].shape[:2] == mask.shape
+            real = mask.bool() if mask is not None and of_tokens else slice(None)
             ours, theirs = expected[name][real], found[f"{i}.{name}"][real]
             largest, scale = max(largest, float((ours - theirs).abs().max())), max(scale, float(ours.abs().max()))
             agreeing.append((ours.argmax(-1) == theirs.argmax(-1)).float().flatten())
@@ -83,7 +92,7 @@ def compare_logits(model: PreTrainedModel, runner: Path, what: Path, quantize: s
     numbers["same_prediction"] = float(torch.cat(agreeing).mean())
     equal = largest <= TOLERANCE * max(scale, 1.0)
     if "generated" in found:
-        numbers["greedy_tokens_equal"] = found["generated"].tolist() == greedy(model, prompt)
+        numbers["greedy_tokens_equal"] = found["generated"].tolist() == greedy(model, prompt_of(model))
         equal = equal and numbers["greedy_tokens_equal"]
     return numbers | {"equal": equal or quantize is not None}
 

@@ -30,13 +30,14 @@ from apt_trainer.models.modeling_apt import NoOp
 from apt_trainer.models.slots import set_slot, slot_holders
 from apt_trainer.store.events import write_json
 from apt_trainer.store.export import onnx_two_stacks
-from apt_trainer.store.export.check import compare_logits, has_cache
+from apt_trainer.store.export.check import batches, compare_logits, has_cache, takes_images
 from apt_trainer.store.export.onnx_session import DECODER, ENCODER, PAST, PRESENT, OnnxModel, runner_of
 from apt_trainer.store.saved_model import dense_shape
 
 OPSET = 18
 GENAI, MODULES = "genai_config.json", "modules.json"
 FOLDER, MODEL, QUANTIZED = "onnx", "model", "_quantized"
+_FREE = torch.export.Dim.DYNAMIC
 IS_RUN = True
 QUANTIZATIONS = ("int8",)
 RUNNER = Path(__file__).with_name("onnx_session.py")
@@ -48,6 +49,11 @@ def refuse(model: PreTrainedModel, tokenizer: Any, quantize: str | None, cut: bo
         raise UserError(
             f"{type(model).__name__} has an encoder and a decoder but does not generate, and is not exported to ONNX. "
             "Serve the saved folder itself with transformers."
+        )
+    if family_of(model.config).has_experts:
+        raise UserError(
+            f"{type(model).__name__} is a mixture of experts, whose tokens part ways while it runs, and is not "
+            "exported to ONNX. Serve the saved folder itself with transformers."
         )
     if getattr(model.config, "apt_plan", None) is not None:
         raise UserError("A model with an execution plan is not exported. Drop layers instead: apt-trainer drop.")
@@ -152,6 +158,8 @@ def load(folder: Path, quantize: str | None, length: int, threads: int) -> OnnxM
 
 def input_names(model: PreTrainedModel, tokenizer: Any) -> list[str]:
     """What an encoder is given: what its tokenizer makes, or without one what its config describes."""
+    if takes_images(model):
+        return [model.main_input_name]
     taken = inspect.signature(model.forward).parameters
     made = getattr(tokenizer, "model_input_names", None)
     if made is None:
@@ -173,7 +181,7 @@ def trace(model: PreTrainedModel, tokenizer: Any, file: Path) -> None:
         example, wrapper = _decoder(model)
     else:
         example, wrapper = _encoder(model, input_names(model, tokenizer))
-    dynamic = [_dynamic(value) for value in example.values()]
+    dynamic = [{0: _FREE} if takes_images(model) else _dynamic(value) for value in example.values()]
     past = [name for name in example if name.startswith(PAST)]
     plain = [value for name, value in example.items() if name not in past]
     arguments = (*plain, [example[name] for name in past]) if past else (*plain,)
@@ -253,8 +261,11 @@ class _Decoder(nn.Module):
 
 
 def _encoder(model: Any, names: Sequence[str]) -> tuple[dict[str, Tensor], _Encoder]:
-    ids = torch.arange(10).reshape(2, 5) % max(2, model.config.vocab_size - 1) + 1
-    values = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    if takes_images(model):
+        values = batches(model)[-1]
+    else:
+        ids = torch.arange(10).reshape(2, 5) % max(2, model.config.vocab_size - 1) + 1
+        values = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
     example = {name: values[name] for name in names}
     with torch.no_grad():
         found = model(**example, return_dict=True)
@@ -294,8 +305,7 @@ def _decoder(model: PreTrainedModel) -> tuple[dict[str, Tensor], _Decoder]:
 
 def _dynamic(value: Tensor) -> dict[int, Any]:
     """Batch and length of an input may change: [batch, length], or [batch, heads, length, size] of a cache."""
-    free = torch.export.Dim.DYNAMIC
-    return {0: free, (2 if value.ndim == 4 else 1): free}
+    return {0: _FREE, (2 if value.ndim == 4 else 1): _FREE}
 
 
 def _quantize(source: Path, target: Path) -> None:

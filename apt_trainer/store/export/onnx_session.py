@@ -54,18 +54,18 @@ class OnnxModel:
         return self.session.run(None, given)  # type: ignore[no-any-return]
 
     def __call__(self, batch: Mapping[str, Any], past: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
-        """Every output by name, for ``input_ids`` [batch, length] and what goes with them.
+        """Every output by name, for ``input_ids`` [batch, length] and what goes with them, or for ``pixel_values``.
 
         ``past``: the ``present.*`` of the call before; without, a cache begins empty. ``attention_mask`` covers the
         past too: [batch, past + length].
         """
-        given = {name: np.asarray(batch[name], dtype=np.int64) for name in self.inputs if name in batch}
+        given = {name: np.asarray(batch[name], dtype=_type(name)) for name in self.inputs if name in batch}
         if "position_ids" in self.inputs and "position_ids" not in given:
             places = np.maximum(given["attention_mask"].cumsum(1) - 1, 0)
             given["position_ids"] = places[:, -given["input_ids"].shape[1] :]
         if "token_type_ids" in self.inputs and "token_type_ids" not in given:
             given["token_type_ids"] = np.zeros_like(given["input_ids"])
-        rows = len(given["input_ids"])
+        rows = len(next(iter(given.values())))
         for name, value in self.inputs.items():
             if name.startswith(PAST):
                 empty = (rows, value.shape[1], 0, value.shape[3])
@@ -98,6 +98,10 @@ class OnnxModel:
             past = {name: value for name, value in answer.items() if name.startswith(PRESENT)}
             ids = answer["logits"][:, -1:].argmax(-1)
             yield ids[:, 0]
+
+
+def _type(name: str) -> type[np.generic]:
+    return np.float32 if name == "pixel_values" else np.int64
 
 
 class TwoStackModel(OnnxModel):

@@ -20,6 +20,7 @@ from apt_trainer.plan.schedule import Schedule
 from apt_trainer.pruning.pruner import AdaptivePruner
 from apt_trainer.settings.config import APTConfig
 from apt_trainer.surgery import adapters as lora
+from apt_trainer.surgery.frozen_base import freeze_base
 from apt_trainer.surgery.tuning import TRANSFORM
 from apt_trainer.training.checkpoints import state
 from apt_trainer.training.checkpoints.whole import WholeCheckpoints
@@ -31,6 +32,11 @@ logger = logging.getLogger(__name__)
 
 def check_candidates(args: APTConfig, schedule: Schedule) -> Schedule:
     """``schedule``; raises :class:`UserError` where it leaves nothing to choose among, before anything is trained."""
+    if args.early_stopping_patience is not None and schedule.end >= schedule.total:
+        raise UserError(
+            f"early_stopping_patience counts evaluations after the last change of shape, but that is at step "
+            f"{schedule.end} of {schedule.total}. Remove it, or end pruning earlier (pruning_end)."
+        )
     chooses = args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST
     if not chooses:
         return schedule
@@ -69,6 +75,8 @@ def load_weights(path: Path, model: nn.Module, pruner: AdaptivePruner) -> bool:
         return False
     if described["ranks"]:
         lora.insert_of_ranks(pruner.model, described["ranks"], pruner.settings.lora_r, pruner.settings.lora_alpha)
+    if described.get("base_quantization") is not None:
+        freeze_base(pruner.model, pruner.family, described["base_quantization"])
     state.load_training_weights(path / state.WEIGHTS_FILE, model, leave_out=TRANSFORM)
     pruner.merge_adapters()
     return True

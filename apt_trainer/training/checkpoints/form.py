@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from apt_trainer.errors import UserError
+from apt_trainer.settings.choices import BASE_QUANTIZATION
 from apt_trainer.surgery.adapters import ADAPTER
 from apt_trainer.surgery.tuning import TRANSFORM
 
@@ -80,6 +81,8 @@ def check_state(described: Mapping[str, Any], state: Path, weights: Path) -> Non
         parts.append(("teacher_shape", _PRUNER))
     for name, form in parts:
         _check(described.get(name), form, state, name)
+        if form is _PRUNER and described[name].get("base_quantization") not in (None, *BASE_QUANTIZATION):
+            raise UserError(_damaged(state, f"{name}: base_quantization"))
     if not _is_count(described.get("processes", 0)):
         raise UserError(_damaged(state, "processes"))
     shapes = _shapes(weights)
