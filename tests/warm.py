@@ -68,8 +68,11 @@ sys.exit(code)
 
 
 @functools.cache
-def python(imported: tuple[str, ...] = ALL) -> str:
-    """Path of the program; the first call starts the server, in the environment of that call."""
+def python(imported: tuple[str, ...] = ALL, interpreter: str = sys.executable) -> str:
+    """Path of the program; the first call starts the server, in the environment of that call.
+
+    ``interpreter``: of another environment, whose processes see no path of this one.
+    """
     folder = tempfile.TemporaryDirectory(prefix="warm-")
     address = str(Path(folder.name) / "socket")
     client = Path(folder.name) / "python"
@@ -78,8 +81,11 @@ def python(imported: tuple[str, ...] = ALL) -> str:
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listening.bind(address)
     listening.listen(64)
-    words = [sys.executable, __file__, str(listening.fileno()), *imported]
-    server = subprocess.Popen(words, stdin=subprocess.PIPE, pass_fds=[listening.fileno()], start_new_session=True)
+    words = [interpreter, __file__, str(listening.fileno()), *imported]
+    own = {name: value for name, value in os.environ.items() if interpreter == sys.executable or name != "PYTHONPATH"}
+    server = subprocess.Popen(
+        words, stdin=subprocess.PIPE, pass_fds=[listening.fileno()], start_new_session=True, env=own
+    )
     listening.close()
 
     def end() -> None:

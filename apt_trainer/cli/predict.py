@@ -51,7 +51,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise UserError(f"{foreign[0]} says nothing about model or data, which is all that predict can be told.")
     settings = ModelSettings(**{"dtype": "auto"} | of_model | {"model_name_or_path": args.path})
     predictor = Predictor(settings, given, PredictOptions(args.batch_size, args.device, args.max_new_tokens))
-    rows = predictor.read(args.file) if args.file else predictor.rows_of_texts(args.text, args.text_pair)
+    rows = predictor.given.read(args.file) if args.file else predictor.given.rows_of_texts(args.text, args.text_pair)
 
     def lines() -> Iterator[str]:
         for prediction in predictor.predict(rows):

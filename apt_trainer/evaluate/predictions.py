@@ -6,10 +6,10 @@ scores on labelled data (``runs.run``), nor for conversations (``generation``).
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,49 +17,23 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from apt_trainer.errors import UserError
 from apt_trainer.evaluate.generation import Generator
+from apt_trainer.evaluate.given_rows import OF_LABELS, OF_SENTENCE_TRANSFORMERS, GivenRows, data_settings
 from apt_trainer.libraries import versions
-from apt_trainer.models.labels import (
-    MULTI_LABEL,
-    REGRESSION,
-    SEQUENCE_HEAD,
-    SINGLE_LABEL,
-    TOKEN_HEAD,
-    has_head,
-    names_of,
-    problem_type,
-)
+from apt_trainer.models.labels import names_of
 from apt_trainer.models.pooling import mean_pooling
-from apt_trainer.settings import DataSettings, ModelSettings, resolve_path
+from apt_trainer.settings import ModelSettings
 from apt_trainer.settings.packages import SENTENCE_TRANSFORMERS, check_packages, require
-from apt_trainer.store.events import RECIPE_FILE
-from apt_trainer.store.pretrained import (
-    choose_device,
-    load_saved,
-    load_tokenizer,
-    max_positions,
-    read_config,
-    source_of,
-)
-from apt_trainer.tasks.base import Columns, check_name, is_list_of_text, is_text, right_padding
+from apt_trainer.store.pretrained import choose_device, load_saved, load_tokenizer, read_config, source_of
+from apt_trainer.tasks.base import check_name, right_padding
 from apt_trainer.tasks.classification import encode_texts
 from apt_trainer.tasks.instruction_tuning import prompt_encoder
-from apt_trainer.tasks.loading import PLAIN_TEXT, read_file
 from apt_trainer.tasks.nested import with_fields
-from apt_trainer.tasks.prompts import MESSAGES, PromptColumns, columns_of_prompts
 from apt_trainer.tasks.question_answering import SPAN_COLUMNS, best_answers, features_of
 from apt_trainer.tasks.tokens import encode_words, word_prefix
 
 logger = logging.getLogger(__name__)
 
-_OF_LABELS = {
-    SINGLE_LABEL: "classification",
-    MULTI_LABEL: "multi_label_classification",
-    REGRESSION: "regression",
-}
-_LONGEST = 100_000  # what tokenizers without a limit say is more
-_OF_SENTENCE_TRANSFORMERS = "modules.json"
 Prediction = dict[str, Any]
 
 
@@ -89,43 +63,16 @@ class Predictor:
         self.model_settings, self.options = model, options
         self.config = read_config(model)
         self.tokenizer = load_tokenizer(model)
-        self.data = _data_settings(model, self.config, self.tokenizer, given)
+        self.data = data_settings(model, self.config, self.tokenizer, given)
+        self.given = GivenRows(self.data)
         self.device = choose_device(options.device)
-
-    def rows_of_texts(self, texts: Sequence[str], pairs: Sequence[str] | None) -> Dataset:
-        """Rows as this model reads them, of texts and where it takes two, their ``pairs``."""
-        if pairs is not None and len(pairs) != len(texts):
-            raise UserError(f"{len(texts)} texts and {len(pairs)} second texts were given. Give as many of each.")
-        data = self.data
-        if data.task == "instruction_tuning":
-            columns = self._prompt_columns(())
-            if columns.messages is not None:
-                return Dataset.from_dict({columns.messages: [[{"role": "user", "content": t}] for t in texts]})
-            names = [name for name in columns.names if name != columns.completion]
-            return Dataset.from_dict({names[0]: list(texts)} | {n: [""] * len(texts) for n in names[1:]})
-        rows: dict[str, list[Any]] = {self._text_name(): list(texts)}
-        if data.task == "token_classification":
-            rows = {self._text_name(): [text.split() for text in texts]}
-        if pairs is not None:
-            rows[self._pair_name()] = list(pairs)
-        return Dataset.from_dict(rows)
-
-    def read(self, path: str) -> Dataset:
-        """Rows of a file; of a txt file one a line."""
-        place = Path(resolve_path(path)).expanduser()
-        if place.suffix.lower() == PLAIN_TEXT and place.is_file():
-            lines = place.read_text(encoding="utf-8").splitlines()
-            if not lines:
-                raise UserError(f"file={path!r} has no rows. Give data with at least one row.")
-            return self.rows_of_texts(lines, None)
-        return read_file(path, "file", "")
 
     def predict(self, rows: Dataset) -> Iterator[Prediction]:
         """One prediction a row, in their order: ``row``, the texts that were read by their columns, what was found.
 
         A row without text has an ``error`` in place of what was found.
         """
-        columns, optional = self._columns(rows)
+        columns, optional = self.given.columns(rows)
         named = [*columns, *(name for name in optional if name in rows.column_names)]
         rows = with_fields(rows, named)
         for name in columns:
@@ -140,46 +87,9 @@ class Predictor:
             texts = {name: rows[number][name] for name in named}
             yield {"row": number, **texts, **(next(found) if number in have_text else {"error": "no text"})}
 
-    # ------------------------------------------------------------------ columns
-
-    def _text_name(self) -> str:
-        names = {"token_classification": "tokens", "question_answering": "question"}
-        return self.data.text_column or names.get(self.data.task, "text")
-
-    def _pair_name(self) -> str:
-        return self.data.text_pair_column or {"question_answering": "context"}.get(self.data.task, "text_pair")
-
-    def _prompt_columns(self, present: Sequence[str]) -> PromptColumns:
-        data = self.data
-        chat = next((name for name in MESSAGES if name in present), None)
-        if data.messages_column or (chat and not (data.prompt_column or data.template)):
-            return PromptColumns(messages=data.messages_column or chat)
-        if data.prompt_column is None and data.template is None and "prompt" not in present and "text" in present:
-            data = replace(data, prompt_column="text")
-        return columns_of_prompts(data)
-
-    def _columns(self, rows: Dataset) -> tuple[list[str], list[str]]:
-        """Names of the columns that are read, and of those that may be absent."""
-        present, task = rows.column_names, self.data.task
-        if task == "instruction_tuning":
-            columns = self._prompt_columns(present)
-            names = [name for name in columns.names if name != columns.completion or columns.messages]
-            return [name for name in names if name != columns.input], [columns.input] if columns.input else []
-        text = self._text_name()
-        if text not in present and self.data.text_column is None:
-            fits = is_list_of_text if task == "token_classification" else is_text
-            found = [name for name, kind in rows.features.items() if fits(kind) and name != self.data.label_column]
-            text = found[0] if len(found) == 1 else text
-        pair = self._pair_name()
-        if task == "question_answering" or (self.data.text_pair_column is not None and task != "embedding"):
-            return [text, pair], []
-        return [text], [pair]
-
-    # ------------------------------------------------------------------ predictions
-
     def _found(self, rows: Dataset) -> Iterator[Prediction]:
         task = self.data.task
-        if task in _OF_LABELS.values():
+        if task in OF_LABELS.values():
             return self._classes(rows)
         if task == "token_classification":
             return self._tags(rows)
@@ -205,20 +115,15 @@ class Predictor:
         with torch.inference_mode():
             return model(**batch.to(self.device))
 
-    def _text_columns(self, rows: Dataset) -> Columns:
-        columns, optional = self._columns(rows)
-        names = [*columns, *(name for name in optional if name in rows.column_names)]
-        return Columns(names[0], names[1] if len(names) > 1 else None, "")
-
     def _classes(self, rows: Dataset) -> Iterator[Prediction]:
-        model, names, columns = self._loaded(), names_of(self.config), self._text_columns(rows)
+        model, names, columns = self._loaded(), names_of(self.config), self.given.text_columns(rows)
         for batch in self._batches(rows):
             encoded = encode_texts(batch, self.tokenizer, columns, self.data.max_length)
             logits = self._outputs(model, encoded).logits.float().cpu()
             yield from (_of_logits(row, names, self.data.task) for row in logits)
 
     def _tags(self, rows: Dataset) -> Iterator[Prediction]:
-        model, names, column = self._loaded(), names_of(self.config), self._text_columns(rows).text
+        model, names, column = self._loaded(), names_of(self.config), self.given.text_columns(rows).text
         prefix = word_prefix(self.tokenizer)
         for batch in self._batches(rows):
             encoded, begun = encode_words(batch[column], self.tokenizer, prefix, self.data.max_length)
@@ -228,7 +133,7 @@ class Predictor:
                 yield {"tags": [{"word": word, **_likeliest(share, names)} for word, share in tags]}
 
     def _answers(self, rows: Dataset) -> list[Prediction]:
-        model, columns = self._loaded(), self._text_columns(rows)
+        model, columns = self._loaded(), self.given.text_columns(rows)
         assert columns.text_pair is not None
         features = features_of(rows.select_columns(columns.names[:2]), columns, self.data, self.tokenizer)
         starts, ends = [], []
@@ -242,7 +147,7 @@ class Predictor:
         return [{"answer": answer} for answer in answers]
 
     def _embeddings(self, rows: Dataset) -> Iterator[Prediction]:
-        embed, columns = self._embedder(), self._text_columns(rows)
+        embed, columns = self._embedder(), self.given.text_columns(rows)
         for batch in self._batches(rows):
             first = embed(batch[columns.text])
             if columns.text_pair is None:
@@ -256,7 +161,7 @@ class Predictor:
         """From texts to embeddings [texts, d]: as sentence-transformers says where the folder is one of its, else the
         mean of hidden states."""
         path = source_of(self.model_settings).path
-        if (Path(path) / _OF_SENTENCE_TRANSFORMERS).is_file():
+        if (Path(path) / OF_SENTENCE_TRANSFORMERS).is_file():
             require(SENTENCE_TRANSFORMERS, f"{path} is a model of sentence-transformers and")
             versions.check_versions(versions.SENTENCE_TRANSFORMERS)
             from sentence_transformers import SentenceTransformer
@@ -276,54 +181,19 @@ class Predictor:
     def _written(self, rows: Dataset) -> Iterator[Prediction]:
         generator = Generator(self._loaded(), self.tokenizer, self.options.max_new_tokens)
         if self.config.is_encoder_decoder:
-            column, data = self._text_columns(rows).text, self.data
-
-            def encode(row: dict[str, Any]) -> list[int]:
-                text = data.source_prefix + row[column]
-                return list(self.tokenizer(text, truncation=True, max_length=data.max_length).input_ids)
+            encode: Callable[[dict[str, Any]], list[int]] = partial(
+                self._source, column=self.given.text_columns(rows).text
+            )
         else:
-            encode = prompt_encoder(self._prompt_columns(rows.column_names), self.data, self.tokenizer)
+            encode = prompt_encoder(self.given.prompt_columns(rows.column_names), self.data, self.tokenizer)
         for batch in self._batches(rows):
             cells = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
             texts = generator.write([encode(row) for row in cells])
             yield from ({"generated": text} for text in texts)
 
-
-def _data_settings(model: ModelSettings, config: Any, tokenizer: Any, given: Mapping[str, Any]) -> DataSettings:
-    """Those of the run that made the model, else what its config tells."""
-    known = {f.name for f in fields(DataSettings)}
-    file = Path(source_of(model).path) / RECIPE_FILE
-    values: dict[str, Any] = {}
-    if file.is_file():
-        recipe = json.loads(file.read_text(encoding="utf-8"))
-        values = {name: value for name, value in recipe.items() if name in known}
-        values.setdefault("task", DataSettings.task)
-    else:
-        longest = (tokenizer.model_max_length, max_positions(config) or _LONGEST, _LONGEST)
-        values = {"task": _task_of(config, str(model.model_name_or_path)), "max_length": min(longest)}
-        values["use_chat_template"] = bool(getattr(tokenizer, "chat_template", None))
-    return DataSettings(**{**values, **given})
-
-
-def _task_of(config: Any, path: str) -> str:
-    """The task that a model was trained for, as far as its head tells."""
-    if has_head(config, SEQUENCE_HEAD):
-        return _OF_LABELS[problem_type(config)]
-    if has_head(config, TOKEN_HEAD):
-        return "token_classification"
-    if has_head(config, "ForQuestionAnswering"):
-        return "question_answering"
-    if getattr(config, "is_encoder_decoder", False):
-        return "summarization"
-    name = (getattr(config, "apt_base_architecture", None) or (config.architectures or [""])[0]) or ""
-    if name.endswith(("ForCausalLM", "LMHeadModel")):
-        return "instruction_tuning"
-    if name.endswith("Model") or (Path(path) / _OF_SENTENCE_TRANSFORMERS).is_file():
-        return "embedding"
-    raise UserError(
-        f"{path} is a {name or 'model of an unknown class'}, which has not been trained to tell anything of a text. "
-        "Give a fine-tuned model, or a model of embeddings."
-    )
+    def _source(self, row: dict[str, Any], column: str) -> list[int]:
+        text = self.data.source_prefix + row[column]
+        return list(self.tokenizer(text, truncation=True, max_length=self.data.max_length).input_ids)
 
 
 def _of_logits(logits: torch.Tensor, names: Sequence[str], task: str) -> Prediction:

@@ -208,6 +208,11 @@ class ModelFamily:
         """Every layer of every stack."""
         return [layer for stack in self.stacks for layer in self._layers(model, stack)]
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether feed-forwards are mixtures of experts."""
+        return any(table.experts is not None for stack in self.stacks for table in stack.sublayers)
+
     def block_modules(self, model: nn.Module) -> list[str]:
         return self.layer_paths(model)
 
@@ -294,7 +299,8 @@ class ModelFamily:
         """Hidden dimensions that ``model``, dense or pruned, has."""
         name = str(self.projection) if self._projects(model) else self.embeddings[0]
         first = model.get_submodule(self.prefix(model) + name)
-        return int(first.embedding_dim) if isinstance(first, nn.Embedding) else linear_shape(first)[0]
+        size = getattr(first, "embedding_dim", None) or getattr(first, "out_channels", None)
+        return int(size or linear_shape(first)[0])  # type: ignore[arg-type]
 
     def embedding_modules(self, model: nn.Module) -> tuple[str, ...]:
         prefix = self.prefix(model)

@@ -458,7 +458,8 @@ def config_class(model_type: str) -> type[Any]:
         version = own["apt_format_version"]
         if version is not None and not (type(version) is int and version <= FORMAT_VERSION):
             raise ValueError(
-                f"The checkpoint has format {version}, this version of apt_trainer reads up to {FORMAT_VERSION}."
+                f"The checkpoint has format {version}, this version of apt_trainer reads up to {FORMAT_VERSION}. "
+                "Install a newer one."
             )
         self.describe(own["apt_base_architecture"], own["apt_structure"], own["apt_plan"])
 

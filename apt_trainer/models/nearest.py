@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from apt_trainer.models.base import exists
-from apt_trainer.models.family import ModelFamily, StackTable
+from apt_trainer.models.family import ModelFamily, StackTable, SublayerTable
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,12 @@ def _names(stack: StackTable) -> set[str]:
     return {
         name
         for table in stack.sublayers
-        for name in (*table.reads, table.writes, *table.norms, *table.inner, *table.columns)
+        for name in (*table.reads, *_written_by(table), *table.norms, *table.inner, *table.columns)
     }
+
+
+def _written_by(table: SublayerTable) -> tuple[str, ...]:
+    return (table.writes,) if table.experts is None else (table.experts.module, table.experts.router)
 
 
 def _has_other(name: str, stack: StackTable, found: set[str]) -> bool:

@@ -21,7 +21,7 @@ def overview(families: Mapping[str, ModelFamily]) -> Iterator[dict[str, str]]:
     """One row a model type, by name: ``model_type``, ``kind``, ``loses``, ``keeps``, ``heads`` and ``gguf``."""
     for model_type, family in sorted(families.items()):
         tables = [(stack.spaces, table) for stack in family.stacks for table in stack.sublayers]
-        kinds = dict.fromkeys(table.kind for _, table in tables)
+        kinds = [*dict.fromkeys(table.kind for _, table in tables), *(["experts"] if family.has_experts else [])]
         stays = [f"a head in the {table.stays} {spaces}.{table.name}" for spaces, table in tables if table.stays]
         yield {
             "model_type": model_type,

@@ -210,9 +210,9 @@ def _dimensions(model: nn.Module, spaces: Sequence[Space]) -> dict[tuple[str, in
                 dims[f"{part.module}.{name}", dim] = (space.name, width)
                 continue
             for name, parameter in module.named_parameters(recurse=False):
-                dim = unit_dim(module, parameter, part.side)
-                if dim is not None:
-                    dims[f"{part.module}.{name}", dim] = (space.name, width)
+                side = unit_dim(module, parameter, part.side)
+                if side is not None:
+                    dims[f"{part.module}.{name}", side] = (space.name, width)
     return dims
 
 

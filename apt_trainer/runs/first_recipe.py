@@ -23,6 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 
 from apt_trainer import __version__
 from apt_trainer.errors import UserError
+from apt_trainer.evaluate.given_rows import OF_SENTENCE_TRANSFORMERS
 from apt_trainer.models import family_of
 from apt_trainer.report.tables import format_count
 from apt_trainer.settings import DataSettings, ModelSettings, resolve_path
@@ -43,7 +44,6 @@ _GOOD_STEPS = 1500
 _FEW_STEPS = 40
 _COLUMN, _WIDTH = 32, 119
 """Where comments begin, and how long lines of words may be."""
-_OF_SENTENCE_TRANSFORMERS = "modules.json"
 _LENGTHS = ("max_length", "max_target_length", "doc_stride")
 
 Line = tuple[str, Any, str]
@@ -144,9 +144,9 @@ def _compares_texts(model: ModelSettings) -> bool:
     """Whether the model is one of sentence-transformers."""
     path = source_of(model).path
     if Path(path).is_dir():
-        return (Path(path) / _OF_SENTENCE_TRANSFORMERS).is_file()
+        return (Path(path) / OF_SENTENCE_TRANSFORMERS).is_file()
     try:
-        return file_exists(path, _OF_SENTENCE_TRANSFORMERS, revision=model.model_revision)
+        return file_exists(path, OF_SENTENCE_TRANSFORMERS, revision=model.model_revision)
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError):
         return False
 

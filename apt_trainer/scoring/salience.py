@@ -157,7 +157,7 @@ class Salience(Observing):
         present = {path for path, _ in model.named_modules()}
         places: list[tuple[str, str, GateSide]] = []
         for name, space in self._spaces.items():
-            if space.gate in present:
+            if space.gate is not None and space.gate in present:
                 places.append((name, space.gate, space.gate_side))
             for path in space.places:
                 if path in present and hasattr(model.get_submodule(path), "weight"):

@@ -17,6 +17,7 @@ TASKS = (
     "token_classification",
     "question_answering",
     "language_modeling",
+    "masked_language_modeling",
     "instruction_tuning",
     "summarization",
     "translation",

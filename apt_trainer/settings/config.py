@@ -69,7 +69,7 @@ class PruningArguments(MethodSettings, LoopSettings, _JoinedLater):
         self.check()
         self.check_loop()
         self._check_numbers()
-        if self.early_stopping_patience is not None and self.metric_for_best_model is None:
+        if self.early_stopping_patience is not None and getattr(self, "metric_for_best_model", None) is None:
             self.metric_for_best_model = "loss"
         check_packages({"deepspeed": self.deepspeed})
         before_processes_join(self)

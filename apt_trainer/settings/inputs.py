@@ -59,15 +59,16 @@ class DataSettings:
     task: str = setting(
         "classification",
         "classification, multi_label_classification, regression, token_classification, question_answering; for "
-        "encoders also embedding; for decoders also language_modeling and instruction_tuning; for encoder-decoders "
-        "summarization and translation; for models of images image_classification.",
+        "encoders also embedding and masked_language_modeling; for decoders also language_modeling and "
+        "instruction_tuning; for encoder-decoders summarization and translation; for models of images "
+        "image_classification.",
     )
     dataset_name: str | None = setting(None, "Data set on the hub, for example nyu-mll/glue.")
     dataset_config: str | None = setting(None, "Configuration of the hub data set, for example sst2.")
     train_file: str | None = setting(
         None,
         "Local json, jsonl, csv or parquet file; a folder whose sub-folders are the labels and hold text files, or "
-        "images (image_classification); or a txt file with one running text (language_modeling). "
+        "images (image_classification); or a txt file with one running text (language_modeling, masked or not). "
         "May start with 'package:NAME/' for a path inside an installed Python package.",
     )
     validation_file: str | None = setting(None, "As train_file. Without one, a part of the training data is held out.")
@@ -138,6 +139,9 @@ class DataSettings:
         False, "Put several rows into one of max_length tokens, none of which sees another (instruction_tuning)."
     )
     source_prefix: str = setting("", "Text before every source text, such as 'summarize: ' for T5.")
+    mask_probability: float = setting(
+        0.15, "Share of the tokens that are hidden or changed and to be predicted (masked_language_modeling)."
+    )
     max_target_length: int = setting(128, "Longest summary or translation in tokens; longer ones are cut.")
     max_length: int = setting(128, "Longest input in tokens; longer ones are cut (split with a stride for QA).")
     doc_stride: int = setting(64, "Overlap in tokens between the pieces of a long context (question answering).")

@@ -176,8 +176,9 @@ def _elsewhere(model: PreTrainedModel, stock: bool) -> str:
             f"Where `apt_trainer` is not installed, `{auto}.from_pretrained(PATH, trust_remote_code=True)` loads it "
             "by the code in this folder."
         )
-    formats = "onnx|openvino|gguf" if family_of(model.config).head(model).next_token else "onnx|openvino"
-    if not model.config.is_encoder_decoder:
+    family = family_of(model.config)
+    formats = "onnx|openvino|gguf" if family.head(model).next_token else "onnx|openvino"
+    if not (model.config.is_encoder_decoder or family.has_experts):
         found.append(f"`apt-trainer export PATH --format {formats} --output DIR` writes it for other run times.")
     return "\n".join(found)
 

@@ -23,6 +23,7 @@ from apt_trainer.tasks import (
     images,
     instruction_tuning,
     language_modeling,
+    masked_language_modeling,
     question_answering,
     sequence_to_sequence,
     tokens,
@@ -67,6 +68,7 @@ class TaskKind:
 
 _OF_LABELS = ("class_weights", "drop_unlabeled", "label_separator", "label_columns")
 _OF_TEXT = ("text_column", "text_pair_column", "max_length", "doc_stride")
+_OF_ONE_TASK = ("negative_column", "image_column", "mask_probability")
 _OF_PROMPTS = (
     "prompt_column",
     "input_column",
@@ -137,6 +139,13 @@ TASK_KINDS = {
     "question_answering": TaskKind(("f1", "exact_match"), question_answering.find_columns, question_answering.build),
     "language_modeling": TaskKind(
         _PER_TOKEN, language_modeling.find_columns, language_modeling.build, architectures=(DECODER,)
+    ),
+    "masked_language_modeling": TaskKind(
+        _PER_TOKEN,
+        language_modeling.find_columns,
+        masked_language_modeling.build,
+        architectures=(ENCODER,),
+        settings=("mask_probability",),
     ),
     "instruction_tuning": TaskKind(
         _PER_TOKEN,
@@ -257,7 +266,7 @@ def _check_architecture(task: str, kind: TaskKind, architecture: str) -> None:
 def _check_settings(data: DataSettings, kind: TaskKind) -> None:
     defaults = DataSettings()
     of_text = _OF_TEXT if kind.architectures == (IMAGE,) else ()
-    for name in (*of_text, *_OF_PROMPTS, *_OF_TARGETS, *_OF_LABELS, "negative_column", "image_column"):
+    for name in (*of_text, *_OF_PROMPTS, *_OF_TARGETS, *_OF_LABELS, *_OF_ONE_TASK):
         if name not in kind.settings and getattr(data, name) != getattr(defaults, name):
             raise UserError(f"{name}={getattr(data, name)!r} has no meaning for task: {data.task}. Remove it.")
 

@@ -30,10 +30,14 @@ _LABEL_CHARACTERS = 40
 _ROWS_SHOWN = 5
 _SEPARATORS = ("|", ";", ",")
 
-_LABEL_NAMES = ("label", "labels", "class", "category", "categories", "target", "sentiment", "intent", "topic")
-_LABEL_NAMES += ("tag", "tags", "genre", "verdict", "emotion", "stars", "rating", "score", "similarity", "y")
-_TEXT_NAMES = ("text", "sentence", "content", "review", "comment", "message", "body", "utterance", "document")
-_TEXT_NAMES += ("tweet", "description", "question", "query", "headline", "title")
+_LABEL_NAMES: tuple[str, ...] = (
+    *("label", "labels", "class", "category", "categories", "target", "sentiment", "intent", "topic", "tag", "tags"),
+    *("genre", "verdict", "emotion", "stars", "rating", "score", "similarity", "y"),
+)
+_TEXT_NAMES: tuple[str, ...] = (
+    *("text", "sentence", "content", "review", "comment", "message", "body", "utterance", "document", "tweet"),
+    *("description", "question", "query", "headline", "title"),
+)
 _ID_NAMES = ("id", "idx", "index", "uid", "guid", "row", "unnamed: 0", "")
 _PAIR_NAMES = (
     ("sentence1", "sentence2"),
@@ -317,7 +321,7 @@ def _source_and_target(table: _Table) -> tuple[str, str, str] | None:
         return None
     source, target = texts if fields else sorted(texts, key=table.length, reverse=True)
     alike = table.length(target) > table.length(source) / 2
-    return ("translation", *texts) if alike else ("summarization", source, target)
+    return ("translation", texts[0], texts[1]) if alike else ("summarization", source, target)
 
 
 # ------------------------------------------------------------------------------------------------ which columns
@@ -484,7 +488,8 @@ def _tell_odd_rows(rows: Dataset, found: Guess) -> None:
             f"{_rows(broken)} with characters that were lost (\ufffd): the file was written in another encoding."
         )
     label = given.get("label_column")
-    if given["task"] in ("classification", "multi_label_classification", "regression") and label in rows.features:
+    of_labels = given["task"] in ("classification", "multi_label_classification", "regression")
+    if of_labels and label is not None and label in rows.features:
         _tell_labels(rows, label, found, next(iter(texts.values()), []))
 
 

@@ -60,9 +60,8 @@ def build(
 ) -> TaskData:
     """Blocks of max_length tokens of every part; the last block of a part may be shorter."""
     collator = DecoderCollator(tokenizer, pad_multiple(data))
-    blocks = {part: _blocks(rows, part, columns, data, tokenizer) for part, rows in splits.parts.items()}
     return TaskData(
-        **parts_of(blocks),
+        **parts_of(blocks_of(splits, columns, data, tokenizer)),
         collator=collator,
         model_class="AutoModelForCausalLM",
         metric_name=metric,
@@ -71,6 +70,13 @@ def build(
         preprocess_logits=causal_sums,
         greater_is_better=metric != "perplexity",
     )
+
+
+def blocks_of(
+    splits: Splits, columns: TextColumn, data: DataSettings, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Dataset]:
+    """``input_ids`` of every part, in blocks of max_length tokens."""
+    return {part: _blocks(rows, part, columns, data, tokenizer) for part, rows in splits.parts.items()}
 
 
 def _blocks(

@@ -80,7 +80,7 @@ def read_file(path: str, setting: str, task: str) -> Dataset:
         return read_images(found, setting) if task == "image_classification" else read_folder(found, setting)
     if not found.is_file():
         raise UserError(f"{setting}={path!r} does not exist. Looked for {found.absolute()}.")
-    if found.suffix.lower() == PLAIN_TEXT and task == "language_modeling":
+    if found.suffix.lower() == PLAIN_TEXT and task in ("language_modeling", "masked_language_modeling"):
         return read_text(found, setting)
     if found.suffix.lower() not in FILE_FORMATS:
         raise UserError(
@@ -94,9 +94,10 @@ def read_file(path: str, setting: str, task: str) -> Dataset:
         builder = format_builder(data_files=glob.escape(str(found)), **options)
         builder.download_and_prepare()
     except READ_ERRORS as error:
-        raise UserError(
-            f"{setting}={path!r} cannot be read as {found.suffix}: {_reason(error)} Check the file."
-        ) from error
+        reason = _reason(error)
+        encoded = "codec can't decode" in reason
+        advice = "Save it in UTF-8 (a spreadsheet calls that CSV UTF-8)." if encoded else "Check the file."
+        raise UserError(f"{setting}={path!r} cannot be read as {found.suffix}: {reason} {advice}") from error
     if builder.info.splits["train"].num_examples == 0:
         raise UserError(f"{setting}={path!r} has no rows. Give data with at least one row.")
     rows = builder.as_dataset(split="train")

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from datasets import Dataset
 from transformers import PreTrainedModel
 
 from apt_trainer.errors import UserError
@@ -43,6 +44,12 @@ def prepared(data: DataSettings, model: PreTrainedModel, args: APTConfig, given:
     check_packages(vars(data))
     names = {"train": "train_dataset", "validation": "eval_dataset"}
     rows = {part: given[name] for part, name in names.items() if given.get(name) is not None}
+    for part, of_part in rows.items():
+        if not isinstance(of_part, Dataset):
+            raise UserError(
+                f"{names[part]} is {type(of_part).__name__}. With data it has to be a datasets.Dataset, for example "
+                "Dataset.from_list(rows)."
+            )
     positions = getattr(model.config, "max_position_embeddings", None)
     task = load_task(
         data,

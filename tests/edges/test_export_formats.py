@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 from integration.factories import SHORT, Rows, make_trainer
@@ -26,7 +28,7 @@ from apt_trainer.surgery.cutting import apply_plan
 IDS = torch.arange(4, 16).reshape(2, 6)
 
 
-def cut(family: str, task: str, vanish: tuple[str, ...] = (), **extra: object) -> PreTrainedModel:
+def cut(family: str, task: str, vanish: tuple[str, ...] = (), **extra: Any) -> PreTrainedModel:
     """A tiny model of uneven widths, saved class and all."""
     model = tiny_model(family, task, **extra)
     table, spaces, dense = parts(model)
@@ -118,6 +120,54 @@ def test_what_a_run_cannot_end_with_is_told_before(tmp_path: Path) -> None:
     check_exports(APTConfig(export=["per_layer_config", "decilm", "hf"], **narrow, **values), model, None)
     with pytest.raises(UserError, match="Leave --style out"):
         check_exports(APTConfig(export=["decilm"], shape="uniform", **narrow, **values), model, None)
+
+
+# ---------------------------------------------------------------------------- ONNX of two stacks
+
+BART = {
+    f"{stack}_{name}": size
+    for stack in ("encoder", "decoder")
+    for name, size in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 24))
+}
+
+
+@pytest.mark.parametrize(("family", "quantize"), [("t5", None), ("bart", "int8")])
+def test_an_encoder_and_a_decoder_in_onnx(family: str, quantize: str | None, tmp_path: Path) -> None:
+    """Attentions are gone in the decoder, and a consumer that knows the config alone generates by the files."""
+    extra = {"num_decoder_layers": 2} if family == "t5" else BART | {"d_model": 16, "decoder_start_token_id": 2}
+    gone = ("decoder.1.heads", "decoder.0.cross_heads", "encoder.1.heads")
+    model = cut(family, "ForConditionalGeneration", gone, layers=2, **extra)
+    record = export(model, "onnx", tmp_path / "onnx", quantize=quantize)
+    assert record["loaded_by"] == "onnxruntime" and record["same_prediction"] > 0.8
+    if quantize is None:
+        assert record["equal"] and record["greedy_tokens_equal"]
+        assert record["largest_difference"] < 1e-5 * record["largest_output"]
+    suffix = "" if quantize is None else "_quantized"
+    names = {f"encoder_model{suffix}.onnx", f"decoder_model_merged{suffix}.onnx"}
+    assert {file.name for file in (tmp_path / "onnx" / "onnx").iterdir()} == names
+
+    prompt, config = torch.arange(5, 12)[None], AutoConfig.from_pretrained(tmp_path / "onnx")
+    encode, decode = (onnxruntime.InferenceSession(tmp_path / "onnx" / "onnx" / name) for name in sorted(names)[::-1])
+    mask = np.ones((1, 7), np.int64)
+    [states] = encode.run(None, {"input_ids": prompt.numpy(), "attention_mask": mask})
+    slots = [value.name for value in decode.get_inputs() if value.name.startswith("past_key_values.")]
+    assert len(slots) == 4 * 2, "as many layers as the config says"
+    heads = config.num_attention_heads
+    past = {name: np.zeros((1, heads, 0, config.d_model // heads), np.float32) for name in slots}
+    ids, found = np.array([[config.decoder_start_token_id]]), []
+    for step in range(6):
+        given = {"input_ids": ids, "encoder_attention_mask": mask, "encoder_hidden_states": states, **past}
+        given["use_cache_branch"] = np.array([step > 0])
+        answer = dict(zip([value.name for value in decode.get_outputs()], decode.run(None, given), strict=True))
+        for name in slots:
+            if step == 0 or ".decoder." in name:  # what the encoder's states gave is kept, as optimum does
+                past[name] = answer[name.replace("past_key_values.", "present.")]
+        ids = answer["logits"][:, -1:].argmax(-1)
+        found.append(int(ids[0, 0]))
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "forced_eos_token_id": None}
+    expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, 1:].tolist()
+    assert found == expected or quantize is not None
+    assert not list((tmp_path / "onnx").rglob("*.safetensors"))
 
 
 # ---------------------------------------------------------------------------- OpenVINO

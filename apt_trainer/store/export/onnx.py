@@ -2,8 +2,8 @@
 
 The folder is laid out as transformers.js, optimum, sentence-transformers and FastEmbed read it: ``onnx/model.onnx``
 (one file), ``onnx/model_quantized.onnx`` with 8-bit weights, a stock ``config.json`` and the tokenizer; of a decoder
-also what onnxruntime-genai reads. It holds no other weights, so that no loader takes the config for that of a dense
-model.
+also what onnxruntime-genai reads; of an encoder and a decoder ``encoder_model`` and ``decoder_model_merged`` instead
+(``onnx_two_stacks``). It holds no other weights, so that no loader takes the config for that of a dense model.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from apt_trainer.models import family_of
 from apt_trainer.models.modeling_apt import NoOp
 from apt_trainer.models.slots import set_slot, slot_holders
 from apt_trainer.store.events import write_json
+from apt_trainer.store.export import onnx_two_stacks
 from apt_trainer.store.export.check import batches, compare_logits, has_cache, takes_images
-from apt_trainer.store.export.onnx_session import PAST, PRESENT, OnnxModel
+from apt_trainer.store.export.onnx_session import DECODER, ENCODER, PAST, PRESENT, OnnxModel, runner_of
 from apt_trainer.store.saved_model import dense_shape
 
 OPSET = 18
 GENAI, MODULES = "genai_config.json", "modules.json"
-FOLDER, PLAIN, QUANTIZED = "onnx", "model.onnx", "model_quantized.onnx"
+FOLDER, MODEL, QUANTIZED = "onnx", "model", "_quantized"
 _FREE = torch.export.Dim.DYNAMIC
 IS_RUN = True
 QUANTIZATIONS = ("int8",)
@@ -44,31 +45,42 @@ RUNNER = Path(__file__).with_name("onnx_session.py")
 
 def refuse(model: PreTrainedModel, tokenizer: Any, quantize: str | None, cut: bool = False) -> None:
     """Raise :class:`UserError` for a model that would not compute the same; sizes may differ as they like."""
-    if model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder and not has_cache(model):
         raise UserError(
-            f"{type(model).__name__} has an encoder and a decoder, which are not exported to ONNX. Serve the saved "
-            "folder itself with transformers."
+            f"{type(model).__name__} has an encoder and a decoder but does not generate, and is not exported to ONNX. "
+            "Serve the saved folder itself with transformers."
+        )
+    if family_of(model.config).has_experts:
+        raise UserError(
+            f"{type(model).__name__} is a mixture of experts, whose tokens part ways while it runs, and is not "
+            "exported to ONNX. Serve the saved folder itself with transformers."
         )
     if getattr(model.config, "apt_plan", None) is not None:
         raise UserError("A model with an execution plan is not exported. Drop layers instead: apt-trainer drop.")
 
 
 def file_of(folder: Path, quantize: str | None) -> Path:
-    """The model in an exported ``folder``."""
-    return folder / FOLDER / (PLAIN if quantize is None else QUANTIZED)
+    """The model in an exported ``folder``, of one with two stacks its decoder."""
+    ending = f"{'' if quantize is None else QUANTIZED}.onnx"
+    whole = folder / FOLDER / f"{MODEL}{ending}"
+    return whole if whole.is_file() else whole.with_name(f"{DECODER}{ending}")
 
 
 def write(model: PreTrainedModel, tokenizer: Any, folder: Path, quantize: str | None) -> None:
     """Write ``model`` to ``folder``; with ``quantize`` its 8-bit form instead of the plain one."""
     target = folder / FOLDER
     target.mkdir(parents=True)
-    plain = target / PLAIN
-    trace(model, tokenizer, plain)
-    if quantize is not None:
-        _quantize(plain, target / QUANTIZED)
-        plain.unlink()
+    for part in (ENCODER, DECODER) if model.config.is_encoder_decoder else (MODEL,):
+        plain = target / f"{part}.onnx"
+        trace(model, tokenizer, plain)
+        if quantize is not None:
+            _quantize(plain, target / f"{part}{QUANTIZED}.onnx")
+            plain.unlink()
     write_config(model, folder)
-    if has_cache(model):
+    if model.config.is_encoder_decoder:
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+    elif has_cache(model):
         write_json(folder / GENAI, _genai_config(model, file_of(folder, quantize)))
     _copy_pooling(Path(str(model.config._name_or_path)), folder)
 
@@ -140,7 +152,8 @@ def compare(model: PreTrainedModel, tokenizer: Any, folder: Path, quantize: str 
 
 def load(folder: Path, quantize: str | None, length: int, threads: int) -> OnnxModel:
     """Run what is in ``folder`` by onnxruntime; any ``length`` will do."""
-    return OnnxModel(file_of(folder, quantize), threads)
+    file = file_of(folder, quantize)
+    return runner_of(file)(file, threads)
 
 
 def input_names(model: PreTrainedModel, tokenizer: Any) -> list[str]:
@@ -157,10 +170,14 @@ def input_names(model: PreTrainedModel, tokenizer: Any) -> list[str]:
 
 
 def trace(model: PreTrainedModel, tokenizer: Any, file: Path) -> None:
-    """Write ``model`` as ONNX to ``file``."""
+    """Write ``model`` as ONNX to ``file``; of one with two stacks the one that the file is named after."""
     model = copy.deepcopy(model).float().eval().to("cpu")
     model.set_attn_implementation("eager")
-    if has_cache(model):
+    if file.stem == ENCODER:
+        example, wrapper = _encoder(model.get_encoder(), ["input_ids", "attention_mask"])
+    elif file.stem == DECODER:
+        example, wrapper = onnx_two_stacks.decoder(model)
+    elif has_cache(model):
         example, wrapper = _decoder(model)
     else:
         example, wrapper = _encoder(model, input_names(model, tokenizer))
@@ -183,12 +200,14 @@ def trace(model: PreTrainedModel, tokenizer: Any, file: Path) -> None:
         )
         assert program is not None and len(outputs) == len(wrapper.outputs) + len(past)
         program.save(str(file), external_data=_bytes(model) > 1.9e9)
+    if file.stem == DECODER:
+        onnx_two_stacks.open_to_consumers(file)
 
 
 class _Encoder(nn.Module):
     """[batch, length] inputs in the order of ``names`` → the outputs of the task head."""
 
-    def __init__(self, model: PreTrainedModel, names: Sequence[str], outputs: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, names: Sequence[str], outputs: Sequence[str]) -> None:
         super().__init__()
         self.model, self.names, self.outputs = model, names, outputs
 
@@ -241,7 +260,7 @@ class _Decoder(nn.Module):
         return (found.logits, *(part for layer in cache.layers for part in (layer.keys, layer.values)))
 
 
-def _encoder(model: PreTrainedModel, names: Sequence[str]) -> tuple[dict[str, Tensor], _Encoder]:
+def _encoder(model: Any, names: Sequence[str]) -> tuple[dict[str, Tensor], _Encoder]:
     if takes_images(model):
         values = batches(model)[-1]
     else:

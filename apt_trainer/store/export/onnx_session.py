@@ -19,6 +19,9 @@ from typing import Any
 import numpy as np
 
 PAST, PRESENT = "past_key_values.", "present."
+STATES = f"{PRESENT}encoder_hidden_states"
+ENCODER, DECODER = "encoder_model", "decoder_model_merged"
+"""How the files of a model with two stacks begin."""
 
 
 class OnnxModel:
@@ -101,6 +104,41 @@ def _type(name: str) -> type[np.generic]:
     return np.float32 if name == "pixel_values" else np.int64
 
 
+class TwoStackModel(OnnxModel):
+    """As :class:`OnnxModel`, of a decoder beside whose file that of its encoder lies.
+
+    ``start``: the token that a text begins with.
+    """
+
+    def __init__(self, file: str | Path, threads: int = 0, start: int = 0) -> None:
+        super().__init__(file, threads)
+        path = Path(file)
+        self.start, self.encoder = start, OnnxModel(path.with_name(path.name.replace(DECODER, ENCODER)), threads)
+
+    def __call__(self, batch: Mapping[str, Any], past: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
+        """As above, with ``decoder_input_ids`` [batch, new] too; ``past`` also holds what the encoder made."""
+        if past is None:
+            empty = np.zeros((len(batch["input_ids"]), 1, 0, 1), np.float32)
+            past = {name.replace(PAST, PRESENT): empty for name in self.inputs if name.startswith(PAST)}
+            past[STATES] = self.encoder(batch)["last_hidden_state"]
+        given = {name: past[name.replace(PAST, PRESENT)] for name in self.inputs if name.startswith(PAST)}
+        given |= {
+            "input_ids": np.asarray(batch["decoder_input_ids"], np.int64),
+            "encoder_attention_mask": np.asarray(batch["attention_mask"], np.int64),
+            "encoder_hidden_states": past[STATES],
+            "use_cache_branch": np.ones(1, bool),
+        }
+        return dict(zip(self.outputs, self._run(given), strict=True)) | {STATES: past[STATES]}
+
+    def _tokens(self, prompt: np.ndarray) -> Iterator[np.ndarray]:
+        batch = {"input_ids": prompt, "attention_mask": np.ones_like(prompt)}
+        ids, past = np.full((len(prompt), 1), self.start), None
+        while True:
+            past = self({**batch, "decoder_input_ids": ids}, past)
+            ids = past["logits"][:, -1:].argmax(-1)
+            yield ids[:, 0]
+
+
 class OpenVinoModel(OnnxModel):
     """As :class:`OnnxModel`, of an ``.xml`` file whose weights lie beside it.
 
@@ -126,12 +164,23 @@ class OpenVinoModel(OnnxModel):
         return list(self.compiled(given).values())
 
 
+def runner_of(file: str | Path) -> type[OnnxModel]:
+    """What runs ``file``."""
+    path = Path(file)
+    if path.suffix == ".xml":
+        return OpenVinoModel
+    return TwoStackModel if path.name.startswith(DECODER) else OnnxModel
+
+
 def main(model: str, request: str, answer: str) -> None:
     """Answer each batch of ``request`` (tensors named ``NUMBER.INPUT``) by ``NUMBER.OUTPUT``; ``prompt`` and
-    ``new_tokens`` by ``generated``."""
+    ``new_tokens``, with two stacks also ``start``, by ``generated``."""
     from safetensors.numpy import load_file, save_file
 
-    asked, run = load_file(request), (OpenVinoModel if model.endswith(".xml") else OnnxModel)(model)
+    asked = load_file(request)
+    run = runner_of(model)(model)
+    if isinstance(run, TwoStackModel):
+        run.start = int(asked["start"][0, 0])
     batches: dict[str, dict[str, np.ndarray]] = {}
     for name, value in asked.items():
         number, dot, rest = name.partition(".")

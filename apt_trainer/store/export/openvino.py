@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from apt_trainer.errors import UserError
 from apt_trainer.store.export import onnx
 from apt_trainer.store.export.check import compare_logits
 from apt_trainer.store.export.onnx_session import OpenVinoModel
@@ -19,7 +20,16 @@ from apt_trainer.store.export.onnx_session import OpenVinoModel
 IS_RUN = True
 QUANTIZATIONS = ("int8",)
 FILE = "openvino_model.xml"
-refuse = onnx.refuse
+
+
+def refuse(model: PreTrainedModel, tokenizer: Any, quantize: str | None, cut: bool = False) -> None:
+    """Raise :class:`UserError` for what ONNX cannot hold, and for two stacks."""
+    onnx.refuse(model, tokenizer, quantize, cut)
+    if model.config.is_encoder_decoder:
+        raise UserError(
+            f"{type(model).__name__} has an encoder and a decoder, which are not exported to OpenVINO. Use --format "
+            "onnx."
+        )
 
 
 def file_of(folder: Path, quantize: str | None) -> Path:

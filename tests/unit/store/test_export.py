@@ -178,7 +178,8 @@ def test_transformers_js_classifies(tokenizer: PreTrainedTokenizerFast, tmp_path
         ("bert", "ForSequenceClassification", "gguf", "no layer in llama.cpp"),
         ("mistral", "ForCausalLM", "gguf", "attends to a window"),
         ("qwen3", "ForCausalLM", "gguf", "a head of its own"),
-        ("t5", "ForConditionalGeneration", "onnx", "an encoder and a decoder"),
+        ("t5", "ForConditionalGeneration", "openvino", "Use --format onnx"),
+        ("t5", "ForSequenceClassification", "onnx", "does not generate"),
     ],
 )
 def test_what_a_format_cannot_hold_is_refused(family: str, task: str, form: str, said: str, tmp_path: Path) -> None:
