@@ -37,6 +37,7 @@ OF_LABELS = {
     MULTI_LABEL: "multi_label_classification",
     REGRESSION: "regression",
 }
+IMAGES = "image_classification"
 OF_SENTENCE_TRANSFORMERS = "modules.json"
 _OF_FORM = {"messages_column", "prompt_column", "completion_column", "template", "use_chat_template"}
 _LONGEST = 100_000  # what tokenizers without a limit say is more
@@ -53,7 +54,7 @@ class GivenRows:
         if pairs is not None and len(pairs) != len(texts):
             raise UserError(f"{len(texts)} texts and {len(pairs)} second texts were given. Give as many of each.")
         data = self.data
-        if data.task == "image_classification":
+        if data.task == IMAGES:
             raise UserError(
                 "The model takes images. Give --file: an image, a folder of images, or a file with a column."
             )
@@ -71,9 +72,9 @@ class GivenRows:
         return Dataset.from_dict(rows)
 
     def read(self, path: str) -> Dataset:
-        """Rows of a file; of a txt file one a line."""
+        """Rows of a file; of a txt file one a line, of an image file or a folder of such the ``image`` files."""
         place = Path(resolve_path(path)).expanduser()
-        if self.data.task == "image_classification" and (place.is_dir() or is_image_file(place)):
+        if self.data.task == IMAGES and (place.is_dir() or is_image_file(place)):
             files = [place] if place.is_file() else [file for file in sorted(place.rglob("*")) if is_image_file(file)]
             if not files:
                 raise UserError(f"file={path!r} is a folder without image files.")
@@ -156,7 +157,13 @@ def data_settings(model: ModelSettings, config: Any, tokenizer: Any, given: Mapp
         longest = (getattr(tokenizer, "model_max_length", _LONGEST), max_positions(config) or _LONGEST, _LONGEST)
         values = {"task": _task_of(config, str(model.model_name_or_path)), "max_length": min(longest)}
         values["use_chat_template"] = bool(getattr(tokenizer, "chat_template", None))
-    return DataSettings(**{**values, **given})
+    data = DataSettings(**{**values, **given})
+    if data.task == "masked_language_modeling":
+        raise UserError(
+            f"{model.model_name_or_path} predicts masked tokens, which tells nothing of a text. Fine-tune it for a "
+            "task."
+        )
+    return data
 
 
 def _task_of(config: Any, path: str) -> str:

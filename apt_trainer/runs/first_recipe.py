@@ -32,8 +32,7 @@ from apt_trainer.settings.shipped import SCHEMAS
 from apt_trainer.store.pretrained import (
     build_model,
     load_config,
-    load_image_processor,
-    load_tokenizer,
+    load_processor,
     max_positions,
     source_of,
 )
@@ -109,7 +108,7 @@ def first_recipe(model: ModelSettings, given: Mapping[str, Any], name: str | Non
     family_of(config)
     architecture = architecture_of(config)
     images = architecture == IMAGE
-    tokenizer = (load_image_processor if images else load_tokenizer)(model)
+    tokenizer = load_processor(model, config)
     of_data = {key: value for key, value in given.items() if key in {f.name for f in fields(DataSettings)}}
     check_choices(DataSettings(**of_data))
     by_form = {"task": "image_classification"} if images else _task_of_form(of_data, architecture)

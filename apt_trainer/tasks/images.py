@@ -35,6 +35,8 @@ from apt_trainer.tasks.classification import classification_metrics, is_label, n
 from apt_trainer.tasks.labels import KnownLabels, class_weights
 
 PIXELS = "pixel_values"
+_NO_IMAGE = (UnidentifiedImageError, OSError, ValueError)
+"""What Pillow raises for a file that holds none, or a damaged one."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,20 @@ class ImageCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = pixels_of([row[PIXELS] for row in rows], self.processor)
         return batch | {"labels": torch.tensor([row["labels"] for row in rows])}
+
+
+def open_image(cell: Mapping[str, Any], row: int) -> Pillow.Image:
+    """The image of a cell, which holds ``bytes`` or a ``path``; raises :class:`UserError` where that is none."""
+    try:
+        with _opened(cell) as image:
+            image.load()
+            return image
+    except _NO_IMAGE as error:
+        raise UserError(f"{_name(cell, row)} cannot be read as an image. Leave it out, or save it anew.") from error
+
+
+def _opened(cell: Mapping[str, Any]) -> Pillow.Image:
+    return Pillow.open(cell["path"] if cell["bytes"] is None else BytesIO(cell["bytes"]))
 
 
 def pixels_of(images: Sequence[Pillow.Image], processor: BaseImageProcessor) -> dict[str, torch.Tensor]:
@@ -129,9 +145,9 @@ def _looks(rows: Dataset, column: str, part: str) -> Iterator[tuple[Any, ...]]:
     for row, cell in enumerate(rows[column]):
         name = _name(cell, row)
         try:
-            with Pillow.open(cell["path"] if cell["bytes"] is None else BytesIO(cell["bytes"])) as image:
+            with _opened(cell) as image:
                 yield image.format, image.size, image.mode
-        except (UnidentifiedImageError, OSError, ValueError) as error:
+        except _NO_IMAGE as error:
             raise UserError(
                 f"image_column={column!r} of the {PART_NAMES[part]} data: {name} cannot be read as an image. Remove "
                 "it, or save it anew."

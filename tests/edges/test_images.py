@@ -27,6 +27,7 @@ from transformers import (
 
 from apt_trainer import AdaptivePruner, APTConfig, UserError, cli, load_pruned
 from apt_trainer.evaluate import compare
+from apt_trainer.evaluate.predictions import PredictOptions, Predictor
 from apt_trainer.evaluate.saved import LanguageRequest, evaluate_language
 from apt_trainer.measure import count_flops
 from apt_trainer.measure.latency import example_inputs
@@ -110,6 +111,13 @@ def test_a_folder_of_images_is_learned_pruned_measured_and_read_again(
     assert metrics["task_metric"] == accuracy(model, processor, files) >= 0.8
     assert metrics["task_metric_low"] <= metrics["task_metric"] <= metrics["task_metric_high"]
     assert run.evaluate(str(folder))["test_accuracy"] == metrics["task_metric"]
+    predictor = Predictor(ModelSettings(str(folder)), {}, PredictOptions(batch_size=5, device="cpu"))
+    said = list(predictor.predict(predictor.given.read(test)))
+    right = [Path(one["image"]).parent.name == one["label"] for one in said]
+    assert [one["image"] for one in said] == [str(file) for file in files] and sum(right) / 18 == metrics[
+        "task_metric"
+    ]
+    assert len(list(predictor.predict(predictor.given.read(str(files[0]))))) == 1
     monkeypatch.setattr(compare, "MAX_SECONDS", 0.0)
     speed = compare.measure_speed(model, [2], 4, 1)
     assert speed["flops"] == count_flops(model, {"pixel_values": torch.zeros(1, 3, SIDE, SIDE)})
@@ -208,6 +216,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_text_and_images_are_not_taken_for_each_other(place: Path) -> None:
     with pytest.raises(UserError, match="reads text, and vit takes images"):
         evaluate_language(ModelSettings(str(place / "model")), LanguageRequest(tasks=["piqa"]))
+    given = Predictor(ModelSettings(str(place / "model")), {}, PredictOptions()).given
+    for read in (lambda: given.rows_of_texts(["a"], None), lambda: given.read(str(place / "empty"))):
+        with pytest.raises(UserError, match="image"):
+            read()
     with pytest.raises(UserError, match="takes images"):
         prepare(ModelSettings(str(place / "model")), None)
     bert = invariants.model_of("bert")

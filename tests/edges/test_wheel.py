@@ -173,7 +173,7 @@ def test_it_holds_what_is_read_at_run_time(wheel: Path) -> None:
 def test_every_import_is_declared() -> None:
     """As a dependency, or as an extra where it is imported when used."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    distributions = {"sklearn": "scikit-learn", "yaml": "pyyaml", "rouge_score": "rouge-score"}
+    distributions = {"sklearn": "scikit-learn", "yaml": "pyyaml", "rouge_score": "rouge-score", "PIL": "pillow"}
     distributions["sentence_transformers"] = "sentence-transformers"
     required = {Requirement(line).name for line in project["dependencies"]}
     optional = {Requirement(line).name for lines in project["optional-dependencies"].values() for line in lines}
