@@ -118,7 +118,7 @@ def read_protocol(args: argparse.Namespace, changes: Sequence[str]) -> tuple[Stu
 
 
 def prepare(name: str, run: Run, base: str, changes: Sequence[str]) -> bool:
-    """Cut the dense model of ``base`` into the one that ``run`` starts from; False, and a sentence, where it cannot."""
+    """Cut the dense model of ``base`` into the one that ``run`` starts from; False and a sentence where it cannot."""
     score, package, settings = PREPARED[name]
     folder = Path(run.given["model_name_or_path"])
     try:
