@@ -80,7 +80,7 @@ def main(words: Sequence[str] | None = None) -> int:
     changes += [] if args.steps is None else ["--max_steps", str(args.steps)]
     try:
         study, base = read_protocol(args, changes)
-        variants = {run.variant: run for run in reversed(study.runs)}
+        variants = {run.variant: run for run in study.runs}
         for name in args.contenders or ():
             if name not in variants:
                 raise unknown_choice("contender", name, variants)
@@ -118,14 +118,17 @@ def read_protocol(args: argparse.Namespace, changes: Sequence[str]) -> tuple[Stu
 
 
 def prepare(name: str, run: Run, base: str, changes: Sequence[str]) -> bool:
-    """Cut the dense model of ``base`` into the one that ``run`` starts from; False where a package is missing."""
+    """Cut the dense model of ``base`` into the one that ``run`` starts from; False and a sentence where it cannot."""
     score, package, settings = PREPARED[name]
-    if package is not None and importlib.util.find_spec(package) is None:
-        print(f"{name} is left out: it needs pip install {package.replace('_', '-')}.", file=sys.stderr)
-        return False
     folder = Path(run.given["model_name_or_path"])
-    if not (folder / PLAN_FILE).is_file():
-        cut(load_recipe(base, [*changes, *settings, f"--output_dir={folder}"]), score, folder)
+    try:
+        if package is not None and importlib.util.find_spec(package) is None:
+            raise UserError(f"it needs pip install {package.replace('_', '-')}.")
+        if not (folder / PLAN_FILE).is_file():
+            cut(load_recipe(base, [*changes, *settings, f"--output_dir={folder}"]), score, folder)
+    except UserError as error:
+        print(f"{name} is left out: {error}", file=sys.stderr)
+        return False
     return True
 
 
@@ -135,7 +138,7 @@ def cut(recipe: Recipe, score: Callable[..., Scores], folder: Path) -> None:
     torch.manual_seed(args.seed)
     tokenizer, _, data = load_inputs(recipe.model, recipe)
     if data.embedding_loss is not None:
-        raise UserError(f"{folder.name} scores a loss of the model, which an embedding has not. Leave it out.")
+        raise UserError("it scores by a loss of the model, and an embedding has none.")
     model = load_model(recipe.model, data).eval()
     start, family = starting_point(model), family_of(model.config)
     rows = data.train.select(range(min(args.calibration_samples, len(data.train))))
@@ -252,10 +255,11 @@ def _derived(record: Record, base: Mapping[str, Any] | None, times: Mapping[str,
     }
     if tasks is not None:
         metrics["tasks_share"] = tasks / _tasks(base)
-    mark = base["evaluations"][-1][2] * (SHARE if greater else 1 / SHARE)
-    reached = first_reaching(given["evaluations"], mark, greater)
-    if reached is not None:
-        metrics["mark_seconds"] = given["train_cpu_seconds"] * reached[1] / given["evaluations"][-1][1]
+    if base.get("evaluations") and given.get("evaluations"):
+        mark = base["evaluations"][-1][2] * (SHARE if greater else 1 / SHARE)
+        reached = first_reaching(given["evaluations"], mark, greater)
+        if reached is not None:
+            metrics["mark_seconds"] = given["train_cpu_seconds"] * reached[1] / given["evaluations"][-1][1]
     return record | {"metrics": metrics}
 
 

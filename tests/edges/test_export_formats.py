@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from apt_trainer import APTConfig, UserError, load_pruned
 from apt_trainer.cli import main
 from apt_trainer.runs.exports import check_exports
 from apt_trainer.store.export import export
+from apt_trainer.store.export.check import greedy
 from apt_trainer.store.saved_model import as_pruned
 from apt_trainer.surgery.cutting import apply_plan
 
@@ -153,7 +155,7 @@ def test_an_encoder_and_a_decoder_in_onnx(family: str, quantize: str | None, tmp
     slots = [value.name for value in decode.get_inputs() if value.name.startswith("past_key_values.")]
     assert len(slots) == 4 * 2, "as many layers as the config says"
     heads = config.num_attention_heads
-    past = {name: np.zeros((1, heads, 0, config.d_model // heads), np.float32) for name in slots}
+    past = {name: np.zeros((0, heads, 0, config.d_model // heads), np.float32) for name in slots}  # as transformers.js
     ids, found = np.array([[config.decoder_start_token_id]]), []
     for step in range(6):
         given = {"input_ids": ids, "encoder_attention_mask": mask, "encoder_hidden_states": states, **past}
@@ -165,9 +167,34 @@ def test_an_encoder_and_a_decoder_in_onnx(family: str, quantize: str | None, tmp
         ids = answer["logits"][:, -1:].argmax(-1)
         found.append(int(ids[0, 0]))
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "forced_eos_token_id": None}
-    expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, 1:].tolist()
-    assert found == expected or quantize is not None
+    expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    with torch.no_grad():
+        logits = model(input_ids=prompt, decoder_input_ids=expected[:, :-1]).logits[0, -1]
+    if quantize is None:
+        assert found == expected[0, 1:].tolist() and gap(torch.from_numpy(answer["logits"])[0, -1], logits) < 1e-5
     assert not list((tmp_path / "onnx").rglob("*.safetensors"))
+
+
+@pytest.mark.node
+def test_transformers_js_generates_by_two_stacks(tmp_path: Path) -> None:
+    """``NODE_PATH`` names the folder in which transformers.js is installed."""
+    model = cut("t5", "ForConditionalGeneration", ("decoder.1.heads", "decoder.0.cross_heads"))
+    export(model, "onnx", tmp_path / "small")
+    script = """
+        const { AutoModelForSeq2SeqLM, Tensor, env } = require("@huggingface/transformers");
+        [env.allowRemoteModels, env.localModelPath] = [false, process.argv[1]];
+        const made = values => new Tensor("int64", BigInt64Array.from(values.map(BigInt)), [1, values.length]);
+        const prompt = JSON.parse(process.argv[2]);
+        const given = { input_ids: made(prompt), attention_mask: made(prompt.map(() => 1)), do_sample: false };
+        AutoModelForSeq2SeqLM.from_pretrained("small", { dtype: "fp32", device: "cpu" })
+            .then(model => model.generate({ ...given, max_new_tokens: 8, min_new_tokens: 8, eos_token_id: null }))
+            .then(found => console.log(JSON.stringify(Array.from(found.data).map(Number))));
+    """
+    prompt = [5, 9, 4, 12, 7, 31]
+    words = ["node", "-e", script, f"{tmp_path}/", json.dumps(prompt)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])[1:] == greedy(model, torch.tensor([prompt]), 8)
 
 
 # ---------------------------------------------------------------------------- OpenVINO

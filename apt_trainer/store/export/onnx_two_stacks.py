@@ -90,14 +90,20 @@ def decoder(model: PreTrainedModel) -> tuple[dict[str, Tensor], TwoStackDecoder]
 
 
 def open_to_consumers(file: Path) -> None:
-    """Add ``use_cache_branch`` to the decoder in ``file``, and let an empty cache have any number of heads: consumers
-    make it by the config, which knows of one number only. onnxruntime leaves what is empty out where it joins."""
+    """Add ``use_cache_branch`` to the decoder in ``file``, and let an empty cache have any size: consumers make it by
+    the config, which knows of one number of heads only, and transformers.js for no rows. onnxruntime leaves what is
+    empty out where it joins; so the number of rows is that of the tokens."""
     import onnx
 
     model = onnx.load(str(file), load_external_data=False)
+    for node in model.graph.node:
+        if node.op_type == "Shape" and node.input[0].startswith(PAST):
+            sides = {attribute.name: attribute.i for attribute in node.attribute}
+            if (sides.get("start", 0), sides.get("end")) == (0, 1):
+                node.input[0] = "input_ids"
     for value in model.graph.input:
         if value.name.startswith(PAST):
-            for place, name in ((1, "heads"), (3, "size")):
+            for place, name in ((0, "rows"), (1, "heads"), (3, "size")):
                 value.type.tensor_type.shape.dim[place].dim_param = f"{name} of {value.name}"
     model.graph.input.append(onnx.helper.make_tensor_value_info("use_cache_branch", onnx.TensorProto.BOOL, [1]))
     onnx.save(model, str(file))
