@@ -1,11 +1,11 @@
 """Loads exported ONNX folders by programs that are not in the test suite: what they compute is compared.
 
-    python scripts/check_onnx_consumers.py --venv out/venv-onnx [--only genai fastembed sentence_transformers]
+    python scripts/check_onnx_consumers.py --venv out/venv-onnx [--only genai fastembed sentence_transformers optimum]
 
 Makes the environment at ``--venv`` if it is not there. FastEmbed and sentence-transformers (``backend="onnx"``,
 through optimum, which wants a transformers below 4.58) embed a text with an uneven encoder; onnxruntime-genai
-generates with an uneven decoder. Exits with 1 where something differs. transformers.js is in the
-suite (marker ``node``).
+generates with an uneven decoder, optimum with an uneven encoder and decoder. Exits with 1 where something differs.
+transformers.js is in the suite (marker ``node``).
 """
 
 from __future__ import annotations
@@ -59,6 +59,15 @@ from sentence_transformers import SentenceTransformer
 model = SentenceTransformer(sys.argv[1], backend="onnx", model_kwargs={"file_name": "model.onnx"})
 print("FOUND", json.dumps([float(x) for x in model.encode([sys.argv[2]])[0]]))
 """,
+    "optimum": """
+import json, sys, torch
+from optimum.onnxruntime import ORTModelForSeq2SeqLM
+model = ORTModelForSeq2SeqLM.from_pretrained(sys.argv[1], subfolder="onnx")
+prompt, new = torch.tensor([json.loads(sys.argv[2])]), int(sys.argv[3])
+given = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "eos_token_id": None}
+found = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **given)
+print("FOUND", json.dumps(found[0, 1:].tolist()))
+""",
 }
 
 
@@ -75,8 +84,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place:
         for name in args.only:
             folder = Path(place) / name
-            if name == "genai":
-                model = decoder()
+            if name in ("genai", "optimum"):
+                model = decoder() if name == "genai" else two_stacks()
                 expected: list[float] = greedy(model, torch.tensor([PROMPT]), NEW_TOKENS)
                 asked = [json.dumps(PROMPT), str(NEW_TOKENS)]
             else:
@@ -115,9 +124,9 @@ def describe_pooling(folder: Path, width: int) -> None:
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
 
 
-def cut(model: PreTrainedModel) -> PreTrainedModel:
+def cut(model: PreTrainedModel, gone: str = "layers.1.heads") -> PreTrainedModel:
     family, spaces, dense = parts(model)
-    plan = random_plan(spaces, dense, 5, kinds=("heads", "neurons"), vanish=("layers.1.heads",))
+    plan = random_plan(spaces, dense, 5, kinds=("heads", "neurons"), vanish=(gone,))
     apply_plan(model, family, spaces, dense, plan)
     as_pruned(model, family, plan)
     return model.eval()
@@ -126,6 +135,10 @@ def cut(model: PreTrainedModel) -> PreTrainedModel:
 def embedder() -> PreTrainedModel:
     torch.manual_seed(0)
     return cut(AutoModel.from_config(tiny_config("bert", vocab_size=300, max_position_embeddings=64)))
+
+
+def two_stacks() -> PreTrainedModel:
+    return cut(tiny_model("t5", "ForConditionalGeneration", vocab_size=300), "decoder.0.cross_heads")
 
 
 def decoder() -> PreTrainedModel:

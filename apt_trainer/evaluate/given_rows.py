@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Image
 
 from apt_trainer.errors import UserError
 from apt_trainer.models.labels import (
@@ -28,7 +28,8 @@ from apt_trainer.settings import DataSettings, ModelSettings, resolve_path
 from apt_trainer.store.events import RECIPE_FILE
 from apt_trainer.store.pretrained import max_positions, source_of
 from apt_trainer.tasks.base import Columns, is_list_of_text, is_text
-from apt_trainer.tasks.loading import PLAIN_TEXT, image_files, read_file
+from apt_trainer.tasks.images import is_image
+from apt_trainer.tasks.loading import PLAIN_TEXT, is_image_file, read_file
 from apt_trainer.tasks.prompts import MESSAGES, PromptColumns, columns_of_prompts
 
 OF_LABELS = {
@@ -50,11 +51,13 @@ class GivenRows:
 
     def rows_of_texts(self, texts: Sequence[str], pairs: Sequence[str] | None) -> Dataset:
         """Rows as this model reads them, of texts and where it takes two, their ``pairs``."""
-        if self.data.task == IMAGES:
-            raise UserError("The model takes images. Give --file an image file, or a folder of them.")
         if pairs is not None and len(pairs) != len(texts):
             raise UserError(f"{len(texts)} texts and {len(pairs)} second texts were given. Give as many of each.")
         data = self.data
+        if data.task == IMAGES:
+            raise UserError(
+                "The model takes images. Give --file: an image, a folder of images, or a file with a column."
+            )
         if data.task == "instruction_tuning":
             columns = self.prompt_columns(())
             if columns.messages is not None:
@@ -71,8 +74,11 @@ class GivenRows:
     def read(self, path: str) -> Dataset:
         """Rows of a file; of a txt file one a line, of an image file or a folder of such the ``image`` files."""
         place = Path(resolve_path(path)).expanduser()
-        if self.data.task == IMAGES:
-            return Dataset.from_dict({"image": [str(file) for file in image_files(place, "file")]})
+        if self.data.task == IMAGES and (place.is_dir() or is_image_file(place)):
+            files = [place] if place.is_file() else [file for file in sorted(place.rglob("*")) if is_image_file(file)]
+            if not files:
+                raise UserError(f"file={path!r} is a folder without image files.")
+            return Dataset.from_dict({"image": [str(file) for file in files]}).cast_column("image", Image())
         if place.suffix.lower() == PLAIN_TEXT and place.is_file():
             lines = place.read_text(encoding="utf-8").splitlines()
             if not lines:
@@ -99,8 +105,6 @@ class GivenRows:
     def columns(self, rows: Dataset) -> tuple[list[str], list[str]]:
         """Names of the columns that are read, and of those that may be absent."""
         present, task = rows.column_names, self.data.task
-        if task == IMAGES:
-            return ["image"], []
         if task == "instruction_tuning":
             columns = self.prompt_columns(present)
             names = [name for name in columns.names if name != columns.completion or columns.messages]
@@ -114,6 +118,18 @@ class GivenRows:
         if task == "question_answering" or (self.data.text_pair_column is not None and task != "embedding"):
             return [text, pair], []
         return [text], [pair]
+
+    def image_column(self, rows: Dataset) -> str:
+        """Name of the column with images."""
+        if self.data.image_column is not None and self.data.image_column in rows.column_names:
+            return self.data.image_column
+        found = [name for name, kind in rows.features.items() if is_image(kind)]
+        if len(found) != 1:
+            raise UserError(
+                f"{len(found)} columns of the data to predict hold images ({', '.join(rows.column_names)}). Set "
+                "image_column."
+            )
+        return found[0]
 
     def text_columns(self, rows: Dataset) -> Columns:
         columns, optional = self.columns(rows)
@@ -133,10 +149,8 @@ def data_settings(model: ModelSettings, config: Any, tokenizer: Any, given: Mapp
         unnamed = values["task"] == "instruction_tuning" and not _OF_FORM & set(values)
         if unnamed and getattr(tokenizer, "chat_template", None):
             values["messages_column"] = MESSAGES[0]  # those that are taken where no column is named
-    elif has_head(config, IMAGE_HEAD):
-        values = {"task": IMAGES}
     else:
-        longest = (tokenizer.model_max_length, max_positions(config) or _LONGEST, _LONGEST)
+        longest = (getattr(tokenizer, "model_max_length", _LONGEST), max_positions(config) or _LONGEST, _LONGEST)
         values = {"task": _task_of(config, str(model.model_name_or_path)), "max_length": min(longest)}
         values["use_chat_template"] = bool(getattr(tokenizer, "chat_template", None))
     data = DataSettings(**{**values, **given})
@@ -152,6 +166,8 @@ def _task_of(config: Any, path: str) -> str:
     """The task that a model was trained for, as far as its head tells."""
     if has_head(config, SEQUENCE_HEAD):
         return OF_LABELS[problem_type(config)]
+    if has_head(config, IMAGE_HEAD):
+        return "image_classification"
     if has_head(config, TOKEN_HEAD):
         return "token_classification"
     if has_head(config, "ForQuestionAnswering"):

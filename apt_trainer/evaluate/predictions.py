@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Image
 
 from apt_trainer.evaluate.generation import Generator
 from apt_trainer.evaluate.given_rows import IMAGES, OF_LABELS, OF_SENTENCE_TRANSFORMERS, GivenRows, data_settings
@@ -25,10 +25,16 @@ from apt_trainer.models.labels import names_of
 from apt_trainer.models.pooling import mean_pooling
 from apt_trainer.settings import ModelSettings
 from apt_trainer.settings.packages import SENTENCE_TRANSFORMERS, check_packages, require
-from apt_trainer.store.pretrained import choose_device, load_processor, load_saved, read_config, source_of
+from apt_trainer.store.pretrained import (
+    choose_device,
+    load_processor,
+    load_saved,
+    read_config,
+    source_of,
+)
 from apt_trainer.tasks.base import check_name, right_padding
 from apt_trainer.tasks.classification import encode_texts
-from apt_trainer.tasks.images import open_image, pixels_of
+from apt_trainer.tasks.images import PIXELS, open_image, pixels_of
 from apt_trainer.tasks.instruction_tuning import prompt_encoder
 from apt_trainer.tasks.nested import with_fields
 from apt_trainer.tasks.question_answering import SPAN_COLUMNS, best_answers, features_of
@@ -74,6 +80,9 @@ class Predictor:
 
         A row without text has an ``error`` in place of what was found.
         """
+        if self.data.task == IMAGES:
+            yield from self._images(rows)
+            return
         columns, optional = self.given.columns(rows)
         named = [*columns, *(name for name in optional if name in rows.column_names)]
         rows = with_fields(rows, named)
@@ -93,8 +102,6 @@ class Predictor:
         task = self.data.task
         if task in OF_LABELS.values():
             return self._classes(rows)
-        if task == IMAGES:
-            return self._labels_of_images(rows)
         if task == "token_classification":
             return self._tags(rows)
         if task == "question_answering":
@@ -126,13 +133,17 @@ class Predictor:
             logits = self._outputs(model, encoded).logits.float().cpu()
             yield from (_of_logits(row, names, self.data.task) for row in logits)
 
-    def _labels_of_images(self, rows: Dataset) -> Iterator[Prediction]:
-        model, names = self._loaded(), names_of(self.config)
-        for batch in self._batches(rows):
-            pixels = pixels_of([open_image(path) for path in batch["image"]], self.tokenizer)
+    def _images(self, rows: Dataset) -> Iterator[Prediction]:
+        model, names, column = self._loaded(), names_of(self.config), self.given.image_column(rows)
+        cells = rows.cast_column(column, Image(decode=False))[column][:]
+        size = self.options.batch_size
+        for start in range(0, len(cells), size):
+            images = [open_image(cell, start + i) for i, cell in enumerate(cells[start : start + size])]
             with torch.inference_mode():
-                logits = model(**{name: value.to(self.device) for name, value in pixels.items()}).logits.float().cpu()
-            yield from (_of_logits(row, names, "classification") for row in logits)
+                pixels = pixels_of(images, self.tokenizer)[PIXELS].to(self.device, model.dtype)
+                logits = model(**{PIXELS: pixels}).logits.float().cpu()
+            for row, of_image in enumerate(logits, start):
+                yield {"row": row, column: cells[row]["path"], **_of_logits(of_image, names, self.data.task)}
 
     def _tags(self, rows: Dataset) -> Iterator[Prediction]:
         model, names, column = self._loaded(), names_of(self.config), self.given.text_columns(rows).text

@@ -79,6 +79,7 @@ _DENSE: dict[str, Any] = {
     "export": [],
     "vocabulary": None,
     "base_quantization": None,
+    "keep_adapters": False,
     "reference_metric": None,
     "dense_baseline": False,
     "report_to": "none",

@@ -132,8 +132,8 @@ def read_folder(folder: Path, setting: str) -> Dataset:
 
 def read_images(folder: Path, setting: str) -> Dataset:
     """Columns ``image`` and ``label`` from the image files in ``folder/LABEL``, sorted by label, then by file name."""
-    labels = [label for label in sorted(folder.iterdir()) if label.is_dir()]
-    files = [file for label in labels for file in sorted(label.iterdir()) if _is_image(file)]
+    files = [file for label in sorted(folder.iterdir()) if label.is_dir() for file in sorted(label.iterdir())]
+    files = [file for file in files if is_image_file(file)]
     if not files:
         raise UserError(
             f"{setting}: the folder {folder} has no sub-folders with image files (.png, .jpg, .webp and others). "
@@ -143,16 +143,9 @@ def read_images(folder: Path, setting: str) -> Dataset:
     return Dataset.from_dict(columns).cast_column("image", Image())
 
 
-def image_files(place: Path, setting: str) -> list[Path]:
-    """The image file ``place``, or those in a folder of that name and below it, sorted."""
-    files = [file for file in (sorted(place.rglob("*")) if place.is_dir() else [place]) if _is_image(file)]
-    if not files:
-        raise UserError(f"{setting}={str(place)!r} is no image file, nor a folder with some (.png, .jpg and others).")
-    return files
-
-
-def _is_image(file: Path) -> bool:
-    return file.is_file() and file.suffix.lower() in ImageFolder.EXTENSIONS
+def is_image_file(file: Path) -> bool:
+    """By its name."""
+    return file.suffix.lower() in ImageFolder.EXTENSIONS
 
 
 def read_text(path: Path, setting: str) -> Dataset:

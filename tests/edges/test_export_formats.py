@@ -16,7 +16,7 @@ from integration.test_pruned_before import BEFORE
 from safetensors.torch import load_file
 from texts import word_tokenizer
 from tiny import gap, parts, random_plan, tiny_model
-from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 
 from apt_trainer import APTConfig, UserError, load_pruned
 from apt_trainer.cli import main
@@ -257,6 +257,8 @@ def test_the_tokenizer_tells_the_longest_input(family: str, told: int | None, lo
     export(model, "hf", tmp_path / "hf", tokenizer=tokenizer)
     described = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
     assert described["model_max_length"] == longest
+    assert described["tokenizer_class"] == "PreTrainedTokenizerFast", "which transformers 4 knows too"
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf")("w1 w2").input_ids == tokenizer("w1 w2").input_ids
 
 
 def test_a_folder_without_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,9 +22,10 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
+    pipeline,
 )
 
-from apt_trainer import AdaptivePruner, APTConfig, UserError, load_pruned
+from apt_trainer import AdaptivePruner, APTConfig, UserError, cli, load_pruned
 from apt_trainer.evaluate import compare
 from apt_trainer.evaluate.predictions import PredictOptions, Predictor
 from apt_trainer.evaluate.saved import LanguageRequest, evaluate_language
@@ -125,6 +126,30 @@ def test_a_folder_of_images_is_learned_pruned_measured_and_read_again(
     assert {path.name for path in folder.iterdir()} >= {"preprocessor_config.json", "modeling_apt.py"}
     card = (folder / "README.md").read_text()
     assert "load_pruned" in card and "tokenizer" not in card.lower()
+
+
+def test_a_first_recipe_of_images_and_what_the_model_says_of_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pipeline of transformers says the same."""
+    model, train = saved_model(tmp_path / "model"), folder_of(tmp_path / "pictures")
+    file = str(tmp_path / "r.yaml")
+    words = ["--model", model, "--train_file", train, "--output_dir", str(tmp_path / "out"), "--output", file]
+    assert cli.main(["init", *words]) == 0
+    given = load_recipe(file).given
+    assert given["task"] == "image_classification" and given["label_column"] == "label" and "max_length" not in given
+    capsys.readouterr()
+    assert cli.main(["predict", model, "--file", train]) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    theirs = pipeline("image-classification", model, top_k=None)
+    assert len(told) == 30
+    for one in told[:3]:
+        other = {each["label"]: each["score"] for each in theirs(one["image"])}
+        assert one["scores"] == pytest.approx(other, abs=1e-5) and one["label"] == max(other, key=other.__getitem__)
+    for verb in (["predict", model, "--text", "a"], ["chat", model, "--prompt", "a"]):
+        assert cli.main(verb) == 2
+    said = capsys.readouterr().err
+    assert "The model takes images. Give --file" in said and "which does not converse" in said
 
 
 def test_a_column_of_images_is_read_as_bytes_too_and_labels_are_matched_by_name(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, TokenizersBackend
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE, VERY_LARGE_INTEGER
 
 from apt_trainer.errors import RunError, UserError, unknown_choice
@@ -164,15 +164,23 @@ def export(
 
 
 def _save_tokenizer(tokenizer: Any, model: PreTrainedModel, folder: Path) -> None:
-    """Write ``tokenizer``, with the longest input of ``model`` where it tells none: consumers ask it for that."""
+    """Write ``tokenizer``, with the longest input of ``model`` where it tells none: consumers ask it for that.
+
+    They may have an older transformers, which knows a tokenizer without a class of its own by another name.
+    """
     tokenizer.save_pretrained(folder)
     longest, file = getattr(model.config, "max_position_embeddings", None), folder / TOKENIZER_CONFIG_FILE
-    if longest is None or tokenizer.model_max_length < VERY_LARGE_INTEGER or not file.is_file():
+    if not file.is_file():
         return
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            longest -= module.padding_idx + 1  # positions are counted from there
-    write_json(file, read_json_object(file) | {"model_max_length": longest})
+    values = read_json_object(file)
+    if values.get("tokenizer_class") == TokenizersBackend.__name__:
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if longest is not None and tokenizer.model_max_length >= VERY_LARGE_INTEGER:
+        for name, module in model.named_modules():
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+                longest -= module.padding_idx + 1  # positions are counted from there
+        values["model_max_length"] = longest
+    write_json(file, values)
 
 
 def load_for_export(path: str, tokenizer: Any = None) -> tuple[PreTrainedModel, Any]:

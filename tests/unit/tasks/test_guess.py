@@ -139,3 +139,12 @@ def test_conversations_that_teach_nothing_are_named() -> None:
     rows = [*TALK[:-3], [], TALK[0][:1], [*TALK[0][:1], {"role": "assistant", "content": " "}]]
     found = guess(Dataset.from_dict({"messages": rows}), {}, DECODER)
     assert "3 rows (21, 22, 23, counted from 0) without text" in found.checks[0]
+
+
+def test_rows_without_one_of_several_labels_are_left_out() -> None:
+    flags = {"text": TEXTS, "toxic": [*cycle(0, 1)[:-1], None], "rude": cycle(1, 0, 0)}
+    found = guess(Dataset.from_dict(flags), {}, ENCODER)
+    assert found.settings["label_columns"] == ["toxic", "rude"] and found.settings["drop_unlabeled"]
+    lists = {"text": TEXTS, "topics": [*cycle(["a"], ["b", "a"], [])[:-1], None]}
+    found = guess(Dataset.from_dict(lists), {}, ENCODER)
+    assert found.settings["drop_unlabeled"] and "1 row (23, counted from 0) without a label" in found.checks[0]
