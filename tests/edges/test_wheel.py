@@ -178,7 +178,7 @@ def test_every_import_is_declared() -> None:
     required = {Requirement(line).name for line in project["dependencies"]}
     optional = {Requirement(line).name for lines in project["optional-dependencies"].values() for line in lines}
     known = set(sys.stdlib_module_names) | {"apt_trainer"}
-    known |= {"mlflow", "llama_cpp"}  # looked for, and used only where a user has them
+    known |= {"mlflow", "llama_cpp", "IPython"}  # looked for, and used only where a user has them
     for file in (ROOT / "apt_trainer").rglob("*.py"):
         tree = ast.parse(file.read_text())
         for node in ast.walk(tree):
