@@ -45,12 +45,13 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     else:
         write_new(Path(args.output), recipe.text)
     said = [f"wrote {args.output}"] if args.output else []
-    said += ["", "Please check:", *(f"- {check}" for check in recipe.checks)] if recipe.checks else []
-    print("\n".join([*said, "", *_planned(args.output, recipe.text)]), file=sys.stderr)
+    said += ["", "Please check:", *(f"- {check}" for check in recipe.checks), ""] if recipe.checks else []
+    print("\n".join(said), file=sys.stderr, flush=True)
+    print(_planned(args.output, recipe.text), file=sys.stderr)
     return 0
 
 
-def _planned(output: str | None, text: str) -> list[str]:
+def _planned(output: str | None, text: str) -> str:
     """What ``plan`` says of the recipe; raises :class:`UserError` where it refuses it."""
     import tempfile
 
@@ -68,4 +69,4 @@ def _planned(output: str | None, text: str) -> list[str]:
             raise UserError(f"The recipe is written, but a run of it would not start yet. {told}") from error
     sizes, _, _ = planned.partition("\n\n")
     name = output or "FILE.yaml"
-    return [sizes, "", f"apt-trainer plan  --config {name}", f"apt-trainer train --config {name}"]
+    return f"{sizes}\n\napt-trainer plan  --config {name}\napt-trainer train --config {name}"

@@ -19,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="recipe: a YAML file with the settings below, or the name of one that comes with apt_trainer: "
         "quickstart, minilm/sst2 …",
     )
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="say what each of N processes would hold of the weights"
+    )
     parser.epilog = settings_help(SETTING_GROUPS)
 
 
@@ -26,5 +29,5 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from apt_trainer.runs import dry_run
     from apt_trainer.settings.recipe import load_recipe
 
-    print(dry_run.plan(load_recipe(args.config, overrides)))
+    print(dry_run.plan(load_recipe(args.config, overrides), args.processes))
     return 0

@@ -15,7 +15,7 @@ from apt_trainer.settings import DataSettings, ModelSettings
 
 HELP = (
     "Let a finished model, pruned or not, tell what it thinks of texts: labels with probabilities, numbers, tags, "
-    "answers, embeddings, or what it writes. One JSON line a text."
+    "answers, embeddings, or what it writes; or of images: labels. One JSON line each."
 )
 TAKES_SETTINGS = True
 
@@ -26,7 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--text", nargs="+", metavar="TEXT", help="one text or several; for answers the question")
-    what.add_argument("--file", metavar="FILE", help="csv, tsv, json, jsonl or parquet file, or txt: a text a line")
+    what.add_argument(
+        "--file",
+        metavar="FILE",
+        help="csv, tsv, json, jsonl or parquet file, or txt: a text a line; "
+        "of a model of images an image file, or a folder of them",
+    )
     parser.add_argument("--text_pair", nargs="+", metavar="TEXT", help="as many second texts; for answers the context")
     parser.add_argument("--output", metavar="FILE.jsonl", help="write the lines there (default: print them)")
     parser.add_argument("--batch_size", type=positive, default=32, metavar="N", help="texts at a time (default: 32)")

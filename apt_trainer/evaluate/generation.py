@@ -17,6 +17,7 @@ from apt_trainer.models.labels import HEADS, has_head
 from apt_trainer.settings import ModelSettings
 from apt_trainer.settings.packages import check_packages
 from apt_trainer.store.pretrained import choose_device, load_saved, load_tokenizer, max_positions, read_config
+from apt_trainer.tasks.architecture import DECODER, architecture_of
 from apt_trainer.tasks.chat import own_template
 
 _OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
@@ -75,13 +76,14 @@ def load_generator(settings: ModelSettings, max_new_tokens: int, temperature: fl
     """A saved language model to talk to; raises :class:`UserError` where it writes no texts, or its tokenizer has no
     chat template, before the weights load."""
     check_packages(vars(settings))
-    config, tokenizer, path = read_config(settings), load_tokenizer(settings), settings.model_name_or_path
-    if config.is_encoder_decoder or any(has_head(config, head) for head in (*HEADS, "ForMaskedLM")):
+    config, path = read_config(settings), settings.model_name_or_path
+    if architecture_of(config) != DECODER or any(has_head(config, head) for head in HEADS):
         name = getattr(config, "apt_base_architecture", None) or (config.architectures or ["model"])[0]
         raise UserError(
             f"{path} is a {name}, which does not converse. See what it says of a text: apt-trainer predict {path} "
             "--text TEXT"
         )
+    tokenizer = load_tokenizer(settings)
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
             f"{path} has no chat template, so it was not trained to converse. Let it go on from a text: apt-trainer "
@@ -102,12 +104,10 @@ class Conversation:
         self.template = own_template(generator.tokenizer)
         self.messages: list[Mapping[str, str]] = [] if system is None else [{"role": "system", "content": system}]
 
-    def answer(self, text: str, streams: bool = True) -> str:
-        """What the model answers to ``text``; printed while it is written where it ``streams``."""
+    def answer(self, text: str) -> str:
+        """What the model answers to ``text``; printed while it is written."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        streamer = (
-            TextStreamer(self.generator.tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
-        )
+        streamer = TextStreamer(self.generator.tokenizer, skip_prompt=True, skip_special_tokens=True)
         prompt = self.template.open_turn([dict(message) for message in messages])
         (answer,) = self.generator.write([prompt], streamer)
         self.messages = [*messages, {"role": "assistant", "content": answer}]

@@ -11,10 +11,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Image
 
 from apt_trainer.errors import UserError
 from apt_trainer.models.labels import (
+    IMAGE_HEAD,
     MULTI_LABEL,
     REGRESSION,
     SEQUENCE_HEAD,
@@ -27,7 +28,8 @@ from apt_trainer.settings import DataSettings, ModelSettings, resolve_path
 from apt_trainer.store.events import RECIPE_FILE
 from apt_trainer.store.pretrained import max_positions, source_of
 from apt_trainer.tasks.base import Columns, is_list_of_text, is_text
-from apt_trainer.tasks.loading import PLAIN_TEXT, read_file
+from apt_trainer.tasks.images import is_image
+from apt_trainer.tasks.loading import PLAIN_TEXT, is_image_file, read_file
 from apt_trainer.tasks.prompts import MESSAGES, PromptColumns, columns_of_prompts
 
 OF_LABELS = {
@@ -35,6 +37,7 @@ OF_LABELS = {
     MULTI_LABEL: "multi_label_classification",
     REGRESSION: "regression",
 }
+IMAGES = "image_classification"
 OF_SENTENCE_TRANSFORMERS = "modules.json"
 _OF_FORM = {"messages_column", "prompt_column", "completion_column", "template", "use_chat_template"}
 _LONGEST = 100_000  # what tokenizers without a limit say is more
@@ -51,6 +54,10 @@ class GivenRows:
         if pairs is not None and len(pairs) != len(texts):
             raise UserError(f"{len(texts)} texts and {len(pairs)} second texts were given. Give as many of each.")
         data = self.data
+        if data.task == IMAGES:
+            raise UserError(
+                "The model takes images. Give --file: an image, a folder of images, or a file with a column."
+            )
         if data.task == "instruction_tuning":
             columns = self.prompt_columns(())
             if columns.messages is not None:
@@ -65,8 +72,13 @@ class GivenRows:
         return Dataset.from_dict(rows)
 
     def read(self, path: str) -> Dataset:
-        """Rows of a file; of a txt file one a line."""
+        """Rows of a file; of a txt file one a line, of an image file or a folder of such the ``image`` files."""
         place = Path(resolve_path(path)).expanduser()
+        if self.data.task == IMAGES and (place.is_dir() or is_image_file(place)):
+            files = [place] if place.is_file() else [file for file in sorted(place.rglob("*")) if is_image_file(file)]
+            if not files:
+                raise UserError(f"file={path!r} is a folder without image files.")
+            return Dataset.from_dict({"image": [str(file) for file in files]}).cast_column("image", Image())
         if place.suffix.lower() == PLAIN_TEXT and place.is_file():
             lines = place.read_text(encoding="utf-8").splitlines()
             if not lines:
@@ -107,6 +119,18 @@ class GivenRows:
             return [text, pair], []
         return [text], [pair]
 
+    def image_column(self, rows: Dataset) -> str:
+        """Name of the column with images."""
+        if self.data.image_column is not None and self.data.image_column in rows.column_names:
+            return self.data.image_column
+        found = [name for name, kind in rows.features.items() if is_image(kind)]
+        if len(found) != 1:
+            raise UserError(
+                f"{len(found)} columns of the data to predict hold images ({', '.join(rows.column_names)}). Set "
+                "image_column."
+            )
+        return found[0]
+
     def text_columns(self, rows: Dataset) -> Columns:
         columns, optional = self.columns(rows)
         names = [*columns, *(name for name in optional if name in rows.column_names)]
@@ -122,20 +146,32 @@ def data_settings(model: ModelSettings, config: Any, tokenizer: Any, given: Mapp
         recipe = json.loads(file.read_text(encoding="utf-8"))
         values = {name: value for name, value in recipe.items() if name in known}
         values.setdefault("task", DataSettings.task)
+        if values["task"] == "masked_language_modeling":
+            raise _tells_nothing(str(model.model_name_or_path), "model that fills gaps")
+        if values["task"] == "language_modeling":
+            values |= {"task": "instruction_tuning", "prompt_column": values.get("text_column") or "text"}
         unnamed = values["task"] == "instruction_tuning" and not _OF_FORM & set(values)
         if unnamed and getattr(tokenizer, "chat_template", None):
             values["messages_column"] = MESSAGES[0]  # those that are taken where no column is named
     else:
-        longest = (tokenizer.model_max_length, max_positions(config) or _LONGEST, _LONGEST)
+        longest = (getattr(tokenizer, "model_max_length", _LONGEST), max_positions(config) or _LONGEST, _LONGEST)
         values = {"task": _task_of(config, str(model.model_name_or_path)), "max_length": min(longest)}
         values["use_chat_template"] = bool(getattr(tokenizer, "chat_template", None))
-    return DataSettings(**{**values, **given})
+    data = DataSettings(**{**values, **given})
+    if data.task == "masked_language_modeling":
+        raise UserError(
+            f"{model.model_name_or_path} predicts masked tokens, which tells nothing of a text. Fine-tune it for a "
+            "task."
+        )
+    return data
 
 
 def _task_of(config: Any, path: str) -> str:
     """The task that a model was trained for, as far as its head tells."""
     if has_head(config, SEQUENCE_HEAD):
         return OF_LABELS[problem_type(config)]
+    if has_head(config, IMAGE_HEAD):
+        return "image_classification"
     if has_head(config, TOKEN_HEAD):
         return "token_classification"
     if has_head(config, "ForQuestionAnswering"):
@@ -147,7 +183,11 @@ def _task_of(config: Any, path: str) -> str:
         return "instruction_tuning"
     if name.endswith("Model") or (Path(path) / OF_SENTENCE_TRANSFORMERS).is_file():
         return "embedding"
-    raise UserError(
-        f"{path} is a {name or 'model of an unknown class'}, which has not been trained to tell anything of a text. "
-        "Give a fine-tuned model, or a model of embeddings."
+    raise _tells_nothing(path, name or "model of an unknown class")
+
+
+def _tells_nothing(path: str, kind: str) -> UserError:
+    return UserError(
+        f"{path} is a {kind}, which has not been trained to tell anything of a text. Give a fine-tuned model, or a "
+        "model of embeddings."
     )

@@ -1,4 +1,5 @@
-"""What a finished model, pruned or not, says of texts: labels, numbers, tags, answers, embeddings, continuations.
+"""What a finished model, pruned or not, says of texts: labels, numbers, tags, answers, embeddings, continuations; and
+of images: labels.
 
 Texts are encoded as the tasks encode them, with the settings of the run where the folder has its recipe. Not for
 scores on labelled data (``runs.run``), nor for conversations (``generation``).
@@ -15,18 +16,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Image
 
 from apt_trainer.evaluate.generation import Generator
-from apt_trainer.evaluate.given_rows import OF_LABELS, OF_SENTENCE_TRANSFORMERS, GivenRows, data_settings
+from apt_trainer.evaluate.given_rows import IMAGES, OF_LABELS, OF_SENTENCE_TRANSFORMERS, GivenRows, data_settings
 from apt_trainer.libraries import versions
 from apt_trainer.models.labels import names_of
 from apt_trainer.models.pooling import mean_pooling
 from apt_trainer.settings import ModelSettings
 from apt_trainer.settings.packages import SENTENCE_TRANSFORMERS, check_packages, require
-from apt_trainer.store.pretrained import choose_device, load_saved, load_tokenizer, read_config, source_of
+from apt_trainer.store.pretrained import (
+    choose_device,
+    load_processor,
+    load_saved,
+    read_config,
+    source_of,
+)
 from apt_trainer.tasks.base import check_name, right_padding
 from apt_trainer.tasks.classification import encode_texts
+from apt_trainer.tasks.images import PIXELS, open_image, pixels_of
 from apt_trainer.tasks.instruction_tuning import prompt_encoder
 from apt_trainer.tasks.nested import with_fields
 from apt_trainer.tasks.question_answering import SPAN_COLUMNS, best_answers, features_of
@@ -62,7 +70,7 @@ class Predictor:
         check_packages(vars(model))
         self.model_settings, self.options = model, options
         self.config = read_config(model)
-        self.tokenizer = load_tokenizer(model)
+        self.tokenizer = load_processor(model, self.config)
         self.data = data_settings(model, self.config, self.tokenizer, given)
         self.given = GivenRows(self.data)
         self.device = choose_device(options.device)
@@ -72,6 +80,9 @@ class Predictor:
 
         A row without text has an ``error`` in place of what was found.
         """
+        if self.data.task == IMAGES:
+            yield from self._images(rows)
+            return
         columns, optional = self.given.columns(rows)
         named = [*columns, *(name for name in optional if name in rows.column_names)]
         rows = with_fields(rows, named)
@@ -121,6 +132,18 @@ class Predictor:
             encoded = encode_texts(batch, self.tokenizer, columns, self.data.max_length)
             logits = self._outputs(model, encoded).logits.float().cpu()
             yield from (_of_logits(row, names, self.data.task) for row in logits)
+
+    def _images(self, rows: Dataset) -> Iterator[Prediction]:
+        model, names, column = self._loaded(), names_of(self.config), self.given.image_column(rows)
+        cells = rows.cast_column(column, Image(decode=False))[column][:]
+        size = self.options.batch_size
+        for start in range(0, len(cells), size):
+            images = [open_image(cell, start + i) for i, cell in enumerate(cells[start : start + size])]
+            with torch.inference_mode():
+                pixels = pixels_of(images, self.tokenizer)[PIXELS].to(self.device, model.dtype)
+                logits = model(**{PIXELS: pixels}).logits.float().cpu()
+            for row, of_image in enumerate(logits, start):
+                yield {"row": row, column: cells[row]["path"], **_of_logits(of_image, names, self.data.task)}
 
     def _tags(self, rows: Dataset) -> Iterator[Prediction]:
         model, names, column = self._loaded(), names_of(self.config), self.given.text_columns(rows).text

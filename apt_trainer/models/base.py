@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 Kind = Literal["heads", "neurons", "experts", "hidden"]
 Side = Literal["in", "out"]
-GateSide = Literal["input", "output", "routed"]
+GateSide = Literal["input", "activation", "routed"]
 Stack = Literal["encoder", "decoder"]
 
 HIDDEN = "hidden"
@@ -62,8 +62,9 @@ class Space:
 
     A unit of an attention is a key and value head with all query heads that read it; one of "neurons" inside of
     experts is that neuron of each of them, since their weights are fused.
-    ``gate``: module whose ``gate_side`` carries the units: the *input* of an output projection, the *output* of an
-    activation, or what a router has *routed*, (logits [tokens, experts], weights [tokens, k], experts [tokens, k]).
+    ``gate``: module whose ``gate_side`` carries the units: the *input* of an output projection, what an *activation*
+    inside of experts gives (a row for each token that one gets, in no known order), or what a router has *routed*,
+    (logits [tokens, experts], weights [tokens, k], experts [tokens, k]).
     ``within``: space whose last unit takes all of these along.
     ``norms``: every normalisation over the space. ``places``: modules whose *output* is observed for the hidden space,
     and ``place_stacks`` where each of them is. ``writers``: modules whose output enters the residual stream without a

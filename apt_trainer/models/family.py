@@ -426,7 +426,7 @@ def _of_experts(
         1,
         i,
         gate=f"{layer}.{table.activation}",
-        gate_side="output",
+        gate_side="activation",
         stack=stack,
         minimum=minimum,
         attributes=(SizeAttribute(module, "intermediate_dim"),),

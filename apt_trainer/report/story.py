@@ -92,16 +92,16 @@ def _cut(record: Mapping[str, Any], before: Mapping[str, Any]) -> str:
 
 def evaluation_line(step: int, metrics: Mapping[str, Any], of_training: bool = True) -> str:
     """Scores that a Trainer has measured, which all begin with the name of the data; ``of_training``: at ``step``."""
-    loss = next((name for name in metrics if name.endswith("_loss")), None)
-    prefix = "eval" if loss is None else loss.removesuffix("_loss")
+    named = [name.removesuffix(end) for end in ("_runtime", "_loss") for name in metrics if name.endswith(end)]
+    prefix = named[0] if named else "eval"  # a loss may be a part of that of training
     scores = {
         name.removeprefix(f"{prefix}_").replace("_", " "): value
         for name, value in metrics.items()
         if name.startswith(f"{prefix}_") and isinstance(value, float) and not name.endswith((*_TIMES, "_loss"))
     }
     parts = [f"{name} {value:.4f}" for name, value in list(scores.items())[:_SCORES]]
-    if loss is not None:
-        parts.append(f"loss {metrics[loss]:.4f}")
+    if f"{prefix}_loss" in metrics:
+        parts.append(f"loss {metrics[f'{prefix}_loss']:.4f}")
     name = {"eval": "validation data", "validation": "validation data", "test": "test data"}.get(prefix, prefix)
     told = f"{name}: {', '.join(parts)}"
     return _joined(step, told) if of_training else told

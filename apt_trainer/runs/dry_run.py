@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from apt_trainer.errors import UserError
 from apt_trainer.models import HIDDEN, family_of
 from apt_trainer.models.parts import weigh_parts
 from apt_trainer.plan.cost import flops_cost, parameter_cost
@@ -23,10 +24,11 @@ from apt_trainer.plan.schedule import Schedule, fewer_events, make_schedule
 from apt_trainer.pruning.pruner import AdaptivePruner
 from apt_trainer.report.tables import format_bytes, format_count, markdown_table
 from apt_trainer.runs.preflight import check_before_loading, check_installed, checkpoint_to_resume
+from apt_trainer.runs.process_memory import process_lines, weigh
 from apt_trainer.runs.vocabulary import vocabulary_cut
 from apt_trainer.settings.config import APTConfig
 from apt_trainer.settings.recipe import Recipe
-from apt_trainer.store.pretrained import build_model, dtype_name, load_inputs
+from apt_trainer.store.pretrained import build_model, dtype_name, load_inputs, source_of
 from apt_trainer.store.starting_point import starting_point
 from apt_trainer.surgery import adapters as lora
 from apt_trainer.surgery.frozen_base import BYTES, base_linears
@@ -46,15 +48,20 @@ _COUNTED = {
 _FLOAT32_PER_LOGIT = 3  # log-probability, its gradient and that of the logit
 
 
-def plan(recipe: Recipe) -> str:
-    """Text of the dry run; raises :class:`UserError` for anything that would stop the run before training."""
+def plan(recipe: Recipe, processes: int = 1) -> str:
+    """Text of the dry run; raises :class:`UserError` for anything that would stop the run before training.
+
+    ``processes``: more than one: what each of so many would hold of the weights is told too.
+    """
+    if processes < 1:
+        raise UserError(f"--processes {processes} must be at least 1.")
     checkpoint_to_resume(recipe)
     check_installed(recipe)
     with TemporaryDirectory() as folder, vocabulary_cut(recipe, Path(folder) / "vocabulary", weights=False) as cut:
-        return _plan(*cut)
+        return _plan(*cut, processes)
 
 
-def _plan(recipe: Recipe, vocabulary: Mapping[str, Any]) -> str:
+def _plan(recipe: Recipe, vocabulary: Mapping[str, Any], processes: int) -> str:
     args = recipe.training
     tokenizer, config, data = load_inputs(recipe.model, recipe)
     set_task_arguments(args, data, recipe.given)
@@ -79,6 +86,7 @@ def _plan(recipe: Recipe, vocabulary: Mapping[str, Any]) -> str:
         f"steps        {schedule.total:,} of {args.train_batch_size * args.gradient_accumulation_steps} rows",
         f"memory       {format_bytes(memory)} estimated at the first step "
         f"({_counted(model, args)}){_of_model_at_first(pruner, args)}",
+        *_process_lines(pruner, schedule, recipe, config, processes),
         *([f"timed        on {args.device}, with weights in {dtype_name(model.dtype)}"] if timed else []),
         *([f"exports      {', '.join(args.export)}"] if args.export else []),
         "",
@@ -111,6 +119,16 @@ def _target_lines(pruner: AdaptivePruner, schedule: Schedule) -> list[str]:
         f"target       {target:.1%} of {_COUNTED[pruner.settings.sparsity_metric]}: about {blocks:.1%} of the "
         f"parameters in blocks, {whole:.1%} of all parameters"
     ]
+
+
+def _process_lines(
+    pruner: AdaptivePruner, schedule: Schedule, recipe: Recipe, config: Any, processes: int
+) -> list[str]:
+    if processes == 1:
+        return []
+    finished = evenly_cut(pruner, schedule.target_sparsity) if schedule.events else pruner.plan
+    converted = source_of(recipe.model).gguf_file is not None or config.dtype not in (None, pruner.model.dtype)
+    return process_lines(weigh(pruner, finished), processes, schedule.before, converted)
 
 
 def _label_lines(data: TaskData) -> list[str]:

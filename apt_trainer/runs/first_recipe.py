@@ -26,12 +26,18 @@ from apt_trainer.errors import UserError
 from apt_trainer.evaluate.given_rows import OF_SENTENCE_TRANSFORMERS
 from apt_trainer.models import family_of
 from apt_trainer.report.tables import format_count
-from apt_trainer.settings import DataSettings, ModelSettings, resolve_path
+from apt_trainer.settings import DataSettings, ModelSettings, check_choices, resolve_path
 from apt_trainer.settings.packages import check_packages
 from apt_trainer.settings.shipped import SCHEMAS
-from apt_trainer.store.pretrained import build_model, load_config, load_tokenizer, max_positions, source_of
+from apt_trainer.store.pretrained import (
+    build_model,
+    load_config,
+    load_processor,
+    max_positions,
+    source_of,
+)
 from apt_trainer.tasks import TaskData, architecture_of, load_task
-from apt_trainer.tasks.architecture import DECODER, ENCODER_DECODER
+from apt_trainer.tasks.architecture import DECODER, ENCODER, ENCODER_DECODER, IMAGE
 from apt_trainer.tasks.guess import Guess, guess
 from apt_trainer.tasks.loading import FILE_FORMATS, PLAIN_TEXT, read_parts
 
@@ -44,6 +50,10 @@ _GOOD_STEPS = 1500
 _FEW_STEPS = 40
 _COLUMN, _WIDTH = 32, 119
 """Where comments begin, and how long lines of words may be."""
+_AS_THEY_COME = ("question_answering", "summarization", "translation", "embedding", "image_classification")
+"""Tasks whose metrics need the order of rows, or whose rows have no length of their own."""
+_IN_PIECES = ("language_modeling", "masked_language_modeling", "question_answering")
+"""Tasks that part long texts."""
 _LENGTHS = ("max_length", "max_target_length", "doc_stride")
 
 Line = tuple[str, Any, str]
@@ -60,13 +70,13 @@ class FirstRecipe:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What the values of a recipe depend on. ``rows``: to train on, about; ``length``: tokens that most rows have;
-    ``parameters``: of the model."""
+    """What the values of a recipe depend on. ``rows``: to train on, about; ``lengths``: of texts in tokens, None:
+    of images; ``limit``: the longest text that the model reads; ``parameters``: of the model."""
 
     architecture: str
     task: str
     rows: int
-    lengths: np.ndarray
+    lengths: np.ndarray | None
     target_lengths: np.ndarray | None
     limit: int
     positions: int | None
@@ -77,8 +87,9 @@ class _Facts:
     @property
     def length(self) -> int:
         """Tokens that most of the rows fit in, in eights."""
-        if self.task in ("language_modeling", "question_answering"):
+        if self.task in _IN_PIECES:
             return min(self.limit, 384)
+        assert self.lengths is not None
         return min(self.limit, _in_eights(np.percentile(self.lengths, _PERCENTILE)))
 
 
@@ -95,49 +106,62 @@ def first_recipe(model: ModelSettings, given: Mapping[str, Any], name: str | Non
     """
     config = load_config(model)
     family_of(config)
-    tokenizer, architecture = load_tokenizer(model), architecture_of(config)
+    architecture = architecture_of(config)
+    images = architecture == IMAGE
+    tokenizer = load_processor(model, config)
     of_data = {key: value for key, value in given.items() if key in {f.name for f in fields(DataSettings)}}
-    by_form = _task_of_form(of_data)
+    check_choices(DataSettings(**of_data))
+    by_form = {"task": "image_classification"} if images else _task_of_form(of_data, architecture)
     rows = read_parts(DataSettings(**{**by_form, **of_data}))["train"]
     found = guess(
         rows,
         {**by_form, **of_data},
         architecture,
-        embeds=_compares_texts(model),
+        embeds=not images and _compares_texts(model),
         has_chat=bool(getattr(tokenizer, "chat_template", None)),
     )
     check_packages(found.settings)
     if len(rows) < 500 and not {"validation_file", "dataset_name"} & set(found.settings):
         found.add("few rows: more of them tell more", validation_fraction=0.2)
-    limit = min(max_positions(config) or _LONGEST, tokenizer.model_max_length, _LONGEST)
+    facts = _facts(found, tokenizer, config, len(rows))
+    checks = [*found.checks, *_cut_texts(facts, given.get("max_length")), *_checks_of(facts)]
+    sections = _sections(model, given, found, facts)
+    return FirstRecipe(_text(sections, _heading(model, found, facts, name, sections), checks), checks)
+
+
+def _facts(found: Guess, tokenizer: Any, config: Any, rows: int) -> _Facts:
+    """What some of the ``rows`` and the model without weights tell."""
+    architecture = architecture_of(config)
+    limit = min(max_positions(config) or _LONGEST, getattr(tokenizer, "model_max_length", _LONGEST), _LONGEST)
     task = _measured(found, tokenizer, config, limit)
-    facts = _Facts(
+    lengths = targets = None
+    if architecture != IMAGE:
+        lengths = np.array([len(ids) for ids in _rows_of_ids(task.train["input_ids"][:])])
+    if task.model_class == "AutoModelForSeq2SeqLM":
+        targets = np.array([len(ids) for ids in task.train["labels"][:]])
+    return _Facts(
         architecture=architecture,
         task=found.settings["task"],
-        rows=_to_train_on(found.settings, len(rows), len(task.train)),
-        lengths=np.array([len(ids) for ids in _rows_of_ids(task.train["input_ids"][:])]),
-        target_lengths=np.array([len(ids) for ids in task.train["labels"][:]])
-        if architecture == ENCODER_DECODER and task.model_class == "AutoModelForSeq2SeqLM"
-        else None,
+        rows=_to_train_on(found.settings, rows, len(task.train)),
+        lengths=lengths,
+        target_lengths=targets,
         limit=limit,
         positions=max_positions(config),
         parameters=sum(p.numel() for p in build_model(config, task, "meta").parameters()),
         labels=task.label_counts,
         fast=torch.accelerator.is_available(),
     )
-    checks = [*found.checks, *_checks_of(facts)]
-    sections = _sections(model, given, found, facts)
-    return FirstRecipe(_text(sections, _heading(model, found, facts, name, sections), checks), checks)
 
 
-def _task_of_form(given: Mapping[str, Any]) -> dict[str, Any]:
+def _task_of_form(given: Mapping[str, Any], architecture: str) -> dict[str, Any]:
     """The task where the form of the training data leaves only one."""
     path = given.get("train_file")
     if path is None or given.get("task") is not None:
         return {}
     if Path(resolve_path(path)).expanduser().is_dir():
         return {"task": "classification", "text_column": "text", "label_column": "label"}
-    return {"task": "language_modeling"} if path.lower().endswith(PLAIN_TEXT) else {}
+    masked = "masked_" if architecture == ENCODER else ""
+    return {"task": f"{masked}language_modeling"} if path.lower().endswith(PLAIN_TEXT) else {}
 
 
 def _compares_texts(model: ModelSettings) -> bool:
@@ -153,8 +177,10 @@ def _compares_texts(model: ModelSettings) -> bool:
 
 def _measured(found: Guess, tokenizer: Any, config: Any, limit: int) -> TaskData:
     """Some of the data as the model will read them, none cut shorter than the model has to."""
-    lengths: dict[str, Any] = {"max_length": limit, "max_train_samples": _SAMPLE, "max_validation_samples": 100}
-    if found.settings["task"] in ("language_modeling", "question_answering"):
+    lengths: dict[str, Any] = {"max_train_samples": _SAMPLE, "max_validation_samples": 100}
+    if found.settings["task"] != "image_classification":
+        lengths["max_length"] = limit
+    if found.settings["task"] in _IN_PIECES:
         lengths["max_length"] = min(limit, 384)
         lengths["doc_stride"] = min(DataSettings.doc_stride, lengths["max_length"] // 3)
     if found.settings["task"] in ("summarization", "translation"):
@@ -220,7 +246,9 @@ def _of_model(model: ModelSettings, facts: _Facts) -> list[Line]:
 
 
 def _of_lengths(facts: _Facts) -> list[Line]:
-    if facts.task == "language_modeling":
+    if facts.lengths is None:
+        return []
+    if facts.task in _IN_PIECES and facts.task != "question_answering":
         return [("max_length", facts.length, "tokens of a piece of text")]
     if facts.task == "question_answering":
         stride = min(DataSettings.doc_stride, facts.length // 3)
@@ -307,8 +335,8 @@ def _training(facts: _Facts) -> list[Line]:
         ("eval_strategy", "epoch", ""),
         ("seed", 42, ""),
     ]
-    if facts.task in ("question_answering", "summarization", "translation"):
-        lines = [line for line in lines if line[0] != "train_sampling_strategy"]  # metrics need rows in their order
+    if facts.task in _AS_THEY_COME:
+        lines = [line for line in lines if line[0] != "train_sampling_strategy"]
     lines.append(("bf16" if facts.fast else "# bf16", True, "half precision, on a GPU"))
     return lines
 
@@ -335,7 +363,7 @@ def _measurement(facts: _Facts) -> list[Line]:
             [1, 32 if facts.architecture != DECODER else 8],
             "timed beside the dense model at the end",
         ),
-        ("latency_length", min(128, positions - new), "tokens"),
+        *([] if facts.lengths is None else [("latency_length", min(128, positions - new), "tokens")]),
     ]
     if new and new < 32:
         lines.append(("latency_new_tokens", new, ""))
@@ -363,16 +391,24 @@ def _short_name(path: str) -> str:
     return place.parent.name if name in ("model", "train", "data") and place.parent.name else name
 
 
+def _cut_texts(facts: _Facts, given: int | None) -> list[str]:
+    """How many texts do not fit, in the length that was ``given`` or is proposed."""
+    lengths = facts.lengths
+    if lengths is None or facts.task in _IN_PIECES:
+        return []
+    length, longest = given or facts.length, int(lengths.max())
+    share = float(np.mean(lengths > length))
+    if share == 0:
+        return []
+    more = " or more" if longest >= facts.limit else ""
+    return [
+        f"{share:.1%} of the texts are longer than max_length={length} and are cut; the longest has {longest:,}{more} "
+        "tokens."
+    ]
+
+
 def _checks_of(facts: _Facts) -> list[str]:
     checks = []
-    cut = int((facts.lengths > facts.length).sum())
-    if cut and facts.task not in ("language_modeling", "question_answering"):
-        longest = int(facts.lengths.max())
-        more = " or more" if longest >= facts.limit else ""
-        checks.append(
-            f"{cut / len(facts.lengths):.1%} of the texts are longer than max_length={facts.length} and are cut; the "
-            f"longest has {longest:,}{more} tokens."
-        )
     counts = [count for count in facts.labels.values() if count]
     if len(counts) > 1 and max(counts) > 10 * min(counts):
         rare = min((name for name in facts.labels if facts.labels[name]), key=lambda name: facts.labels[name])

@@ -7,22 +7,15 @@ the method itself (``trainer``, ``pruner``), nor for language models on text (``
 from __future__ import annotations
 
 import copy
-import json
 import logging
-import os
 import platform
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import EvalPrediction, set_seed
 
 from apt_trainer.errors import Noted, Retold, RunError, UserError, reason
@@ -31,14 +24,16 @@ from apt_trainer.evaluate.differences import keep_predictions
 from apt_trainer.evaluate.harness import run_tasks
 from apt_trainer.evaluate.task_intervals import Intervals, score_intervals
 from apt_trainer.libraries.quiet import write_line
-from apt_trainer.measure import PeakMemory, count_parameters, return_freed_memory, size_on_disk
-from apt_trainer.models.parts import weigh_parts
+from apt_trainer.libraries.versions import installed
+from apt_trainer.measure import PeakMemory, count_parameters, return_freed_memory
 from apt_trainer.report.plots import plot_run
 from apt_trainer.report.story import opening
 from apt_trainer.report.tables import comparison_table, exports_table, format_count
+from apt_trainer.runs.dense_baseline import train_dense
 from apt_trainer.runs.exports import FOLDER as EXPORTS
 from apt_trainer.runs.exports import export_all
 from apt_trainer.runs.preflight import check_before_loading, check_installed, checkpoint_to_resume, finished_run
+from apt_trainer.runs.sizes import sizes
 from apt_trainer.runs.vocabulary import vocabulary_cut
 from apt_trainer.settings import ModelSettings
 from apt_trainer.settings.packages import check_packages
@@ -49,7 +44,7 @@ from apt_trainer.store.pretrained import build_model, load_inputs, load_model, l
 from apt_trainer.store.saved_model import dense_copy
 from apt_trainer.tasks import TaskData, keeps_sequences_apart
 from apt_trainer.tasks.base import ComputeMetrics
-from apt_trainer.tasks.shared_rows import hand_over, is_sharing, keeping_rows
+from apt_trainer.tasks.shared_rows import is_sharing, keeping_rows
 from apt_trainer.tasks.trainer_options import data_options, set_task_arguments
 from apt_trainer.training.embedding_trainer import APTEmbeddingTrainer, PlainEmbeddingTrainer
 from apt_trainer.training.engines import engine_name
@@ -65,27 +60,8 @@ logger = logging.getLogger(__name__)
 
 PLOT_FILE = "run.png"
 _SECRET = ("hub_token",)
-_COMPARED = ("task_metric", "task_metric_low", "task_metric_high", "train_seconds", "peak_memory_bytes")
-_DENSE: dict[str, Any] = {
-    "target_sparsity": None,
-    "distillation": "none",
-    "tune": "full",
-    "tune_after_pruning": None,
-    "tune_after_distillation": None,
-    "tune_embeddings": True,
-    "full_learning_rate": None,
-    "measure_latency": False,
-    "lm_eval_tasks": [],
-    "export": [],
-    "vocabulary": None,
-    "base_quantization": None,
-    "reference_metric": None,
-    "dense_baseline": False,
-    "report_to": "none",
-    "push_to_hub": False,
-    "resume_from_checkpoint": "auto",
-}
 _VERSIONS = ("apt_trainer", "torch", "transformers", "peft", "accelerate", "deepspeed", "datasets")
+_COMPARED = ("task_metric", "task_metric_low", "task_metric_high", "train_seconds", "peak_memory_bytes")
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
@@ -168,15 +144,7 @@ def _train_prepared(
         "greater_is_better": data.greater_is_better,
         "evaluated_on": data.test_name,
         "scores": {name: value for name, value in scores.items() if isinstance(value, float)},
-        "block_params_dense": int(trainer.pruner.block_cost.total(trainer.pruner.dense_plan.counts)),
-        "block_params": int(trainer.pruner.block_cost.total(trainer.pruner.plan.counts)),
-        "sparsity": trainer.pruner.sparsity(),
-        "parts_dense": _parts(dense_copy(trainer.model, "meta"), trainer),
-        "parts": _parts(trainer.model, trainer),
-        "total_params_dense": count_parameters(dense_copy(trainer.model, "meta")),
-        "total_params": count_parameters(trainer.model),
-        "disk_bytes_dense": sum(p.numel() * p.element_size() for p in dense_copy(trainer.model, "meta").parameters()),
-        "disk_bytes": size_on_disk(output),
+        **sizes(trainer, output, start_parameters, vocabulary),
         "resumed": resume_from is not None,
         "train_seconds": seconds,
         "train_cpu_seconds": cpu_seconds,
@@ -188,13 +156,12 @@ def _train_prepared(
         "threads": torch.get_num_threads(),
         "device": str(args.device),
         "engine": engine,
-        "versions": versions(),
-    } | _of_start(trainer, start_parameters)
+        "versions": {"python": platform.python_version()}
+        | {name: found for name in _VERSIONS if (found := installed(name))},
+    }
     if data.metric_name in intervals:
         metrics["task_metric_low"], metrics["task_metric_high"] = intervals[data.metric_name]
     metrics |= {f"{name}_dense": dense[name] for name in _COMPARED if name in dense}
-    if vocabulary:
-        _count_vocabulary(metrics, vocabulary)
     if args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
         metrics["best_checkpoint"] = Path(trainer.state.best_model_checkpoint).name
     if watch is not None:
@@ -204,21 +171,6 @@ def _train_prepared(
             metrics["time_to_accuracy"] = watch.record(args.reference_metric * share, data.greater_is_better)
     _measure_export_and_upload(metrics, recipe, trainer, tokenizer, data)
     return metrics
-
-
-def _parts(model: Any, trainer: APTTrainer) -> dict[str, dict[str, int]]:
-    """Parameters and bytes of blocks, embeddings, head and the rest."""
-    return {part: weight._asdict() for part, weight in weigh_parts(model, trainer.pruner.family).items()}
-
-
-def _count_vocabulary(metrics: dict[str, Any], vocabulary: dict[str, Any]) -> None:
-    """Add what tokens that are gone weighed to what the dense model weighs."""
-    metrics["vocabulary"] = vocabulary
-    names = (("params", "parameters"), ("bytes", "bytes"))
-    gone = {name: vocabulary[f"{key}_before"] - vocabulary[key] for name, key in names}
-    metrics["parts_dense"]["vocabulary"] = gone  # of embeddings and head
-    metrics["total_params_dense"] += gone["params"]
-    metrics["disk_bytes_dense"] += gone["bytes"]
 
 
 def _prepare(recipe: Recipe, output: Path, shares_rows: bool) -> tuple[Any, TaskData, dict[str, Any]]:
@@ -236,7 +188,7 @@ def _prepare(recipe: Recipe, output: Path, shares_rows: bool) -> tuple[Any, Task
     check_before_loading(recipe, config, data, tokenizer)
     if not is_sharing():  # else the run that started this one has told it
         _tell_opening(recipe, config, data)
-    return tokenizer, data, _train_dense(recipe, output, rows) if args.dense_baseline and args.should_save else {}
+    return tokenizer, data, train_dense(recipe, output, rows) if args.dense_baseline and args.should_save else {}
 
 
 def _tell_opening(recipe: Recipe, config: Any, data: TaskData) -> None:
@@ -322,18 +274,6 @@ def _measure_further(metrics: dict[str, Any], recipe: Recipe, trainer: APTTraine
         metrics |= _inference_memory(recipe)
 
 
-def _of_start(trainer: APTTrainer, parameters: int) -> dict[str, Any]:
-    """Sizes of a model that was pruned before the run, which began with so many ``parameters``."""
-    pruner = trainer.pruner
-    if not pruner.origin.is_pruned:
-        return {}
-    return {
-        "block_params_start": int(pruner.block_cost.total(pruner.origin.plan.counts)),
-        "total_params_start": parameters,
-        "sparsity_of_start": pruner.budget.removed_of_start(pruner.plan),
-    }
-
-
 def _inference_memory(recipe: Recipe) -> dict[str, Any]:
     """Peak memory of running what was saved and its dense shape; empty, with a warning, where that fails."""
     args = recipe.training
@@ -355,29 +295,6 @@ def _watch_accuracy(trainer: APTTrainer, data: TaskData) -> TimeToAccuracy | Non
     )
     trainer.add_callback(watch)
     return watch
-
-
-def _train_dense(recipe: Recipe, output: Path, rows: Mapping[str, Dataset]) -> dict[str, Any]:
-    """Metrics of full fine-tuning with the same data and steps, run (or found finished) in ``output``/dense.
-    ``rows``: those of the same data that are tokenized."""
-    folder = output / "dense"
-    if not (folder / METRICS_FILE).is_file():
-        given = (
-            recipe.given | _DENSE | {"output_dir": str(folder), "learning_rate": recipe.training.dense_learning_rate}
-        )
-        with tempfile.TemporaryDirectory() as scratch:
-            file = Path(scratch) / RECIPE_FILE
-            write_json(file, given)
-            command = [sys.executable, "-m", "apt_trainer", "train", "--config", str(file)]
-            write_line(f"First the dense model, all of whose weights train on the same data, in {folder}")
-            environment = os.environ | hand_over(rows, Path(scratch))
-            if subprocess.run(command, check=False, stdout=subprocess.DEVNULL, env=environment).returncode != 0:
-                raise UserError(
-                    "Fine-tuning the dense model failed, see above. Set dense_baseline: false to do without."
-                )
-            write_line("Now the model that is pruned")
-    metrics: dict[str, Any] = json.loads((folder / METRICS_FILE).read_text())
-    return metrics
 
 
 def evaluate(model: str | ModelSettings, recipe: Recipe | None = None) -> dict[str, float]:
@@ -434,16 +351,6 @@ def recipe_of(path: Path) -> Recipe:
     if not (path / RECIPE_FILE).is_file():
         raise UserError(f"{path} holds no {RECIPE_FILE}. Name the data with --config.")
     return load_recipe(str(path / RECIPE_FILE), ["--output_dir", str(path)])
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _VERSIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _write_card(metrics: Mapping[str, Any], recipe: Recipe, trainer: APTTrainer) -> None:

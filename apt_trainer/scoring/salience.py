@@ -16,11 +16,10 @@ import torch
 from torch import nn
 
 from apt_trainer.models import HIDDEN, Space
-from apt_trainer.models.base import GateSide
 from apt_trainer.scoring.base import Reduce
 from apt_trainer.scoring.kurtosis import contributions, root_kurtosis
 from apt_trainer.scoring.observing import Observing
-from apt_trainer.scoring.taps import Tap, average_in
+from apt_trainer.scoring.taps import Side, Tap, average_in
 from apt_trainer.settings import PruningSettings
 from apt_trainer.tensors.partitioned import whole_modules
 
@@ -152,10 +151,10 @@ class Salience(Observing):
             elif kind != "age":
                 (self._average if kind == "average" else self._inputs)[name].copy_(value)
 
-    def _places(self, model: nn.Module, counts: Mapping[str, int]) -> list[tuple[str, str, GateSide]]:
+    def _places(self, model: nn.Module, counts: Mapping[str, int]) -> list[tuple[str, str, Side]]:
         """(space, module path, side) of every observation; modules of removed sublayers are gone."""
         present = {path for path, _ in model.named_modules()}
-        places: list[tuple[str, str, GateSide]] = []
+        places: list[tuple[str, str, Side]] = []
         for name, space in self._spaces.items():
             if space.gate is not None and space.gate in present:
                 places.append((name, space.gate, space.gate_side))

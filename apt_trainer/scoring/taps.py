@@ -18,6 +18,7 @@ from apt_trainer.models import Stack
 from apt_trainer.models.base import GateSide
 from apt_trainer.models.batch import Tokens
 
+Side = Literal[GateSide, "output"]
 Measure = Literal["magnitudes", "signed", "per_sequence"]
 
 
@@ -88,14 +89,15 @@ class Tap:
     ``magnitudes``: ``sums`` is [3, n]: Σ|x|, Σ|g|, Σx. ``signed``: [1, n], Σ x·g.
     ``per_sequence``: [1, units], Σ over sequences of |Σ over tokens and channels of x·g|.
 
-    ``side``: of the module, as a space's ``gate_side``. Of what a router has routed, x [tokens, experts] are its
+    ``side``: of the module, "output" or as a space's ``gate_side``; of an "activation" all tokens are taken to be
+    real, and each to be a sequence. Of what a router has routed, x [tokens, experts] are its
     weights, 0 where it sends nothing: x·g is then what the loss gains by what an expert gives.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        side: GateSide,
+        side: Side,
         measure: Measure,
         sums: torch.Tensor,
         context: TapContext,
@@ -105,10 +107,9 @@ class Tap:
         self._handle: RemovableHandle
         if side == "input":
             self._handle = module.register_forward_pre_hook(self._on_input)
-        elif side == "output":
-            self._handle = module.register_forward_hook(self._on_output)
         else:
-            self._handle = module.register_forward_hook(self._on_routed)
+            hooks = {"output": self._on_output, "activation": self._on_activation, "routed": self._on_routed}
+            self._handle = module.register_forward_hook(hooks[side])
 
     def remove(self) -> None:
         self._handle.remove()
@@ -118,6 +119,10 @@ class Tap:
 
     def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
         return self._pass(output) if self._observes(module, output) else None
+
+    def _on_activation(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+        """Rows [tokens, n] as sequences of one token, which no mask of a batch is for."""
+        return self._pass(output[:, None]).squeeze(1) if self._observes(module, output) else None
 
     def _on_routed(self, module: nn.Module, args: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> Any:
         logits, weights, chosen = output

@@ -13,11 +13,10 @@ import torch
 from torch import nn
 
 from apt_trainer.models import Space
-from apt_trainer.models.base import GateSide
 from apt_trainer.models.modeling_apt import NoOp
 from apt_trainer.scoring.base import Reduce
 from apt_trainer.scoring.observing import Observing
-from apt_trainer.scoring.taps import Tap, average_in
+from apt_trainer.scoring.taps import Side, Tap, average_in
 from apt_trainer.settings import PruningSettings
 
 
@@ -44,7 +43,7 @@ class Taylor(Observing):
         self._sums = {space.name: part.view(1, -1) for space, part in zip(left, parts, strict=True)}
         for space in left:
             sums = self._sums[space.name]
-            sides: list[tuple[str, GateSide]] = [(space.gate, space.gate_side)] if space.gate is not None else []
+            sides: list[tuple[str, Side]] = [(space.gate, space.gate_side)] if space.gate is not None else []
             sides += [(path, "output") for path in space.places]
             for path, side in sides:
                 if path in present and not isinstance(model.get_submodule(path), NoOp):

@@ -78,7 +78,7 @@ def load_inputs(model: ModelSettings, recipe: Recipe, trained: bool = True) -> t
     config = load_config(model)
     family_of(config)
     architecture = architecture_of(config)
-    tokenizer = (load_image_processor if architecture == IMAGE else load_tokenizer)(model)
+    tokenizer = load_processor(model, config)
     seed = args.seed if args.data_seed is None else args.data_seed
     data = load_task(
         recipe.data if trained else _with_training_data(recipe.data),
@@ -135,8 +135,10 @@ def load_tokenizer(settings: ModelSettings) -> Any:
         raise
 
 
-def load_image_processor(settings: ModelSettings) -> Any:
-    """What makes pixels of images, from beside the model unless another place is named."""
+def load_processor(settings: ModelSettings, config: Any) -> Any:
+    """What makes inputs for the model of ``config``: the tokenizer or, of images, the image processor."""
+    if architecture_of(config) != IMAGE:
+        return load_tokenizer(settings)
     if settings.tokenizer_name_or_path is not None:
         settings = settings.of(settings.tokenizer_name_or_path)
     return _from_hub(AutoImageProcessor.from_pretrained, source_of(settings), **_place(settings))

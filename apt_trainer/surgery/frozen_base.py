@@ -15,12 +15,13 @@ from transformers.pytorch_utils import Conv1D
 from apt_trainer.errors import UserError
 from apt_trainer.models import ModelFamily
 from apt_trainer.models.base import linear_shape
+from apt_trainer.tensors.partitioned import numel_of
 
 BYTES = {"nf4": (4 + 8 / 64 + 32 / (64 * 256)) / 8, "int8": 1.0}
 """Of each weight, without the four of each row of int8."""
 
 
-def base_linears(model: Any, family: ModelFamily) -> Iterator[tuple[str, nn.Module]]:
+def base_linears(model: Any, family: ModelFamily) -> Iterator[tuple[str, Any]]:
     """(path, layer) of every linear in the blocks, under its adapter if it has one, but for those that transformers
     keeps in float32."""
     blocks = tuple(f"{path}." for path in family.block_modules(model))
@@ -32,11 +33,15 @@ def base_linears(model: Any, family: ModelFamily) -> Iterator[tuple[str, nn.Modu
 
 
 def check_base(model: Any, family: ModelFamily, form: str) -> None:
-    """Raise :class:`UserError` where ``model`` has no layer that :func:`freeze_base` could take."""
-    if not any(base_linears(model, family)):
+    """Raise :class:`UserError` where :func:`freeze_base` would leave most of the blocks as they are, such as experts
+    whose weights are fused."""
+    blocks = (model.get_submodule(path) for path in family.block_modules(model))
+    whole = sum(numel_of(p) for block in blocks for name, p in block.named_parameters() if ".lora_" not in name)
+    share = sum(numel_of(layer.weight) for _, layer in base_linears(model, family)) / whole
+    if share < 0.5:
         raise UserError(
-            f"base_quantization: {form} is for linear layers, but {type(model).__name__} has none in its blocks. "
-            "Leave it out."
+            f"base_quantization: {form} is for linear layers, but of the blocks of {type(model).__name__} they are "
+            f"{share:.1%}. Leave it out."
         )
 
 

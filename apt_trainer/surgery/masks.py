@@ -116,7 +116,7 @@ class MaskStore:
         name, mask = space.name, self._mask(space.name, space.channels)
         if space.gate_side == "input":
             return gate.register_forward_pre_hook(self._gate(name, mask))
-        if space.gate_side == "output":
+        if space.gate_side == "activation":
             return gate.register_forward_hook(self._writer(name, mask))
         return gate.register_forward_hook(self._router(name, mask))
 

@@ -6,7 +6,6 @@ checking settings (``load_task``) nor for values of a run (``runs.first_recipe``
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,19 +14,18 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Value
 
 from apt_trainer.errors import UserError
-from apt_trainer.models.labels import as_text, shown
-from apt_trainer.settings.packages import TRL, require
-from apt_trainer.tasks.architecture import DECODER, ENCODER, ENCODER_DECODER
+from apt_trainer.models.labels import as_text
+from apt_trainer.tasks.architecture import DECODER, ENCODER, ENCODER_DECODER, IMAGE
 from apt_trainer.tasks.base import is_list_of_text, is_text, require_column
-from apt_trainer.tasks.empty_texts import TEXT_SETTINGS, lacks_text
-from apt_trainer.tasks.labels import is_blank, label_text
+from apt_trainer.tasks.images import is_image
+from apt_trainer.tasks.labels import is_blank
 from apt_trainer.tasks.nested import names_with_fields, with_fields
-from apt_trainer.tasks.prompts import MESSAGES, is_conversation
+from apt_trainer.tasks.odd_rows import odd_rows
+from apt_trainer.tasks.prompts import MESSAGES, Template, is_conversation
 
 _SAMPLE = 20_000
 _CLASSES = 20  # most different whole numbers that are still taken for classes
 _LABEL_CHARACTERS = 40
-_ROWS_SHOWN = 5
 _SEPARATORS = ("|", ";", ",")
 
 _LABEL_NAMES: tuple[str, ...] = (
@@ -63,6 +61,7 @@ _PROMPT_NAMES = (
     ("query", "response"),
     ("input", "output"),
 )
+_OF_PLAIN_TEXT = {DECODER: "language_modeling", ENCODER: "masked_language_modeling"}
 _TARGET_NAMES = {
     "summarization": ("summary", "highlights", "abstract", "tldr"),
     "translation": ("target", "translation", "tgt"),
@@ -110,12 +109,29 @@ def guess(
     found = Guess({"task": task})
     found.settings |= {name: value for name, value in given.items() if name != "task"}
     _COLUMNS[task](table, found, has_chat)
-    _tell_odd_rows(rows, found)
-    used = {name for value in found.settings.values() for name in (value if isinstance(value, list) else [value])}
-    unused = [name for name in rows.column_names if name not in used and name not in table.implied(found)]
+    changes, odd = odd_rows(rows, found.settings)
+    found.add("see the notes", **changes)
+    found.checks += odd
+    unused = [name for name in rows.column_names if name not in _used(found.settings)]
     if unused:
         found.checks.append(f"Not used: {_quoted(unused)}.")
     return found
+
+
+def _used(settings: Mapping[str, Any]) -> set[str]:
+    """Columns that ``settings`` name, alone, as a field of a record or in a template, and those that a task reads by
+    their own names."""
+    columns = {name for key, name in settings.items() if key.endswith("_column") and name is not None}
+    columns |= {*(settings.get("label_columns") or ()), *_OWN_NAMES.get(settings["task"], ("label",))}
+    for key in ("template", "template_without_input"):
+        columns |= set(Template.parse(settings[key], key).columns) if settings.get(key) else set()
+    return columns | {name.partition(".")[0] for name in columns}
+
+
+_OWN_NAMES = {
+    "question_answering": ("question", "context", "answers"),
+    "instruction_tuning": (*MESSAGES, "prompt", "completion"),
+}
 
 
 class _Table:
@@ -124,10 +140,14 @@ class _Table:
     def __init__(self, rows: Dataset) -> None:
         self.rows = rows.select(range(min(len(rows), _SAMPLE)))
         self.features = rows.features
+        self._cells: dict[str, list[Any]] = {}
 
     def cells(self, name: str) -> list[Any]:
         """Those of a column, or of a field of a record, that are not blank."""
-        return [value for value in with_fields(self.rows, [name])[name][:] if not is_blank(value)]
+        if name not in self._cells:
+            values = with_fields(self.rows, [name])[name][:]
+            self._cells[name] = [value for value in values if not is_blank(value)]
+        return self._cells[name]
 
     @cached_property
     def texts(self) -> list[str]:
@@ -196,15 +216,6 @@ class _Table:
         own = {name.lower(): name for name in self.of_kind(is_text)}
         return next(((own[one], own[two]) for one, two in names if one in own and two in own), None)
 
-    def implied(self, found: Guess) -> tuple[str, ...]:
-        """Columns that a task reads by their own names."""
-        return {
-            "question_answering": ("question", "context", "answers"),
-            "instruction_tuning": (*MESSAGES, "prompt", "completion"),
-        }.get(found.settings["task"], ("label",)) + tuple(
-            str(value).partition(".")[0] for value in found.settings.values() if isinstance(value, str)
-        )
-
 
 # ------------------------------------------------------------------------------------------------ which task
 
@@ -214,6 +225,8 @@ def _task(table: _Table, given: Mapping[str, Any], architecture: str, embeds: bo
     for names, task in _TOLD_BY.items():
         if named & set(names):
             return task
+    if architecture == IMAGE:
+        return "image_classification"
     if architecture == ENCODER_DECODER and _source_and_target(table) is not None:
         return _source_and_target(table)[0]  # type: ignore[index]
     if architecture == DECODER and (table.of_kind(is_conversation) or table.pair(_PROMPT_NAMES)):
@@ -229,8 +242,8 @@ def _task(table: _Table, given: Mapping[str, Any], architecture: str, embeds: bo
     label = given.get("label_column") or table.label
     if label is not None:
         return "regression" if _is_amount(table, label) else "classification"
-    if architecture == DECODER and len(table.texts) == 1:
-        return "language_modeling"
+    if len(table.texts) == 1 and architecture in _OF_PLAIN_TEXT:
+        return _OF_PLAIN_TEXT[architecture]
     raise UserError(
         f"It cannot be told what is to be learnt from the columns {_quoted(table.features)}"
         + (f": {_quoted(table.labels)} may all be labels" if len(table.labels) > 1 else "")
@@ -384,6 +397,16 @@ def _text_beside(table: _Table, found: Guess) -> None:
         )
 
 
+def _pictures(table: _Table, found: Guess, has_chat: bool) -> None:
+    images = table.of_kind(is_image)
+    if table.label is None or not images:
+        raise UserError(
+            f"Of the columns {_quoted(table.features)} no one looks like {'labels' if images else 'images'}. Say it: "
+            "--label_column NAME, --image_column NAME; or give a folder with a sub-folder of images for each label."
+        )
+    found.add(image_column=images[0], label_column=table.label)
+
+
 def _pairs(table: _Table, found: Guess, has_chat: bool) -> None:
     given = found.settings
     score = given.get("label_column") or (table.label if table.label and table.is_number(table.label) else None)
@@ -423,6 +446,10 @@ def _answers(table: _Table, found: Guess, has_chat: bool) -> None:
 def _plain_text(table: _Table, found: Guess, has_chat: bool) -> None:
     if table.texts:
         found.add(text_column=table.texts[0])
+    if found.settings["task"] == _OF_PLAIN_TEXT[ENCODER]:
+        found.checks.append(
+            "No labels: the model learns to fill gaps in these texts, as before it is tuned for a task."
+        )
 
 
 def _prompts(table: _Table, found: Guess, has_chat: bool) -> None:
@@ -457,95 +484,19 @@ _COLUMNS: dict[str, Callable[[_Table, Guess, bool], None]] = {
     "classification": _text_and_label,
     "multi_label_classification": _text_and_label,
     "regression": _text_and_label,
+    "image_classification": _pictures,
     "embedding": _pairs,
     "token_classification": _words,
     "question_answering": _answers,
     "language_modeling": _plain_text,
+    "masked_language_modeling": _plain_text,
     "instruction_tuning": _prompts,
     "summarization": _targets,
     "translation": _targets,
 }
 
 
-# ------------------------------------------------------------------------------------------------ odd rows
-
-
-def _tell_odd_rows(rows: Dataset, found: Guess) -> None:
-    """Name rows that are empty, broken, alone with their label or at odds with others; leave out the empty ones."""
-    given = found.settings
-    named = [given[name] for name in TEXT_SETTINGS if given.get(name)]
-    rows = with_fields(rows, named)
-    texts = {name: rows[name][:] for name in named if name in rows.column_names}
-    if given["task"] == "instruction_tuning":
-        require(TRL, "task: instruction_tuning")
-    blank = sorted({row for values in texts.values() for row, value in enumerate(values) if lacks_text(value)})
-    if blank:
-        found.add("see the notes", drop_empty_texts=True)
-        found.checks.append(f"{_rows(blank)} without text: left out (drop_empty_texts).")
-    broken = sorted({row for values in texts.values() for row, value in enumerate(values) if "\ufffd" in str(value)})
-    if broken:
-        found.checks.append(
-            f"{_rows(broken)} with characters that were lost (\ufffd): the file was written in another encoding."
-        )
-    label = given.get("label_column")
-    of_labels = given["task"] in ("classification", "multi_label_classification", "regression")
-    if of_labels and label is not None and label in rows.features:
-        _tell_labels(rows, label, found, next(iter(texts.values()), []))
-
-
-def _tell_labels(rows: Dataset, label: str, found: Guess, texts: Sequence[str | None]) -> None:
-    values, kind = rows[label][:], rows.features[label]
-    separator = found.settings.get("label_separator")
-    if found.settings["task"] != "multi_label_classification":
-        blank = [row for row, value in enumerate(values) if is_blank(value)]
-        if blank:
-            found.add("see the notes", drop_unlabeled=True)
-            found.checks.append(f"{_rows(blank)} without a label: left out (drop_unlabeled).")
-    if found.settings["task"] == "regression":
-        return
-    places: dict[str, list[int]] = defaultdict(list)
-    for row, value in enumerate(values):
-        labels = value if isinstance(value, list) else str(value or "").split(separator) if separator else [value]
-        for one in labels:
-            if not is_blank(one):
-                places[label_text(one, getattr(kind, "feature", kind))].append(row)
-    alone = {name: of[0] for name, of in places.items() if len(of) == 1}
-    if alone:
-        told = ", ".join(f"{name!r} (row {row})" for name, row in list(alone.items())[:_ROWS_SHOWN])
-        more = "" if len(alone) <= _ROWS_SHOWN else f" and {len(alone) - _ROWS_SHOWN} others"
-        found.checks.append(
-            f"One row alone has the label {told}{more}: it is trained on or tested on, not both. Give more rows, or "
-            "correct the label."
-        )
-    folded = Counter(name.casefold() for name in places)
-    twins = sorted(name for name in places if folded[name.casefold()] > 1)
-    if twins:
-        found.checks.append(f"Labels that differ in case only, and count as different ones: {shown(twins)}.")
-    if not separator and not isinstance(kind, list):
-        _tell_contradictions(values, texts, found)
-
-
-def _tell_contradictions(values: Sequence[Any], texts: Sequence[str | None], found: Guess) -> None:
-    """Equal texts with different labels; a pair of texts may be labelled anew."""
-    if found.settings.get("text_pair_column") or not texts:
-        return
-    labels: dict[str, set[str]] = defaultdict(set)
-    places: dict[str, list[int]] = defaultdict(list)
-    for row, (text, value) in enumerate(zip(texts, values, strict=True)):
-        if not is_blank(text) and not is_blank(value):
-            labels[str(text).strip()].add(as_text(value))
-            places[str(text).strip()].append(row)
-    odd = sorted(row for text, of in labels.items() if len(of) > 1 for row in places[text])
-    if odd:
-        found.checks.append(f"{_rows(odd)} with a text that has another label elsewhere. Correct one of them.")
-
-
 # ------------------------------------------------------------------------------------------------ words
-
-
-def _rows(numbers: Sequence[int]) -> str:
-    first = ", ".join(map(str, numbers[:_ROWS_SHOWN])) + (", …" if len(numbers) > _ROWS_SHOWN else "")
-    return f"{len(numbers):,} row{'s' if len(numbers) > 1 else ''} ({first}, counted from 0)"
 
 
 def _quoted(names: Iterable[str]) -> str:

@@ -133,7 +133,7 @@ def read_folder(folder: Path, setting: str) -> Dataset:
 def read_images(folder: Path, setting: str) -> Dataset:
     """Columns ``image`` and ``label`` from the image files in ``folder/LABEL``, sorted by label, then by file name."""
     files = [file for label in sorted(folder.iterdir()) if label.is_dir() for file in sorted(label.iterdir())]
-    files = [file for file in files if file.suffix.lower() in ImageFolder.EXTENSIONS]
+    files = [file for file in files if is_image_file(file)]
     if not files:
         raise UserError(
             f"{setting}: the folder {folder} has no sub-folders with image files (.png, .jpg, .webp and others). "
@@ -141,6 +141,11 @@ def read_images(folder: Path, setting: str) -> Dataset:
         )
     columns = {"image": [str(file) for file in files], "label": [file.parent.name for file in files]}
     return Dataset.from_dict(columns).cast_column("image", Image())
+
+
+def is_image_file(file: Path) -> bool:
+    """By its name."""
+    return file.suffix.lower() in ImageFolder.EXTENSIONS
 
 
 def read_text(path: Path, setting: str) -> Dataset:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from apt_trainer.tensors.mapped import let_go_of_pages
+
 _ON_MODULES = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")
 _METHODS = ("generate",)
 """Methods that the Trainer registers as forward methods, which leaves a wrapper on the instance."""
@@ -82,6 +84,9 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: Any, policy: Any,
         fully_shard(unit, mesh=mesh, mp_policy=policy, **after_forward)
         for module, name, part in parts:
             module._parameters[name] = part
+        for _, _, old in places:
+            if not is_dtensor(old):
+                let_go_of_pages(old.data)
 
 
 _Place = tuple[nn.Module, str, nn.Parameter]

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from apt_trainer.tensors.fully_sharded import cut_part, is_dtensor, part_of, whole_of
+from apt_trainer.tensors.mapped import let_go_of_pages
 
 _ROWS = 64
 """How many rows of a matrix are copied at once where it is cut in its own memory."""
@@ -151,9 +152,24 @@ def partition_all(model: nn.Module, example: nn.Parameter) -> None:
     if is_dtensor(example):
         _replace(model, lambda p: p if is_dtensor(p) else parameter_like(example, p.detach(), p.requires_grad))
     else:
-        plain = [parameter for parameter in model.parameters() if not is_partitioned(parameter)]
-        example.convert_to_zero_parameters(plain)  # type: ignore[attr-defined]
+        for parameter in model.parameters():
+            if not is_partitioned(parameter):
+                with in_own_memory(parameter, example.device, parameter.dtype):
+                    example.convert_to_zero_parameters([parameter])  # type: ignore[attr-defined]
     move_buffers(model, example.device)
+
+
+@contextmanager
+def in_own_memory(parameter: nn.Parameter, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Within it ``parameter``, which DeepSpeed is about to partition, has memory of its own for a moment. DeepSpeed
+    sends what the first process has to the others, which need not read theirs."""
+    value = parameter.data
+    if torch.distributed.get_rank() == 0:
+        parameter.data = value.to(device, dtype, copy=True)
+    else:
+        parameter.data = torch.empty_like(value, device=device, dtype=dtype)
+    yield
+    let_go_of_pages(value)
 
 
 @torch.no_grad()

@@ -301,7 +301,8 @@ class PruningMixin(FinishedModel):
     def _set_up(self) -> None:
         """All that belongs to one run of ``model``, whose pruner is made."""
         args, teacher = self.args, self._given[1]
-        runtime.own_storage(self.model)
+        if not engine_of(self).splits:
+            runtime.own_storage(self.model)
         positions.make_exact(self.model)
         self.distillation = SelfDistillation(
             args,

@@ -78,7 +78,7 @@ def test_scores_are_what_the_loss_gains_by_an_expert_and_by_a_neuron() -> None:
     rule.set_tokens(batch["attention_mask"])
     block = model.model.layers[1].mlp.experts
     sums = torch.zeros(1, 20)
-    tap = Tap(block.act_fn, "output", "signed", sums, TapContext())
+    tap = Tap(block.act_fn, "activation", "signed", sums, TapContext())
     model(**batch).loss.backward()
     rule.update(lambda tensor: tensor, 1)
     products = block.down_proj * block.down_proj.grad

@@ -134,6 +134,8 @@ def test_keys_that_are_given_stand_and_what_cannot_be_told_is_asked(
     said = capsys.readouterr()
     assert "target_sparsity: 0.4\n" in said.out and "output_dir: out/other\n" in said.out
     assert "### as asked\nweight_decay: 0.1\n" in said.out and "labels       3 in the training rows" in said.err
+    assert cli.main(["init", *words, "--task", "clasification"]) == 2
+    assert "Did you mean 'classification'?" in capsys.readouterr().err
     assert cli.main(["init", *words, "--label_column", "verdit"]) == 2
     assert "Did you mean 'verdict'?" in capsys.readouterr().err
     Path("latin.csv").write_bytes("text,label\nna\xefve,good\nfilm,bad\n".encode("latin-1"))
@@ -339,7 +341,26 @@ def test_a_batch_of_prompts_is_written_as_each_alone(
     (tmp_path / "asked.jsonl").write_text('{"q": "w1 w2", "a": "w9"}\n')
     template = ["--template", "{q} w8 {a}", "--file", str(tmp_path / "asked.jsonl")]
     (told,) = predicted([*words, *template], capsys)
+    recipe = {"task": "language_modeling", "text_column": "body", "max_length": 8}
+    (Path(path) / "recipe.json").write_text(json.dumps(recipe))
+    assert predicted([path, "--max_new_tokens", "6", "--text", prompts[0]], capsys)[0] == {
+        "row": 0,
+        "body": prompts[0],
+        "generated": together[0]["generated"],
+    }
+    (Path(path) / "recipe.json").unlink()
     assert told["generated"] == predicted([*words, "--text", "w1 w2 w8"], capsys)[0]["generated"] and "a" not in told
+
+
+def test_a_model_of_two_stacks_writes_what_generate_writes(
+    inside: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    model = tiny_model("t5", "ForConditionalGeneration", vocab_size=60)
+    path = save(model, tmp_path / "stacks", "decoder")
+    (told,) = predicted([path, "--text", "w4 w5", "--source_prefix", "w1 ", "--max_new_tokens", "4"], capsys)
+    tokenizer = AutoTokenizer.from_pretrained("decoder")
+    ids = model.generate(**tokenizer("w1 w4 w5", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    assert told["generated"] == tokenizer.decode(ids[0], skip_special_tokens=True).strip() != ""
 
 
 def test_what_does_not_converse_is_said(

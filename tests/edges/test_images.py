@@ -22,10 +22,12 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
+    pipeline,
 )
 
-from apt_trainer import AdaptivePruner, APTConfig, UserError, load_pruned
+from apt_trainer import AdaptivePruner, APTConfig, UserError, cli, load_pruned
 from apt_trainer.evaluate import compare
+from apt_trainer.evaluate.predictions import PredictOptions, Predictor
 from apt_trainer.evaluate.saved import LanguageRequest, evaluate_language
 from apt_trainer.measure import count_flops
 from apt_trainer.measure.latency import example_inputs
@@ -109,6 +111,13 @@ def test_a_folder_of_images_is_learned_pruned_measured_and_read_again(
     assert metrics["task_metric"] == accuracy(model, processor, files) >= 0.8
     assert metrics["task_metric_low"] <= metrics["task_metric"] <= metrics["task_metric_high"]
     assert run.evaluate(str(folder))["test_accuracy"] == metrics["task_metric"]
+    predictor = Predictor(ModelSettings(str(folder)), {}, PredictOptions(batch_size=5, device="cpu"))
+    said = list(predictor.predict(predictor.given.read(test)))
+    right = [Path(one["image"]).parent.name == one["label"] for one in said]
+    assert [one["image"] for one in said] == [str(file) for file in files] and sum(right) / 18 == metrics[
+        "task_metric"
+    ]
+    assert len(list(predictor.predict(predictor.given.read(str(files[0]))))) == 1
     monkeypatch.setattr(compare, "MAX_SECONDS", 0.0)
     speed = compare.measure_speed(model, [2], 4, 1)
     assert speed["flops"] == count_flops(model, {"pixel_values": torch.zeros(1, 3, SIDE, SIDE)})
@@ -117,6 +126,30 @@ def test_a_folder_of_images_is_learned_pruned_measured_and_read_again(
     assert {path.name for path in folder.iterdir()} >= {"preprocessor_config.json", "modeling_apt.py"}
     card = (folder / "README.md").read_text()
     assert "load_pruned" in card and "tokenizer" not in card.lower()
+
+
+def test_a_first_recipe_of_images_and_what_the_model_says_of_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pipeline of transformers says the same."""
+    model, train = saved_model(tmp_path / "model"), folder_of(tmp_path / "pictures")
+    file = str(tmp_path / "r.yaml")
+    words = ["--model", model, "--train_file", train, "--output_dir", str(tmp_path / "out"), "--output", file]
+    assert cli.main(["init", *words]) == 0
+    given = load_recipe(file).given
+    assert given["task"] == "image_classification" and given["label_column"] == "label" and "max_length" not in given
+    capsys.readouterr()
+    assert cli.main(["predict", model, "--file", train]) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    theirs = pipeline("image-classification", model, top_k=None)
+    assert len(told) == 30
+    for one in told[:3]:
+        other = {each["label"]: each["score"] for each in theirs(one["image"])}
+        assert one["scores"] == pytest.approx(other, abs=1e-5) and one["label"] == max(other, key=other.__getitem__)
+    for verb in (["predict", model, "--text", "a"], ["chat", model, "--prompt", "a"]):
+        assert cli.main(verb) == 2
+    said = capsys.readouterr().err
+    assert "The model takes images. Give --file" in said and "which does not converse" in said
 
 
 def test_a_column_of_images_is_read_as_bytes_too_and_labels_are_matched_by_name(tmp_path: Path) -> None:
@@ -183,6 +216,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_text_and_images_are_not_taken_for_each_other(place: Path) -> None:
     with pytest.raises(UserError, match="reads text, and vit takes images"):
         evaluate_language(ModelSettings(str(place / "model")), LanguageRequest(tasks=["piqa"]))
+    given = Predictor(ModelSettings(str(place / "model")), {}, PredictOptions()).given
+    for read in (lambda: given.rows_of_texts(["a"], None), lambda: given.read(str(place / "empty"))):
+        with pytest.raises(UserError, match="image"):
+            read()
     with pytest.raises(UserError, match="takes images"):
         prepare(ModelSettings(str(place / "model")), None)
     bert = invariants.model_of("bert")

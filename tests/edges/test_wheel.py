@@ -173,12 +173,12 @@ def test_it_holds_what_is_read_at_run_time(wheel: Path) -> None:
 def test_every_import_is_declared() -> None:
     """As a dependency, or as an extra where it is imported when used."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    distributions = {"sklearn": "scikit-learn", "yaml": "pyyaml", "rouge_score": "rouge-score"}
+    distributions = {"sklearn": "scikit-learn", "yaml": "pyyaml", "rouge_score": "rouge-score", "PIL": "pillow"}
     distributions["sentence_transformers"] = "sentence-transformers"
     required = {Requirement(line).name for line in project["dependencies"]}
     optional = {Requirement(line).name for lines in project["optional-dependencies"].values() for line in lines}
     known = set(sys.stdlib_module_names) | {"apt_trainer"}
-    known |= {"mlflow", "llama_cpp"}  # looked for, and used only where a user has them
+    known |= {"mlflow", "llama_cpp", "IPython"}  # looked for, and used only where a user has them
     for file in (ROOT / "apt_trainer").rglob("*.py"):
         tree = ast.parse(file.read_text())
         for node in ast.walk(tree):

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.training_args import OptimizerNames
 
 from apt_trainer import APTConfig, UserError
+from apt_trainer.pruning.pruner import AdaptivePruner
+from apt_trainer.report.tables import format_bytes
 from apt_trainer.runs import dry_run
 from apt_trainer.runs.dry_run import memory_estimate
 from apt_trainer.runs.preflight import check_attention
@@ -22,7 +24,7 @@ from apt_trainer.runs.run import train
 from apt_trainer.settings import DataSettings, ModelSettings
 from apt_trainer.settings.recipe import Recipe
 from apt_trainer.store.pretrained import load_inputs, load_model
-from integration.factories import DEFAULTS, config
+from integration.factories import DEFAULTS, config, cut_copy
 from integration.test_nri_before import NRI
 
 
@@ -211,3 +213,31 @@ def test_what_a_quantised_base_frees_is_said(ready: Recipe, form: str, share: fl
     most = sum(4 * m.weight.numel() for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)) / 1000
     assert 0.5 * most < before < most
     assert after == pytest.approx(share * before, rel=0.05) and freed == pytest.approx(before - after, abs=0.2)
+
+
+# ---------------------------------------------------------------------------- several processes
+
+
+def test_what_each_of_several_processes_holds_is_said(ready: Recipe) -> None:
+    ready.training.importance, ready.training.prune_targets = "salience", ["neurons", "heads"]
+    path = str(ready.model.model_name_or_path)
+    model, finished = (AutoModelForCausalLM.from_pretrained(path) for _ in range(2))
+    pruner = AdaptivePruner(model, ready.training)
+
+    def size(module: Any) -> int:
+        return sum(p.numel() * p.element_size() for p in module.parameters())
+
+    blocks, whole = [size(layer) for layer in model.model.layers], size(model)
+    layer = max(*blocks, whole - sum(blocks))
+    cut_copy(finished, dry_run.evenly_cut(pruner, 0.3))
+    assert "processes  " not in dry_run.plan(ready)
+    told = " ".join(dry_run.plan(ready, processes=4).split())
+    assert f"processes 4, weights alone. DDP, ZeRO-1, ZeRO-2: {format_bytes(whole)} each while they load, " in told
+    assert f"{format_bytes(4 * whole)} in all ZeRO-3, FSDP2: {format_bytes(whole / 4 + layer)} each (its share" in told
+    assert "converted" not in told
+    assert f"train, {format_bytes(whole)} on its device while the model is scored before the cut; " in told
+    assert f"the finished model, {format_bytes(size(finished))}, in each at the end" in told
+    halved = replace(ready, model=replace(ready.model, dtype="bfloat16"))
+    assert "while they are converted as they load" in dry_run.plan(halved, processes=4)
+    with pytest.raises(UserError, match="--processes 0 must be at least 1"):
+        dry_run.plan(ready, processes=0)

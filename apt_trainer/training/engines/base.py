@@ -69,6 +69,9 @@ class Engine:
     leaves_cycles = False
     """Whether parameters that are cut lie in cycles of references, so that only the garbage collector frees them."""
 
+    splits = False
+    """Whether each process keeps a part of every parameter, in memory of its own."""
+
     callbacks: tuple[type[TrainerCallback], ...] = ()
     """What has to watch the steps that it takes."""
 

@@ -1,7 +1,9 @@
 """FSDP2 of torch: each process holds a part of every parameter, and of its optimizer state. Experimental.
 
-What is whole, and when. At start each process has the whole model (and an external teacher) in host memory, as it was
-loaded; for a cut before training it is on the device as a whole. From the first engine on, a block is whole while it
+What is whole, and when. At start the model (and an external teacher) lies in a mapping of its file, where weights are
+loaded in the type that they have there, of which each process reads its parts, block by block; weights that were
+converted as they were loaded, or are those of a checkpoint, are whole in host memory. For a cut before training the
+model is on the device as a whole. From the first engine on, a block is whole while it
 runs, forwards or backwards, and all that is in no block (embeddings, last norm, head) during the whole step. At a
 change of shape the model leaves FSDP2 with its parameters split as they are. One after the other, those that are
 grown, merged or cut along their first dimension are whole on every process meanwhile, and their state; along other
@@ -41,6 +43,7 @@ class Fsdp2Engine(Engine):
     """FSDP2."""
 
     needs = ("fsdp2",)
+    splits = True
 
     def place_teacher(self, model: nn.Module) -> nn.Module:
         """In host memory, until the student is split and it can be too."""

@@ -1,14 +1,16 @@
 """DeepSpeed ZeRO-3: each process holds a part of every parameter, and of its optimizer state.
 
-What is whole, and when. At start each process has the whole model (and an external teacher) in host memory, as it was
-loaded; for a cut before training the whole model is on the device while it is scored. From the first engine on, no
-process holds more than parts. In a step, DeepSpeed makes the parameters of one module whole at a time (and what it
-fetches ahead). At a change of shape the engine is left with all parameters partitioned, and each that changes is whole
-on every process while it is cut, grown or merged (an adapter together with the weight it is merged into). The teacher
-shares the partitions of frozen weights and has partitions of its own of the rest; the parameters of each of its
-modules are whole while that runs. In a checkpoint the process that writes it collects all weights, the teacher's too,
-in host memory, and a resumed run begins with both whole on each process there. After training the finished model is
-whole on every process and on its device.
+What is whole, and when. At start the model (and an external teacher) lies in a mapping of its file, where weights are
+loaded in the type that they have there, which processes of one machine share; only the first one reads it, a parameter
+at a time, and sends each to the others. Weights that were converted as they were loaded, or are those of a checkpoint,
+are whole in host memory; and for a cut before training the whole model is on the device while it is scored. From the
+first engine on, no process holds more than parts. In a step, DeepSpeed makes the parameters of one module whole at a
+time (and what it fetches ahead). At a change of shape the engine is left with all parameters partitioned, and each
+that changes is whole on every process while it is cut, grown or merged (an adapter together with the weight it is
+merged into). The teacher shares the partitions of frozen weights and has partitions of its own of the rest; the
+parameters of each of its modules are whole while that runs. In a checkpoint the process that writes it collects all
+weights, the teacher's too, in host memory, and a resumed run begins with both whole on each process there. After
+training the finished model is whole on every process and on its device.
 
 DeepSpeed keeps the weights that train, their gradients and each of their moments in flat buffers. At a change of shape
 the first two are let go at once (weights that are offloaded, with the engine), and moments group by group. For that
@@ -41,6 +43,7 @@ class Zero3Engine(ZeroEngine):
 
     needs = ("zero", "zero3")
     leaves_cycles = True
+    splits = True
 
     @cached_property
     def _optimizer(self) -> PartitionedOptimizer:
@@ -54,8 +57,6 @@ class Zero3Engine(ZeroEngine):
         if partition.is_partitioned(next(model.parameters())):
             return
         dtype = self.parts.dtype
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
         zero = self._plugin.deepspeed_config["zero_optimization"]
         carried = 2 if dtype == torch.float32 else 3  # two moments, and values in float32
         zero.setdefault("sub_group_size", max(1, self._block_part(model) // carried))
@@ -65,7 +66,12 @@ class Zero3Engine(ZeroEngine):
             "zero_optimization": {name: value for name, value in zero.items() if value != "auto"},
         }
         deepspeed.init_distributed(dist.get_backend())
-        deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=dtype)
+        first, *others = model.parameters()
+        with partition.in_own_memory(first, self.parts.device, dtype):
+            deepspeed.zero.Init(module=nn.ParameterList([first]), config_dict_or_path=settings, dtype=dtype)
+        for parameter in others:
+            with partition.in_own_memory(parameter, self.parts.device, dtype):
+                first.convert_to_zero_parameters([parameter])
         move_buffers(model, next(model.parameters()).device)
 
     def place_teacher(self, model: nn.Module) -> nn.Module:

@@ -141,7 +141,7 @@ def test_the_page_of_a_run_answers_on_any_screen(tmp_path: Path, width: int, dar
     text = re.sub(r"\s+", " ", seen["text"])
     for said in (
         "How much smaller? 28 % smaller 65.3 MB on disk instead of 90.9 MB; exported as onnx_int8 17.0 MB",
-        "How much faster? 2.0 times as fast 16.0 ms instead of 32.0 ms, one text, in PyTorch; exported as onnx_int8 up",
+        "How much faster? 2.0 times as fast 16.0 ms instead of 32.0 ms, one text, in PyTorch; exported as onnx",
         "How much worse? -3.0 points accuracy 0.9400 instead of 0.9700 on the test data (95 % interval: 0.9100 to",
         "What did it cost? 1 min 57 s of training on cpu; fine-tuning the dense model took 2 min 54 s",
         "On 3 of 50 test rows the two say something else. Only the dense model is right on 2 of them",

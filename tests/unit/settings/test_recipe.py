@@ -176,8 +176,8 @@ def test_words_that_yaml_once_took_for_something_else(recipe_file):
         (
             "task: clasification",
             "task='clasification' is not known. Choose one of: classification, multi_label_classification, "
-            "regression, embedding, token_classification, question_answering, language_modeling, instruction_tuning, "
-            "summarization, translation. "
+            "regression, embedding, image_classification, token_classification, question_answering, "
+            "language_modeling, masked_language_modeling, instruction_tuning, summarization, translation. "
             "Did you mean 'classification'?",
         ),
     ],

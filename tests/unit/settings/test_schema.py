@@ -35,7 +35,7 @@ def checks(name: str, content: Any) -> list[str]:
 @pytest.mark.parametrize("file", OWN, ids=lambda file: file.relative_to(RECIPES).as_posix())
 def test_every_shipped_file_names_its_schema_and_keeps_to_it(file: Path) -> None:
     line = file.read_text(encoding="utf-8").splitlines()[0]
-    assert line.startswith(FIRST)
+    assert line.startswith(FIRST), f"the first line of {file} should be {FIRST}../schema/recipe.json (or study.json)"
     named = (file.parent / line.removeprefix(FIRST)).resolve()
     assert named.parent == SCHEMAS.resolve() and named.stem in KINDS
     assert checks(named.stem, read_file(str(file))) == []

@@ -122,8 +122,12 @@ def test_autocast_multiplies_in_its_type() -> None:
         assert layer(torch.randn(2, layer.in_features)).dtype == torch.bfloat16
 
 
-def test_a_model_without_linear_layers_is_refused() -> None:
+def test_a_model_with_few_linear_layers_is_refused() -> None:
     model = tiny_model("llama", "ForCausalLM")
-    model._keep_in_fp32_modules = ["layers"]
-    with pytest.raises(UserError, match="base_quantization: nf4 is for linear layers, but LlamaForCausalLM has none"):
-        check_base(model, family_of(model.config), "nf4")
+    family = family_of(model.config)
+    check_base(model, family, "nf4")
+    model.model.layers[0].experts = nn.Parameter(torch.zeros(2, 100, 100))
+    with pytest.raises(
+        UserError, match=r"nf4 is for linear layers, but of the blocks of LlamaForCausalLM they are 32.4%"
+    ):
+        check_base(model, family, "nf4")

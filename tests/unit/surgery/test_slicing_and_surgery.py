@@ -150,8 +150,10 @@ def test_slicing_norms_and_embeddings() -> None:
 
 
 def test_unknown_module_type_is_refused() -> None:
-    with pytest.raises(AssertionError, match="Conv2d cannot be sliced"):
-        slice_module(nn.Conv2d(2, 2, 1), "out", torch.tensor([0]), "x", EditLog())
+    with pytest.raises(AssertionError, match="Conv1d cannot be sliced"):
+        slice_module(nn.Conv1d(2, 2, 1), "out", torch.tensor([0]), "x", EditLog())
+    with pytest.raises(AssertionError, match="only the channels that a convolution makes"):
+        slice_module(nn.Conv2d(2, 2, 1), "in", torch.tensor([0]), "x", EditLog())
 
 
 def test_cut_parameters_keep_requires_grad() -> None:

@@ -64,6 +64,7 @@ CASES: list[tuple[str, str, dict[str, list[Any]], dict[str, Any]]] = [
      {"prompt_column": "instruction", "input_column": "input", "completion_column": "output"}),
     ("a decoder as a classifier", DECODER, {"text": TEXTS, "label": cycle("a", "b")}, {"task": "classification"}),
     ("plain text", DECODER, {"text": TEXTS}, {"task": "language_modeling", "text_column": "text"}),
+    ("texts alone", ENCODER, {"text": TEXTS}, {"task": "masked_language_modeling", "text_column": "text"}),
     ("summaries", ENCODER_DECODER, {"article": TEXTS, "highlights": OTHERS},
      {"task": "summarization", "text_column": "article", "target_column": "highlights"}),
     ("short texts of long ones", ENCODER_DECODER, {"a": [text * 3 for text in TEXTS], "b": OTHERS},
@@ -119,7 +120,7 @@ def test_what_cannot_be_told_is_asked() -> None:
     with pytest.raises(UserError, match="'shop', 'town' may all be labels. Say it: --label_column"):
         guess(several, {}, ENCODER)
     with pytest.raises(UserError, match="what is to be learnt"):
-        guess(Dataset.from_dict({"text": TEXTS}), {}, ENCODER)
+        guess(Dataset.from_dict({"text": TEXTS, "other": OTHERS, "third": OTHERS[::-1]}), {}, DECODER)
 
 
 def test_odd_rows_are_named() -> None:
@@ -139,3 +140,12 @@ def test_conversations_that_teach_nothing_are_named() -> None:
     rows = [*TALK[:-3], [], TALK[0][:1], [*TALK[0][:1], {"role": "assistant", "content": " "}]]
     found = guess(Dataset.from_dict({"messages": rows}), {}, DECODER)
     assert "3 rows (21, 22, 23, counted from 0) without text" in found.checks[0]
+
+
+def test_rows_without_one_of_several_labels_are_left_out() -> None:
+    flags = {"text": TEXTS, "toxic": [*cycle(0, 1)[:-1], None], "rude": cycle(1, 0, 0)}
+    found = guess(Dataset.from_dict(flags), {}, ENCODER)
+    assert found.settings["label_columns"] == ["toxic", "rude"] and found.settings["drop_unlabeled"]
+    lists = {"text": TEXTS, "topics": [*cycle(["a"], ["b", "a"], [])[:-1], None]}
+    found = guess(Dataset.from_dict(lists), {}, ENCODER)
+    assert found.settings["drop_unlabeled"] and "1 row (23, counted from 0) without a label" in found.checks[0]

@@ -554,7 +554,7 @@ def test_question_answering_errors(tmp_path: Path, tokenizer: Any) -> None:
         ({"test_file": "{folder}/header.csv"}, r"test_file=.*header\.csv' has no rows"),
         ({"test_file": "{folder}/broken.json"}, "cannot be read as .json"),
         ({"test_file": "{folder}"}, r"no sub-folders with \*\.txt files"),
-        ({"task": "regression", "train_file": "{folder}"}, "fits task: classification only"),
+        ({"task": "regression", "train_file": "{folder}"}, "fits task: classification and image_classification only"),
         ({"label_column": "lable"}, "label_column='lable' is not a column .* are: text, label, note.*mean 'label'"),
         ({"text_column": "texts"}, "text_column='texts'.*Did you mean 'text'"),
         ({"text_pair_column": "zzz"}, "text_pair_column='zzz'.*Set text_pair_column"),
