@@ -33,7 +33,6 @@ import torch
 from apt_trainer.errors import UserError, unknown_choice
 from apt_trainer.measure import compare_generation, compare_latency
 from apt_trainer.models import family_of
-from apt_trainer.plan.pruning_plan import PLAN_FILE
 from apt_trainer.pruning.budget import Budget
 from apt_trainer.report.comparison import compare, read_results, to_markdown
 from apt_trainer.report.tables import markdown_table
@@ -52,6 +51,7 @@ from apt_trainer.training.time_to_accuracy import first_reaching
 Scores = dict[str, torch.Tensor]
 Record = dict[str, Any]
 OURS, SHARE = "ours", 0.97
+MADE_OF = "made_of.json"
 LABELS = {
     "share": "share of baseline",
     "tasks": "mean of tasks",
@@ -124,8 +124,11 @@ def prepare(name: str, run: Run, base: str, changes: Sequence[str]) -> bool:
     try:
         if package is not None and importlib.util.find_spec(package) is None:
             raise UserError(f"it needs pip install {package.replace('_', '-')}.")
-        if not (folder / PLAN_FILE).is_file():
+        made_of = {"base": read_file(base), "changes": list(changes)}
+        made = folder / MADE_OF
+        if not made.is_file() or read_json_object(made) != made_of:
             cut(load_recipe(base, [*changes, *settings, f"--output_dir={folder}"]), score, folder)
+            write_json(made, made_of)
     except UserError as error:
         print(f"{name} is left out: {error}", file=sys.stderr)
         return False

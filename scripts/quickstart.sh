@@ -10,6 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 output=out/quickstart previous=""
 for word in "$@"; do
     if [[ "$previous" == --output_dir ]]; then output="$word"; fi
+    if [[ "$word" == --output_dir=* ]]; then output="${word#*=}"; fi
     previous="$word"
 done
 

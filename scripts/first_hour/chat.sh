@@ -9,5 +9,5 @@ shift 2
 apt-trainer init --model "$model" --train_file "$file" --output_dir out/mine --output mine.yaml
 apt-trainer plan --config mine.yaml "$@"
 apt-trainer train --config mine.yaml "$@"
-apt-trainer chat out/mine --prompt "w3 w1" --max_new_tokens 8
+apt-trainer chat out/mine --prompt "How do I keep bread fresh?" --max_new_tokens 40
 apt-trainer export out/mine --format hf --style per_layer_config --output out/mine-vllm

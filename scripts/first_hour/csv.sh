@@ -3,7 +3,7 @@
 # the package installed (pip install 'apt-trainer[onnx]'):
 #   bash csv.sh MODEL reviews.csv
 #   bash csv.sh MODEL reviews.csv --max_steps 100      # options go to the training
-#   FORMAT=openvino bash csv.sh MODEL reviews.csv
+#   FORMAT=openvino bash csv.sh MODEL reviews.csv      # needs the extra openvino
 set -euo pipefail
 model="$1" file="$2"
 shift 2

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A person who uses sentence-transformers, with pairs of sentences and how alike they are: from the file to a smaller
 # SentenceTransformer. In an empty folder, with the package installed (pip install 'apt-trainer[embedding]'):
-#   bash embedding.sh MODEL pairs.csv
+#   bash embedding.sh MODEL pairs.csv        # MODEL: of sentence-transformers
 set -euo pipefail
 model="$1" file="$2"
 shift 2
