@@ -21,6 +21,7 @@ from apt_trainer.store.saved_model import as_pruned
 from apt_trainer.store.saving import save_pruned, write_model
 from apt_trainer.training import norms, positions, reshape
 from apt_trainer.training.checkpoints.best import BestWithinBudget
+from apt_trainer.training.early_stopping import EarlyStopping
 from apt_trainer.training.engines import Engine, engine_of
 from apt_trainer.training.engines.agreement import failing_together, processes
 from apt_trainer.training.inside import save_around
@@ -37,6 +38,7 @@ class FinishedModel(BestWithinBudget):
     model_wrapped: Any
     distillation: SelfDistillation
     step_losses: StepLosses
+    early_stopping: EarlyStopping
     processing_class: Any
     hub_model_id: str | None
     _finished: bool
@@ -91,7 +93,7 @@ class FinishedModel(BestWithinBudget):
 
     def _keep(self, error: Exception) -> Exception:
         """What to raise for ``error``, which came out of the loop."""
-        done = self.state.global_step >= self.state.max_steps > 0
+        done = self.state.global_step >= self.state.max_steps > 0 or self.early_stopping.is_met(self.state)
         whole = type(engine_of(self)) is Engine  # else it takes all processes to put the weights together
         if isinstance(error, (UserError, RunError)) or not done or not whole:
             return error

@@ -19,6 +19,7 @@ from datasets import Dataset
 from integration.factories import DEFAULTS, Rows, make_trainer
 from integration.factories import SHORT as SHORT_RUN
 from test_before_the_first_step import FILM
+from test_saving import FailsAtTheEnd
 from texts import tiny_llama, word_tokenizer
 from tiny import tiny_config, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -33,6 +34,7 @@ from transformers import (
 
 import apt_trainer
 from apt_trainer import APTConfig, APTTrainer, DataSettings, UserError, __version__, cli, load_pruned
+from apt_trainer.errors import RunError
 from apt_trainer.settings.recipe import load_recipe
 from apt_trainer.store.pretrained import load_inputs
 from apt_trainer.tasks import load_task
@@ -443,10 +445,16 @@ def test_a_run_that_gets_no_better_ends_after_the_last_cut(tmp_path: Path, caplo
     """Nothing is better by so much: two evaluations after that at step 8, where the last units go, the run ends."""
     waits = {"early_stopping_patience": 2, "early_stopping_threshold": 1e9, "eval_strategy": "steps", "eval_steps": 1}
     options = {"eval_dataset": Rows(8)}
-    trainer = make_trainer(tmp_path, tiny_model("bert"), options=options, **SHORT_RUN | waits)
-    trainer.train()
-    assert trainer.state.global_step == 10 and trainer.pruner.sparsity() >= 0.5
+    saves = {"save_strategy": "steps", "save_steps": 10}
+    failing = options | {"callbacks": [FailsAtTheEnd()]}
+    trainer = make_trainer(tmp_path, tiny_model("bert"), options=failing, **SHORT_RUN | waits | saves)
+    with pytest.raises(RunError, match="Training is done, .* is saved in"):
+        trainer.train()
+    assert trainer.state.global_step == 10 and load_pruned(tmp_path) is not None
     assert "Training ends at step 10 of 12: eval_loss has not got better in 2 evaluations" in caplog.text
+    resumed = make_trainer(tmp_path, tiny_model("bert"), options=options, **SHORT_RUN | waits | saves)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert resumed.state.global_step == 10 and resumed.pruner.sparsity() >= 0.5
     for changes, said in (
         ({"eval_strategy": "no"}, "early_stopping_patience needs evaluations"),
         ({"early_stopping_patience": 0}, "early_stopping_patience=0 must be at least 1"),
