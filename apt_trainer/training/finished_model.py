@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from apt_trainer.distillation.session import SelfDistillation
 from apt_trainer.errors import Retold, RunError, UserError, reason
 from apt_trainer.pruning.given_model import IN_USE
-from apt_trainer.store.hub import make_repository, put_beside, upload
+from apt_trainer.store.hub import OF_A_RUN, make_repository, put_beside, upload
 from apt_trainer.store.model_card import CARD_FILE, model_card
 from apt_trainer.store.rescue import how_to_load
 from apt_trainer.store.saved_model import as_pruned
@@ -81,7 +81,7 @@ class FinishedModel(BestWithinBudget):
             return RunError(
                 f"The model is saved in {self._output}, but uploading it to {self.hub_model_id} failed "
                 f"({reason(error)}). trainer.push_to_hub() tries again; so does, without Python: hf upload "
-                f"{self.hub_model_id} {self._output} --exclude 'checkpoint-*' '*.jsonl' 'runs/*'"
+                f"{self.hub_model_id} {self._output} --exclude {' '.join(map(repr, OF_A_RUN))}"
             )
 
         self._beside = beside
