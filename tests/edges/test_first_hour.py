@@ -412,6 +412,23 @@ def test_rows_as_people_have_them_train_in_python_as_in_a_recipe(inside: Path, t
     assert trainer.args is not args and trainer.model.config.model_type == "llama"
 
 
+def test_metrics_in_python_are_those_that_were_asked_for(inside: Path, tmp_path: Path) -> None:
+    rows = Dataset.from_dict(
+        {"text": [["bad film", "good film good film"][i % 2] for i in range(40)], "label": [i % 2 for i in range(40)]}
+    )
+    model = AutoModelForSequenceClassification.from_pretrained("encoder", num_labels=2)
+    waits = {"early_stopping_patience": 2, "eval_strategy": "epoch", "metric_for_best_model": "f1_macro"}
+    args = APTConfig(str(tmp_path), **DEFAULTS | SHORT_RUN | {"distillation": "none"} | waits)
+    tokenizer = AutoTokenizer.from_pretrained("encoder")
+    data = DataSettings(text_column="text", max_length=8)
+    trainer = APTTrainer(model, args, rows, processing_class=tokenizer, data=data)
+    assert trainer.args.metric_for_best_model == "f1_macro" and trainer.args.greater_is_better is True
+    assert len(trainer.eval_dataset) < len(trainer.train_dataset)
+    predicted = trainer.predict(trainer.train_dataset)
+    right = predicted.predictions.argmax(-1) == predicted.label_ids
+    assert predicted.metrics["test_accuracy"] == pytest.approx(right.mean())
+
+
 def test_the_example_of_the_recipes_page_runs(inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (ROOT / "recipes/README.md").read_text(encoding="utf-8").split("## A recipe for data of your own")[1]
     tokenizer = AutoTokenizer.from_pretrained("decoder")
