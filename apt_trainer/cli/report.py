@@ -22,18 +22,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from apt_trainer.report.comparison import compare, read_results, to_csv, to_markdown
-    from apt_trainer.store.events import RESULTS_FILE, write_text
+    from apt_trainer.report.comparison import compare, is_training_run, read_results, to_csv, to_markdown
+    from apt_trainer.store.events import write_text
 
     output, suffix = Path(args.output or "-.md"), Path(args.output or "-.md").suffix
     if suffix not in (".md", ".csv", ".html"):
         raise UserError(f"--output={args.output!r} must end in .md, .csv or .html.")
     records = read_results(args.runs)
     names, comparison = [Path(path).resolve().name for path in args.runs], compare(records, args.baseline)
-    if suffix == ".html" and len(names) == 1 and not (Path(args.runs[0]) / RESULTS_FILE).is_file():
+    first = Path(args.runs[0])
+    if suffix == ".html" and len(names) == 1 and is_training_run(first):
         from apt_trainer.report.run_page import run_page
 
-        text = run_page(Path(args.runs[0]), names[0])
+        text = run_page(first, names[0])
     elif suffix == ".html":
         from apt_trainer.report.html import to_html
 

@@ -5,7 +5,7 @@ For models that give each row labels or numbers; other tasks sum what they measu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +23,36 @@ CHARACTERS = 400  # of a text
 
 
 def keep_predictions(
-    folder: Path, dense: Path, data: TaskData, tokenizer: Any, predictions: Sequence[EvalPrediction]
+    folder: Path,
+    dense: Path,
+    data: TaskData,
+    tokenizer: Any,
+    predictions: Sequence[EvalPrediction],
+    order: Callable[[], Sequence[int] | None] = lambda: None,
 ) -> None:
     """Keep what a model says of the test rows in the folder of its run, and where the dense model, whose run is in
-    ``dense``, says something else; what an earlier run has kept there goes."""
+    ``dense``, says something else; what an earlier run has kept there goes. Nothing for other tasks.
+
+    ``order``: which row each prediction is of; None: the first is of the first row.
+    """
     for name in (DIFFERENCES_FILE, PREDICTIONS_FILE):
         (folder / name).unlink(missing_ok=True)
+    if data.model_class != "AutoModelForSequenceClassification":
+        return
     for prediction in predictions:
-        write_predictions(folder, data, tokenizer, prediction)
+        write_predictions(folder, data, tokenizer, prediction, order())
         write_differences(folder, dense, data, tokenizer)
 
 
-def write_predictions(folder: Path, data: TaskData, tokenizer: Any, prediction: EvalPrediction) -> None:
-    """Write what the model says of the first rows of the test data, and what is right; nothing for other tasks.
-    ``example``: of the first row, with its text."""
-    if data.model_class != "AutoModelForSequenceClassification":
-        return
+def write_predictions(
+    folder: Path, data: TaskData, tokenizer: Any, prediction: EvalPrediction, order: Sequence[int] | None
+) -> None:
+    """Write what the model says of the first rows of the test data, and what is right. ``example``: of the first row,
+    with its text; ``order`` as of :func:`keep_predictions`."""
     rows = min(len(data.test), KEPT)
     problem, names = data.model_kwargs["problem_type"], data.label_names
-    said, right = np.asarray(first_output(prediction.predictions))[:rows], np.asarray(prediction.label_ids)[:rows]
+    first = slice(rows) if order is None else np.argsort(order)[:rows]
+    said, right = np.asarray(first_output(prediction.predictions))[first], np.asarray(prediction.label_ids)[first]
     if problem == REGRESSION:
         both = [values.reshape(rows, -1).astype(float).round(6).tolist() for values in (said, right)]
     elif problem == MULTI_LABEL:

@@ -165,6 +165,7 @@ NAMES: dict[Use, tuple[Name, ...]] = {
         ),
         Name(f"{_TRAINER}.get_eval_dataloader", ("eval_dataset",), "keep one loader for each set of rows"),
         Name(f"{_TRAINER}._get_dataloader", ("is_training",), "leave no row out of an evaluation"),
+        Name(f"{_TRAINER}._get_eval_sampler", ("eval_dataset",), "tell which row a prediction is of"),
         Name(f"{_TRAINER}.get_decay_parameter_names", ("model",), "decay what the dense model would"),
         Name(f"{_TRAINER}._hp_search_setup", ("trial",), "begin each trial with a model of its own"),
         Name(f"{_TRAINER}.init_hf_repo", ("token",), "make the repository before training"),

@@ -106,6 +106,12 @@ def read_results(paths: Sequence[str]) -> list[dict[str, Any]]:
     return records
 
 
+def is_training_run(folder: Path) -> bool:
+    """Whether ``folder``, of :func:`read_results`, holds what a page of one run tells; that of a study, of ``drop`` or
+    of ``paint`` does not."""
+    return not (folder / RESULTS_FILE).is_file() and "disk_bytes" in read_json(folder / METRICS_FILE)
+
+
 def _read_study(path: Path) -> list[dict[str, Any]]:
     records = read_events(path)
     for number, record in enumerate(records, start=1):

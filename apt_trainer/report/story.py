@@ -11,7 +11,13 @@ from typing import Any
 from apt_trainer.report.plots import TUNE_NAMES
 from apt_trainer.report.tables import format_seconds
 
-BUDGETS = {"params": "block parameters", "flops": "FLOPs", "latency": "latency", "memory": "memory"}
+BUDGETS = {
+    "params": "block parameters",
+    "total_params": "parameters",
+    "flops": "FLOPs",
+    "latency": "latency",
+    "memory": "memory",
+}
 _TIMES = ("runtime", "per_second", "preparation_time")
 _SCORES = 4  # of an evaluation, beside its loss
 
@@ -73,8 +79,9 @@ def event_line(record: Mapping[str, Any], before: Mapping[str, Any], metric: str
 def _cut(record: Mapping[str, Any], before: Mapping[str, Any]) -> str:
     """ "cut 9 → 3 heads in layer 4", or the sum over layers and the layer that loses most."""
     told = []
-    for kind in ("heads", "neurons"):
-        fewer = {name: (old, record[kind].get(name, 0)) for name, old in before[kind].items()}
+    for kind in ("heads", "neurons", "experts"):  # experts: of models that have some
+        left, were = record.get(kind, {}), before.get(kind, {})
+        fewer = {name: (old, left.get(name, 0)) for name, old in were.items()}
         fewer = {name: sizes for name, sizes in fewer.items() if sizes[0] != sizes[1]}
         if not fewer:
             continue
@@ -83,8 +90,7 @@ def _cut(record: Mapping[str, Any], before: Mapping[str, Any]) -> str:
         if len(fewer) == 1:
             told.append(f"{of_most} {kind} in layer {most}")
             continue
-        left = sum(record[kind].get(name, 0) for name in before[kind])
-        told.append(f"{sum(before[kind].values()):,} → {left:,} {kind} (layer {most}: {of_most})")
+        told.append(f"{sum(were.values()):,} → {sum(left.values()):,} {kind} (layer {most}: {of_most})")
     if record.get("hidden") != before.get("hidden"):
         told.append(f"{before['hidden']:,} → {record['hidden']:,} hidden dimensions")
     return f"cut {', '.join(told)}" if told else "cut nothing more"

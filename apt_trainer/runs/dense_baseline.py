@@ -22,6 +22,8 @@ from apt_trainer.tasks.shared_rows import hand_over
 _DENSE: dict[str, Any] = {
     "target_sparsity": None,
     "distillation": "none",
+    "teacher_name_or_path": None,
+    "early_stopping_patience": None,
     "tune": "full",
     "tune_after_pruning": None,
     "tune_after_distillation": None,
@@ -41,17 +43,19 @@ _DENSE: dict[str, Any] = {
 }
 
 
+def dense_settings(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """What the dense model beside the run of ``recipe`` is fine-tuned with, in ``folder``."""
+    return recipe.given | _DENSE | {"output_dir": str(folder), "learning_rate": recipe.training.dense_learning_rate}
+
+
 def train_dense(recipe: Recipe, output: Path, rows: Mapping[str, Dataset]) -> dict[str, Any]:
     """Metrics of full fine-tuning with the same data and steps, run (or found finished) in ``output``/dense.
     ``rows``: those of the same data that are tokenized."""
     folder = output / "dense"
     if not (folder / METRICS_FILE).is_file():
-        given = (
-            recipe.given | _DENSE | {"output_dir": str(folder), "learning_rate": recipe.training.dense_learning_rate}
-        )
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / RECIPE_FILE
-            write_json(file, given)
+            write_json(file, dense_settings(recipe, folder))
             command = [sys.executable, "-m", "apt_trainer", "train", "--config", str(file)]
             write_line(f"First the dense model, all of whose weights train on the same data, in {folder}")
             environment = os.environ | hand_over(rows, Path(scratch))

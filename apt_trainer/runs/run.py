@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,8 @@ def _train_prepared(
             intervals = {}
             if trainer.is_world_process_zero():
                 intervals = _intervals(recipe, data, predictions)
-                keep_predictions(output, output / "dense", data, tokenizer, predictions[:1])
+                order = partial(trainer.evaluation_order, data.test)
+                keep_predictions(output, output / "dense", data, tokenizer, predictions[:1], order)
     if args.bf16_full_eval or args.fp16_full_eval:  # they leave it in theirs; what follows is for what was saved
         trainer.model.to(dtype)
     metrics = {

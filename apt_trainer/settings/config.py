@@ -38,6 +38,9 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 }
 """Numbers of the training loop: the least allowed, the first that is too large, and both in words."""
 
+_WATCHED = ("metric_for_best_model", "greater_is_better")
+"""What says which model is the best; ``watch_given`` of arguments: those of them that were given, not filled in."""
+
 if TYPE_CHECKING:
     from transformers import TrainingArguments as _JoinedLater
 else:
@@ -69,6 +72,7 @@ class PruningArguments(MethodSettings, LoopSettings, _JoinedLater):
         self.check()
         self.check_loop()
         self._check_numbers()
+        self.watch_given: tuple[str, ...] = tuple(name for name in _WATCHED if getattr(self, name, None) is not None)
         if self.early_stopping_patience is not None and getattr(self, "metric_for_best_model", None) is None:
             self.metric_for_best_model = "loss"
         check_packages({"deepspeed": self.deepspeed})

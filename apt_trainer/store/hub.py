@@ -17,7 +17,19 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from apt_trainer.errors import Retold, UserError, reason
+from apt_trainer.store.events import DIFFERENCES_FILE, PREDICTIONS_FILE
 
+OF_A_RUN = (
+    "checkpoint-*",
+    "*.jsonl",
+    "runs/*",
+    "dense/*",
+    "vocabulary/*",
+    PREDICTIONS_FILE,
+    DIFFERENCES_FILE,
+    "*.html",
+)
+"""Patterns of what lies in the folder of a run beside the model, some of it with rows of the data, and stays there."""
 STRATEGY = "end"
 """What can be uploaded: the finished model. A checkpoint of a run is none."""
 

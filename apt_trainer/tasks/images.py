@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +39,9 @@ from apt_trainer.tasks.labels import KnownLabels, class_weights
 PIXELS = "pixel_values"
 _NO_IMAGE = (UnidentifiedImageError, OSError, ValueError)
 """What Pillow raises for a file that holds none, or a damaged one."""
+
+_ENDS, _TAIL = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}, 8
+"""How whole files end; one that does not may be cut short, behind a head that tells nothing of it."""
 
 
 @dataclass(frozen=True)
@@ -146,12 +151,23 @@ def _looks(rows: Dataset, column: str, part: str) -> Iterator[tuple[Any, ...]]:
         name = _name(cell, row)
         try:
             with _opened(cell) as image:
+                if not _ends(cell, _ENDS.get(image.format or "", b"")):
+                    image.load()  # raises what training would fail at, were the file cut short
                 yield image.format, image.size, image.mode
         except _NO_IMAGE as error:
             raise UserError(
                 f"image_column={column!r} of the {PART_NAMES[part]} data: {name} cannot be read as an image. Remove "
                 "it, or save it anew."
             ) from error
+
+
+def _ends(cell: Mapping[str, Any], mark: bytes) -> bool:
+    """Whether the file of a cell ends with ``mark``, give or take a few bytes."""
+    if cell["bytes"] is not None:
+        return mark in cell["bytes"][-_TAIL:]
+    with Path(cell["path"]).open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+        return mark in file.read()
 
 
 def _name(cell: Mapping[str, Any], row: int) -> str:

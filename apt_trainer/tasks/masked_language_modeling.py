@@ -1,8 +1,9 @@
 """Prediction of masked tokens on plain text for encoders: blocks as for decoders (``language_modeling``), some of
 whose tokens are hidden, changed or left, and to be predicted (BERT, arXiv 1810.04805).
 
-Which tokens follows from the text alone: of a training batch from all of its rows, so that they change from epoch to
-epoch and not where a run is resumed; of a row to evaluate on from that row, so that scores compare.
+Which tokens follows from the text alone: of a training batch from all of its rows, so that those of a row change with
+the rows beside it, from epoch to epoch, and not where a run is resumed (in batches of one row they never change); of a
+row to evaluate on from that row, so that scores compare.
 """
 
 from __future__ import annotations

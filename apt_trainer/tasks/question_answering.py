@@ -150,7 +150,11 @@ def _answers(
     """The predicted answer to each question, and the gold ones."""
     outputs: Any = prediction.predictions
     start, end = outputs[0], outputs[1]
-    assert len(start) == len(features), "the predictions are not those of this part of the data"
+    if len(start) != len(features):
+        raise UserError(
+            f"Answers are scored on the data that they are known of, of {len(features)} rows, and {len(start)} were "
+            "predicted. Evaluate on eval_dataset."
+        )
     answers = best_answers(
         np.asarray(start),
         np.asarray(end),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container
 from typing import Any
 
 from apt_trainer.errors import UserError, unknown_choice
@@ -13,7 +13,7 @@ from apt_trainer.tasks.base import TaskData
 _OF_EVERY_EVALUATION = ("runtime", "samples_per_second", "steps_per_second", "epoch", "task_loss", "distillation_loss")
 
 
-def set_task_arguments(args: APTConfig, data: TaskData, given: Mapping[str, Any]) -> None:
+def set_task_arguments(args: APTConfig, data: TaskData, given: Container[str]) -> None:
     """Set what the task decides of the training arguments; of the rest, what the recipe leaves open.
 
     Raises :class:`UserError` for a sampling that the metrics of the task cannot follow, for two losses at once, and

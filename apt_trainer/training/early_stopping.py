@@ -20,12 +20,13 @@ class EarlyStopping(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
+    def is_met(self, state: TrainerState) -> bool:
+        """Whether a run with this log has come to its end, which its checkpoint does not say."""
+        patience = self.trainer.args.early_stopping_patience
+        return patience is not None and self._waited(state) >= patience
+
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
-        end = self.trainer.schedule.end
-        values = [log[name] for log in state.log_history if name in log and log["step"] >= end]
-        waited = _since_the_best(values, args.greater_is_better, args.early_stopping_threshold)
-        if waited < args.early_stopping_patience or control.should_training_stop:
+        if control.should_training_stop or not self.is_met(state):
             return
         control.should_training_stop = True
         if state.is_world_process_zero:
@@ -34,10 +35,20 @@ class EarlyStopping(TrainerCallback):
                 "Training ends at step %d of %d: %s has not got better in %d evaluations%s.",
                 state.global_step,
                 state.max_steps,
-                name,
-                waited,
+                self._name,
+                self._waited(state),
                 kept,
             )
+
+    @property
+    def _name(self) -> str:
+        return f"eval_{self.trainer.args.metric_for_best_model.removeprefix('eval_')}"
+
+    def _waited(self, state: TrainerState) -> int:
+        """How many evaluations have brought nothing."""
+        args, end = self.trainer.args, self.trainer.schedule.end
+        values = [log[self._name] for log in state.log_history if self._name in log and log["step"] >= end]
+        return _since_the_best(values, args.greater_is_better, args.early_stopping_threshold)
 
 
 def _since_the_best(values: list[float], greater_is_better: bool, threshold: float) -> int:

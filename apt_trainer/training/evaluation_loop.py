@@ -80,6 +80,12 @@ class EachRowOnce(Mixin):
         finally:
             self.args.dataloader_drop_last = drops
 
+    def evaluation_order(self, rows: Any) -> list[int] | None:
+        """Which of ``rows`` each prediction of an evaluation is of, where that is not their order: the Trainer also
+        sorts them by length where it groups training rows by it."""
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        return list(self._get_eval_sampler(rows)) if grouped else None
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:

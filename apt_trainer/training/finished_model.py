@@ -14,13 +14,14 @@ from huggingface_hub import ModelCard
 from apt_trainer.distillation.session import SelfDistillation
 from apt_trainer.errors import Retold, RunError, UserError, reason
 from apt_trainer.pruning.given_model import IN_USE
-from apt_trainer.store.hub import make_repository, put_beside, upload
+from apt_trainer.store.hub import OF_A_RUN, make_repository, put_beside, upload
 from apt_trainer.store.model_card import CARD_FILE, model_card
 from apt_trainer.store.rescue import how_to_load
 from apt_trainer.store.saved_model import as_pruned
 from apt_trainer.store.saving import save_pruned, write_model
 from apt_trainer.training import norms, positions, reshape
 from apt_trainer.training.checkpoints.best import BestWithinBudget
+from apt_trainer.training.early_stopping import EarlyStopping
 from apt_trainer.training.engines import Engine, engine_of
 from apt_trainer.training.engines.agreement import failing_together, processes
 from apt_trainer.training.inside import save_around
@@ -37,6 +38,7 @@ class FinishedModel(BestWithinBudget):
     model_wrapped: Any
     distillation: SelfDistillation
     step_losses: StepLosses
+    early_stopping: EarlyStopping
     processing_class: Any
     hub_model_id: str | None
     _finished: bool
@@ -79,7 +81,7 @@ class FinishedModel(BestWithinBudget):
             return RunError(
                 f"The model is saved in {self._output}, but uploading it to {self.hub_model_id} failed "
                 f"({reason(error)}). trainer.push_to_hub() tries again; so does, without Python: hf upload "
-                f"{self.hub_model_id} {self._output} --exclude 'checkpoint-*' '*.jsonl' 'runs/*'"
+                f"{self.hub_model_id} {self._output} --exclude {' '.join(map(repr, OF_A_RUN))}"
             )
 
         self._beside = beside
@@ -91,7 +93,7 @@ class FinishedModel(BestWithinBudget):
 
     def _keep(self, error: Exception) -> Exception:
         """What to raise for ``error``, which came out of the loop."""
-        done = self.state.global_step >= self.state.max_steps > 0
+        done = self.state.global_step >= self.state.max_steps > 0 or self.early_stopping.is_met(self.state)
         whole = type(engine_of(self)) is Engine  # else it takes all processes to put the weights together
         if isinstance(error, (UserError, RunError)) or not done or not whole:
             return error

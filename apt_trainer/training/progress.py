@@ -5,6 +5,7 @@ In a notebook: the progress table of transformers, and above it the picture of t
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -16,9 +17,12 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 from transformers.trainer_utils import has_length
 from transformers.utils.import_utils import is_in_notebook
 
+from apt_trainer.errors import Noted
 from apt_trainer.libraries.quiet import write_line
 from apt_trainer.report.story import estimate_line, evaluation_line, event_line, progress_line
 from apt_trainer.report.tables import format_seconds
+
+logger = logging.getLogger(__name__)
 
 TIMED = 10
 """Steps after which the time to come is estimated."""
@@ -35,10 +39,16 @@ class EventCallback(TrainerCallback):
 
 
 def tell_event(trainer: Any, record: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-    """Let the callbacks of ``trainer`` hear of ``record``."""
+    """Let the callbacks of ``trainer`` hear of ``record``. Where one fails, training goes on: the other processes do
+    not hear of it, and would wait for this one."""
+
+    def note(error: Exception) -> None:
+        logger.warning("Step %s goes on, but telling of it failed.", record["step"], exc_info=error)
+
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, EventCallback):
-            callback.on_model_event(trainer.args, trainer.state, record, before)
+            with Noted(note):
+                callback.on_model_event(trainer.args, trainer.state, record, before)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from apt_trainer.settings import DataSettings
 from apt_trainer.settings.config import APTConfig
 from apt_trainer.settings.packages import check_packages
 from apt_trainer.tasks import TaskData, architecture_of, keeps_sequences_apart, load_task
+from apt_trainer.tasks.base import FirstRows
 from apt_trainer.tasks.trainer_options import data_options, set_task_arguments
 
 
@@ -62,10 +63,20 @@ def prepared(data: DataSettings, model: PreTrainedModel, args: APTConfig, given:
     )
     _fit(model, task)
     args = copy.copy(args)
-    set_task_arguments(args, task, {})
+    set_task_arguments(args, task, _watch_given(args))
     found = {"args": args, "train_dataset": task.train, "eval_dataset": task.validation}
     options = data_options(task, "validation")
+    if isinstance(
+        options["compute_metrics"], FirstRows
+    ):  # may be asked about other rows too, each of which counts once
+        options["compute_metrics"] = options["compute_metrics"].function
     return {**options, **{name: value for name, value in given.items() if value is not None}, **found}
+
+
+def _watch_given(args: APTConfig) -> set[str]:
+    """What was said about the best model, when ``args`` were made or afterwards; "loss" may have been filled in."""
+    later = () if args.metric_for_best_model in (None, "loss") else ("metric_for_best_model",)
+    return {*args.watch_given, *later}
 
 
 def _fit(model: PreTrainedModel, task: TaskData) -> None:

@@ -181,8 +181,9 @@ class PruningMixin(FinishedModel):
         use_run_progress(self)
         self.add_callback(MethodCallback(self))
         self.add_callback(self._stop)
+        self.early_stopping = EarlyStopping(self)
         if self.args.early_stopping_patience is not None:
-            self.add_callback(EarlyStopping(self))
+            self.add_callback(self.early_stopping)
 
     def _make_trainer(self, model: Any, args: Any, given: dict[str, Any], heldout: Any) -> Any:
         """What ``__init__`` of the Trainer does; returns the data held out, as the Trainer makes and reads data."""
@@ -388,7 +389,7 @@ class PruningMixin(FinishedModel):
         return runtime.LiveModel(self), self.live_dataloader
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        if self.state.global_step < self.state.max_steps:
+        if self.state.global_step < self.state.max_steps and not self.early_stopping.is_met(self.state):
             with self.micro_batches.wrapped():
                 super()._run_epoch(**kwargs)
         else:  # resumed at its end, where the loop of transformers would take one more step

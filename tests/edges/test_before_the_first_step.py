@@ -31,6 +31,7 @@ from apt_trainer import APTConfig, APTTrainer, UserError, cli
 from apt_trainer.plan.schedule import fewer_events, make_schedule
 from apt_trainer.pruning.budget import least_model
 from apt_trainer.pruning.pruner import AdaptivePruner
+from apt_trainer.runs.dense_baseline import dense_settings
 from apt_trainer.runs.run import train
 from apt_trainer.settings import MethodSettings
 from apt_trainer.settings.packages import check_packages
@@ -523,3 +524,12 @@ def test_sigterm_while_the_dense_model_is_tuned_leaves_no_process_behind(classif
     assert process.wait(120) == 143
     assert psutil.wait_procs(children, timeout=60)[1] == []
     assert cli.main(["train", "--config", recipe_file(classifier, tmp_path, dense_baseline=True)]) == 0
+
+
+def test_a_dense_baseline_has_no_teacher_and_does_not_stop_early(classifier: Path, tmp_path: Path) -> None:
+    taught = {"distillation": "model", "teacher_name_or_path": str(classifier / "model"), "dense_baseline": True}
+    waits = {"early_stopping_patience": 1, "eval_strategy": "epoch"}
+    recipe = load_recipe(recipe_file(classifier, tmp_path, **taught, **waits), [])
+    (tmp_path / "dense.json").write_text(json.dumps(dense_settings(recipe, tmp_path / "out/dense")))
+    dense = load_recipe(str(tmp_path / "dense.json"), []).training
+    assert dense.teacher_name_or_path is None and dense.early_stopping_patience is None and not dense.prunes

@@ -49,6 +49,7 @@ SETTINGS: dict[str, Any] = {
     "eval_steps": 20,
     "logging_steps": 5,
     "test_fraction": 0.2,
+    "train_sampling_strategy": "group_by_length",  # which reorders evaluations too
     "use_cpu": True,
     "measure_latency": False,
     "report_to": "none",

@@ -19,6 +19,7 @@ from datasets import Dataset
 from integration.factories import DEFAULTS, Rows, make_trainer
 from integration.factories import SHORT as SHORT_RUN
 from test_before_the_first_step import FILM
+from test_saving import FailsAtTheEnd
 from texts import tiny_llama, word_tokenizer
 from tiny import tiny_config, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -33,6 +34,7 @@ from transformers import (
 
 import apt_trainer
 from apt_trainer import APTConfig, APTTrainer, DataSettings, UserError, __version__, cli, load_pruned
+from apt_trainer.errors import RunError
 from apt_trainer.settings.recipe import load_recipe
 from apt_trainer.store.pretrained import load_inputs
 from apt_trainer.tasks import load_task
@@ -410,6 +412,23 @@ def test_rows_as_people_have_them_train_in_python_as_in_a_recipe(inside: Path, t
     assert trainer.args is not args and trainer.model.config.model_type == "llama"
 
 
+def test_metrics_in_python_are_those_that_were_asked_for(inside: Path, tmp_path: Path) -> None:
+    rows = Dataset.from_dict(
+        {"text": [["bad film", "good film good film"][i % 2] for i in range(40)], "label": [i % 2 for i in range(40)]}
+    )
+    model = AutoModelForSequenceClassification.from_pretrained("encoder", num_labels=2)
+    waits = {"early_stopping_patience": 2, "eval_strategy": "epoch", "metric_for_best_model": "f1_macro"}
+    args = APTConfig(str(tmp_path), **DEFAULTS | SHORT_RUN | {"distillation": "none"} | waits)
+    tokenizer = AutoTokenizer.from_pretrained("encoder")
+    data = DataSettings(text_column="text", max_length=8)
+    trainer = APTTrainer(model, args, rows, processing_class=tokenizer, data=data)
+    assert trainer.args.metric_for_best_model == "f1_macro" and trainer.args.greater_is_better is True
+    assert len(trainer.eval_dataset) < len(trainer.train_dataset)
+    predicted = trainer.predict(trainer.train_dataset)
+    right = predicted.predictions.argmax(-1) == predicted.label_ids
+    assert predicted.metrics["test_accuracy"] == pytest.approx(right.mean())
+
+
 def test_the_example_of_the_recipes_page_runs(inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (ROOT / "recipes/README.md").read_text(encoding="utf-8").split("## A recipe for data of your own")[1]
     tokenizer = AutoTokenizer.from_pretrained("decoder")
@@ -443,10 +462,16 @@ def test_a_run_that_gets_no_better_ends_after_the_last_cut(tmp_path: Path, caplo
     """Nothing is better by so much: two evaluations after that at step 8, where the last units go, the run ends."""
     waits = {"early_stopping_patience": 2, "early_stopping_threshold": 1e9, "eval_strategy": "steps", "eval_steps": 1}
     options = {"eval_dataset": Rows(8)}
-    trainer = make_trainer(tmp_path, tiny_model("bert"), options=options, **SHORT_RUN | waits)
-    trainer.train()
-    assert trainer.state.global_step == 10 and trainer.pruner.sparsity() >= 0.5
+    saves = {"save_strategy": "steps", "save_steps": 10}
+    failing = options | {"callbacks": [FailsAtTheEnd()]}
+    trainer = make_trainer(tmp_path, tiny_model("bert"), options=failing, **SHORT_RUN | waits | saves)
+    with pytest.raises(RunError, match="Training is done, .* is saved in"):
+        trainer.train()
+    assert trainer.state.global_step == 10 and load_pruned(tmp_path) is not None
     assert "Training ends at step 10 of 12: eval_loss has not got better in 2 evaluations" in caplog.text
+    resumed = make_trainer(tmp_path, tiny_model("bert"), options=options, **SHORT_RUN | waits | saves)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert resumed.state.global_step == 10 and resumed.pruner.sparsity() >= 0.5
     for changes, said in (
         ({"eval_strategy": "no"}, "early_stopping_patience needs evaluations"),
         ({"early_stopping_patience": 0}, "early_stopping_patience=0 must be at least 1"),

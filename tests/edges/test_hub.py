@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shlex
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
+from huggingface_hub.utils import filter_repo_objects
 from integration.factories import make_trainer
 from texts import tiny_llama, word_tokenizer
 from tiny import logits, tiny_batch, tiny_model
@@ -206,9 +208,13 @@ def test_a_failing_export_and_a_failing_upload_are_both_told(tmp_path: Path, hub
 def test_an_upload_that_fails_leaves_the_model_here(tmp_path: Path, hub: Any) -> None:
     trainer = few(tmp_path, push_to_hub=True, hub_model_id="me/small")
     hub.broken = "/preupload/"
-    with pytest.raises(RunError, match=r"saved in .*, but uploading it to me/small failed"):
+    with pytest.raises(RunError, match=r"saved in .*, but uploading it to me/small failed") as failed:
         trainer.train()
     load_pruned(tmp_path)
+    left_out = shlex.split(str(failed.value).split("--exclude")[1])
+    of_run = ["predictions.json", "differences.json", "events.jsonl", "dense/model.safetensors", "checkpoint-8/a/b"]
+    told = filter_repo_objects([*of_run, "config.json", "exports/gguf/model.gguf"], ignore_patterns=left_out)
+    assert list(told) == ["config.json", "exports/gguf/model.gguf"]
     hub.broken = "/nothing/"
     trainer.push_to_hub()
     assert commits(hub) == 1

@@ -188,11 +188,12 @@ def test_a_column_of_images_is_read_as_bytes_too_and_labels_are_matched_by_name(
         (["--tokenizer_name_or_path", "nowhere"], "nowhere"),
         (["--task", "classification"], "needs a model that is a encoder or decoder or encoder-decoder"),
         (["--train_file", "broken"], r"row \d+ of those used .* cannot be read as an image"),
+        (["--train_file", "cut"], r"row \d+ of those used .*cut.jpg, cannot be read as an image"),
         (["--train_file", "empty"], "no sub-folders with image files"),
     ],
 )
 def test_what_cannot_work_is_said_before_a_step(words: list[str], said: str, place: Path, tmp_path: Path) -> None:
-    words = [str(place / word) if word in ("wide", "nowhere", "broken", "empty") else word for word in words]
+    words = [str(place / word) if word in ("wide", "nowhere", "broken", "cut", "empty") else word for word in words]
     given = recipe(tmp_path, str(place / "model"), str(place / "train"), *words)
     for verb in (dry_run.plan, run.train):
         with pytest.raises(UserError, match=said):
@@ -202,13 +203,18 @@ def test_what_cannot_work_is_said_before_a_step(words: list[str], said: str, pla
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, one with a processor for other sizes, and folders of images, of which one has a file that is none."""
+    """A model, one with a processor for other sizes, and folders of images, of which one has a file that
+    is none, and one a file that is cut short."""
     place = tmp_path_factory.mktemp("images")
     saved_model(place / "model")
     saved_model(place / "wide", side=12)
     folder_of(place / "train")
     folder_of(place / "broken")
     (place / "broken" / NAMES[0] / "3.png").write_bytes(b"no image at all")
+    folder_of(place / "cut")
+    cut = place / "cut" / NAMES[0] / "cut.jpg"
+    Pillow.effect_noise((64, 64), 50).save(cut)
+    cut.write_bytes(cut.read_bytes()[:-500])
     (place / "empty" / "zebra").mkdir(parents=True)
     return place
 

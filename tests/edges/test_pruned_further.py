@@ -504,6 +504,8 @@ def test_studies_of_a_dropped_model(dropped: Path, tmp_path: Path, capsys: pytes
     left = counted_block_parameters_of(model)
     assert report["of_dense"] == {"depth_share": 4 / 6, "block_parameter_share": pytest.approx(1 - left / dense)}
     assert report["block_parameter_share"] == pytest.approx(1 - left / start)
+    page = tmp_path / "report.html"
+    assert cli.main(["report", str(tmp_path / "less"), "--output", str(page)]) == 0 and "less" in page.read_text()
     metrics = json.loads((tmp_path / "less" / "metrics.json").read_text())
     assert metrics["sparsity"] == pytest.approx(1 - left / dense)
     plan = starting_point(model).plan

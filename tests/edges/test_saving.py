@@ -26,6 +26,7 @@ from apt_trainer.settings.refused import REFUSED
 from apt_trainer.store.rescue import RESCUED
 from apt_trainer.store.saving import reload_difference
 from apt_trainer.training.compiled import compile_options
+from apt_trainer.training.progress import EventCallback, use_run_progress
 from apt_trainer.training.rehearsal import check_output, check_room
 
 TESTS = Path(__file__).parents[1]
@@ -293,6 +294,21 @@ def test_what_fails_after_the_last_step_leaves_a_finished_model(tmp_path: Path, 
     assert f"load_pruned({str(tmp_path)!r})" in str(failed.value)
     batch = tiny_batch(trainer.model)
     assert gap(logits(load_pruned(tmp_path).eval(), batch), logits(trainer.model.eval(), batch)) == 0.0
+
+
+class FailsAtACut(EventCallback):
+    def on_model_event(self, *args: Any) -> None:
+        raise KeyError("a name that no line has")
+
+
+def test_telling_of_a_cut_does_not_end_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = few(tmp_path, callbacks=[FailsAtACut()], sparsity_metric="total_params")
+    use_run_progress(trainer, logs_too=True)
+    trainer.train()
+    assert trainer.state.global_step == 3 and "Step 2 goes on, but telling of it failed" in caplog.text
+    assert " % of the parameters gone" in capsys.readouterr().err
 
 
 def test_a_damaged_best_checkpoint_leaves_the_final_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

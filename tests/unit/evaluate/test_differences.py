@@ -43,6 +43,14 @@ def test_one_label(tmp_path: Path) -> None:
     assert [e["text"] for e in seen["examples"]] == [words(4, i) for i in (1, 2, 3)]
 
 
+def test_predictions_that_come_in_another_order(tmp_path: Path) -> None:
+    data = load(tmp_path, "classification", ["a", "b", "a"])
+    prediction = EvalPrediction(predictions=np.array([[0, 1], [1, 0], [1, 0]]), label_ids=np.array([1, 0, 0]))
+    keep_predictions(tmp_path, tmp_path / "dense", data, word_tokenizer(), [prediction], lambda: [1, 2, 0])
+    kept = json.loads((tmp_path / "predictions.json").read_text())
+    assert kept["prediction"] == kept["label"] == ["a", "b", "a"] and kept["example"]["text"] == words(4, 0)
+
+
 def test_several_labels_and_none(tmp_path: Path) -> None:
     data = load(tmp_path, "multi_label_classification", [["a"], ["a", "b"], []])
     dense, pruned = [[2, -1], [3, 1], [-1, -1]], [[2, -1], [3, -1], [-1, 1]]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from apt_trainer.report.story import estimate_line, evaluation_line, event_line
+from apt_trainer.report.story import BUDGETS, estimate_line, evaluation_line, event_line
+from apt_trainer.settings.choices import CHOICES
 
 DENSE = {"heads": {"0": 12, "1": 12}, "neurons": {"0": 1536, "1": 1536}, "hidden": 384}
 BEFORE: dict[str, Any] = {**DENSE, "ranks": {"a": 8, "b": 8}, "tune": "adapters"}
@@ -27,6 +28,17 @@ def test_a_cut_of_several_kinds_sums_and_names_the_layer_that_loses_most() -> No
         "step 56 · cut 24 → 10 heads (layer 1: 12 → 0), 3,072 → 1,900 neurons (layer 1: 1,536 → 900), "
         "384 → 320 hidden dimensions · 60.1 % of the latency gone · all weights train"
     )
+
+
+def test_every_budget_has_a_name() -> None:
+    assert BUDGETS.keys() == set(CHOICES["sparsity_metric"])
+    assert "60.1 % of the parameters gone" in event_line(event(), BEFORE, "total_params")
+
+
+def test_a_cut_of_experts_is_told() -> None:
+    before = BEFORE | {"experts": {"0": 8, "1": 8}}
+    record = event(experts={"0": 8, "1": 5}, dense=DENSE | {"experts": {"0": 8, "1": 8}})
+    assert "cut 8 → 5 experts in layer 1" in event_line(record, before)
 
 
 def test_what_is_not_there_is_not_told() -> None:
