@@ -78,7 +78,7 @@ class Predictor:
     def predict(self, rows: Dataset) -> Iterator[Prediction]:
         """One prediction a row, in their order: ``row``, the texts that were read by their columns, what was found.
 
-        A row without text has an ``error`` in place of what was found.
+        A row without text, or too long to be gone on from, has an ``error`` in place of what was found.
         """
         if self.data.task == IMAGES:
             yield from self._images(rows)
@@ -211,8 +211,10 @@ class Predictor:
             encode = prompt_encoder(self.given.prompt_columns(rows.column_names), self.data, self.tokenizer)
         for batch in self._batches(rows):
             cells = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-            texts = generator.write([encode(row) for row in cells])
-            yield from ({"generated": text} for text in texts)
+            prompts = [encode(row) for row in cells]
+            refused = [generator.no_room(ids) for ids in prompts]
+            texts = iter(generator.write([ids for ids, why in zip(prompts, refused, strict=True) if why is None]))
+            yield from ({"generated": next(texts)} if why is None else {"error": why} for why in refused)
 
     def _source(self, row: dict[str, Any], column: str) -> list[int]:
         text = self.data.source_prefix + row[column]

@@ -352,6 +352,35 @@ def test_a_batch_of_prompts_is_written_as_each_alone(
     assert told["generated"] == predicted([*words, "--text", "w1 w2 w8"], capsys)[0]["generated"] and "a" not in told
 
 
+def test_long_prompts_change_nothing_about_the_others(
+    inside: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """One that leaves little room, one that leaves none, and a short one; alone and together."""
+    model = tiny_llama()
+    model.generation_config.eos_token_id = None  # nothing but the room ends what is written
+    path = save(model, tmp_path / "plain", "decoder")
+    words = [path, "--use_chat_template", "false", "--max_new_tokens", "9", "--text"]
+    prompts = ["w1 w2", "w3 " * 28, "w4 " * 40, "w5"]
+    together = predicted([*words, *prompts], capsys)
+    assert "leaves no room within the 32 positions of the model" in together[2].pop("error")
+    for row in (0, 1, 3):
+        (alone,) = predicted([*words, prompts[row]], capsys)
+        assert together[row]["generated"] == alone["generated"]
+    assert [len(together[row]["generated"].split()) > 4 for row in (0, 1, 3)] == [True, False, True]
+
+
+def test_a_batch_for_two_stacks_with_learned_positions_is_written_as_each_alone(
+    inside: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Learned positions do not see the mask: padding belongs behind."""
+    path = save(tiny_model("bart", "ForConditionalGeneration", vocab_size=60), tmp_path / "stacks", "decoder")
+    prompts = ["w1 w2 w3 w4 w5 w6", "w7", "w8 w9"]
+    words = [path, "--max_new_tokens", "6", "--text"]
+    together = predicted([*words, *prompts], capsys)
+    alone = [predicted([*words, prompt], capsys)[0]["generated"] for prompt in prompts]
+    assert [row["generated"] for row in together] == alone and len(set(alone)) > 1
+
+
 def test_a_model_of_two_stacks_writes_what_generate_writes(
     inside: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -373,7 +402,7 @@ def test_what_does_not_converse_is_said(
     assert cli.main(["chat", str(tmp_path), "--prompt", "a"]) == 2
     assert "has no chat template, so it was not trained to converse" in capsys.readouterr().err
     path = save(tiny_llama(), tmp_path / "long", "decoder")
-    assert cli.main(["predict", path, "--text", "w1 " * 40]) == 2
+    assert cli.main(["chat", path, "--prompt", "w1 " * 40]) == 2
     assert "leaves no room within the 32 positions of the model" in capsys.readouterr().err
 
 
