@@ -44,10 +44,13 @@ _LONGEST = 100_000  # what tokenizers without a limit say is more
 
 
 class GivenRows:
-    """Reads rows for a model by ``data``, the settings of its task."""
+    """Reads rows for a model by ``data``, the settings of its task.
 
-    def __init__(self, data: DataSettings) -> None:
-        self.data = data
+    ``converses``: whether a text is a turn of a conversation where no column is named.
+    """
+
+    def __init__(self, data: DataSettings, converses: bool = False) -> None:
+        self.data, self.converses = data, converses
 
     def rows_of_texts(self, texts: Sequence[str], pairs: Sequence[str] | None) -> Dataset:
         """Rows as this model reads them, of texts and where it takes two, their ``pairs``."""
@@ -96,6 +99,8 @@ class GivenRows:
     def prompt_columns(self, present: Sequence[str]) -> PromptColumns:
         data = self.data
         chat = next((name for name in MESSAGES if name in present), None)
+        if self.converses and "prompt" not in present:  # nor does the recipe tell which of the two forms it was
+            chat = chat or MESSAGES[0]
         if data.messages_column or (chat and not (data.prompt_column or data.template)):
             return PromptColumns(messages=data.messages_column or chat)
         if data.prompt_column is None and data.template is None and "prompt" not in present and "text" in present:
@@ -137,11 +142,12 @@ class GivenRows:
         return Columns(names[0], names[1] if len(names) > 1 else None, "")
 
 
-def data_settings(model: ModelSettings, config: Any, tokenizer: Any, given: Mapping[str, Any]) -> DataSettings:
-    """Those of the run that made the model, else what its config tells."""
+def given_rows(model: ModelSettings, config: Any, tokenizer: Any, given: Mapping[str, Any]) -> GivenRows:
+    """With the settings of the run that made the model, else with what its config tells; ``given`` ones stand."""
     known = {f.name for f in fields(DataSettings)}
     file = Path(source_of(model).path) / RECIPE_FILE
     values: dict[str, Any] = {}
+    converses = False
     if file.is_file():
         recipe = json.loads(file.read_text(encoding="utf-8"))
         values = {name: value for name, value in recipe.items() if name in known}
@@ -150,9 +156,8 @@ def data_settings(model: ModelSettings, config: Any, tokenizer: Any, given: Mapp
             raise _tells_nothing(str(model.model_name_or_path), "model that fills gaps")
         if values["task"] == "language_modeling":
             values |= {"task": "instruction_tuning", "prompt_column": values.get("text_column") or "text"}
-        unnamed = values["task"] == "instruction_tuning" and not _OF_FORM & set(values)
-        if unnamed and getattr(tokenizer, "chat_template", None):
-            values["messages_column"] = MESSAGES[0]  # those that are taken where no column is named
+        unnamed = values["task"] == "instruction_tuning" and not _OF_FORM & {*values, *given}
+        converses = unnamed and bool(getattr(tokenizer, "chat_template", None))
     else:
         longest = (getattr(tokenizer, "model_max_length", _LONGEST), max_positions(config) or _LONGEST, _LONGEST)
         values = {"task": _task_of(config, str(model.model_name_or_path)), "max_length": min(longest)}
@@ -163,7 +168,7 @@ def data_settings(model: ModelSettings, config: Any, tokenizer: Any, given: Mapp
             f"{model.model_name_or_path} predicts masked tokens, which tells nothing of a text. Fine-tune it for a "
             "task."
         )
-    return data
+    return GivenRows(data, converses)
 
 
 def _task_of(config: Any, path: str) -> str:

@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset, Image
 
 from apt_trainer.evaluate.generation import Generator
-from apt_trainer.evaluate.given_rows import IMAGES, OF_LABELS, OF_SENTENCE_TRANSFORMERS, GivenRows, data_settings
+from apt_trainer.evaluate.given_rows import IMAGES, OF_LABELS, OF_SENTENCE_TRANSFORMERS, given_rows
 from apt_trainer.libraries import versions
 from apt_trainer.models.labels import names_of
 from apt_trainer.models.pooling import mean_pooling
@@ -71,8 +71,8 @@ class Predictor:
         self.model_settings, self.options = model, options
         self.config = read_config(model)
         self.tokenizer = load_processor(model, self.config)
-        self.data = data_settings(model, self.config, self.tokenizer, given)
-        self.given = GivenRows(self.data)
+        self.given = given_rows(model, self.config, self.tokenizer, given)
+        self.data = self.given.data
         self.device = choose_device(options.device)
 
     def predict(self, rows: Dataset) -> Iterator[Prediction]:

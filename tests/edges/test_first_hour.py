@@ -352,6 +352,23 @@ def test_a_batch_of_prompts_is_written_as_each_alone(
     assert told["generated"] == predicted([*words, "--text", "w1 w2 w8"], capsys)[0]["generated"] and "a" not in told
 
 
+def test_columns_of_a_file_tell_the_form_where_the_recipe_names_none(
+    inside: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A tokenizer with a chat template is no sign that a run was trained on conversations."""
+    path = save(tiny_llama(), tmp_path / "run", "decoder")
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "w1 w2", "completion": "w9"}\n')
+    message = '[{"%s": "%s", "%s": "w1 w2"}]'
+    (tmp_path / "said.jsonl").write_text(f'{{"conversations": {message % ("from", "human", "value")}}}\n')
+    words = [path, "--max_new_tokens", "4"]
+    bare = predicted([*words, "--use_chat_template", "false", "--text", "w1 w2"], capsys)[0]["generated"]
+    turn = predicted([*words, "--text", "w1 w2"], capsys)[0]["generated"]
+    (Path(path) / "recipe.json").write_text(json.dumps({"task": "instruction_tuning", "max_length": 8}))
+    of_files = [predicted([*words, "--file", str(tmp_path / name)], capsys) for name in ("asked.jsonl", "said.jsonl")]
+    assert [rows[0]["generated"] for rows in of_files] == [bare, turn] and bare != turn
+    assert predicted([*words, "--text", "w1 w2"], capsys)[0]["generated"] == turn
+
+
 def test_long_prompts_change_nothing_about_the_others(
     inside: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
