@@ -26,7 +26,7 @@ from apt_trainer.models.labels import (
 )
 from apt_trainer.settings import DataSettings, ModelSettings, resolve_path
 from apt_trainer.store.events import RECIPE_FILE
-from apt_trainer.store.pretrained import max_positions, source_of
+from apt_trainer.store.pretrained import compares_texts, max_positions, source_of
 from apt_trainer.tasks.base import Columns, is_list_of_text, is_text
 from apt_trainer.tasks.images import is_image
 from apt_trainer.tasks.loading import PLAIN_TEXT, is_image_file, read_file
@@ -38,7 +38,6 @@ OF_LABELS = {
     REGRESSION: "regression",
 }
 IMAGES = "image_classification"
-OF_SENTENCE_TRANSFORMERS = "modules.json"
 _OF_FORM = {"messages_column", "prompt_column", "completion_column", "template", "use_chat_template"}
 _LONGEST = 100_000  # what tokenizers without a limit say is more
 
@@ -160,7 +159,7 @@ def given_rows(model: ModelSettings, config: Any, tokenizer: Any, given: Mapping
         converses = unnamed and bool(getattr(tokenizer, "chat_template", None))
     else:
         longest = (getattr(tokenizer, "model_max_length", _LONGEST), max_positions(config) or _LONGEST, _LONGEST)
-        values = {"task": _task_of(config, str(model.model_name_or_path)), "max_length": min(longest)}
+        values = {"task": _task_of(config, model), "max_length": min(longest)}
         values["use_chat_template"] = bool(getattr(tokenizer, "chat_template", None))
     data = DataSettings(**{**values, **given})
     if data.task == "masked_language_modeling":
@@ -171,7 +170,7 @@ def given_rows(model: ModelSettings, config: Any, tokenizer: Any, given: Mapping
     return GivenRows(data, converses)
 
 
-def _task_of(config: Any, path: str) -> str:
+def _task_of(config: Any, model: ModelSettings) -> str:
     """The task that a model was trained for, as far as its head tells."""
     if has_head(config, SEQUENCE_HEAD):
         return OF_LABELS[problem_type(config)]
@@ -186,9 +185,9 @@ def _task_of(config: Any, path: str) -> str:
     name = (getattr(config, "apt_base_architecture", None) or (config.architectures or [""])[0]) or ""
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "instruction_tuning"
-    if name.endswith("Model") or (Path(path) / OF_SENTENCE_TRANSFORMERS).is_file():
+    if name.endswith("Model") or compares_texts(model):
         return "embedding"
-    raise _tells_nothing(path, name or "model of an unknown class")
+    raise _tells_nothing(str(model.model_name_or_path), name or "model of an unknown class")
 
 
 def _tells_nothing(path: str, kind: str) -> UserError:

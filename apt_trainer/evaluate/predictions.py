@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,14 +18,16 @@ import torch
 from datasets import Dataset, Image
 
 from apt_trainer.evaluate.generation import Generator
-from apt_trainer.evaluate.given_rows import IMAGES, OF_LABELS, OF_SENTENCE_TRANSFORMERS, given_rows
+from apt_trainer.evaluate.given_rows import IMAGES, OF_LABELS, given_rows
 from apt_trainer.libraries import versions
 from apt_trainer.models.labels import names_of
 from apt_trainer.models.pooling import mean_pooling
 from apt_trainer.settings import ModelSettings
 from apt_trainer.settings.packages import SENTENCE_TRANSFORMERS, check_packages, require
 from apt_trainer.store.pretrained import (
+    cache_of,
     choose_device,
+    compares_texts,
     load_processor,
     load_saved,
     read_config,
@@ -181,15 +182,17 @@ class Predictor:
             yield from ({"similarity": cosine} for cosine in cosines.tolist())
 
     def _embedder(self) -> Any:
-        """From texts to embeddings [texts, d]: as sentence-transformers says where the folder is one of its, else the
+        """From texts to embeddings [texts, d]: as sentence-transformers says where the model is one of its, else the
         mean of hidden states."""
-        path = source_of(self.model_settings).path
-        if (Path(path) / OF_SENTENCE_TRANSFORMERS).is_file():
+        if compares_texts(self.model_settings):
+            path, place = source_of(self.model_settings).path, cache_of(self.model_settings)
             require(SENTENCE_TRANSFORMERS, f"{path} is a model of sentence-transformers and")
             versions.check_versions(versions.SENTENCE_TRANSFORMERS)
             from sentence_transformers import SentenceTransformer
 
-            model = SentenceTransformer(path, device=str(self.device))
+            model = SentenceTransformer(
+                path, device=str(self.device), revision=place["revision"], cache_folder=place["cache_dir"]
+            )
             return lambda texts: model.encode(texts, convert_to_tensor=True, show_progress_bar=False).float().cpu()
         plain = self._loaded()
 

@@ -18,12 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import file_exists
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from apt_trainer import __version__
 from apt_trainer.errors import UserError
-from apt_trainer.evaluate.given_rows import OF_SENTENCE_TRANSFORMERS
 from apt_trainer.models import family_of
 from apt_trainer.report.tables import format_count
 from apt_trainer.settings import DataSettings, ModelSettings, check_choices, resolve_path
@@ -31,10 +28,10 @@ from apt_trainer.settings.packages import check_packages
 from apt_trainer.settings.shipped import SCHEMAS
 from apt_trainer.store.pretrained import (
     build_model,
+    compares_texts,
     load_config,
     load_processor,
     max_positions,
-    source_of,
 )
 from apt_trainer.tasks import TaskData, architecture_of, load_task
 from apt_trainer.tasks.architecture import DECODER, ENCODER, ENCODER_DECODER, IMAGE
@@ -117,7 +114,7 @@ def first_recipe(model: ModelSettings, given: Mapping[str, Any], name: str | Non
         rows,
         {**by_form, **of_data},
         architecture,
-        embeds=not images and _compares_texts(model),
+        embeds=not images and compares_texts(model),
         has_chat=bool(getattr(tokenizer, "chat_template", None)),
     )
     check_packages(found.settings)
@@ -162,17 +159,6 @@ def _task_of_form(given: Mapping[str, Any], architecture: str) -> dict[str, Any]
         return {"task": "classification", "text_column": "text", "label_column": "label"}
     masked = "masked_" if architecture == ENCODER else ""
     return {"task": f"{masked}language_modeling"} if path.lower().endswith(PLAIN_TEXT) else {}
-
-
-def _compares_texts(model: ModelSettings) -> bool:
-    """Whether the model is one of sentence-transformers."""
-    path = source_of(model).path
-    if Path(path).is_dir():
-        return (Path(path) / OF_SENTENCE_TRANSFORMERS).is_file()
-    try:
-        return file_exists(path, OF_SENTENCE_TRANSFORMERS, revision=model.model_revision)
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError):
-        return False
 
 
 def _measured(found: Guess, tokenizer: Any, config: Any, limit: int) -> TaskData:

@@ -255,8 +255,9 @@ def test_several_labels_and_numbers(inside: Path, capsys: pytest.CaptureFixture[
 
 
 def test_embeddings_of_a_plain_encoder_and_of_sentence_transformers(
-    inside: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    inside: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import modules
 
@@ -272,6 +273,12 @@ def test_embeddings_of_a_plain_encoder_and_of_sentence_transformers(
     )
     theirs = SentenceTransformer(str(tmp_path / "m")).encode(["a good film", "bad"], normalize_embeddings=True)
     assert [row["embedding"] for row in plain] == [pytest.approx(row.tolist(), abs=1e-5) for row in theirs]
+    commit, cached = "0" * 40, tmp_path / "cache" / "models--me--cls"  # as it lies here once downloaded from the hub
+    shutil.copytree(tmp_path / "cls", cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "v2").write_text(commit)
+    named = ["me/cls", "--model_revision", "v2", "--model_init_kwargs", json.dumps({"cache_dir": f"{tmp_path}/cache"})]
+    assert predicted([*named, "--text", "a good film", "bad"], capsys) == ours
     (both,) = predicted([path, "--text", "a good film", "--text_pair", "bad"], capsys)
     assert both["similarity"] == pytest.approx(float(theirs[0] @ theirs[1]), abs=1e-5)
 
