@@ -143,6 +143,29 @@ def test_keys_that_are_given_stand_and_what_cannot_be_told_is_asked(
     assert "Save it in UTF-8" in capsys.readouterr().err
 
 
+def test_init_says_each_thing_once_and_as_plan_says_it(
+    inside: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rows, steps and labels are those of the run that the recipe describes; what is odd stands in one list."""
+    labels = {3: "Good", 9: "meh", 50: "Bad"}
+    rows = [f"a film of number {i},{labels.get(i, ('good', 'bad')[i % 2])}" for i in range(116)]
+    Path("meh.csv").write_text("\n".join(["text,label", *rows, ",good"]))
+    words = ["init", "--model", "encoder", "--train_file", "meh.csv", "--per_device_train_batch_size", "8"]
+    for further in ([], ["--seed", "7"], ["--max_train_samples", "40", "--heldout_fraction", "0.2"]):
+        caplog.clear()
+        assert cli.main([*words, *further]) == 0
+        said = capsys.readouterr()
+        assert not [record for record in caplog.records if record.name.startswith("apt_trainer.tasks")]
+        assert said.err.count("differ in case only") == said.err.count("without text") == 1
+        told = re.search(r"data +(\d+) training rows, (\d+) of them held out to choose the teacher", said.err)
+        steps = re.search(r"steps +([\d,]+) of 8 rows", said.err)
+        assert told and steps and f"about {told[1]} rows to train on" in said.out
+        assert f"about {steps[1]} steps" in said.out and told[2] == ("8" if "0.2" in further else "5")
+        assert said.err.rstrip().endswith("Nothing is written. To keep the recipe: add --output my.yaml")
+    assert cli.main([*words, "--num_pruning_events", "0"]) == 2
+    assert "This recipe would not start yet." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("model", "file", "expected"),
     [
