@@ -439,14 +439,28 @@ def _heading(
         f"pruned {when} it is fine-tuned."
     )
     config, output = name or "FILE.yaml", values["output_dir"]
-    use = f"chat {output}" if facts.task == "instruction_tuning" else f"predict {output} --text '…'"
     return [
         f"yaml-language-server: $schema={(SCHEMAS / 'recipe.json').as_uri()}",
         *textwrap.wrap(about, _WIDTH - 2),
         f"Written by apt-trainer init {__version__}. All keys: apt-trainer train --help. Any key can be overridden:",
         f"  apt-trainer plan    --config {config}                          # dry run: sizes, schedule, memory",
         f"  apt-trainer train   --config {config} --target_sparsity 0.4    # with another value",
-        f"  apt-trainer {use}",
+        *_use(found.settings, output),
+    ]
+
+
+def _use(settings: Mapping[str, Any], output: str) -> list[str]:
+    """A command that asks the finished model, where there is one."""
+    task = settings["task"]
+    if task == "masked_language_modeling":
+        return []
+    if task == "instruction_tuning" and (settings.get("messages_column") or settings.get("use_chat_template")):
+        return [f"  apt-trainer chat {output}"]
+    if task == "image_classification":
+        return [f"  apt-trainer predict {output} --file IMAGE"]
+    pair = settings.get("text_pair_column") is not None or task == "question_answering"
+    return [
+        f"  apt-trainer predict {output} --text '…'" + (" --text_pair '…'" if pair and task != "embedding" else "")
     ]
 
 

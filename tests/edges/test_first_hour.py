@@ -26,6 +26,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertForMaskedLM,
     BertModel,
     PreTrainedTokenizerFast,
     pipeline,
@@ -189,6 +190,33 @@ def test_each_form_of_data_has_a_recipe_that_can_be_run(
     given = yaml.safe_load(said.out)
     assert {name: given.get(name) for name in expected} == expected
     assert "estimated at the first step" in said.err
+    use = {"instruction_tuning": "chat {}", "regression": "predict {} --text '…' --text_pair '…'"}
+    command = use.get(given["task"], "predict {} --text '…'").format(given["output_dir"])
+    assert f"#   apt-trainer {command}\n" in said.out
+
+
+def test_a_recipe_names_no_command_that_is_refused(
+    inside: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """No template to chat with, gaps to fill."""
+    plain = tmp_path / "plain"
+    tiny_llama().save_pretrained(plain)
+    word_tokenizer().save_pretrained(plain)
+    rows = [json.dumps({"prompt": f"w{i} w1", "completion": "w2 w3"}) for i in range(24)]
+    (tmp_path / "asked.jsonl").write_text("\n".join(rows))
+    (tmp_path / "prose.txt").write_text("a good film\n" * 4000)
+    masked = save(BertForMaskedLM(tiny_config("bert")), tmp_path / "masked")
+    tokenizer = AutoTokenizer.from_pretrained(masked)
+    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    tokenizer.save_pretrained(masked)
+    for model, file, command in (
+        (plain, "asked.jsonl", "predict out/x --text '…'"),
+        (masked, "prose.txt", None),
+    ):
+        words = ["--model", str(model), "--train_file", str(tmp_path / file), "--output_dir", "out/x"]
+        assert cli.main(["init", *words]) == 0, capsys.readouterr().err
+        heading = capsys.readouterr().out.partition("### model")[0]
+        assert re.findall(r"apt-trainer ((?:chat|predict) .*)", heading) == ([] if command is None else [command])
 
 
 def test_a_recipe_that_lacks_a_package_is_written_all_the_same(
