@@ -29,7 +29,7 @@ from apt_trainer.store.events import RECIPE_FILE
 from apt_trainer.store.pretrained import compares_texts, max_positions, source_of
 from apt_trainer.tasks.base import Columns, is_list_of_text, is_text
 from apt_trainer.tasks.images import is_image
-from apt_trainer.tasks.loading import PLAIN_TEXT, is_image_file, read_file
+from apt_trainer.tasks.loading import PLAIN_TEXT, is_image_file, read_file, text_of
 from apt_trainer.tasks.prompts import MESSAGES, PromptColumns, columns_of_prompts
 
 OF_LABELS = {
@@ -82,10 +82,11 @@ class GivenRows:
                 raise UserError(f"file={path!r} is a folder without image files.")
             return Dataset.from_dict({"image": [str(file) for file in files]}).cast_column("image", Image())
         if place.suffix.lower() == PLAIN_TEXT and place.is_file():
-            lines = place.read_text(encoding="utf-8").splitlines()
-            if not lines:
+            text = text_of(place, "file")
+            if not text:
                 raise UserError(f"file={path!r} has no rows. Give data with at least one row.")
-            return self.rows_of_texts(lines, None)
+            # not splitlines, which ends lines at characters that stand within a text
+            return self.rows_of_texts(text.removesuffix("\n").split("\n"), None)
         return read_file(path, "file", "")
 
     def _text_name(self) -> str:

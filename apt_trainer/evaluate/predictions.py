@@ -35,6 +35,7 @@ from apt_trainer.store.pretrained import (
 )
 from apt_trainer.tasks.base import check_name, right_padding
 from apt_trainer.tasks.classification import encode_texts
+from apt_trainer.tasks.empty_texts import is_empty
 from apt_trainer.tasks.images import PIXELS, open_image, pixels_of
 from apt_trainer.tasks.instruction_tuning import prompt_encoder
 from apt_trainer.tasks.nested import with_fields
@@ -44,6 +45,7 @@ from apt_trainer.tasks.tokens import encode_words, word_prefix
 logger = logging.getLogger(__name__)
 
 Prediction = dict[str, Any]
+_NO_TAG: Prediction = {"label": None, "score": None}
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Predictor:
         for name in columns:
             check_name(rows, name, f"The data to predict have no column {name!r}.")
         cells = [rows[name][:] for name in columns]
-        filled = [row for row, values in enumerate(zip(*cells, strict=True)) if not any(map(_is_empty, values))]
+        filled = [row for row, values in enumerate(zip(*cells, strict=True)) if not any(map(is_empty, values))]
         if len(filled) < len(rows):
             logger.warning("%d of %d rows have no text and are not predicted.", len(rows) - len(filled), len(rows))
         found = self._found(rows.select(filled)) if filled else iter(())
@@ -147,14 +149,19 @@ class Predictor:
                 yield {"row": row, column: cells[row]["path"], **_of_logits(of_image, names, self.data.task)}
 
     def _tags(self, rows: Dataset) -> Iterator[Prediction]:
+        """Each word of a row with its tag; null where the model does not read the word."""
         model, names, column = self._loaded(), names_of(self.config), self.given.text_columns(rows).text
-        prefix = word_prefix(self.tokenizer)
+        prefix, unread = word_prefix(self.tokenizer), 0
         for batch in self._batches(rows):
             encoded, begun = encode_words(batch[column], self.tokenizer, prefix, self.data.max_length)
             shares = self._outputs(model, encoded).logits.float().softmax(-1).cpu()
             for words, of_row, numbers in zip(batch[column], shares, begun, strict=True):
-                tags = [(words[w], of_row[place]) for place, w in enumerate(numbers) if w is not None]
-                yield {"tags": [{"word": word, **_likeliest(share, names)} for word, share in tags]}
+                read = {w: _likeliest(of_row[place], names) for place, w in enumerate(numbers) if w is not None}
+                unread += len(words) - len(read)
+                yield {"tags": [{"word": word, **read.get(w, _NO_TAG)} for w, word in enumerate(words)]}
+        if unread:
+            told = "%d words have no tag (null): they lie beyond max_length=%d, or no token is made of them."
+            logger.warning(told, unread, self.data.max_length)
 
     def _answers(self, rows: Dataset) -> list[Prediction]:
         model, columns = self._loaded(), self.given.text_columns(rows)
@@ -241,11 +248,6 @@ def _of_logits(logits: torch.Tensor, names: Sequence[str], task: str) -> Predict
 def _likeliest(shares: torch.Tensor, names: Sequence[str]) -> Prediction:
     best = int(shares.argmax())
     return {"label": names[best], "score": float(shares[best])}
-
-
-def _is_empty(value: Any) -> bool:
-    """Whether a cell holds no text, no word and no message."""
-    return not value if isinstance(value, list) else value is None or not str(value).strip()
 
 
 def _sorted(shares: torch.Tensor, names: Sequence[str]) -> dict[str, float]:

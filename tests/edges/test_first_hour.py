@@ -235,7 +235,7 @@ def test_a_recipe_that_lacks_a_package_is_written_all_the_same(
 def predicted(words: list[str], capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
     capsys.readouterr()
     assert cli.main(["predict", *words]) == 0, capsys.readouterr().err
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    return [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
 
 
 def test_a_pruned_classifier_tells_labels_of_texts_and_files(
@@ -259,8 +259,12 @@ def test_a_pruned_classifier_tells_labels_of_texts_and_files(
     assert rows[33]["Review"].endswith("\nand left")
     alone = predicted([str(classifier_run), "--text", rows[8]["Review"]], capsys)[0]
     assert alone["score"] == pytest.approx(rows[8]["score"], abs=1e-6)
-    Path("lines.txt").write_text("a good film\na bad film\n", encoding="utf-8")
-    assert len(predicted([str(classifier_run), "--file", "lines.txt"], capsys)) == 2
+    Path("lines.txt").write_text("a good film\r\na\u2028bad\x85 film\x0c\n", encoding="utf-8")
+    told = predicted([str(classifier_run), "--file", "lines.txt"], capsys)
+    assert [row["Review"] for row in told] == ["a good film", "a\u2028bad\x85 film\x0c"]
+    Path("latin.txt").write_bytes("na\xefve\n".encode("latin-1"))
+    assert cli.main(["predict", str(classifier_run), "--file", "latin.txt"]) == 2
+    assert "is not text in UTF-8" in capsys.readouterr().err
 
 
 def save(model: Any, folder: Path, tokenizer: str = "encoder") -> str:
@@ -282,6 +286,10 @@ def test_models_that_nobody_pruned_tell_what_a_pipeline_tells(
     (one,) = predicted([tokens, "--text", texts[0]], capsys)
     assert [(tag["word"], tag["label"]) for tag in one["tags"]] == [(tag["word"], tag["entity"]) for tag in theirs]
     assert [tag["score"] for tag in one["tags"]] == pytest.approx([float(tag["score"]) for tag in theirs], abs=1e-5)
+    (cut,) = predicted([tokens, "--text", "a good film a bad film", "--max_length", "4"], capsys)
+    assert [tag["word"] for tag in cut["tags"]] == ["a", "good", "film", "a", "bad", "film"]
+    missing = {"label": None, "score": None}
+    assert cut["tags"][-2:] == [{"word": "bad", **missing}, {"word": "film", **missing}] and cut["tags"][0]["label"]
     plain = save(tiny_model("bert", "ForQuestionAnswering"), tmp_path / "answers")
     (one,) = predicted([plain, "--text", "good film", "--text_pair", texts[1], "--doc_stride", "4"], capsys)
     assert one["answer"] in texts[1]
