@@ -335,7 +335,7 @@ def _training(facts: _Facts, given: Mapping[str, Any]) -> list[Line]:
 
 def _held_out(facts: _Facts, given: Mapping[str, Any]) -> int:
     """Training rows that choose the teacher and are not trained on."""
-    values = {key: value for key, value, _ in _distillation(facts)} | given
+    values = {**{key: value for key, value, _ in _distillation(facts)}, **given}
     if values["distillation"] != "self" or values.get("target_sparsity", 0) is None:
         return 0
     return math.ceil(facts.rows * values.get("heldout_fraction", MethodSettings.heldout_fraction))
