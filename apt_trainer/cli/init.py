@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from apt_trainer.errors import UserError
+    from apt_trainer.libraries.quiet import level_of
     from apt_trainer.runs.first_recipe import first_recipe, write_new
     from apt_trainer.settings.recipe import read_values
 
@@ -39,7 +41,9 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise UserError(f"{args.output} is there already and is not written over. Choose another --output.")
     given = read_values(None, overrides)
     of_model = {f.name: given.pop(f.name) for f in fields(ModelSettings) if f.name in given}
-    recipe = first_recipe(ModelSettings(**of_model | {"model_name_or_path": args.model}), given, args.output)
+    model = ModelSettings(**of_model | {"model_name_or_path": args.model})
+    with level_of("apt_trainer.tasks", logging.ERROR):  # what is odd about the data, the checks tell
+        recipe = first_recipe(model, given, args.output)
     if args.output is None:
         print(recipe.text)
     else:
@@ -47,7 +51,8 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     said = [f"wrote {args.output}"] if args.output else []
     said += ["", "Please check:", *(f"- {check}" for check in recipe.checks), ""] if recipe.checks else []
     print("\n".join(said), file=sys.stderr, flush=True)
-    print(_planned(args.output, recipe.text), file=sys.stderr)
+    with level_of("apt_trainer.tasks", logging.ERROR):
+        print(_planned(args.output, recipe.text), file=sys.stderr)
     return 0
 
 
@@ -66,7 +71,9 @@ def _planned(output: str | None, text: str) -> str:
             planned = dry_run.plan(load_recipe(str(file)))
         except UserError as error:
             told = str(error).removeprefix(f"{file}: ")
-            raise UserError(f"The recipe is written, but a run of it would not start yet. {told}") from error
+            what = "The recipe is written, but a run of it" if output else "This recipe"
+            raise UserError(f"{what} would not start yet. {told}") from error
     sizes, _, _ = planned.partition("\n\n")
-    name = output or "FILE.yaml"
-    return f"{sizes}\n\napt-trainer plan  --config {name}\napt-trainer train --config {name}"
+    if output is None:
+        return f"{sizes}\n\nNothing is written. To keep the recipe: add --output my.yaml"
+    return f"{sizes}\n\napt-trainer plan  --config {output}\napt-trainer train --config {output}"

@@ -43,25 +43,54 @@ class Generator:
         settings.pad_token_id = self._padding
         self._settings = settings
 
+    def no_room(self, ids: Sequence[int]) -> str | None:
+        """Why nothing can follow the prompt ``ids``, or None."""
+        limit = self._limit
+        if limit is None or len(ids) < limit:
+            return None
+        return f"A text of {len(ids):,} tokens leaves no room within the {limit:,} positions of the model. Shorten it."
+
     def write(self, prompts: Sequence[Sequence[int]], streamer: Any = None) -> list[str]:
-        """What follows each of ``prompts``, token ids; raises :class:`UserError` for one that leaves no room within
-        the positions of the model."""
+        """What follows each of ``prompts``, token ids, whatever the others are; raises :class:`UserError` for one that
+        leaves no room within the positions of the model."""
+        refused = next(filter(None, map(self.no_room, prompts)), None)
+        if refused is not None:
+            raise UserError(refused)
+        room = [self.max_new_tokens if self._limit is None else self._limit - len(ids) for ids in prompts]
+        # one that leaves less room than is asked for is written alone, so that it does not shorten the others
+        together = [row for row, left in enumerate(room) if left >= self.max_new_tokens]
+        groups = [together] if together else []
+        groups += [[row] for row, left in enumerate(room) if left < self.max_new_tokens]
+        texts = [""] * len(prompts)
+        for group in groups:
+            new = min(self.max_new_tokens, room[group[0]])
+            for row, text in zip(group, self._written([prompts[row] for row in group], new, streamer), strict=True):
+                texts[row] = text
+        return texts
+
+    @property
+    def _limit(self) -> int | None:
+        """Tokens of a prompt and what follows, together; None: apart, or without a limit."""
+        config = self.model.config
+        return None if config.is_encoder_decoder else max_positions(config)
+
+    def _written(self, prompts: Sequence[Sequence[int]], new: int, streamer: Any) -> list[str]:
         two_stacks = self.model.config.is_encoder_decoder
         longest = max(len(ids) for ids in prompts)
-        limit = None if two_stacks else max_positions(self.model.config)
-        if limit is not None and longest >= limit:
-            raise UserError(
-                f"A text of {longest:,} tokens leaves no room within the {limit:,} positions of the model. Shorten it."
-            )
-        new = self.max_new_tokens if limit is None else min(self.max_new_tokens, limit - longest)
         device = self.model.device
         padding = 0 if self._padding is None else self._padding
-        ids = torch.tensor([[padding] * (longest - len(row)) + list(row) for row in prompts], device=device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=device)
+
+        def padded(rows: Sequence[Sequence[int]], filler: int) -> torch.Tensor:
+            """[prompts, longest]; behind the prompt only where an encoder reads it: what follows is to stand there"""
+            fill = [[filler] * (longest - len(row)) for row in rows]
+            pairs = zip(rows, fill, strict=True)
+            cells = [[*row, *empty] if two_stacks else [*empty, *row] for row, empty in pairs]
+            return torch.tensor(cells, device=device)
+
         with torch.inference_mode():
             written = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
+                input_ids=padded(prompts, padding),
+                attention_mask=padded([[1] * len(ids) for ids in prompts], 0),
                 generation_config=self._settings,
                 max_new_tokens=new,
                 streamer=streamer,

@@ -26,10 +26,10 @@ from apt_trainer.models.labels import (
 )
 from apt_trainer.settings import DataSettings, ModelSettings, resolve_path
 from apt_trainer.store.events import RECIPE_FILE
-from apt_trainer.store.pretrained import max_positions, source_of
+from apt_trainer.store.pretrained import compares_texts, max_positions, source_of
 from apt_trainer.tasks.base import Columns, is_list_of_text, is_text
 from apt_trainer.tasks.images import is_image
-from apt_trainer.tasks.loading import PLAIN_TEXT, is_image_file, read_file
+from apt_trainer.tasks.loading import PLAIN_TEXT, is_image_file, read_file, text_of
 from apt_trainer.tasks.prompts import MESSAGES, PromptColumns, columns_of_prompts
 
 OF_LABELS = {
@@ -38,16 +38,18 @@ OF_LABELS = {
     REGRESSION: "regression",
 }
 IMAGES = "image_classification"
-OF_SENTENCE_TRANSFORMERS = "modules.json"
 _OF_FORM = {"messages_column", "prompt_column", "completion_column", "template", "use_chat_template"}
 _LONGEST = 100_000  # what tokenizers without a limit say is more
 
 
 class GivenRows:
-    """Reads rows for a model by ``data``, the settings of its task."""
+    """Reads rows for a model by ``data``, the settings of its task.
 
-    def __init__(self, data: DataSettings) -> None:
-        self.data = data
+    ``converses``: whether a text is a turn of a conversation where no column is named.
+    """
+
+    def __init__(self, data: DataSettings, converses: bool = False) -> None:
+        self.data, self.converses = data, converses
 
     def rows_of_texts(self, texts: Sequence[str], pairs: Sequence[str] | None) -> Dataset:
         """Rows as this model reads them, of texts and where it takes two, their ``pairs``."""
@@ -80,10 +82,11 @@ class GivenRows:
                 raise UserError(f"file={path!r} is a folder without image files.")
             return Dataset.from_dict({"image": [str(file) for file in files]}).cast_column("image", Image())
         if place.suffix.lower() == PLAIN_TEXT and place.is_file():
-            lines = place.read_text(encoding="utf-8").splitlines()
-            if not lines:
+            text = text_of(place, "file")
+            if not text:
                 raise UserError(f"file={path!r} has no rows. Give data with at least one row.")
-            return self.rows_of_texts(lines, None)
+            # not splitlines, which ends lines at characters that stand within a text
+            return self.rows_of_texts(text.removesuffix("\n").split("\n"), None)
         return read_file(path, "file", "")
 
     def _text_name(self) -> str:
@@ -96,6 +99,8 @@ class GivenRows:
     def prompt_columns(self, present: Sequence[str]) -> PromptColumns:
         data = self.data
         chat = next((name for name in MESSAGES if name in present), None)
+        if self.converses and "prompt" not in present:  # nor does the recipe tell which of the two forms it was
+            chat = chat or MESSAGES[0]
         if data.messages_column or (chat and not (data.prompt_column or data.template)):
             return PromptColumns(messages=data.messages_column or chat)
         if data.prompt_column is None and data.template is None and "prompt" not in present and "text" in present:
@@ -137,11 +142,12 @@ class GivenRows:
         return Columns(names[0], names[1] if len(names) > 1 else None, "")
 
 
-def data_settings(model: ModelSettings, config: Any, tokenizer: Any, given: Mapping[str, Any]) -> DataSettings:
-    """Those of the run that made the model, else what its config tells."""
+def given_rows(model: ModelSettings, config: Any, tokenizer: Any, given: Mapping[str, Any]) -> GivenRows:
+    """With the settings of the run that made the model, else with what its config tells; ``given`` ones stand."""
     known = {f.name for f in fields(DataSettings)}
     file = Path(source_of(model).path) / RECIPE_FILE
     values: dict[str, Any] = {}
+    converses = False
     if file.is_file():
         recipe = json.loads(file.read_text(encoding="utf-8"))
         values = {name: value for name, value in recipe.items() if name in known}
@@ -150,12 +156,11 @@ def data_settings(model: ModelSettings, config: Any, tokenizer: Any, given: Mapp
             raise _tells_nothing(str(model.model_name_or_path), "model that fills gaps")
         if values["task"] == "language_modeling":
             values |= {"task": "instruction_tuning", "prompt_column": values.get("text_column") or "text"}
-        unnamed = values["task"] == "instruction_tuning" and not _OF_FORM & set(values)
-        if unnamed and getattr(tokenizer, "chat_template", None):
-            values["messages_column"] = MESSAGES[0]  # those that are taken where no column is named
+        unnamed = values["task"] == "instruction_tuning" and not _OF_FORM & {*values, *given}
+        converses = unnamed and bool(getattr(tokenizer, "chat_template", None))
     else:
         longest = (getattr(tokenizer, "model_max_length", _LONGEST), max_positions(config) or _LONGEST, _LONGEST)
-        values = {"task": _task_of(config, str(model.model_name_or_path)), "max_length": min(longest)}
+        values = {"task": _task_of(config, model), "max_length": min(longest)}
         values["use_chat_template"] = bool(getattr(tokenizer, "chat_template", None))
     data = DataSettings(**{**values, **given})
     if data.task == "masked_language_modeling":
@@ -163,10 +168,10 @@ def data_settings(model: ModelSettings, config: Any, tokenizer: Any, given: Mapp
             f"{model.model_name_or_path} predicts masked tokens, which tells nothing of a text. Fine-tune it for a "
             "task."
         )
-    return data
+    return GivenRows(data, converses)
 
 
-def _task_of(config: Any, path: str) -> str:
+def _task_of(config: Any, model: ModelSettings) -> str:
     """The task that a model was trained for, as far as its head tells."""
     if has_head(config, SEQUENCE_HEAD):
         return OF_LABELS[problem_type(config)]
@@ -181,9 +186,9 @@ def _task_of(config: Any, path: str) -> str:
     name = (getattr(config, "apt_base_architecture", None) or (config.architectures or [""])[0]) or ""
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "instruction_tuning"
-    if name.endswith("Model") or (Path(path) / OF_SENTENCE_TRANSFORMERS).is_file():
+    if name.endswith("Model") or compares_texts(model):
         return "embedding"
-    raise _tells_nothing(path, name or "model of an unknown class")
+    raise _tells_nothing(str(model.model_name_or_path), name or "model of an unknown class")
 
 
 def _tells_nothing(path: str, kind: str) -> UserError:

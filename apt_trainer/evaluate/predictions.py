@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,14 +18,16 @@ import torch
 from datasets import Dataset, Image
 
 from apt_trainer.evaluate.generation import Generator
-from apt_trainer.evaluate.given_rows import IMAGES, OF_LABELS, OF_SENTENCE_TRANSFORMERS, GivenRows, data_settings
+from apt_trainer.evaluate.given_rows import IMAGES, OF_LABELS, given_rows
 from apt_trainer.libraries import versions
 from apt_trainer.models.labels import names_of
 from apt_trainer.models.pooling import mean_pooling
 from apt_trainer.settings import ModelSettings
 from apt_trainer.settings.packages import SENTENCE_TRANSFORMERS, check_packages, require
 from apt_trainer.store.pretrained import (
+    cache_of,
     choose_device,
+    compares_texts,
     load_processor,
     load_saved,
     read_config,
@@ -34,6 +35,7 @@ from apt_trainer.store.pretrained import (
 )
 from apt_trainer.tasks.base import check_name, right_padding
 from apt_trainer.tasks.classification import encode_texts
+from apt_trainer.tasks.empty_texts import is_empty
 from apt_trainer.tasks.images import PIXELS, open_image, pixels_of
 from apt_trainer.tasks.instruction_tuning import prompt_encoder
 from apt_trainer.tasks.nested import with_fields
@@ -43,6 +45,7 @@ from apt_trainer.tasks.tokens import encode_words, word_prefix
 logger = logging.getLogger(__name__)
 
 Prediction = dict[str, Any]
+_NO_TAG: Prediction = {"label": None, "score": None}
 
 
 @dataclass(frozen=True)
@@ -71,14 +74,14 @@ class Predictor:
         self.model_settings, self.options = model, options
         self.config = read_config(model)
         self.tokenizer = load_processor(model, self.config)
-        self.data = data_settings(model, self.config, self.tokenizer, given)
-        self.given = GivenRows(self.data)
+        self.given = given_rows(model, self.config, self.tokenizer, given)
+        self.data = self.given.data
         self.device = choose_device(options.device)
 
     def predict(self, rows: Dataset) -> Iterator[Prediction]:
         """One prediction a row, in their order: ``row``, the texts that were read by their columns, what was found.
 
-        A row without text has an ``error`` in place of what was found.
+        A row without text, or too long to be gone on from, has an ``error`` in place of what was found.
         """
         if self.data.task == IMAGES:
             yield from self._images(rows)
@@ -89,7 +92,7 @@ class Predictor:
         for name in columns:
             check_name(rows, name, f"The data to predict have no column {name!r}.")
         cells = [rows[name][:] for name in columns]
-        filled = [row for row, values in enumerate(zip(*cells, strict=True)) if not any(map(_is_empty, values))]
+        filled = [row for row, values in enumerate(zip(*cells, strict=True)) if not any(map(is_empty, values))]
         if len(filled) < len(rows):
             logger.warning("%d of %d rows have no text and are not predicted.", len(rows) - len(filled), len(rows))
         found = self._found(rows.select(filled)) if filled else iter(())
@@ -146,14 +149,19 @@ class Predictor:
                 yield {"row": row, column: cells[row]["path"], **_of_logits(of_image, names, self.data.task)}
 
     def _tags(self, rows: Dataset) -> Iterator[Prediction]:
+        """Each word of a row with its tag; null where the model does not read the word."""
         model, names, column = self._loaded(), names_of(self.config), self.given.text_columns(rows).text
-        prefix = word_prefix(self.tokenizer)
+        prefix, unread = word_prefix(self.tokenizer), 0
         for batch in self._batches(rows):
             encoded, begun = encode_words(batch[column], self.tokenizer, prefix, self.data.max_length)
             shares = self._outputs(model, encoded).logits.float().softmax(-1).cpu()
             for words, of_row, numbers in zip(batch[column], shares, begun, strict=True):
-                tags = [(words[w], of_row[place]) for place, w in enumerate(numbers) if w is not None]
-                yield {"tags": [{"word": word, **_likeliest(share, names)} for word, share in tags]}
+                read = {w: _likeliest(of_row[place], names) for place, w in enumerate(numbers) if w is not None}
+                unread += len(words) - len(read)
+                yield {"tags": [{"word": word, **read.get(w, _NO_TAG)} for w, word in enumerate(words)]}
+        if unread:
+            told = "%d words have no tag (null): they lie beyond max_length=%d, or no token is made of them."
+            logger.warning(told, unread, self.data.max_length)
 
     def _answers(self, rows: Dataset) -> list[Prediction]:
         model, columns = self._loaded(), self.given.text_columns(rows)
@@ -181,15 +189,17 @@ class Predictor:
             yield from ({"similarity": cosine} for cosine in cosines.tolist())
 
     def _embedder(self) -> Any:
-        """From texts to embeddings [texts, d]: as sentence-transformers says where the folder is one of its, else the
+        """From texts to embeddings [texts, d]: as sentence-transformers says where the model is one of its, else the
         mean of hidden states."""
-        path = source_of(self.model_settings).path
-        if (Path(path) / OF_SENTENCE_TRANSFORMERS).is_file():
+        if compares_texts(self.model_settings):
+            path, place = source_of(self.model_settings).path, cache_of(self.model_settings)
             require(SENTENCE_TRANSFORMERS, f"{path} is a model of sentence-transformers and")
             versions.check_versions(versions.SENTENCE_TRANSFORMERS)
             from sentence_transformers import SentenceTransformer
 
-            model = SentenceTransformer(path, device=str(self.device))
+            model = SentenceTransformer(
+                path, device=str(self.device), revision=place["revision"], cache_folder=place["cache_dir"]
+            )
             return lambda texts: model.encode(texts, convert_to_tensor=True, show_progress_bar=False).float().cpu()
         plain = self._loaded()
 
@@ -211,8 +221,10 @@ class Predictor:
             encode = prompt_encoder(self.given.prompt_columns(rows.column_names), self.data, self.tokenizer)
         for batch in self._batches(rows):
             cells = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-            texts = generator.write([encode(row) for row in cells])
-            yield from ({"generated": text} for text in texts)
+            prompts = [encode(row) for row in cells]
+            refused = [generator.no_room(ids) for ids in prompts]
+            texts = iter(generator.write([ids for ids, why in zip(prompts, refused, strict=True) if why is None]))
+            yield from ({"generated": next(texts)} if why is None else {"error": why} for why in refused)
 
     def _source(self, row: dict[str, Any], column: str) -> list[int]:
         text = self.data.source_prefix + row[column]
@@ -236,11 +248,6 @@ def _of_logits(logits: torch.Tensor, names: Sequence[str], task: str) -> Predict
 def _likeliest(shares: torch.Tensor, names: Sequence[str]) -> Prediction:
     best = int(shares.argmax())
     return {"label": names[best], "score": float(shares[best])}
-
-
-def _is_empty(value: Any) -> bool:
-    """Whether a cell holds no text, no word and no message."""
-    return not value if isinstance(value, list) else value is None or not str(value).strip()
 
 
 def _sorted(shares: torch.Tensor, names: Sequence[str]) -> dict[str, float]:

@@ -37,7 +37,7 @@ def quiet(words: Sequence[str]) -> Iterator[None]:
                 warnings.filterwarnings("ignore", category=category, module=r"(?!apt_trainer\b)")
         for name, used_by in _OPTIONAL.items():
             if not any(used_by in word for word in words):
-                undo.enter_context(_level(name, logging.ERROR))
+                undo.enter_context(level_of(name, logging.ERROR))
         undo.enter_context(_filtered("DeepSpeed", _not_of_a_choice))
         undo.enter_context(_own_warnings())
         _active += 1
@@ -94,7 +94,8 @@ def _not_of_a_choice(record: logging.LogRecord) -> bool:
 
 
 @contextmanager
-def _level(name: str, level: int) -> Iterator[None]:
+def level_of(name: str, level: int) -> Iterator[None]:
+    """Only what is at least of ``level`` from the logger ``name`` and those below, where nobody has set another."""
     logger = logging.getLogger(name)
     before = logger.level
     if before == logging.NOTSET:

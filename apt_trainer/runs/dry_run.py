@@ -69,7 +69,9 @@ def _plan(recipe: Recipe, vocabulary: Mapping[str, Any], processes: int) -> str:
     timed = args.sparsity_metric == "latency"
     model = build_model(config, data, str(args.device) if timed else "meta", recipe.model.dtype)
     pruner = AdaptivePruner(model, args, seed=args.seed)
-    schedule = make_schedule(args, args.total_steps(len(data.train) - args.heldout_rows(len(data.train))))
+    rows = len(data.train)
+    held = args.heldout_rows(rows)
+    schedule = make_schedule(args, args.total_steps(rows - held))
     length = pruner.family.tokens(model.config) or recipe.data.max_length
     predicted = recipe.data.max_target_length if model.config.is_encoder_decoder else length
     memory = memory_estimate(model, args, length, predicted)
@@ -77,7 +79,7 @@ def _plan(recipe: Recipe, vocabulary: Mapping[str, Any], processes: int) -> str:
         f"model        {type(model).__name__}, {format_count(sum(p.numel() for p in model.parameters()))} parameters "
         f"with adapters, {format_count(pruner.block_cost.total(pruner.plan.counts))} in blocks{_of_original(pruner)}",
         _part_line(pruner),
-        f"data         {len(data.train):,} training rows, {len(data.validation):,} validation, "
+        f"data         {rows:,} training rows, {_held_out(held)}{len(data.validation):,} validation, "
         f"{len(data.test):,} reported on ({data.test_name})",
         *_label_lines(data),
         *_vocabulary_lines(vocabulary),
@@ -115,10 +117,11 @@ def _target_lines(pruner: AdaptivePruner, schedule: Schedule) -> list[str]:
         return []
     target = schedule.target_sparsity
     blocks, whole = pruner.budget.removed_parameters(evenly_cut(pruner, target))
-    return [
-        f"target       {target:.1%} of {_COUNTED[pruner.settings.sparsity_metric]}: about {blocks:.1%} of the "
-        f"parameters in blocks, {whole:.1%} of all parameters"
-    ]
+    metric = pruner.settings.sparsity_metric
+    told = f"target       {target:.1%} of {_COUNTED[metric]}"
+    if metric == "params":
+        return [f"{told} (about {whole:.1%} of all parameters)"]
+    return [f"{told}: about {blocks:.1%} of the parameters in blocks, {whole:.1%} of all parameters"]
 
 
 def _process_lines(
@@ -131,6 +134,10 @@ def _process_lines(
     return process_lines(weigh(pruner, finished), processes, schedule.before, converted)
 
 
+def _held_out(rows: int) -> str:
+    return f"{rows:,} of them held out to choose the teacher (heldout_fraction), " if rows else ""
+
+
 def _label_lines(data: TaskData) -> list[str]:
     """How often each label occurs in the training rows, and what it weighs."""
     if not data.label_counts:
@@ -140,7 +147,9 @@ def _label_lines(data: TaskData) -> list[str]:
         names = [*names[: _LABELS_SHOWN // 2], "…", *names[-_LABELS_SHOWN // 2 :]]
     weights = dict(zip(data.label_counts, data.class_weights or (), strict=False))
     told = [
-        name if name not in data.label_counts else f"{name} {data.label_counts[name]:,}{_weight(weights.get(name))}"
+        name
+        if name not in data.label_counts
+        else f'"{name}" × {data.label_counts[name]:,}{_weight(weights.get(name))}'
         for name in names
     ]
     return [f"labels       {len(data.label_counts)} in the training rows: {', '.join(told)}"]

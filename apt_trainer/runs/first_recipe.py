@@ -18,23 +18,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import file_exists
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from apt_trainer import __version__
 from apt_trainer.errors import UserError
-from apt_trainer.evaluate.given_rows import OF_SENTENCE_TRANSFORMERS
 from apt_trainer.models import family_of
 from apt_trainer.report.tables import format_count
-from apt_trainer.settings import DataSettings, ModelSettings, check_choices, resolve_path
+from apt_trainer.settings import DataSettings, MethodSettings, ModelSettings, check_choices, resolve_path
 from apt_trainer.settings.packages import check_packages
 from apt_trainer.settings.shipped import SCHEMAS
 from apt_trainer.store.pretrained import (
     build_model,
+    compares_texts,
     load_config,
     load_processor,
     max_positions,
-    source_of,
 )
 from apt_trainer.tasks import TaskData, architecture_of, load_task
 from apt_trainer.tasks.architecture import DECODER, ENCODER, ENCODER_DECODER, IMAGE
@@ -48,6 +45,7 @@ _SMALL_MODEL = 100e6  # parameters up to which all of what is left is trained
 _LARGE_MODEL = 1e9
 _GOOD_STEPS = 1500
 _FEW_STEPS = 40
+_SEED = 42  # of runs, which decides which rows are held out
 _COLUMN, _WIDTH = 32, 119
 """Where comments begin, and how long lines of words may be."""
 _AS_THEY_COME = ("question_answering", "summarization", "translation", "embedding", "image_classification")
@@ -117,23 +115,24 @@ def first_recipe(model: ModelSettings, given: Mapping[str, Any], name: str | Non
         rows,
         {**by_form, **of_data},
         architecture,
-        embeds=not images and _compares_texts(model),
+        embeds=not images and compares_texts(model),
         has_chat=bool(getattr(tokenizer, "chat_template", None)),
     )
     check_packages(found.settings)
     if len(rows) < 500 and not {"validation_file", "dataset_name"} & set(found.settings):
         found.add("few rows: more of them tell more", validation_fraction=0.2)
-    facts = _facts(found, tokenizer, config, len(rows))
+    facts = _facts(found, given, tokenizer, config, len(rows))
     checks = [*found.checks, *_cut_texts(facts, given.get("max_length")), *_checks_of(facts)]
     sections = _sections(model, given, found, facts)
     return FirstRecipe(_text(sections, _heading(model, found, facts, name, sections), checks), checks)
 
 
-def _facts(found: Guess, tokenizer: Any, config: Any, rows: int) -> _Facts:
+def _facts(found: Guess, given: Mapping[str, Any], tokenizer: Any, config: Any, rows: int) -> _Facts:
     """What some of the ``rows`` and the model without weights tell."""
+    seed = next((given[key] for key in ("data_seed", "seed") if given.get(key) is not None), _SEED)
     architecture = architecture_of(config)
     limit = min(max_positions(config) or _LONGEST, getattr(tokenizer, "model_max_length", _LONGEST), _LONGEST)
-    task = _measured(found, tokenizer, config, limit)
+    task = _measured(found, tokenizer, config, limit, seed)
     lengths = targets = None
     if architecture != IMAGE:
         lengths = np.array([len(ids) for ids in _rows_of_ids(task.train["input_ids"][:])])
@@ -164,20 +163,10 @@ def _task_of_form(given: Mapping[str, Any], architecture: str) -> dict[str, Any]
     return {"task": f"{masked}language_modeling"} if path.lower().endswith(PLAIN_TEXT) else {}
 
 
-def _compares_texts(model: ModelSettings) -> bool:
-    """Whether the model is one of sentence-transformers."""
-    path = source_of(model).path
-    if Path(path).is_dir():
-        return (Path(path) / OF_SENTENCE_TRANSFORMERS).is_file()
-    try:
-        return file_exists(path, OF_SENTENCE_TRANSFORMERS, revision=model.model_revision)
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError):
-        return False
-
-
-def _measured(found: Guess, tokenizer: Any, config: Any, limit: int) -> TaskData:
+def _measured(found: Guess, tokenizer: Any, config: Any, limit: int, seed: int) -> TaskData:
     """Some of the data as the model will read them, none cut shorter than the model has to."""
-    lengths: dict[str, Any] = {"max_train_samples": _SAMPLE, "max_validation_samples": 100}
+    rows = found.settings.get("max_train_samples")
+    lengths: dict[str, Any] = {"max_train_samples": min(rows or _SAMPLE, _SAMPLE), "max_validation_samples": 100}
     if found.settings["task"] != "image_classification":
         lengths["max_length"] = limit
     if found.settings["task"] in _IN_PIECES:
@@ -187,7 +176,7 @@ def _measured(found: Guess, tokenizer: Any, config: Any, limit: int) -> TaskData
         lengths["max_target_length"] = limit
     settings = {key: value for key, value in found.settings.items() if key != "packing"}
     data = DataSettings(**{**settings, **lengths})
-    return load_task(data, tokenizer, 0, config=config, architecture=architecture_of(config))
+    return load_task(data, tokenizer, seed, config=config, architecture=architecture_of(config))
 
 
 def _to_train_on(settings: Mapping[str, Any], rows: int, measured: int) -> int:
@@ -196,7 +185,8 @@ def _to_train_on(settings: Mapping[str, Any], rows: int, measured: int) -> int:
     for part, default in (("validation", DataSettings.validation_fraction), ("test", DataSettings.test_fraction)):
         if f"{part}_file" not in settings and "dataset_name" not in settings:
             held_out += settings.get(f"{part}_fraction", default)
-    return max(1, round(measured * max(1.0, rows * (1 - held_out) / _SAMPLE)))
+    used = min(rows * (1 - held_out), settings.get("max_train_samples") or math.inf)
+    return max(1, round(measured * max(1.0, used / _SAMPLE)))
 
 
 def _rows_of_ids(rows: Iterable[Any]) -> Iterable[Sequence[int]]:
@@ -219,7 +209,7 @@ def _sections(
         ("pruning", _pruning_of_decoder(facts) if decoder else _pruning_of_encoder(facts)),
         ("what trains", _adapters(facts)),
         ("distillation", _distillation(facts)),
-        ("training", _training(facts)),
+        ("training", _training(facts, given)),
         ("measurement", _measurement(facts)),
         ("logging and output", _output(model, found)),
     ]
@@ -315,9 +305,11 @@ def _distillation(facts: _Facts) -> list[Line]:
     return lines
 
 
-def _training(facts: _Facts) -> list[Line]:
+def _training(facts: _Facts, given: Mapping[str, Any]) -> list[Line]:
     batch, accumulated, epochs = _batches(facts)
-    steps = math.ceil(math.ceil(facts.rows / batch) / accumulated) * epochs
+    size = given.get("per_device_train_batch_size", batch)
+    batches = math.ceil((facts.rows - _held_out(facts, given)) / size)
+    steps = math.ceil(batches / given.get("gradient_accumulation_steps", accumulated)) * epochs
     large = facts.parameters > _SMALL_MODEL
     rate = {True: 1e-4 if facts.parameters > _LARGE_MODEL else 5e-4, False: 2e-4 if large else 1e-3}
     lines: list[Line] = [
@@ -333,12 +325,20 @@ def _training(facts: _Facts) -> list[Line]:
         ("warmup_steps", 0.06, "below 1: a fraction of all steps"),
         ("lr_scheduler_type", "cosine" if facts.architecture == DECODER else "linear", ""),
         ("eval_strategy", "epoch", ""),
-        ("seed", 42, ""),
+        ("seed", _SEED, ""),
     ]
     if facts.task in _AS_THEY_COME:
         lines = [line for line in lines if line[0] != "train_sampling_strategy"]
     lines.append(("bf16" if facts.fast else "# bf16", True, "half precision, on a GPU"))
     return lines
+
+
+def _held_out(facts: _Facts, given: Mapping[str, Any]) -> int:
+    """Training rows that choose the teacher and are not trained on."""
+    values = {**{key: value for key, value, _ in _distillation(facts)}, **given}
+    if values["distillation"] != "self" or values.get("target_sparsity", 0) is None:
+        return 0
+    return math.ceil(facts.rows * values.get("heldout_fraction", MethodSettings.heldout_fraction))
 
 
 def _batches(facts: _Facts) -> tuple[int, int, int]:
@@ -439,14 +439,28 @@ def _heading(
         f"pruned {when} it is fine-tuned."
     )
     config, output = name or "FILE.yaml", values["output_dir"]
-    use = f"chat {output}" if facts.task == "instruction_tuning" else f"predict {output} --text '…'"
     return [
         f"yaml-language-server: $schema={(SCHEMAS / 'recipe.json').as_uri()}",
         *textwrap.wrap(about, _WIDTH - 2),
         f"Written by apt-trainer init {__version__}. All keys: apt-trainer train --help. Any key can be overridden:",
         f"  apt-trainer plan    --config {config}                          # dry run: sizes, schedule, memory",
         f"  apt-trainer train   --config {config} --target_sparsity 0.4    # with another value",
-        f"  apt-trainer {use}",
+        *_use(found.settings, output),
+    ]
+
+
+def _use(settings: Mapping[str, Any], output: str) -> list[str]:
+    """A command that asks the finished model, where there is one."""
+    task = settings["task"]
+    if task == "masked_language_modeling":
+        return []
+    if task == "instruction_tuning" and (settings.get("messages_column") or settings.get("use_chat_template")):
+        return [f"  apt-trainer chat {output}"]
+    if task == "image_classification":
+        return [f"  apt-trainer predict {output} --file IMAGE"]
+    pair = settings.get("text_pair_column") is not None or task == "question_answering"
+    return [
+        f"  apt-trainer predict {output} --text '…'" + (" --text_pair '…'" if pair and task != "embedding" else "")
     ]
 
 

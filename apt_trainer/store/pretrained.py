@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GgufConfig, PreTrainedModel
 
@@ -32,6 +33,7 @@ from apt_trainer.store.stock import DENSE_SIZES, with_dense_sizes
 from apt_trainer.tasks import IMAGE, TaskData, architecture_of, load_task
 
 GGUF = ".gguf"
+_OF_SENTENCE_TRANSFORMERS = "modules.json"
 _log = logging.getLogger(__name__)
 
 
@@ -404,6 +406,23 @@ def source_of(settings: ModelSettings) -> Source:
     if settings.model_name_or_path is None:
         raise UserError("model_name_or_path is missing. Give a hub name, a local folder or package:NAME/folder.")
     return find_source(settings.model_name_or_path, settings.gguf_file)
+
+
+def compares_texts(settings: ModelSettings) -> bool:
+    """Whether the model is one of sentence-transformers, which says itself how embeddings are made."""
+    path = source_of(settings).path
+    if Path(path).is_dir():
+        return (Path(path) / _OF_SENTENCE_TRANSFORMERS).is_file()
+    try:
+        hf_hub_download(path, _OF_SENTENCE_TRANSFORMERS, **cache_of(settings))
+    except (HfHubHTTPError, HFValidationError, OSError):  # no such file, or none that can be reached
+        return False
+    return True
+
+
+def cache_of(settings: ModelSettings) -> dict[str, Any]:
+    """Which version of a repository on the hub, and the folder of downloads, where it is not the usual one."""
+    return {"revision": settings.model_revision, "cache_dir": (settings.model_init_kwargs or {}).get("cache_dir")}
 
 
 def _options(settings: ModelSettings) -> dict[str, Any]:

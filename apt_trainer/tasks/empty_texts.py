@@ -26,12 +26,15 @@ TEXT_SETTINGS = (
 """Keys of :class:`DataSettings` that name a column in which no row should be without text."""
 
 
+def is_empty(value: Any) -> bool:
+    """Whether a cell is null, white space, or a list without words or messages."""
+    return not value if isinstance(value, list) else value is None or not str(value).strip()
+
+
 def lacks_text(value: Any) -> bool:
-    """Whether a cell is null, white space, an empty list or a conversation without an answer of the assistant."""
-    if not isinstance(value, list):
-        return value is None or not str(value).strip()
-    if not value or not isinstance(value[0], dict):
-        return not value
+    """Whether a cell is empty or a conversation without an answer of the assistant."""
+    if is_empty(value) or not isinstance(value, list) or not isinstance(value[0], dict):
+        return is_empty(value)
     try:
         check_conversation(clean_messages(value), "")
     except UserError:

@@ -103,7 +103,8 @@ def guess(
     for setting, name in given.items():
         if setting.endswith(("_column", "_columns")) and name is not None:
             for column in name if isinstance(name, list) else [name]:
-                require_column(with_fields(rows, [column]), column, setting, "train")
+                rows = with_fields(rows, [column])
+                require_column(rows, column, setting, "train")
     table = _Table(rows)
     task = given.get("task") or _task(table, given, architecture, embeds)
     found = Guess({"task": task})
@@ -191,6 +192,11 @@ class _Table:
             return False
         return all(_is_number(value) for value in self.cells(name))
 
+    def is_flag(self, name: str) -> bool:
+        """Whether the cells say 0 or 1, both of them, or are truth values."""
+        truth = getattr(self.features[name], "dtype", None) == "bool"
+        return truth or {as_text(value) for value in self.cells(name)} == {"0", "1"}
+
     def repeats(self, name: str) -> bool:
         """Whether the cells look like labels or numbers to learn: short texts that recur, or numbers but no ids."""
         cells, kind = self.cells(name), self.features[name]
@@ -221,10 +227,9 @@ class _Table:
 
 
 def _task(table: _Table, given: Mapping[str, Any], architecture: str, embeds: bool) -> str:
-    named = {name for name, value in given.items() if value is not None}
-    for names, task in _TOLD_BY.items():
-        if named & set(names):
-            return task
+    told = _told(table, given)
+    if told is not None:
+        return told
     if architecture == IMAGE:
         return "image_classification"
     if architecture == ENCODER_DECODER and _source_and_target(table) is not None:
@@ -252,6 +257,16 @@ def _task(table: _Table, given: Mapping[str, Any], architecture: str, embeds: bo
     )
 
 
+def _told(table: _Table, given: Mapping[str, Any]) -> str | None:
+    """The task where a setting that is given goes with one only."""
+    named = {name for name, value in given.items() if value is not None}
+    if "label_columns" in named:
+        columns = given["label_columns"]
+        amounts = all(map(table.is_number, columns)) and not all(map(table.is_flag, columns))
+        return "regression" if amounts else "multi_label_classification"
+    return next((task for names, task in _TOLD_BY.items() if named & set(names)), None)
+
+
 _TOLD_BY = {
     ("messages_column", "prompt_column", "completion_column", "template"): "instruction_tuning",
     ("label_separator",): "multi_label_classification",
@@ -277,9 +292,7 @@ def _is_amount(table: _Table, label: str) -> bool:
 
 def _flags(table: _Table) -> list[str]:
     """Two or more columns that say 0 or 1 of every row."""
-    names = [name for name, kind in table.features.items() if isinstance(kind, Value)]
-    found = [name for name in names if {as_text(value) for value in table.cells(name)} == {"0", "1"}]
-    found += [name for name in names if table.features[name].dtype == "bool"]
+    found = [name for name, kind in table.features.items() if isinstance(kind, Value) and table.is_flag(name)]
     return found if len(found) > 1 else []
 
 

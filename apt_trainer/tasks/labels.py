@@ -68,7 +68,7 @@ class Labels:
         counts = {name: found[i] for i, name in enumerate(self.names)}
         absent = [name for name, number in counts.items() if number == 0]
         if absent:
-            logger.warning("No training row that is used has the label %s, so it is not learned.", shown(absent))
+            logger.warning("The training rows hold no example of label %s, so it cannot be learned.", shown(absent))
         return counts
 
 

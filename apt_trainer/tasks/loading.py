@@ -153,10 +153,7 @@ def read_text(path: Path, setting: str) -> Dataset:
 
     The pieces in their order are the text. They are rows so that a part of the text can be held out.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except ValueError as error:
-        raise UserError(f"{setting}={str(path)!r} is not text in UTF-8: {error}. Convert the file.") from error
+    text = text_of(path, setting)
     pieces, piece = [], ""
     for line in text.splitlines(keepends=True):
         piece += line
@@ -168,6 +165,14 @@ def read_text(path: Path, setting: str) -> Dataset:
     if not text.strip():
         raise UserError(f"{setting}={str(path)!r} holds no text. Give a file with text.")
     return Dataset.from_dict({"text": pieces})
+
+
+def text_of(path: Path, setting: str) -> str:
+    """What is in a text file; raises :class:`UserError` where it has another encoding."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise UserError(f"{setting}={str(path)!r} is not text in UTF-8: {error}. Convert the file.") from error
 
 
 def _read_hub(data: DataSettings) -> dict[str, Dataset]:

@@ -35,7 +35,8 @@ def odd_rows(rows: Dataset, settings: Mapping[str, Any]) -> tuple[dict[str, bool
     if settings["task"] == "instruction_tuning":
         require(TRL, "task: instruction_tuning")
     named = [settings[name] for name in TEXT_SETTINGS if settings.get(name)]
-    rows = with_fields(rows, named)
+    of_labels = [name for name in (settings.get("label_column"), *(settings.get("label_columns") or ())) if name]
+    rows = with_fields(rows, [*named, *of_labels])
     texts = [rows[name][:] for name in named if name in rows.column_names]
     labels = _labels(rows, settings)
     changes, told = {}, []

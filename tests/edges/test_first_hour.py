@@ -27,6 +27,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertForMaskedLM,
     BertModel,
     PreTrainedTokenizerFast,
     pipeline,
@@ -145,6 +146,29 @@ def test_keys_that_are_given_stand_and_what_cannot_be_told_is_asked(
     assert "Save it in UTF-8" in capsys.readouterr().err
 
 
+def test_init_says_each_thing_once_and_as_plan_says_it(
+    inside: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rows, steps and labels are those of the run that the recipe describes; what is odd stands in one list."""
+    labels = {3: "Good", 9: "meh", 50: "Bad"}
+    rows = [f"a film of number {i},{labels.get(i, ('good', 'bad')[i % 2])}" for i in range(116)]
+    Path("meh.csv").write_text("\n".join(["text,label", *rows, ",good"]))
+    words = ["init", "--model", "encoder", "--train_file", "meh.csv", "--per_device_train_batch_size", "8"]
+    for further in ([], ["--seed", "7"], ["--max_train_samples", "40", "--heldout_fraction", "0.2"]):
+        caplog.clear()
+        assert cli.main([*words, *further]) == 0
+        said = capsys.readouterr()
+        assert not [record for record in caplog.records if record.name.startswith("apt_trainer.tasks")]
+        assert said.err.count("differ in case only") == said.err.count("without text") == 1
+        told = re.search(r"data +(\d+) training rows, (\d+) of them held out to choose the teacher", said.err)
+        steps = re.search(r"steps +([\d,]+) of 8 rows", said.err)
+        assert told and steps and f"about {told[1]} rows to train on" in said.out
+        assert f"about {steps[1]} steps" in said.out and told[2] == ("8" if "0.2" in further else "5")
+        assert said.err.rstrip().endswith("Nothing is written. To keep the recipe: add --output my.yaml")
+    assert cli.main([*words, "--num_pruning_events", "0"]) == 2
+    assert "This recipe would not start yet." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("model", "file", "expected"),
     [
@@ -168,6 +192,33 @@ def test_each_form_of_data_has_a_recipe_that_can_be_run(
     given = yaml.safe_load(said.out)
     assert {name: given.get(name) for name in expected} == expected
     assert "estimated at the first step" in said.err
+    use = {"instruction_tuning": "chat {}", "regression": "predict {} --text '…' --text_pair '…'"}
+    command = use.get(given["task"], "predict {} --text '…'").format(given["output_dir"])
+    assert f"#   apt-trainer {command}\n" in said.out
+
+
+def test_a_recipe_names_no_command_that_is_refused(
+    inside: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """No template to chat with, gaps to fill."""
+    plain = tmp_path / "plain"
+    tiny_llama().save_pretrained(plain)
+    word_tokenizer().save_pretrained(plain)
+    rows = [json.dumps({"prompt": f"w{i} w1", "completion": "w2 w3"}) for i in range(24)]
+    (tmp_path / "asked.jsonl").write_text("\n".join(rows))
+    (tmp_path / "prose.txt").write_text("a good film\n" * 4000)
+    masked = save(BertForMaskedLM(tiny_config("bert")), tmp_path / "masked")
+    tokenizer = AutoTokenizer.from_pretrained(masked)
+    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    tokenizer.save_pretrained(masked)
+    for model, file, command in (
+        (plain, "asked.jsonl", "predict out/x --text '…'"),
+        (masked, "prose.txt", None),
+    ):
+        words = ["--model", str(model), "--train_file", str(tmp_path / file), "--output_dir", "out/x"]
+        assert cli.main(["init", *words]) == 0, capsys.readouterr().err
+        heading = capsys.readouterr().out.partition("### model")[0]
+        assert re.findall(r"apt-trainer ((?:chat|predict) .*)", heading) == ([] if command is None else [command])
 
 
 def test_a_recipe_that_lacks_a_package_is_written_all_the_same(
@@ -186,7 +237,7 @@ def test_a_recipe_that_lacks_a_package_is_written_all_the_same(
 def predicted(words: list[str], capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
     capsys.readouterr()
     assert cli.main(["predict", *words]) == 0, capsys.readouterr().err
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    return [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
 
 
 def test_a_pruned_classifier_tells_labels_of_texts_and_files(
@@ -210,8 +261,12 @@ def test_a_pruned_classifier_tells_labels_of_texts_and_files(
     assert rows[33]["Review"].endswith("\nand left")
     alone = predicted([str(classifier_run), "--text", rows[8]["Review"]], capsys)[0]
     assert alone["score"] == pytest.approx(rows[8]["score"], abs=1e-6)
-    Path("lines.txt").write_text("a good film\na bad film\n", encoding="utf-8")
-    assert len(predicted([str(classifier_run), "--file", "lines.txt"], capsys)) == 2
+    Path("lines.txt").write_text("a good film\r\na\u2028bad\x85 film\x0c\n", encoding="utf-8")
+    told = predicted([str(classifier_run), "--file", "lines.txt"], capsys)
+    assert [row["Review"] for row in told] == ["a good film", "a\u2028bad\x85 film\x0c"]
+    Path("latin.txt").write_bytes("na\xefve\n".encode("latin-1"))
+    assert cli.main(["predict", str(classifier_run), "--file", "latin.txt"]) == 2
+    assert "is not text in UTF-8" in capsys.readouterr().err
 
 
 def save(model: Any, folder: Path, tokenizer: str = "encoder") -> str:
@@ -233,6 +288,10 @@ def test_models_that_nobody_pruned_tell_what_a_pipeline_tells(
     (one,) = predicted([tokens, "--text", texts[0]], capsys)
     assert [(tag["word"], tag["label"]) for tag in one["tags"]] == [(tag["word"], tag["entity"]) for tag in theirs]
     assert [tag["score"] for tag in one["tags"]] == pytest.approx([float(tag["score"]) for tag in theirs], abs=1e-5)
+    (cut,) = predicted([tokens, "--text", "a good film a bad film", "--max_length", "4"], capsys)
+    assert [tag["word"] for tag in cut["tags"]] == ["a", "good", "film", "a", "bad", "film"]
+    missing = {"label": None, "score": None}
+    assert cut["tags"][-2:] == [{"word": "bad", **missing}, {"word": "film", **missing}] and cut["tags"][0]["label"]
     plain = save(tiny_model("bert", "ForQuestionAnswering"), tmp_path / "answers")
     (one,) = predicted([plain, "--text", "good film", "--text_pair", texts[1], "--doc_stride", "4"], capsys)
     assert one["answer"] in texts[1]
@@ -257,8 +316,9 @@ def test_several_labels_and_numbers(inside: Path, capsys: pytest.CaptureFixture[
 
 
 def test_embeddings_of_a_plain_encoder_and_of_sentence_transformers(
-    inside: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    inside: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import modules
 
@@ -274,6 +334,12 @@ def test_embeddings_of_a_plain_encoder_and_of_sentence_transformers(
     )
     theirs = SentenceTransformer(str(tmp_path / "m")).encode(["a good film", "bad"], normalize_embeddings=True)
     assert [row["embedding"] for row in plain] == [pytest.approx(row.tolist(), abs=1e-5) for row in theirs]
+    commit, cached = "0" * 40, tmp_path / "cache" / "models--me--cls"  # as it lies here once downloaded from the hub
+    shutil.copytree(tmp_path / "cls", cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "v2").write_text(commit)
+    named = ["me/cls", "--model_revision", "v2", "--model_init_kwargs", json.dumps({"cache_dir": f"{tmp_path}/cache"})]
+    assert predicted([*named, "--text", "a good film", "bad"], capsys) == ours
     (both,) = predicted([path, "--text", "a good film", "--text_pair", "bad"], capsys)
     assert both["similarity"] == pytest.approx(float(theirs[0] @ theirs[1]), abs=1e-5)
 
@@ -354,6 +420,52 @@ def test_a_batch_of_prompts_is_written_as_each_alone(
     assert told["generated"] == predicted([*words, "--text", "w1 w2 w8"], capsys)[0]["generated"] and "a" not in told
 
 
+def test_columns_of_a_file_tell_the_form_where_the_recipe_names_none(
+    inside: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A tokenizer with a chat template is no sign that a run was trained on conversations."""
+    path = save(tiny_llama(), tmp_path / "run", "decoder")
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "w1 w2", "completion": "w9"}\n')
+    message = '[{"%s": "%s", "%s": "w1 w2"}]'
+    (tmp_path / "said.jsonl").write_text(f'{{"conversations": {message % ("from", "human", "value")}}}\n')
+    words = [path, "--max_new_tokens", "4"]
+    bare = predicted([*words, "--use_chat_template", "false", "--text", "w1 w2"], capsys)[0]["generated"]
+    turn = predicted([*words, "--text", "w1 w2"], capsys)[0]["generated"]
+    (Path(path) / "recipe.json").write_text(json.dumps({"task": "instruction_tuning", "max_length": 8}))
+    of_files = [predicted([*words, "--file", str(tmp_path / name)], capsys) for name in ("asked.jsonl", "said.jsonl")]
+    assert [rows[0]["generated"] for rows in of_files] == [bare, turn] and bare != turn
+    assert predicted([*words, "--text", "w1 w2"], capsys)[0]["generated"] == turn
+
+
+def test_long_prompts_change_nothing_about_the_others(
+    inside: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """One that leaves little room, one that leaves none, and a short one; alone and together."""
+    model = tiny_llama()
+    model.generation_config.eos_token_id = None  # nothing but the room ends what is written
+    path = save(model, tmp_path / "plain", "decoder")
+    words = [path, "--use_chat_template", "false", "--max_new_tokens", "9", "--text"]
+    prompts = ["w1 w2", "w3 " * 28, "w4 " * 40, "w5"]
+    together = predicted([*words, *prompts], capsys)
+    assert "leaves no room within the 32 positions of the model" in together[2].pop("error")
+    for row in (0, 1, 3):
+        (alone,) = predicted([*words, prompts[row]], capsys)
+        assert together[row]["generated"] == alone["generated"]
+    assert [len(together[row]["generated"].split()) > 4 for row in (0, 1, 3)] == [True, False, True]
+
+
+def test_a_batch_for_two_stacks_with_learned_positions_is_written_as_each_alone(
+    inside: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Learned positions do not see the mask: padding belongs behind."""
+    path = save(tiny_model("bart", "ForConditionalGeneration", vocab_size=60), tmp_path / "stacks", "decoder")
+    prompts = ["w1 w2 w3 w4 w5 w6", "w7", "w8 w9"]
+    words = [path, "--max_new_tokens", "6", "--text"]
+    together = predicted([*words, *prompts], capsys)
+    alone = [predicted([*words, prompt], capsys)[0]["generated"] for prompt in prompts]
+    assert [row["generated"] for row in together] == alone and len(set(alone)) > 1
+
+
 def test_a_model_of_two_stacks_writes_what_generate_writes(
     inside: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -375,7 +487,7 @@ def test_what_does_not_converse_is_said(
     assert cli.main(["chat", str(tmp_path), "--prompt", "a"]) == 2
     assert "has no chat template, so it was not trained to converse" in capsys.readouterr().err
     path = save(tiny_llama(), tmp_path / "long", "decoder")
-    assert cli.main(["predict", path, "--text", "w1 " * 40]) == 2
+    assert cli.main(["chat", path, "--prompt", "w1 " * 40]) == 2
     assert "leaves no room within the 32 positions of the model" in capsys.readouterr().err
 
 

@@ -137,6 +137,7 @@ def test_a_first_recipe_of_images_and_what_the_model_says_of_them(
     words = ["--model", model, "--train_file", train, "--output_dir", str(tmp_path / "out"), "--output", file]
     assert cli.main(["init", *words]) == 0
     given = load_recipe(file).given
+    assert f"apt-trainer predict {tmp_path / 'out'} --file IMAGE\n" in Path(file).read_text(encoding="utf-8")
     assert given["task"] == "image_classification" and given["label_column"] == "label" and "max_length" not in given
     capsys.readouterr()
     assert cli.main(["predict", model, "--file", train]) == 0

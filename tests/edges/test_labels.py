@@ -287,7 +287,7 @@ def test_other_labels_get_a_numbering_of_their_own(tmp_path: Path, caplog: pytes
     data = jsonl(tmp_path / "data.jsonl", rows_of(("newt", "bat"), (0, 1)))
     model = saved(fitted(), tmp_path / "model")
     text = dry_run.plan(recipe(tmp_path, model, data, "--validation_file", data))
-    assert "labels       2 in the training rows: bat 12, newt 12" in text
+    assert 'labels       2 in the training rows: "bat" × 12, "newt" × 12' in text
     assert "The model has the labels zebra, ant, mole, the data have others (bat, newt)" in caplog.text
 
 
@@ -304,7 +304,7 @@ def test_labels_without_a_training_row_are_named(tmp_path: Path, caplog: pytest.
     data = jsonl(tmp_path / "data.jsonl", rows)
     model = saved(BertModel(bert()), tmp_path / "model")
     dry_run.plan(recipe(tmp_path, model, data, "--validation_file", data, "--max_train_samples", "4"))
-    assert "has the label c, so it is not learned" in caplog.text
+    assert "no example of label c, so it cannot be learned" in caplog.text
 
 
 def test_labels_that_differ_in_case_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -376,7 +376,7 @@ def test_empty_label_cells_are_named_with_their_rows(empty: str, tmp_path: Path)
         with pytest.raises(UserError, match=message):
             start(recipe(tmp_path, model, train, "--validation_file", train))
     text = dry_run.plan(recipe(tmp_path, model, train, "--validation_file", train, "--drop_unlabeled"))
-    assert "16 training rows, 16 validation" in text and "a 8, b 8" in text
+    assert "16 training rows, 1 of them held out" in text and '"a" × 8, "b" × 8' in text
 
 
 @pytest.mark.parametrize(("task", "labels"), [("classification", ["a", None, "b"]), ("regression", [1.5, None, 2.0])])
@@ -455,7 +455,7 @@ def test_an_empty_text_of_labels_is_no_label_and_null_is_none_given(tmp_path: Pa
     with pytest.raises(UserError, match="is empty in 6 of 24 rows: row 2"):
         dry_run.plan(recipe(tmp_path, model, data, *words))
     told = dry_run.plan(recipe(tmp_path, model, data, *words, "--drop_unlabeled"))
-    assert "18 training rows" in told and "b 12, a 6" in told
+    assert "18 training rows" in told and '"b" × 12, "a" × 6' in told
 
 
 def test_rows_without_tags_are_left_out(tmp_path: Path) -> None:
@@ -695,7 +695,7 @@ def test_a_task_with_several_labels_a_row(separator: str | None, tmp_path: Path)
     data = jsonl(tmp_path / "data.jsonl", rows)
     model = saved(BertModel(bert()), tmp_path / "model")
     asked = recipe(tmp_path, model, data, "--validation_file", data, *words, *TO_LEARN)
-    assert "labels       3 in the training rows: ant 24, mole 24, zebra 24" in dry_run.plan(asked)
+    assert 'labels       3 in the training rows: "ant" × 24, "mole" × 24, "zebra" × 24' in dry_run.plan(asked)
     metrics = run.train(asked)
     scores = {name.removeprefix("validation_"): value for name, value in metrics["scores"].items()}
     assert metrics["metric_name"] == "f1_micro" and metrics["task_metric"] == 1.0
@@ -737,7 +737,7 @@ def test_0_and_1_for_each_label(kind: str, tmp_path: Path) -> None:
         found = run.evaluate(known, recipe(tmp_path, known, data, "--validation_file", test, *words))
         assert found["validation_subset_accuracy"] == 1.0
     names = NAMES[::-1] if kind == "columns" else ["LABEL_0", "LABEL_1", "LABEL_2"]
-    told = ", ".join(f"{name} 24" for name in names)
+    told = ", ".join(f'"{name}" × 24' for name in names)
     asked = recipe(tmp_path, fresh, data, "--validation_file", data, *words)
     assert f"labels       3 in the training rows: {told}" in dry_run.plan(asked)
     labels = run.load_inputs(asked.model, asked)[2].train["labels"][:]
@@ -1022,7 +1022,7 @@ def test_balanced_weights_are_those_of_scikit_learn(tmp_path: Path) -> None:
     asked = recipe(tmp_path, model, data, "--validation_file", data, "--class_weights", "balanced")
     expected = compute_class_weight("balanced", classes=np.array(["ant", "mole", "zebra"]), y=labels)
     assert run.load_inputs(asked.model, asked)[2].class_weights == pytest.approx(tuple(expected))
-    assert "ant 12 (weight 0.667), zebra 9 (weight 0.889), mole 3 (weight 2.67)" in dry_run.plan(asked)
+    assert '"ant" × 12 (weight 0.667), "zebra" × 9 (weight 0.889), "mole" × 3 (weight 2.67)' in dry_run.plan(asked)
 
 
 def test_balanced_weights_of_several_labels_are_absences_by_presences(tmp_path: Path) -> None:

@@ -115,6 +115,27 @@ def test_what_is_given_is_taken() -> None:
     assert templated == {"task": "instruction_tuning", "template": "{title}: {body}"}
 
 
+def test_named_columns_of_labels_tell_the_task() -> None:
+    rows = Dataset.from_dict({"text": TEXTS, "x": [i / 7 for i in range(N)], "y": [*range(N)], "a": cycle(0, 1)})
+    for names, task in ((["x", "y"], "regression"), (["a", "x"], "regression")):
+        found = guess(rows, {"label_columns": names}, ENCODER).settings
+        assert found == {"task": task, "label_columns": names, "text_column": "text"}
+    flags = Dataset.from_dict({"text": TEXTS, "a": cycle(0, 1), "b": cycle(True, False), "label": cycle("c", "d")})
+    found = guess(flags, {"label_columns": ["b", "a"]}, ENCODER).settings
+    assert (found["task"], found["label_columns"]) == ("multi_label_classification", ["b", "a"])
+
+
+def test_a_label_may_be_a_field_of_a_record() -> None:
+    names = ["once", *cycle("good", "bad")[2:], ""]
+    rows = Dataset.from_dict(
+        {"text": TEXTS, "meta": [{"label": name, "score": i / 7} for i, name in enumerate(names)]}
+    )
+    found = guess(rows, {"label_column": "meta.label"}, ENCODER)
+    assert found.settings["task"] == "classification" and found.settings["drop_unlabeled"]
+    assert "(row 0)" in " ".join(found.checks) and "Not used" not in " ".join(found.checks)
+    assert guess(rows, {"label_column": "meta.score"}, ENCODER).settings["task"] == "regression"
+
+
 def test_what_cannot_be_told_is_asked() -> None:
     several = Dataset.from_dict({"text": TEXTS, "shop": cycle("a", "b"), "town": cycle("c", "d", "e")})
     with pytest.raises(UserError, match="'shop', 'town' may all be labels. Say it: --label_column"):
