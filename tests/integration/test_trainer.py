@@ -65,12 +65,12 @@ def _watched_run(folder: Path, **changes: Any) -> Run:
     write, offer = trainer.between_steps._write_record, trainer.distillation.offer
     batch = tiny_batch(trainer.model)
 
-    def record_spy(record: dict[str, Any]) -> None:
+    def record_spy(record: dict[str, Any], before: dict[str, Any]) -> None:
         named = [(name, p.numel(), p.requires_grad) for name, p in trainer.model.named_parameters()]
         adapters = sum(size for name, size, _ in named if ".lora_" in name and "apt_transform" not in name)
         trained = sum(size for _, size, trains in named if trains)
         counted[record["step"], record["kind"]] = counted_block_parameters(trainer), adapters, trained
-        write(record)
+        write(record, before)
 
     def offer_spy(student: nn.Module, loss: float) -> bool:
         taken = offer(student, loss)

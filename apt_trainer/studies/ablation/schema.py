@@ -17,11 +17,27 @@ def schema_name(command: Command) -> str:
     return command.name if isinstance(command, OptionsCommand) else RECIPE
 
 
+class _Noted:
+    """Takes what is added to a parser or its groups, and notes it."""
+
+    def __init__(self) -> None:
+        self._parser, self.actions = argparse.ArgumentParser(add_help=False), list[argparse.Action]()
+
+    def add_argument(self, *names: str, **how: Any) -> argparse.Action:
+        self.actions.append(self._parser.add_argument(*names, **how))
+        return self.actions[-1]
+
+    def add_argument_group(self, *args: Any, **kwargs: Any) -> _Noted:
+        return self
+
+    add_mutually_exclusive_group = add_argument_group
+
+
 def options_schema(command: OptionsCommand) -> Schema:
     """Schema of a base file of ``command``: its options, as ``apt-trainer VERB --help`` names them."""
-    parser = argparse.ArgumentParser(add_help=False)
-    command.add_arguments(parser)
-    properties = {action.dest: _option(action) for action in parser._actions if action.option_strings}
+    noted: Any = _Noted()
+    command.add_arguments(noted)
+    properties = {action.dest: _option(action) for action in noted.actions if action.option_strings}
     return closed(f"Options of apt-trainer {command.name} for a study", properties)
 
 

@@ -140,9 +140,10 @@ def test_train_prints_the_metrics_of_the_run(monkeypatch, capsys, tmp_path):
 def test_plan_prints_the_text_of_the_plan(monkeypatch, capsys, tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(f"output_dir: {tmp_path}\nseed: 5\n")
-    monkeypatch.setattr("apt_trainer.runs.dry_run.plan", lambda recipe: f"plan with seed {recipe.training.seed}")
-    assert cli.main(["plan", "--config", str(path)]) == 0
-    assert capsys.readouterr().out == "plan with seed 5\n"
+    made = lambda recipe, processes: f"seed {recipe.training.seed}, {processes}"  # noqa: E731
+    monkeypatch.setattr("apt_trainer.runs.dry_run.plan", made)
+    assert cli.main(["plan", "--config", str(path), "--processes", "2"]) == 0
+    assert capsys.readouterr().out == "seed 5, 2\n"
 
 
 def test_evaluate_leaves_the_output_dir_of_the_recipe_alone(monkeypatch, capsys, tmp_path):

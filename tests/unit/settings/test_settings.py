@@ -112,7 +112,7 @@ def test_choices(name: str) -> None:
     group = next(group for group in SETTING_GROUPS if name in {f.name for f in dataclasses.fields(group)})
     settings = group()
     default = getattr(settings, name)
-    optional = name in ("tune_after_pruning", "tune_after_distillation")
+    optional = name in ("tune_after_pruning", "tune_after_distillation", "base_quantization")
     assert default in CHOICES[name] or (optional and default is None)
     for choice in CHOICES[name]:
         setattr(settings, name, choice)
@@ -151,6 +151,7 @@ def test_choices_are_checked_before_anything_else() -> None:
         "neurons",
         "hidden",
         "sublayers",
+        "experts",
     }
 
 
