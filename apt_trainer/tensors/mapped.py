@@ -7,9 +7,11 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
-_MADV_PAGEOUT = 21  # madvise(2), of Linux
+_MADV_DONTNEED, _MADV_PAGEOUT = 4, 21  # madvise(2), of Linux
+_PRESENT, _SWAPPED, _OF_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))  # proc_pid_pagemap(5)
 
 
 def let_go_of_pages(tensor: torch.Tensor) -> None:
@@ -21,7 +23,21 @@ def let_go_of_pages(tensor: torch.Tensor) -> None:
     page, start = os.sysconf("SC_PAGESIZE"), tensor.data_ptr()
     first, end = -(-start // page) * page, (start + tensor.nbytes) // page * page
     if first < end:
-        madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_PAGEOUT)
+        # the first takes pages that other processes have mapped too, but forgets what was written to them
+        advice = _MADV_DONTNEED if _is_as_in_file(first, end, page) else _MADV_PAGEOUT
+        madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), advice)
+
+
+def _is_as_in_file(first: int, end: int, page: int) -> bool:
+    """Whether no page from ``first`` to ``end`` was written to, which would have made it one of this process alone."""
+    try:
+        with open("/proc/self/pagemap", "rb") as pages:
+            pages.seek(first // page * 8)
+            found = np.frombuffer(pages.read((end - first) // page * 8), np.uint64)
+    except OSError:
+        return False
+    held = (found & (_PRESENT | _SWAPPED)) != 0
+    return len(found) == (end - first) // page and not (held & ((found & _OF_FILE) == 0)).any()
 
 
 def _is_mapped(address: int) -> bool:

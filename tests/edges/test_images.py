@@ -103,7 +103,7 @@ def test_a_folder_of_images_is_learned_pruned_measured_and_read_again(
         "--class_weights", "balanced", "--measure_latency", "false",
     )  # fmt: skip
     text = dry_run.plan(given)
-    assert "block FLOPs at 1×5" in text and "zebra 16" in text and "image" not in text.partition("steps")[2]
+    assert "block FLOPs at 1×5" in text and '"zebra" × 16' in text and "image" not in text.partition("steps")[2]
     metrics = run.train(given)
     folder = tmp_path / "out"
     files = sorted(Path(test).glob("*/*.png"))

@@ -33,3 +33,11 @@ def test_other_memory_keeps_its_values() -> None:
         kept = value.clone()
         let_go_of_pages(value)
         assert value.is_meta or torch.equal(value, kept)
+
+
+def test_what_was_written_to_a_mapping_stays(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(bytes(SIZE))
+    mapped = torch.from_file(str(tmp_path / "weights"), size=SIZE, dtype=torch.uint8)
+    mapped[SIZE // 2] = 7
+    let_go_of_pages(mapped)
+    assert int(mapped[SIZE // 2]) == 7 and int(mapped.sum()) == 7
