@@ -23,7 +23,7 @@ _CELL_ENDS = re.compile(r"(?<!\\)\|")
 _COLUMNS = (("text", "input"), ("label", "right"), ("dense", "dense says"), ("pruned", "pruned says"))
 _UNKNOWN = (
     "<p>Not known: this takes a dense model that was fine-tuned on the same data (dense_baseline: true) and a task "
-    "that gives each row labels or numbers.</p>"
+    "of texts that gives each row labels or numbers.</p>"
 )
 _Metrics = Mapping[str, Any]
 

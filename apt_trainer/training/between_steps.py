@@ -26,8 +26,9 @@ from apt_trainer.training import reshape as runtime
 from apt_trainer.training.engines import engine_of
 from apt_trainer.training.engines.agreement import agree
 from apt_trainer.training.engines.base import restore_forward
+from apt_trainer.training.event_callback import tell_event
 from apt_trainer.training.own_metrics import left_alone
-from apt_trainer.training.progress import tell_event, unseen
+from apt_trainer.training.progress import unseen
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerControl, TrainerState
 
 from apt_trainer.report.plots import plot_run
-from apt_trainer.training.progress import EventCallback
+from apt_trainer.training.event_callback import EventCallback
 
 DPI = 50
 

@@ -5,7 +5,6 @@ In a notebook: the progress table of transformers, and above it the picture of t
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -17,38 +16,14 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 from transformers.trainer_utils import has_length
 from transformers.utils.import_utils import is_in_notebook
 
-from apt_trainer.errors import Noted
 from apt_trainer.libraries.quiet import write_line
 from apt_trainer.report.story import estimate_line, evaluation_line, event_line, progress_line
 from apt_trainer.report.tables import format_seconds
-
-logger = logging.getLogger(__name__)
+from apt_trainer.training.event_callback import EventCallback
 
 TIMED = 10
 """Steps after which the time to come is estimated."""
 _SHARE, _SECONDS = 0.1, 60.0  # of all steps, and time, after which a log is a line of its own where there is no bar
-
-
-class EventCallback(TrainerCallback):
-    """Also hears of each record of ``events.jsonl``, in the process that writes it."""
-
-    def on_model_event(
-        self, args: Any, state: TrainerState, record: Mapping[str, Any], before: Mapping[str, Any]
-    ) -> None:
-        """``before``: sizes, ranks and what trained right before it."""
-
-
-def tell_event(trainer: Any, record: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-    """Let the callbacks of ``trainer`` hear of ``record``. Where one fails, training goes on: the other processes do
-    not hear of it, and would wait for this one."""
-
-    def note(error: Exception) -> None:
-        logger.warning("Step %s goes on, but telling of it failed.", record["step"], exc_info=error)
-
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, EventCallback):
-            with Noted(note):
-                callback.on_model_event(trainer.args, trainer.state, record, before)
 
 
 @contextmanager
@@ -73,7 +48,7 @@ def use_run_progress(trainer: Any, name: str = "training", logs_too: bool = Fals
         if type(callback) in replaced:
             callbacks[i] = RunProgress(name, trainer)
         elif is_in_notebook() and type(callback) is _notebook_table():
-            from apt_trainer.training.live_picture import LivePicture
+            from apt_trainer.training.live_picture import LivePicture  # which draws, so loads what draws
 
             callbacks.append(LivePicture())
             return

@@ -26,7 +26,8 @@ from apt_trainer.settings.refused import REFUSED
 from apt_trainer.store.rescue import RESCUED
 from apt_trainer.store.saving import reload_difference
 from apt_trainer.training.compiled import compile_options
-from apt_trainer.training.progress import EventCallback, use_run_progress
+from apt_trainer.training.event_callback import EventCallback
+from apt_trainer.training.progress import use_run_progress
 from apt_trainer.training.rehearsal import check_output, check_room
 
 TESTS = Path(__file__).parents[1]
